@@ -1,0 +1,166 @@
+"""How close do answers from a compressed context come to answers from the full cache?
+
+Contexts of about 2,000 tokens from SQuAD articles; questions of SQuAD, and questions for short codes hidden in the
+articles. The full cache answers greedily; every method is then teacher-forced on that answer. Per token of the answer:
+KL(full || compressed) and top-1 agreement. Methods are compared at the same kept fraction of all pairs.
+
+    python benchmarks/fidelity.py --squad squad.json --kvpress-python peer/bin/python
+    python benchmarks/fidelity.py --squad squad.json --model gemma3
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import PROBE, articles, gemma3, run_peer, save, smollm2
+from tqdm import tqdm
+
+from kvzip_memory import KVzipEngine
+from kvzip_memory.compression import Prefilled, prefill
+from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.evict import evict
+from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.context import CompressedContext
+
+RATIOS = [0.5, 0.3, 0.2, 0.1]
+SCORERS = {
+    f"{aggregation}/{repeat}": KVzipScorer(aggregation=aggregation, repeat=repeat)
+    for aggregation in ("max", "sum_of_squares")
+    for repeat in ("whole", "local")
+}
+PLACES = ["boathouse", "greenhouse", "observatory", "north gate", "wine cellar", "map room"]
+
+
+def documents(data: list[dict[str, Any]], count: int, tokenizer: Any, tokens: int) -> list[dict[str, Any]]:
+    """Articles cut to about ``tokens``, six hidden codes in each, and six questions of either kind."""
+    found = []
+    for number, article in enumerate(data[:count]):
+        rng = random.Random(number)
+        paragraphs, questions, length = [], [], 0
+        for paragraph in article["paragraphs"]:
+            length += len(tokenizer(paragraph["context"]).input_ids)
+            if length > tokens - 150:
+                break
+            paragraphs.append(paragraph["context"])
+            questions += [qa["question"] for qa in paragraph["qas"]]
+        asked = [("question", q) for q in questions[:: max(1, len(questions) // 6)][:6]]
+        for i, place in enumerate(PLACES):
+            at = round((i + 0.5) * len(paragraphs) / len(PLACES))
+            paragraphs[min(at, len(paragraphs) - 1)] += f" The access code of the {place} is {rng.randint(10000, 99999)}."
+            asked.append(("needle", f"What is the access code of the {place}?"))
+        found.append({"title": article["title"], "text": "\n\n".join(paragraphs), "asked": asked})
+    return found
+
+
+def context_at(prefilled: Prefilled, scores: torch.Tensor | None, ratio: float, base: CompressedContext) -> CompressedContext:
+    """A context evicted to ``ratio`` from a dense cache that stays whole."""
+    twin = copy.copy(prefilled.cache)
+    twin.layers = [copy.copy(layer) for layer in prefilled.cache.layers]
+    n = len(prefilled.token_ids)
+    half = scores.half()
+    half[:, :, : prefilled.protected] = float("inf")
+    keep = ALLOCATORS["global"](half, round(ratio * half.numel()))
+    layers = evict(twin, keep, None, prefilled.model.windows, n)
+    fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
+    return CompressedContext(**fields, layers=tuple(layers), ratio=ratio)
+
+
+def divergence(full: torch.Tensor, ours: torch.Tensor) -> dict[str, float]:
+    p, q = full.log_softmax(-1), ours.log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return {"kl": kl.sum().item(), "agree": (full.argmax(-1) == ours.argmax(-1)).sum().item(), "tokens": len(kl)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--squad", type=Path, required=True)
+    parser.add_argument("--kvpress-python")
+    parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
+    parser.add_argument("--articles", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000)
+    args = parser.parse_args()
+    engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3())
+    docs = documents(articles(args.squad), args.articles, engine.tokenizer, args.tokens)
+    results: list[dict[str, Any]] = []
+    job: dict[str, Any] = {"task": "fidelity", "threads": torch.get_num_threads(), "ratios": RATIOS, "contexts": []}
+    agreement = None
+    paper = None
+    for doc in tqdm(docs, desc="articles"):
+        full = engine.load(doc["text"], ratio=1.0)
+        prompt = engine._prompt(doc["text"], None)
+        questions = []
+        for kind, question in doc["asked"]:
+            ids = engine.prompt_ids(full, question)
+            if answer := greedy(engine, full, ids):
+                questions.append({"kind": kind, "question": ids, "answer": answer})
+        reference = [engine.logits(full, q["question"] + q["answer"][:-1])[-len(q["answer"]) :] for q in questions]
+        job["contexts"].append({"ids": list(prompt.token_ids), "questions": questions})
+        cache = prefill(engine._model, prompt.token_ids, lambda *_: None)
+        prefilled = Prefilled(
+            engine._model, cache, prompt.token_ids, prompt.protected, prompt.recipe.opening, prompt.recipe.closing, engine._prompts.text_ids
+        )
+        if paper is None:
+            paper = kvpress_scores(prefilled)
+        for name, scorer in SCORERS.items():
+            scores = scorer.score(prefilled, lambda *_: None)
+            for ratio in RATIOS:
+                context = context_at(prefilled, scores, ratio, full)
+                for q, expected in zip(questions, reference, strict=True):
+                    logits = engine.logits(context, q["question"] + q["answer"][:-1])[-len(q["answer"]) :]
+                    results.append({"method": name, "ratio": ratio, "kind": q["kind"]} | divergence(expected, logits))
+    if args.kvpress_python:
+        job |= {"model": str(engine.model.config.name_or_path), "probe": PROBE}
+        job["probe_ids"] = engine.tokenizer(PROBE, add_special_tokens=False).input_ids
+        peer = run_peer(args.kvpress_python, job)
+        results += [{**row, "method": f"kvpress {row['method']}"} for row in peer["results"]]
+        theirs = torch.tensor(peer["scores"])[:, :, -paper.shape[2] :]
+        agreement = (theirs - paper).abs().max().item()
+    table = summary(results)
+    for row in table:
+        print(row)
+    print("largest difference between our paper score and kvpress':", agreement)
+    suffix = "" if args.model == "smollm2" else f"_{args.model}"
+    save(f"fidelity{suffix}", {"model": args.model, "articles": [d["title"] for d in docs], "kvpress_score_difference": agreement, "table": table})
+
+
+def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
+    """The full cache's own answer, at most 32 ids."""
+    from kvzip_memory.cache import Row, Tail
+
+    row, answer = Row(context, Tail()), []
+    logits = engine._feed(row, ids)
+    while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:
+        answer.append(token)
+        logits = engine._feed(row, [token])
+    return answer
+
+
+def kvpress_scores(prefilled: Prefilled) -> torch.Tensor:
+    """The paper's score as kvpress computes it: softmax over 4 sinks, one chunk and the repeat; [L, H, n - prefix]."""
+    n = len(prefilled.token_ids)
+    prefix = prefilled.protected
+    scorer = KVzipScorer(aggregation="max", repeat="whole")
+    repeat = scorer._repeat_ids(prefilled, prefix, n)
+    return scorer.score_chunk(prefilled, repeat, 4, prefix, n)
+
+
+def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    sums: dict[tuple[str, str, float], dict[str, float]] = defaultdict(lambda: {"kl": 0.0, "agree": 0, "tokens": 0})
+    for row in results:
+        entry = sums[row["method"], row["kind"], row["ratio"]]
+        for field in ("kl", "agree", "tokens"):
+            entry[field] += row[field]
+    return [
+        {"method": m, "kind": k, "ratio": r, "kl": round(e["kl"] / e["tokens"], 5), "top1": round(e["agree"] / e["tokens"], 4), "tokens": int(e["tokens"])}
+        for (m, k, r), e in sums.items()
+    ]
+
+
+if __name__ == "__main__":
+    main()

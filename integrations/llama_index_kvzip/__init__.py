@@ -1,0 +1,5 @@
+"""KVzip-compressed contexts for LlamaIndex."""
+
+from llama_index_kvzip.query_engine import KVzipQueryEngine
+
+__all__ = ["KVzipQueryEngine"]

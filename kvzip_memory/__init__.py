@@ -1,0 +1,38 @@
+"""Whole documents and conversations as KVzip-compressed KV caches, loaded once and asked many times."""
+
+from kvzip_memory.context import CompressedContext, Receipt, Source
+from kvzip_memory.engine import KVzipEngine
+from kvzip_memory.errors import (
+    CompressionError,
+    CorruptFileError,
+    IdentityMismatchError,
+    InputError,
+    KVzipError,
+    SessionBusyError,
+    UnsupportedModelError,
+    WindowError,
+)
+from kvzip_memory.prompt import Document
+from kvzip_memory.session import Reply, Session, Stream, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressedContext",
+    "CompressionError",
+    "CorruptFileError",
+    "Document",
+    "IdentityMismatchError",
+    "InputError",
+    "KVzipEngine",
+    "KVzipError",
+    "Receipt",
+    "Reply",
+    "Session",
+    "SessionBusyError",
+    "Source",
+    "Stream",
+    "UnsupportedModelError",
+    "Usage",
+    "WindowError",
+]

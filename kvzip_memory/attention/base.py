@@ -1,0 +1,43 @@
+"""What an attention backend is given and what it owes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from kvzip_memory.context import RaggedLayer
+
+
+class RowKV(NamedTuple):
+    """The pairs one row of a batch may see in one layer.
+
+    Attributes:
+        context: the shared compressed pairs, None for a row without a context.
+        keys, values: ``[H, t, D]``, the row's own tail; its last ``n_new`` entries belong to this call's queries.
+        n_new: how many of the batch's query columns are this row's; they are the last ones (rows are left-padded).
+        context_tokens: logical length of the context. Entry ``i`` of the tail has position ``context_tokens + i``.
+    """
+
+    context: RaggedLayer | None
+    keys: Tensor
+    values: Tensor
+    n_new: int
+    context_tokens: int
+
+
+class AttentionBackend(Protocol):
+    def __call__(self, query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+        """Attention of every row's new tokens over its context and, causally, its tail.
+
+        Args:
+            query: ``[B, H * G, n, D]``, post-RoPE; G query heads share a KV head.
+            rows: one entry a row of the batch. Several rows may share one context.
+            scaling: factor of the logits, as the model gives it.
+            window: the layer's sliding window: a token sees the last ``window`` positions, itself included.
+
+        Returns:
+            ``[B, n, H * G, D]`` in the dtype of ``query``; zero where a row has no query.
+        """
+        ...

@@ -1,0 +1,38 @@
+"""The oracle: one softmax over all pairs a query may see, written to be read, not to be fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvzip_memory.attention.base import RowKV
+
+
+def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+    """See :class:`~kvzip_memory.attention.base.AttentionBackend`. Computes in float64."""
+    batch, query_heads, n, dim = query.shape
+    out = query.new_zeros(batch, n, query_heads, dim)
+    for b, row in enumerate(rows):
+        group = query_heads // row.keys.shape[0]
+        n_tail = row.keys.shape[1]
+        tail_positions = row.context_tokens + torch.arange(n_tail, device=query.device)
+        for head in range(query_heads):
+            kv_head = head // group
+            keys, values, positions = row.keys[kv_head], row.values[kv_head], tail_positions
+            if row.context is not None:
+                context_keys, context_values = row.context.head(kv_head)
+                start, end = row.context.offsets[kv_head : kv_head + 2]
+                keys = torch.cat([context_keys, keys])
+                values = torch.cat([context_values, values])
+                positions = torch.cat([row.context.positions[start:end].long(), positions])
+            for i in range(row.n_new):
+                position = int(tail_positions[n_tail - row.n_new + i])
+                visible = positions <= position
+                if window is not None:
+                    visible &= positions > position - window
+                q = query[b, head, n - row.n_new + i].double()
+                logits = (keys.double() @ q * scaling).masked_fill(~visible, float("-inf"))
+                out[b, n - row.n_new + i, head] = (logits.softmax(0) @ values.double()).to(out.dtype)
+    return out

@@ -1,0 +1,112 @@
+"""A session's private pairs, and the cache of one forward over a batch of sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import Cache
+
+from kvzip_memory.attention import AttentionBackend, RowKV
+from kvzip_memory.context import CompressedContext
+
+
+class Tail:
+    """Private dense pairs of one session: per layer keys and values ``[H, capacity, D]``, of which ``length`` count.
+
+    Buffers double when full, so a token costs no copy of the earlier ones; :meth:`crop` and :meth:`reset` are O(1).
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``[H, n, D]`` behind the counted entries and return views of all of them, ``[H, length + n, D]``.
+
+        The entries count only after :meth:`advance`: a forward that fails half way leaves the tail as it was.
+        """
+        end = self.length + keys.shape[1]
+        if layer not in self._layers or self._layers[layer][0].shape[1] < end:
+            self._layers[layer] = self._grown(layer, keys, end)
+        tail_keys, tail_values = self._layers[layer]
+        tail_keys[:, self.length : end] = keys
+        tail_values[:, self.length : end] = values
+        return tail_keys[:, :end], tail_values[:, :end]
+
+    def _grown(self, layer: int, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        capacity = max(64, 1 << (end - 1).bit_length())
+        keys, values = (like.new_empty(like.shape[0], capacity, like.shape[2]) for _ in range(2))
+        if self.length:
+            old_keys, old_values = self._layers[layer]
+            keys[:, : self.length] = old_keys[:, : self.length]
+            values[:, : self.length] = old_values[:, : self.length]
+        return keys, values
+
+    def advance(self, n: int) -> None:
+        """Count the ``n`` entries every layer has just been given."""
+        self.length += n
+
+    def crop(self, length: int) -> None:
+        """Forget everything after the first ``length`` entries."""
+        self.length = min(self.length, length)
+
+    def copy(self) -> Tail:
+        """An independent tail with the same entries."""
+        twin = Tail()
+        twin.length = self.length
+        twin._layers = {i: (keys.clone(), values.clone()) for i, (keys, values) in self._layers.items()}
+        return twin
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, spare capacity included."""
+        return sum(t.untyped_storage().nbytes() for pair in self._layers.values() for t in pair)
+
+
+class Row(NamedTuple):
+    """One row of a batch: a shared context, or None, and the tail of the session that asks."""
+
+    context: CompressedContext | None
+    tail: Tail
+
+    @property
+    def length(self) -> int:
+        """Logical length: the position of the row's next token."""
+        return (self.context.n_tokens if self.context else 0) + self.tail.length
+
+
+class SessionCache(Cache):
+    """The cache of one forward: rows with their own contexts and tails, left-padded to the same number of tokens.
+
+    New pairs go into the tails; contexts are only read. It is also the :class:`~kvzip_memory.attention.AttentionCall`
+    of that forward.
+    """
+
+    def __init__(
+        self, rows: Sequence[Row], counts: Sequence[int], windows: Sequence[int | None], backend: AttentionBackend
+    ) -> None:
+        super().__init__(layers=[])
+        self._rows, self._counts, self._windows, self._backend = rows, counts, windows, backend
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Nothing: :meth:`attend` stores the pairs, it knows which of the columns are padding."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(row.length for row in self._rows)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # The mask transformers makes from this is not used: attend() masks by position. So let it be small.
+        return query_length, self.get_seq_length()
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        rows, n = [], query.shape[2]
+        for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
+            keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
+            context = row.context.layers[layer] if row.context else None
+            rows.append(RowKV(context, keys, values, count, row.context.n_tokens if row.context else 0))
+        return self._backend(query, rows, scaling, self._windows[layer])

@@ -1,0 +1,53 @@
+"""Step 1 of a build: the dense cache, by the model's own attention, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import DynamicCache
+
+from kvzip_memory.modeling import LanguageModel
+
+#: Tokens of one prefill forward; bounds the memory of activations and masks.
+CHUNK_TOKENS = 4096
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prefix and its dense cache, ready to be scored.
+
+    Attributes:
+        model: the model.
+        cache: dense, ``[1, H, n, D]`` a layer (a sliding layer: its last ``window - 1`` tokens).
+        token_ids: the prefix, n ids.
+        protected: the first so many positions are never evicted and need no score.
+        opening: ids that open a user's turn after the prefix.
+        closing: ids that end a user's turn and open the assistant's.
+        encode: tokenises plain text.
+    """
+
+    model: LanguageModel
+    cache: DynamicCache
+    token_ids: tuple[int, ...]
+    protected: int
+    opening: tuple[int, ...]
+    closing: tuple[int, ...]
+    encode: Callable[[str], list[int]]
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with full attention, the ones that are compressed."""
+        return tuple(i for i, window in enumerate(self.model.windows) if window is None)
+
+
+def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DynamicCache:
+    """The dense cache of ``token_ids``."""
+    cache = DynamicCache(config=model.model.config)
+    for start in range(0, len(token_ids), CHUNK_TOKENS):
+        chunk = token_ids[start : start + CHUNK_TOKENS]
+        model.fill(chunk, start, cache)
+        progress("prefill", len(chunk))
+    return cache

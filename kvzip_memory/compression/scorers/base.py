@@ -1,0 +1,33 @@
+"""What a scorer owes."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from kvzip_memory.compression.prefill import Prefilled, Progress
+
+
+class Scorer(Protocol):
+    """Gives every pair of the layers with full attention its importance."""
+
+    @property
+    def query_agnostic(self) -> bool:
+        """Whether the scores are made without any question, so that the context serves all of them."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Name, version and every parameter that changes a score; part of the context's key."""
+        ...
+
+    def cost(self, n_tokens: int) -> int:
+        """Tokens the scorer will report to ``progress`` for a prefix of ``n_tokens``."""
+        ...
+
+    def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
+        """Scores ``[L, H, n]`` fp32 of the L layers with full attention, higher means keep.
+
+        The dense cache is the same after the call as before. Protected positions may hold anything.
+        """
+        ...

@@ -1,0 +1,184 @@
+"""KVzip: a pair matters as much as the model looks at it while repeating the context (arXiv 2505.23416).
+
+The context is cut into chunks; for each, one teacher-forced forward of "repeat this" and the chunk itself runs over
+the dense cache. A pair's score is made of the attention probabilities the repeat's tokens pay to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from kvzip_memory.attention import BACKENDS, RowKV
+from kvzip_memory.compression.evict import dense_layer
+from kvzip_memory.compression.prefill import Prefilled, Progress
+
+FIRST_PROMPT = "\n\nRepeat the previous context exactly."
+NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
+OVERLAP = 8  # ids of the previous chunk that say where the next one starts
+
+# Attention probabilities held at one time, in elements (fp32: 8 MB). Measured on 2 cores, SmolLM2, 2k tokens: a repeat
+# pass takes 1.0x at 2M, 1.1x at 0.5M, 1.2x at 16M.
+BLOCK_ELEMENTS = 2 << 20
+
+
+@dataclass(frozen=True)
+class KVzipScorer:
+    """Importance by context reconstruction.
+
+    Attributes:
+        aggregation: how a pair's probabilities over the repeat's rows and the query group become its score:
+            ``"max"`` is the paper's; ``"sum_of_squares"`` about halves the KL to the full cache
+            (``docs/benchmarks.md``). The latter is stored as its root, which ranks the same and fits fp16.
+        repeat: what the repeat attends to: the ``"whole"`` context as in the paper, or ``"local"``: protected head,
+            its own chunk and itself. Local costs time linear in the context and scores as well.
+        chunk_tokens: largest chunk. Chunks are cut equal, since a short last one would score too high.
+    """
+
+    aggregation: Literal["sum_of_squares", "max"] = "sum_of_squares"
+    repeat: Literal["local", "whole"] = "local"
+    chunk_tokens: int = 2000
+
+    @property
+    def query_agnostic(self) -> bool:
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "name": "kvzip",
+            "version": 1,
+            "aggregation": self.aggregation,
+            "repeat": self.repeat,
+            "chunk_tokens": self.chunk_tokens,
+        }
+
+    def cost(self, n_tokens: int) -> int:
+        return n_tokens
+
+    def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
+        first, n = prefilled.protected, len(prefilled.token_ids)
+        layers = prefilled.full_layers
+        n_heads = prefilled.cache.layers[layers[0]].keys.shape[1]
+        scores = torch.zeros(len(layers), n_heads, n, dtype=torch.float32)
+        for start, end in self._chunks(first, n, prefilled.model.window - n):
+            repeat_ids = self._repeat_ids(prefilled, start, end)
+            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, first, start, end).cpu()
+            progress("score", end - start)
+        return scores
+
+    def _chunks(self, first: int, n: int, room: int) -> list[tuple[int, int]]:
+        """Equal chunks of ``[first, n)``, small enough for the repeat to fit behind the prefix."""
+        largest = min(self.chunk_tokens, max(room - 64, 64))
+        count = max(1, math.ceil((n - first) / largest))
+        edges = [first + round(i * (n - first) / count) for i in range(count + 1)]
+        return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if start < end]
+
+    def _repeat_ids(self, prefilled: Prefilled, start: int, end: int) -> list[int]:
+        ids = prefilled.token_ids
+        if start == prefilled.protected:
+            prompt = prefilled.encode(FIRST_PROMPT)
+        else:
+            prompt = [*prefilled.encode(NEXT_PROMPT), *ids[start - OVERLAP : start]]
+        return [*prefilled.opening, *prompt, *prefilled.closing, *ids[start:end]]
+
+    def score_chunk(self, prefilled: Prefilled, repeat_ids: Sequence[int], head: int, start: int, end: int) -> Tensor:
+        """Scores ``[L, H, end - start]`` fp32 of one chunk from one forward of ``repeat_ids``.
+
+        The probabilities are normalised over the first ``head`` pairs, the chunk's, and the repeat's own so far.
+        """
+        call = _RepeatCall(prefilled, self, head, start, end)
+        prefilled.model.fill(repeat_ids, len(prefilled.token_ids), call, call)
+        return torch.stack(call.scores)
+
+
+class _RepeatCall(Cache):
+    """Cache and attention of one repeat forward: reads the dense cache, adds nothing to it, collects scores."""
+
+    def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int) -> None:
+        super().__init__(layers=[])
+        self._prefilled, self._scorer = prefilled, scorer
+        self._head, self._start, self._end = head, start, end
+        self.scores: list[Tensor] = []  # one [H, end - start] a layer with full attention
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return len(self._prefilled.token_ids)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, self.get_seq_length()  # the mask made from it is not used
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        window = self._prefilled.model.windows[layer]
+        n = len(self._prefilled.token_ids)
+        if window is not None:
+            context = dense_layer(self._prefilled.cache.layers[layer], n, window)
+            row = RowKV(context, key[0], value[0], query.shape[2], n)
+            return BACKENDS["cpu"](query, [row], scaling, window)
+        dense = self._prefilled.cache.layers[layer]
+        dense_keys, dense_values = dense.keys[0], dense.values[0]
+        columns = slice(self._start, self._end)
+        near_keys = torch.cat([dense_keys[:, : self._head], dense_keys[:, columns], key[0]], 1)
+        near_values = torch.cat([dense_values[:, : self._head], dense_values[:, columns], value[0]], 1)
+        scored = slice(self._head, self._head + self._end - self._start)
+        if self._scorer.repeat == "local":
+            out, scores = self._attend(query[0], near_keys, near_values, scaling, scored)
+        else:
+            _, scores = self._attend(query[0], near_keys, None, scaling, scored)
+            all_keys = torch.cat([dense_keys, key[0]], 1)
+            all_values = torch.cat([dense_values, value[0]], 1)
+            out, _ = self._attend(query[0], all_keys, all_values, scaling, None)
+        self.scores.append(scores)
+        return out[None]
+
+    def _attend(
+        self, query: Tensor, keys: Tensor, values: Tensor | None, scaling: float, scored: slice | None
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, in blocks of rows.
+
+        Returns:
+            The output ``[T, H * G, D]``, and the scores ``[H, columns]`` of the ``scored`` columns: the same
+            probabilities serve both.
+        """
+        n_heads, n_keys, dim = keys.shape
+        n_rows = query.shape[1]
+        grouped = (query * scaling).unflatten(0, (n_heads, -1))  # [H, G, T, D]
+        group = grouped.shape[1]
+        past = n_keys - n_rows
+        width = 0 if scored is None else scored.stop - scored.start
+        scores = torch.zeros(n_heads, width, dtype=torch.float32, device=query.device)
+        out = query.new_empty(n_rows, n_heads * group, dim)
+        step = max(1, BLOCK_ELEMENTS // (n_heads * group * n_keys))
+        for start in range(0, n_rows, step):
+            end = min(start + step, n_rows)
+            block = grouped[:, :, start:end].reshape(n_heads, -1, dim)
+            logits = torch.bmm(block, keys[:, : past + end].mT).float()
+            corner = logits.view(n_heads, group, end - start, -1)[..., past + start :]
+            corner.masked_fill_(_above_diagonal(end - start, query.device), float("-inf"))
+            probabilities = logits.softmax(-1)
+            if scored is not None:
+                self._aggregate(scores, probabilities[:, :, scored])
+            if values is not None:
+                part = torch.bmm(probabilities.to(values.dtype), values[:, : past + end])
+                out[start:end] = part.unflatten(1, (group, -1)).flatten(0, 1).transpose(0, 1)
+        return out, scores.sqrt_() if self._scorer.aggregation == "sum_of_squares" else scores
+
+    def _aggregate(self, scores: Tensor, probabilities: Tensor) -> None:
+        """Add rows ``[H, rows, columns]`` to the scores ``[H, columns]``."""
+        if self._scorer.aggregation == "max":
+            torch.maximum(scores, probabilities.amax(1), out=scores)
+        else:
+            scores += probabilities.square().sum(1)
+
+
+def _above_diagonal(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)

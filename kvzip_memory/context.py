@@ -1,0 +1,190 @@
+"""The values that flow through everything: a compressed context and its layers. No behaviour beyond reading them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RaggedLayer:
+    """The kept pairs of one layer, heads one after another, each head's pairs in the order of their positions.
+
+    Attributes:
+        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, dtype of the model.
+        values: ``[sum(lengths), D]``, dtype of the model.
+        lengths: pairs kept by each KV head.
+        positions: ``[sum(lengths)]`` int32, position of each pair in the context.
+        scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
+        window: the layer's sliding window in tokens, None for full attention. A sliding layer keeps exactly the
+            pairs the next token can still see and is never compressed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    scores: Tensor | None = None
+    window: int | None = None
+    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", tuple(accumulate(self.lengths, initial=0)))
+
+    @property
+    def n_heads(self) -> int:
+        return len(self.lengths)
+
+    def head(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one KV head, each ``[lengths[index], D]``: views, nothing is copied."""
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        return self.keys[rows], self.values[rows]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors this layer owns."""
+        scores = () if self.scores is None else (self.scores,)
+        return (self.keys, self.values, self.positions, *scores)
+
+    def to(self, device: torch.device) -> RaggedLayer:
+        return replace(
+            self,
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            positions=self.positions.to(device),
+            scores=None if self.scores is None else self.scores.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Source:
+    """One loaded document: its name, its metadata and the tokens it covers, ``[start, end)`` of the context."""
+
+    name: str
+    metadata: Mapping[str, Any]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What follows a context's tokens, cut from the chat template once and never rendered again.
+
+    A first question is ``opening + tokens(separator + question) + closing``; every later one starts with
+    ``next_turn`` in the place of opening and separator.
+
+    Attributes:
+        opening: ids between the context and the first question (a user header after a conversation, else empty).
+        separator: plain text put before the first question.
+        closing: ids that end a user's turn and open the assistant's.
+        next_turn: ids that end an assistant's turn and open the user's.
+    """
+
+    opening: tuple[int, ...]
+    separator: str
+    closing: tuple[int, ...]
+    next_turn: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one call reused or built.
+
+    Attributes:
+        key: the context's key, None for an answer without a context.
+        hit: whether a stored context was used.
+        tier: where it lay: ``"device"``, ``"disk"``, or ``"built"`` when it had to be computed.
+        reason: why there was no hit, None on a hit.
+        nbytes: bytes of the context in memory.
+        ms: milliseconds by stage (``prefill``, ``score``, ``evict``, ``save``, ``load``, ``decode``, ...).
+    """
+
+    key: str | None
+    hit: bool
+    tier: str
+    reason: str | None = None
+    nbytes: int = 0
+    ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CompressedContext:
+    """A token prefix and what is left of its KV cache. Immutable: any number of sessions read one context at a time.
+
+    Attributes:
+        key: content hash of everything that determines the bytes (see :mod:`kvzip_memory.registry.identity`).
+        identity: the fields the key was made of.
+        token_ids: ``[n]`` int32 on the host, the prefix the context stands for.
+        layers: one :class:`RaggedLayer` a layer.
+        protected: the first so many positions are never evicted (template head and system prompt).
+        ratio: the fraction of pairs that was asked for.
+        dense_nbytes: storage of the uncompressed cache, measured while building.
+        recipe: the ids that follow.
+        sources: the loaded documents and the tokens each covers.
+        name: the name given by the user; not part of the key.
+        receipt: how this object came to be.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    token_ids: Tensor
+    layers: tuple[RaggedLayer, ...]
+    protected: int
+    ratio: float
+    dense_nbytes: int
+    recipe: Recipe
+    sources: tuple[Source, ...] = ()
+    name: str | None = None
+    receipt: Receipt | None = None
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the context stands for; a session's positions go on from here."""
+        return int(self.token_ids.numel())
+
+    @property
+    def kept_pairs(self) -> int:
+        """Pairs kept in the layers with full attention, over all their heads."""
+        return sum(sum(layer.lengths) for layer in self.layers if layer.window is None)
+
+    @property
+    def total_pairs(self) -> int:
+        """Pairs the same layers held before eviction."""
+        return sum(layer.n_heads * self.n_tokens for layer in self.layers if layer.window is None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages the context holds, each counted once."""
+        return storage_nbytes([self.token_ids, *(t for layer in self.layers for t in layer.tensors())])
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].keys.device
+
+    def save(self, path: str | Path) -> Path:
+        """Write the context to one safetensors file, atomically; an older file there is replaced only when done.
+
+        Raises:
+            OSError: the file cannot be written; whatever was at ``path`` is still there.
+        """
+        from kvzip_memory.registry.files import write_context
+
+        return write_context(self, Path(path))
+
+    def __repr__(self) -> str:
+        kept = 100 * self.kept_pairs / self.total_pairs
+        return (
+            f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {kept:.1f} % kept, "
+            f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
+        )
+
+
+def storage_nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each storage counted once, whole."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

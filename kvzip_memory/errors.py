@@ -1,0 +1,51 @@
+"""Every error this package raises on purpose. Each message names the value, the limit and the way out."""
+
+
+class KVzipError(Exception):
+    """Base of all errors raised by ``kvzip_memory``."""
+
+
+class InputError(KVzipError, ValueError):
+    """An argument or a source that cannot be used; nothing was computed, written or changed."""
+
+
+class WindowError(InputError):
+    """Text that does not fit into the model's window.
+
+    Attributes:
+        tokens: how many tokens were asked for.
+        window: how many tokens the model can hold.
+    """
+
+    def __init__(self, message: str, *, tokens: int, window: int) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.window = window
+
+
+class UnsupportedModelError(KVzipError, ValueError):
+    """A model whose cache cannot be compressed by dropping key-value pairs."""
+
+
+class CompressionError(KVzipError, RuntimeError):
+    """The model gave numbers no pair can be ranked by (not finite)."""
+
+
+class SessionBusyError(KVzipError, RuntimeError):
+    """A session was asked while it is still answering."""
+
+
+class CorruptFileError(KVzipError, ValueError):
+    """A stored context that is damaged, incomplete or not one of our files."""
+
+
+class IdentityMismatchError(KVzipError, ValueError):
+    """A stored context that belongs to another model, tokenizer or format.
+
+    Attributes:
+        fields: the identity fields that differ.
+    """
+
+    def __init__(self, message: str, *, fields: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.fields = fields

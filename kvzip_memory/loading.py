@@ -1,0 +1,100 @@
+"""Weights and tokenizer from a hub id, a local folder or a ``.gguf`` file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import xxhash
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvzip_memory.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE = Path("~/.cache/kvzip_memory").expanduser()
+
+# A tokenizer converted from GGUF and saved has been seen to come back as another class that splits text into garbage.
+_TOKENIZER_PROBE = (
+    "The quick brown fox jumps over 13 lazy dogs; naïve café, 東京, emoji 🙂.\n\n\tdef f(x):\n        return x**2  # don't\n"
+    "Unverhältnismäßigkeit https://example.org/a?b=c&d=%20 [1, 2.5e-3]   trailing "
+)
+
+
+def load_model(
+    model: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, cache_dir: Path | None, **model_kwargs: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer, on ``device``, in evaluation mode.
+
+    A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
+
+    Raises:
+        InputError: a path that does not exist.
+        OSError: what transformers raises for an unknown hub id.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
+    source = Path(model)
+    if source.suffix == ".gguf":
+        if not source.is_file():
+            raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
+        weights = tokenizer_source = _converted(source, dtype, cache_dir or DEFAULT_CACHE)
+        loaded_tokenizer = None
+        if not (weights / "tokenizer.json").exists():
+            loaded_tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    else:
+        weights, tokenizer_source, loaded_tokenizer = source if source.is_dir() else model, model, None  # type: ignore[assignment]
+    shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
+    tokenizer = loaded_tokenizer or AutoTokenizer.from_pretrained(tokenizer_source, **shared)
+    loaded = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, **model_kwargs)
+    if "device_map" not in model_kwargs:
+        loaded = loaded.to(device)
+    return loaded.eval(), tokenizer
+
+
+def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
+    """The folder a ``.gguf`` file was converted into; converts it if need be."""
+    with source.open("rb") as file:
+        digest = xxhash.xxh3_128()
+        while block := file.read(1 << 24):
+            digest.update(block)
+    name = f"{source.stem}-{digest.hexdigest()[:16]}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
+    folder = cache_dir / "gguf" / name
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            logger.info("converting %s once into %s", source.name, folder)
+            staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+            try:
+                _convert(source, dtype, staging)
+                os.replace(staging, folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _convert(source: Path, dtype: str | torch.dtype, folder: Path) -> None:
+    dequantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+    config = dequantised.config
+    if hasattr(config, "quantization_config"):  # the weights are plain now, and only plain models can be saved
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=dequantised.dtype)
+    plain.load_state_dict(dequantised.state_dict())
+    plain.generation_config = dequantised.generation_config
+    plain.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder)
+    probe = _TOKENIZER_PROBE + " ".join(tokenizer.all_special_tokens)
+    if again(probe).input_ids != tokenizer(probe).input_ids or again.chat_template != tokenizer.chat_template:
+        logger.warning("the tokenizer of %s does not survive being saved; it will be read from the file each time", source.name)
+        for file in folder.glob("token*"):
+            file.unlink()

@@ -1,0 +1,179 @@
+"""A transformers model behind the one door the rest of the package uses. What cannot work is refused here, before any work."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvzip_memory.attention import BACKENDS, AttentionCall, attach
+from kvzip_memory.cache import Row, SessionCache, Tail
+from kvzip_memory.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+#: Architectures compared with transformers' own output in our tests. Others are compared once, when they are loaded.
+TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"})
+
+
+class LanguageModel:
+    """A decoder-only model with our attention attached, fed by one thread at a time.
+
+    Forwards take a lock each, so answers and builds of several threads interleave token by token and chunk by chunk;
+    two at once would only fight for the same cores.
+
+    Args:
+        model: a transformers causal language model; it goes on working for others.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        window: tokens the model can hold: context, questions and answers together.
+        windows: sliding window of each layer, None for full attention.
+        eos_ids: ids that end an answer.
+
+    Raises:
+        UnsupportedModelError: naming the property of the model that stands in the way.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, backend: str = "cpu") -> None:
+        config = model.config
+        layer_types = _check(model)
+        self.model = model
+        self.window = _window(config)
+        self.windows = tuple(
+            config.sliding_window if layer == "sliding_attention" and config.sliding_window < self.window else None
+            for layer in layer_types
+        )
+        if all(self.windows):
+            raise UnsupportedModelError(
+                f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
+                "full-attention cache to compress"
+            )
+        self.eos_ids = _eos_ids(model, tokenizer)
+        self._backend = BACKENDS[backend]
+        self._lock = threading.Lock()
+        attach(model)
+        if config.model_type not in TESTED:
+            self._compare_with_original()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @torch.inference_mode()
+    def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], last_only: bool = True) -> list[Tensor]:
+        """Feed each row its new tokens and append their pairs to its tail.
+
+        Args:
+            rows: sessions; their tails are distinct, their contexts may repeat.
+            ids: new tokens of each row, at least one, any number a row.
+            last_only: logits of each row's last token only.
+
+        Returns:
+            Logits of each row, ``[1 or len(ids[row]), vocab]`` fp32.
+        """
+        counts = [len(row_ids) for row_ids in ids]
+        width = max(counts)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            input_ids[b, width - count :] = torch.as_tensor(ids[b])
+            positions[b, width - count :] = torch.arange(row.length, row.length + count)
+        cache = SessionCache(rows, counts, self.windows, self._backend)
+        with self._lock:
+            output = self.model(
+                input_ids=input_ids.to(self.device),
+                position_ids=positions.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+                kvzip=cache,
+            )
+        for row, count in zip(rows, counts, strict=True):
+            row.tail.advance(count)
+        return [logits[-1 if last_only else -count :].float() for logits, count in zip(output.logits, counts, strict=True)]
+
+    @torch.inference_mode()
+    def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> None:
+        """Run the layers over ``ids`` from ``position`` on, into or over ``cache``; no logits are computed.
+
+        With a ``call`` attention is what that object says, else it is the model's own.
+        """
+        input_ids = torch.tensor([list(ids)], device=self.device)
+        positions = torch.arange(position, position + len(ids), device=self.device)[None]
+        extra = {} if call is None else {"kvzip": call}
+        with self._lock:
+            self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+
+    def _compare_with_original(self) -> None:
+        """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
+        kind = self.model.config.model_type
+        ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
+        with torch.inference_mode():
+            theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
+        row = Row(None, Tail())
+        self.forward([row], [ids[:40].tolist()])
+        ours = self.forward([row], [ids[40:].tolist()], last_only=False)[0]
+        difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        if not difference <= 0.02 * largest:
+            raise UnsupportedModelError(
+                f"{kind!r} computes something our attention does not: on a test forward logits differ by {difference:.3g} "
+                f"(largest logit {largest:.3g})"
+            )
+        logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)
+
+
+def _check(model: PreTrainedModel) -> list[str]:
+    """The model's layer types, if all of them cache pairs we can evict."""
+    config = model.config
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder; kvzip_memory needs a decoder-only language model")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{kind!r} caches latents shared by all heads (multi-head latent attention); there are no pairs a head to evict"
+        )
+    if not hasattr(config, "num_key_value_heads"):
+        raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
+    layer_types = _layer_types(config)
+    foreign = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if foreign:
+        raise UnsupportedModelError(f"{kind!r} has layers of type {foreign}; only full and sliding-window attention keep pairs to evict")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
+    for name in ("attn_logit_softcapping", "num_kv_shared_layers"):
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"{kind!r} uses {name}={getattr(config, name)}, which our attention does not compute")
+    return layer_types
+
+
+def _layer_types(config: Any) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return list(types)
+
+
+def _window(config: Any) -> int:
+    """The configured window, cut where the rotation of earlier keys would have to change.
+
+    "dynamic" and "longrope" models rotate all keys anew once a text passes their original length; stored keys cannot.
+    """
+    window = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        window = min(window, int(rope.get("original_max_position_embeddings") or window))
+    return window
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return frozenset(ids)

@@ -1,0 +1,1 @@
+"""Where contexts are kept and by what they are found."""

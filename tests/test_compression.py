@@ -1,0 +1,167 @@
+"""Scores, budgets and eviction."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, tiny_engine
+
+from kvzip_memory import CompressionError, KVzipEngine
+from kvzip_memory.compression import Prefilled, prefill
+from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.compression.scorers import kvzip as kvzip_module
+
+
+def silent(stage: str, tokens: int) -> None:
+    pass
+
+
+def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
+    prompt = engine._prompt(text, None)
+    cache = prefill(engine._model, prompt.token_ids, silent)
+    recipe = prompt.recipe
+    return Prefilled(
+        engine._model, cache, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids
+    )
+
+
+@pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
+@pytest.mark.parametrize("ratio", [0.07, 0.3, 0.5, 0.999])
+def test_kept_pairs_are_exactly_the_rounded_ratio(allocator: str, ratio: float) -> None:
+    engine = tiny_engine(allocator=allocator)
+    context = engine.load(TEXT * 2, ratio=ratio)
+    layers, heads = len(context.layers), context.layers[0].n_heads
+    assert context.total_pairs == layers * heads * context.n_tokens
+    assert context.kept_pairs == round(ratio * context.total_pairs)
+
+
+@pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
+@pytest.mark.parametrize("budget", [1, 17, 59, 60])
+def test_tied_scores_change_nothing_about_the_budget(allocator: str, budget: int) -> None:
+    keep = ALLOCATORS[allocator](torch.full((2, 3, 10), 0.5).half(), budget)
+    assert keep.sum() == budget
+    assert torch.equal(keep, ALLOCATORS[allocator](torch.full((2, 3, 10), 0.5).half(), budget))
+
+
+def test_the_global_allocator_keeps_the_highest_scores_anywhere() -> None:
+    scores = torch.arange(24.0).flip(0).view(2, 3, 4)
+    assert torch.equal(ALLOCATORS["global"](scores, 7), scores > 16)
+
+
+def test_uniform_keeps_the_same_number_for_every_head_and_per_layer_for_every_layer() -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(3, 2, 40)
+    assert ALLOCATORS["uniform"](scores, 60).sum(-1).unique().tolist() == [10]
+    assert ALLOCATORS["per_layer"](scores, 60).sum((1, 2)).unique().tolist() == [20]
+
+
+def test_protected_pairs_are_kept_even_beyond_the_budget() -> None:
+    scores = torch.rand(2, 2, 10)
+    scores[:, :, :3] = float("inf")
+    for allocate in ALLOCATORS.values():
+        assert allocate(scores, 5)[:, :, :3].all()
+
+
+def test_the_template_head_and_system_prompt_are_never_evicted(architecture: str) -> None:
+    context = tiny_engine(architecture).load(TEXT, ratio=0.15, system="Be brief.")
+    assert context.protected > len("Be brief.")
+    for layer in context.layers:
+        if layer.window is None:
+            for head in range(layer.n_heads):
+                start = layer.offsets[head]
+                assert layer.positions[start : start + context.protected].tolist() == list(range(context.protected))
+
+
+def test_the_same_text_twice_gives_the_same_bits(smollm2: KVzipEngine, excerpt: str) -> None:
+    text = excerpt[:1500]
+    first = smollm2.load(text, ratio=0.31)
+    tensors = [t.clone() for layer in first.layers for t in layer.tensors()]
+    del first
+    second = smollm2.load(text, ratio=0.31)
+    assert second.receipt is not None
+    assert second.receipt.tier == "built"
+    for before, after in zip(tensors, (t for layer in second.layers for t in layer.tensors()), strict=True):
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("repeat", ["whole", "local"])
+@pytest.mark.parametrize("aggregation", ["max", "sum_of_squares"])
+def test_scores_equal_the_formula_written_out(
+    architecture: str, aggregation: str, repeat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention of the repeat's rows, from the model's own eager attention, normalised over head, chunk and repeat."""
+    monkeypatch.setattr(kvzip_module, "BLOCK_ELEMENTS", 5000)  # several blocks of rows
+    engine = tiny_engine(architecture)
+    prefilled = prefilled_of(engine)
+    n, head = len(prefilled.token_ids), prefilled.protected
+    start, end = head + 20, n - 30
+    ids = [7, 8, 9, *prefilled.token_ids[start:end]]
+    scorer = KVzipScorer(aggregation=aggregation, repeat=repeat)  # type: ignore[arg-type]
+    scores = scorer.score_chunk(prefilled, ids, head, start, end)
+
+    seen = []
+
+    def formula(query: torch.Tensor, key: torch.Tensor, dense: torch.Tensor, scaling: float) -> torch.Tensor:
+        groups = query.shape[1] // key.shape[1]
+        columns = torch.cat([dense[:, :, :head], dense[:, :, start:end], key], 2).repeat_interleave(groups, 1)
+        logits = query.double() @ columns.double().mT * scaling
+        rows = query.shape[2]
+        logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
+        p = logits.softmax(-1)[0, :, :, head : head + end - start].unflatten(0, (-1, groups))
+        return p.amax((1, 2)) if aggregation == "max" else p.square().sum((1, 2)).sqrt()
+
+    original = kvzip_module._RepeatCall.attend
+
+    def attend(self, layer, query, key, value, scaling):  # type: ignore[no-untyped-def]
+        if prefilled.model.windows[layer] is None:
+            seen.append(formula(query, key, prefilled.cache.layers[layer].keys, scaling))
+        return original(self, layer, query, key, value, scaling)
+
+    monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
+    scorer.score_chunk(prefilled, ids, head, start, end)
+    torch.testing.assert_close(scores, torch.stack(seen).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_whole_repeat_pass_attends_as_the_model_itself_would(architecture: str) -> None:
+    """Feeding the repeat behind the full context through the whole pass gives the hidden states of a plain forward."""
+    engine = tiny_engine(architecture)
+    prefilled = prefilled_of(engine)
+    n, head = len(prefilled.token_ids), prefilled.protected
+    ids = list(prefilled.token_ids[head : head + 40])
+    outputs = []
+    hook = engine.model.base_model.norm.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    KVzipScorer(repeat="whole").score_chunk(prefilled, ids, head, head, n)
+    with torch.inference_mode():
+        engine.model(input_ids=torch.tensor([[*prefilled.token_ids, *ids]]))
+    hook.remove()
+    torch.testing.assert_close(outputs[0], outputs[1][:, n:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "room"), [(5013, 4000), (2000, 4000), (2001, 4000), (700, 300), (30, 4000)])
+def test_chunks_are_equal_and_fit_behind_the_context(n: int, room: int) -> None:
+    chunks = KVzipScorer()._chunks(24, n, room)
+    sizes = [end - start for start, end in chunks]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= min(2000, room)
+    assert chunks[0][0] == 24
+    assert chunks[-1][1] == n
+    assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_scoring_leaves_the_dense_cache_as_it_was(architecture: str) -> None:
+    prefilled = prefilled_of(tiny_engine(architecture))
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefilled.cache.layers]
+    KVzipScorer(chunk_tokens=80).score(prefilled, silent)
+    for (keys, values), layer in zip(before, prefilled.cache.layers, strict=True):
+        assert torch.equal(keys, layer.keys)
+        assert torch.equal(values, layer.values)
+
+
+def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    with torch.no_grad():
+        engine.model.model.layers[1].self_attn.q_proj.weight.fill_(float("nan"))
+    with pytest.raises(CompressionError, match="bfloat16 or float32"):
+        engine.load(TEXT)
+    assert not list(tmp_path.rglob("*.safetensors"))
