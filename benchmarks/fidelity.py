@@ -126,7 +126,10 @@ def main() -> None:
         print(row)
     print("largest difference between our paper score and kvpress':", agreement)
     suffix = "" if args.model == "smollm2" else f"_{args.model}"
-    save(f"fidelity{suffix}", {"model": args.model, "articles": [d["title"] for d in docs], "kvpress_score_difference": agreement, "table": table})
+    save(
+        f"fidelity{suffix}",
+        {"model": args.model, "articles": [d["title"] for d in docs], "kvpress_score_difference": agreement, "table": table},
+    )
 
 
 def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
@@ -157,7 +160,14 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for field in ("kl", "agree", "tokens"):
             entry[field] += row[field]
     return [
-        {"method": m, "kind": k, "ratio": r, "kl": round(e["kl"] / e["tokens"], 5), "top1": round(e["agree"] / e["tokens"], 4), "tokens": int(e["tokens"])}
+        {
+            "method": m,
+            "kind": k,
+            "ratio": r,
+            "kl": round(e["kl"] / e["tokens"], 5),
+            "top1": round(e["agree"] / e["tokens"], 4),
+            "tokens": int(e["tokens"]),
+        }
         for (m, k, r), e in sums.items()
     ]
 

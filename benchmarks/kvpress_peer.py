@@ -56,9 +56,7 @@ def fidelity(model, job):
                 cache = compressed(model, press(compression_ratio=1 - ratio), ids)
                 for q, reference in zip(context["questions"], full, strict=True):
                     logits = answer_logits(model, cache, ids.shape[1], q["question"], q["answer"])
-                    results.append(
-                        {"method": name, "ratio": ratio, "kind": q["kind"]} | divergence(reference, logits)
-                    )
+                    results.append({"method": name, "ratio": ratio, "kind": q["kind"]} | divergence(reference, logits))
                 print(name, ratio, file=sys.stderr, flush=True)
     return {"results": results}
 

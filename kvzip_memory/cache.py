@@ -84,15 +84,11 @@ class SessionCache(Cache):
     of that forward.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], counts: Sequence[int], windows: Sequence[int | None], backend: AttentionBackend
-    ) -> None:
+    def __init__(self, rows: Sequence[Row], counts: Sequence[int], windows: Sequence[int | None], backend: AttentionBackend) -> None:
         super().__init__(layers=[])
         self._rows, self._counts, self._windows, self._backend = rows, counts, windows, backend
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Nothing: :meth:`attend` stores the pairs, it knows which of the columns are padding."""
         return key_states, value_states
 

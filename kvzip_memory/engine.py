@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -137,9 +136,7 @@ class KVzipEngine:
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
-    def load(
-        self, source: Any, *, name: str | None = None, ratio: float | None = None, system: str | None = None
-    ) -> CompressedContext:
+    def load(self, source: Any, *, name: str | None = None, ratio: float | None = None, system: str | None = None) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, else built.
 
         Building costs one prefill and about two more for ranking the pairs; at ratio 1.0 only the prefill.
@@ -161,9 +158,7 @@ class KVzipEngine:
         began = time.perf_counter()
         prompt = self._prompt(source, system)
         tokenized = time.perf_counter()
-        identity = context_identity(
-            self._identity, prompt.token_ids, prompt.protected, ratio, self._scorer.identity(), self._allocator
-        )
+        identity = context_identity(self._identity, prompt.token_ids, prompt.protected, ratio, self._scorer.identity(), self._allocator)
         key = key_of(identity)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         with self._load_lock:

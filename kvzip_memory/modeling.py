@@ -46,8 +46,7 @@ class LanguageModel:
         self.model = model
         self.window = _window(config)
         self.windows = tuple(
-            config.sliding_window if layer == "sliding_attention" and config.sliding_window < self.window else None
-            for layer in layer_types
+            config.sliding_window if layer == "sliding_attention" and config.sliding_window < self.window else None for layer in layer_types
         )
         if all(self.windows):
             raise UnsupportedModelError(

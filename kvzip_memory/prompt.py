@@ -8,7 +8,6 @@ go and kept as ids.
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,15 @@ PLAIN_TEMPLATE = (
     "{% else %} {{ message['content'] }}\n\n{% endif %}{% endfor %}"
 )
 
-# Templates that print today's date would give another prefix, and so another key, every day.
-_PINNED_DATE = datetime.datetime(2024, 7, 26)
+# Templates that print today's date would give another prefix, and so another key, every day. They get this one, by the
+# variable some of them read and by a macro in the place of transformers' function.
+_DATE = "26 Jul 2024"
+_STRFTIME = "".join(
+    f" | replace('{code}', '{text}')"
+    for code, text in {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}.items()
+)
+_PINNED_CLOCK = "{% macro strftime_now(format) %}{{ format" + _STRFTIME + " }}{% endmacro %}"
+
 _ROLES = ("system", "user", "assistant")
 _SEPARATOR = "\n\n"
 
@@ -70,12 +76,10 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
-        self.template: str = tokenizer.chat_template or PLAIN_TEMPLATE
-        self._kwargs: dict[str, Any] = {
-            "date_string": _PINNED_DATE.strftime("%d %b %Y"),
-            "strftime_now": _PINNED_DATE.strftime,
-            **(template_kwargs or {}),
-        }
+        self.template: str = PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
+        if "strftime_now" in self.template:
+            self.template = _PINNED_CLOCK + self.template
+        self._kwargs: dict[str, Any] = {"date_string": _DATE, **(template_kwargs or {})}
         if tokenizer.chat_template is None:
             first = tokenizer("a").input_ids[:1]
             adds_bos = bool(first) and first[0] == tokenizer.bos_token_id

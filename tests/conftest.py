@@ -77,9 +77,7 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2]
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=special[0], bos_token=special[1], eos_token=special[2])
     tokenizer.chat_template = template
     return tokenizer
 

@@ -21,9 +21,7 @@ def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
     prompt = engine._prompt(text, None)
     cache = prefill(engine._model, prompt.token_ids, silent)
     recipe = prompt.recipe
-    return Prefilled(
-        engine._model, cache, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids
-    )
+    return Prefilled(engine._model, cache, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids)
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
@@ -87,9 +85,7 @@ def test_the_same_text_twice_gives_the_same_bits(smollm2: KVzipEngine, excerpt: 
 
 @pytest.mark.parametrize("repeat", ["whole", "local"])
 @pytest.mark.parametrize("aggregation", ["max", "sum_of_squares"])
-def test_scores_equal_the_formula_written_out(
-    architecture: str, aggregation: str, repeat: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_equal_the_formula_written_out(architecture: str, aggregation: str, repeat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of the repeat's rows, from the model's own eager attention, normalised over head, chunk and repeat."""
     monkeypatch.setattr(kvzip_module, "BLOCK_ELEMENTS", 5000)  # several blocks of rows
     engine = tiny_engine(architecture)

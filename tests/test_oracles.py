@@ -95,9 +95,7 @@ def test_smollm2_at_ratio_1_equals_transformers_and_generates_the_same_64_tokens
     assert reply.text == smollm2.tokenizer.decode(theirs, skip_special_tokens=True)
 
 
-def test_smollm2_below_ratio_1_equals_masked_dense_attention(
-    smollm2: KVzipEngine, excerpt_context: CompressedContext
-) -> None:
+def test_smollm2_below_ratio_1_equals_masked_dense_attention(smollm2: KVzipEngine, excerpt_context: CompressedContext) -> None:
     ids = smollm2.prompt_ids(excerpt_context, "What is the telephone number of head office?")
     expected = masked_logits(smollm2, excerpt_context, ids)
     torch.testing.assert_close(smollm2.logits(excerpt_context, ids), expected, atol=1e-3, rtol=0)

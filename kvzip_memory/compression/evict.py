@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -31,6 +33,7 @@ def evict(cache: DynamicCache, keep: Tensor, scores: Tensor | None, windows: tup
             layers.append(_gather(layer, keep[full], None if scores is None else scores[full]))
             full += 1
         layer.keys = layer.values = None
+    _return_freed_pages()
     return layers
 
 
@@ -59,3 +62,11 @@ def _gather(layer: DynamicLayer, keep: Tensor, scores: Tensor | None) -> RaggedL
         positions=positions.to(torch.int32),
         scores=None if scores is None else scores.to(keys.device)[heads, positions],
     )
+
+
+def _return_freed_pages() -> None:
+    """Give the dense cache's pages back to the system. Kept layers lie between them, so glibc would hold on to them:
+    resident memory grew by 0.8 of the dense caches without this, by 0.3 (what is kept) with it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -10,6 +10,4 @@ from kvzip_memory.compression.allocators import global_topk
 
 def allocate(scores: Tensor, budget: int) -> Tensor:
     edges = [round(budget * i / len(scores)) for i in range(len(scores) + 1)]
-    return torch.stack(
-        [global_topk.allocate(layer, end - start) for layer, start, end in zip(scores, edges, edges[1:], strict=False)]
-    )
+    return torch.stack([global_topk.allocate(layer, end - start) for layer, start, end in zip(scores, edges, edges[1:], strict=False)])

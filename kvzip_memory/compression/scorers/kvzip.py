@@ -106,9 +106,7 @@ class _RepeatCall(Cache):
         self._head, self._start, self._end = head, start, end
         self.scores: list[Tensor] = []  # one [H, end - start] a layer with full attention
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -140,9 +138,7 @@ class _RepeatCall(Cache):
         self.scores.append(scores)
         return out[None]
 
-    def _attend(
-        self, query: Tensor, keys: Tensor, values: Tensor | None, scaling: float, scored: slice | None
-    ) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor | None, scaling: float, scored: slice | None) -> tuple[Tensor, Tensor]:
         """Causal attention of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, in blocks of rows.
 
         Returns:

@@ -1,0 +1,275 @@
+"""Stored contexts: identical when they come back, refused when anything is wrong."""
+
+import json
+import os
+import random
+import stat
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from safetensors import safe_open
+
+from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine
+from kvzip_memory.registry import files
+from kvzip_memory.registry.identity import key_of, model_identity
+
+
+def test_a_reopened_context_gives_identical_logits(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture)
+    context = engine.load(["One page. " * 9, TEXT], name="pages", ratio=0.4)
+    again = tiny_engine(architecture).open(context.save(tmp_path / "pages.safetensors"))
+    ids = engine.prompt_ids(context, "Who?")
+    assert torch.equal(tiny_engine(architecture).logits(again, ids), engine.logits(context, ids))
+    assert again.key == context.key == key_of(again.identity)
+    for field in ("name", "ratio", "protected", "dense_nbytes", "recipe", "n_tokens", "kept_pairs", "nbytes"):
+        assert getattr(again, field) == getattr(context, field), field
+    assert [vars(s) for s in again.sources] == [vars(s) for s in context.sources]
+    for before, after in zip(context.layers, again.layers, strict=True):
+        assert (before.lengths, before.window) == (after.lengths, after.window)
+        assert all(torch.equal(x, y) for x, y in zip(before.tensors(), after.tensors(), strict=True))
+
+
+def test_the_file_is_plain_safetensors_aligned_and_private(engine: KVzipEngine, tmp_path: Path) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    path = context.save(tmp_path / "c.safetensors")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    with safe_open(path, "pt") as file:
+        for i, layer in enumerate(context.layers):
+            assert torch.equal(file.get_tensor(f"layer.{i}.key"), layer.keys)
+            assert torch.equal(file.get_tensor(f"layer.{i}.value"), layer.values)
+    raw = path.read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    table = json.loads(raw[8 : 8 + length])
+    for name, entry in table.items():
+        if name.startswith("layer.") and not name.endswith("padding"):
+            assert (8 + length + entry["data_offsets"][0]) % 4096 == 0
+
+
+def test_16_bit_contexts_come_back(tmp_path: Path) -> None:
+    engine = KVzipEngine(tiny_model().to(torch.bfloat16), tiny_tokenizer(), ratio=0.4)
+    context = engine.load(TEXT)
+    again = engine.open(context.save(tmp_path / "c"))
+    assert again.layers[0].keys.dtype == torch.bfloat16
+    assert all(torch.equal(x.keys, y.keys) for x, y in zip(context.layers, again.layers, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "grow", "empty"])
+def test_no_damaged_file_is_ever_served(engine: KVzipEngine, tmp_path: Path, damage: str) -> None:
+    path = engine.load(TEXT, ratio=0.4).save(tmp_path / "c.safetensors")
+    whole = path.read_bytes()
+    rng = random.Random(damage)
+    for _ in range(1 if damage == "empty" else 150):
+        broken = bytearray(whole)
+        at = rng.randrange(len(broken))
+        if damage == "flip":
+            broken[at] ^= 1 << rng.randrange(8)
+        elif damage == "truncate":
+            del broken[at:]
+        elif damage == "zero":
+            size = rng.randrange(1, 5000)
+            broken[at : at + size] = bytes(len(broken[at : at + size]))
+            if bytes(broken) == whole:
+                continue
+        elif damage == "grow":
+            broken[at:at] = b"\0" * rng.randrange(1, 100)
+        else:
+            broken = bytearray()
+        path.write_bytes(broken)
+        with pytest.raises(CorruptFileError, match=r"c\.safetensors"):
+            engine.open(path)
+    path.write_bytes(whole)
+    assert engine.open(path).n_tokens
+
+
+def test_every_byte_of_a_header_is_covered(engine: KVzipEngine, tmp_path: Path) -> None:
+    path = engine.load("Short page.", ratio=0.6).save(tmp_path / "c.safetensors")
+    whole = path.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    for at in range(0, 8 + length, 7):
+        broken = bytearray(whole)
+        broken[at] ^= 1
+        path.write_bytes(broken)
+        with pytest.raises(CorruptFileError):
+            engine.open(path)
+
+
+def test_a_file_of_a_newer_format_is_refused_and_left_alone(engine: KVzipEngine, tmp_path: Path) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    path = replace(context, identity={**context.identity, "format": 99}).save(tmp_path / "c.safetensors")
+    before = path.read_bytes()
+    with pytest.raises(CorruptFileError, match="format 99, newer than the 1"):
+        engine.open(path)
+    assert path.read_bytes() == before
+
+
+def test_files_that_are_something_else_are_refused(engine: KVzipEngine, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    other = tmp_path / "weights.safetensors"
+    save_file({"a": torch.zeros(3)}, other)
+    pickled = tmp_path / "cache.pt"
+    torch.save({"keys": torch.zeros(3)}, pickled)
+    for path in (other, pickled):
+        with pytest.raises(CorruptFileError, match="not a context file"):
+            engine.open(path)
+    with pytest.raises(FileNotFoundError):
+        engine.open(tmp_path / "nothing")
+
+
+def edited_weights() -> KVzipEngine:
+    engine = tiny_engine()
+    with torch.no_grad():
+        engine.model.model.layers[3].mlp.up_proj.weight[5, 7] += 1e-6
+    return engine
+
+
+OTHERS = {
+    "weights": edited_weights,
+    "config": lambda: KVzipEngine(tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), tiny_tokenizer()),
+    "architecture": lambda: tiny_engine("qwen2"),
+    "dtype": lambda: KVzipEngine(tiny_model().to(torch.bfloat16), tiny_tokenizer()),
+    "tokenizer": lambda: KVzipEngine(tiny_model(), with_token(tiny_tokenizer())),
+    "template": lambda: tiny_engine(template=tiny_tokenizer().chat_template + "\n"),
+}
+
+
+def with_token(tokenizer):  # type: ignore[no-untyped-def]
+    tokenizer.add_tokens(["kvzip"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("field", sorted(OTHERS))
+def test_a_file_of_another_model_is_refused_naming_the_field(engine: KVzipEngine, tmp_path: Path, field: str) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    path = context.save(tmp_path / "c.safetensors")
+    before = path.read_bytes()
+    other = OTHERS[field]()
+    with pytest.raises(IdentityMismatchError, match=field) as error:
+        other.open(path)
+    assert field in error.value.fields
+    with pytest.raises(IdentityMismatchError, match=field):
+        other.generate(context, "Who?")
+    assert path.read_bytes() == before
+    assert other.load(TEXT, ratio=0.4).key != context.key
+
+
+def test_the_identity_of_a_model_does_not_depend_on_where_it_came_from(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    engine = KVzipEngine.from_pretrained(tmp_path)
+    assert engine._identity == model_identity(model, tokenizer, tokenizer.chat_template)
+
+
+def test_a_failed_write_leaves_the_older_file_and_no_other(engine: KVzipEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    path = context.save(tmp_path / "c.safetensors")
+    before = path.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        engine.load(TEXT, ratio=0.9).save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["c.safetensors"]
+
+
+# -- cache_dir -----------------------------------------------------------------------------------------------------
+
+
+def stored(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.safetensors"))
+
+
+def test_a_text_loaded_before_is_found_in_a_new_process_and_nothing_is_prefilled(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    context = engine.load(TEXT, name="page", ratio=0.4)
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from conftest import TEXT, tiny_engine\n"
+        f"engine = tiny_engine(cache_dir={str(tmp_path)!r})\n"
+        "engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)\n"  # any forward would fail
+        "context = engine.load(TEXT, ratio=0.4)\n"
+        "print(context.key, context.receipt.tier, context.receipt.hit, context.kept_pairs)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert out.stdout.split() == [context.key, "disk", "True", str(context.kept_pairs)]
+
+
+def test_directories_are_private_and_receipts_say_where_a_context_came_from(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    engine = tiny_engine(cache_dir=folder)
+    first = engine.load(TEXT, ratio=0.4)
+    second = engine.load(TEXT, name="again", ratio=0.4)
+    assert first.receipt is not None
+    assert second.receipt is not None
+    assert (first.receipt.tier, first.receipt.hit, first.receipt.reason) == ("built", False, "not stored")
+    assert {"tokenize", "prefill", "score", "evict", "save"} <= set(first.receipt.ms)
+    assert (second.receipt.tier, second.name) == ("device", "again")
+    assert second.layers[0].keys.data_ptr() == first.layers[0].keys.data_ptr()
+    third = tiny_engine(cache_dir=folder).load(TEXT, ratio=0.4)
+    assert third.receipt is not None
+    assert third.receipt.tier == "disk"
+    assert all(stat.S_IMODE(d.stat().st_mode) == 0o700 for d in [folder / "contexts", *(p.parent for p in stored(folder))])
+
+
+@pytest.mark.parametrize("change", [{"ratio": 0.5}, {"system": "Be brief."}])
+def test_what_determines_the_bytes_is_in_the_key(tmp_path: Path, change: dict[str, object]) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    assert engine.load(TEXT, **change).key != engine.load(TEXT).key  # type: ignore[arg-type]
+    assert engine.load(TEXT, name="x").key == engine.load(TEXT).key
+
+
+def test_a_damaged_stored_file_is_set_aside_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
+    (path,) = stored(tmp_path)
+    broken = bytearray(path.read_bytes())
+    broken[-5000] ^= 4
+    path.write_bytes(broken)
+    again = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
+    assert again.receipt is not None
+    assert "checksum" in str(again.receipt.reason)
+    assert "set aside" in caplog.text
+    assert path.with_suffix(".corrupt").read_bytes() == broken
+    assert same_pairs(context, again)
+    assert tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4).receipt.tier == "disk"  # type: ignore[union-attr]
+
+
+def test_a_file_under_anothers_key_is_not_served(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    keep = [engine.load(TEXT, ratio=0.4), engine.load("Another page. " * 9, ratio=0.4)]
+    directory = engine._directory
+    assert directory is not None
+    os.replace(directory.path(keep[1].key), directory.path(keep[0].key))
+    again = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
+    assert again.receipt is not None
+    assert again.receipt.tier == "built"
+    assert same_pairs(keep[0], again)
+
+
+def test_a_directory_that_cannot_be_written_costs_a_warning_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+
+    def read_only(*args: object, **kwargs: object) -> int:
+        raise PermissionError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.os, "open", read_only)
+    context = engine.load(TEXT, ratio=0.4)
+    monkeypatch.undo()
+    assert "served from memory" in caplog.text
+    assert engine.generate(context, "Who?", max_new_tokens=3).text
+    assert not stored(tmp_path)
+
+
+def same_pairs(one: CompressedContext, other: CompressedContext) -> bool:
+    return all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in zip(one.layers, other.layers, strict=True))

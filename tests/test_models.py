@@ -1,0 +1,117 @@
+"""Which models are accepted, and what is refused before any work."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DeepseekV3Config,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    OlmoConfig,
+    PreTrainedConfig,
+    T5Config,
+)
+
+from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
+
+_TINY = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
+    "t5": (T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0), "encoder-decoder"),
+    "mamba": (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4), "KV heads|layers of type"),
+    "mla": (
+        DeepseekV3Config(
+            **{**_TINY, "num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, first_k_dense_replace=2, n_group=1, topk_group=1,
+        ),
+        "latent",
+    ),
+    "softcap": (Gemma2Config(**_TINY), "attn_logit_softcapping"),
+    "all sliding": (MistralConfig(**_TINY, sliding_window=64, max_position_embeddings=2048), "no full-attention cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", sorted(REFUSED))
+def test_models_that_cannot_work_are_refused_with_the_reason(kind: str) -> None:
+    config, reason = REFUSED[kind]
+    factory = AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
+    model = factory.from_config(config)
+    before = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=reason):
+        KVzipEngine(model, tiny_tokenizer())
+    assert model.config._attn_implementation == before
+
+
+def test_a_window_as_long_as_the_model_is_full_attention() -> None:
+    engine = KVzipEngine(tiny_model("mistral", sliding_window=2048), tiny_tokenizer())
+    assert engine._model.windows == (None,) * 4
+
+
+def test_an_untested_architecture_is_compared_with_itself_once() -> None:
+    torch.manual_seed(0)
+    config = OlmoConfig(**{k: v for k, v in _TINY.items() if k != "head_dim"}, max_position_embeddings=512)
+    engine = KVzipEngine(AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer())
+    context = engine.load("A page. " * 10, ratio=1.0)
+    ids = engine.prompt_ids(context, "Who?")
+    with torch.inference_mode():
+        own = engine.model(input_ids=torch.tensor([[*context.token_ids.tolist(), *ids]])).logits[0, context.n_tokens :]
+    torch.testing.assert_close(engine.logits(context, ids), own, atol=1e-4, rtol=0)
+
+
+def test_an_untested_architecture_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvzip_memory import modeling
+
+    monkeypatch.setattr(modeling, "TESTED", frozenset())
+    model = tiny_model()
+    original = model.model.layers[1].self_attn.forward
+
+    def rescaled(*args, **kwargs):  # type: ignore[no-untyped-def]
+        model.model.layers[1].self_attn.scaling = 0.9 if "kvzip" in kwargs else 0.25
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.layers[1].self_attn, "forward", rescaled)
+    with pytest.raises(UnsupportedModelError, match="logits differ"):
+        KVzipEngine(model, tiny_tokenizer())
+
+
+def test_rotations_that_change_with_length_end_the_window_there() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    assert KVzipEngine(tiny_model(rope_parameters=rope), tiny_tokenizer()).window == 512
+
+
+@pytest.mark.parametrize("ratio", [0, -0.1, 1.01, 30, float("nan")])
+def test_a_ratio_outside_0_to_1_is_refused_before_anything_is_loaded(ratio: float, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="fraction of pairs kept"):
+        KVzipEngine.from_pretrained(tmp_path / "there is no model here", ratio=ratio)
+    with pytest.raises(InputError, match="fraction of pairs kept"):
+        tiny_engine().load(TEXT, ratio=ratio)
+
+
+def test_an_unknown_allocator_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'best' is unknown; use one of"):
+        tiny_engine(allocator="best")
+    with pytest.raises(InputError, match="does not exist"):
+        KVzipEngine.from_pretrained(tmp_path / "model.gguf")
+
+
+def test_a_gguf_file_is_converted_once_and_reads_the_same(smollm2: KVzipEngine, smollm2_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    text = "The keeper's log, 3 May 1871: naïve façade, 東京 -- don't\n\tpanic!"
+    assert smollm2.tokenizer(text).input_ids == source(text).input_ids
+    assert smollm2.tokenizer.decode(source(text).input_ids) == text
+    assert smollm2.window == 8192

@@ -1,0 +1,217 @@
+"""Conversations: each alone, whatever others do."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from conftest import TEXT, tiny_engine
+
+from kvzip_memory import InputError, KVzipEngine, Session, SessionBusyError, WindowError
+
+QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
+
+
+def probe(session: Session) -> torch.Tensor:
+    """Logits of the next token after a fixed text, without changing the session."""
+    twin = session.fork()
+    return twin._engine._feed(_row(twin), [*twin._pending, 40, 41, 42])
+
+
+def _row(session: Session):  # type: ignore[no-untyped-def]
+    from kvzip_memory.cache import Row
+
+    return Row(session.context, session._tail)
+
+
+def converse(session: Session, questions: list[str]) -> list[torch.Tensor]:
+    states = []
+    for question in questions:
+        session.ask(question, max_new_tokens=6)
+        states.append(probe(session))
+    return states
+
+
+def test_interleaved_sessions_over_two_contexts_equal_each_alone(architecture: str) -> None:
+    engine = tiny_engine(architecture)
+    a, b = engine.load(TEXT, ratio=0.4), engine.load("Another page, longer. " * 12, ratio=0.4)
+    alone = {c.key: converse(engine.session(c), QUESTIONS) for c in (a, b)}
+    one, two, three = engine.session(a), engine.session(b), engine.session(a)
+    for i, question in enumerate(QUESTIONS):
+        for session in (one, two, three):
+            session.ask(question, max_new_tokens=6)
+            assert session.context is not None
+            assert torch.equal(probe(session), alone[session.context.key][i])
+
+
+def test_a_fork_goes_on_from_the_same_conversation_and_neither_sees_the_other(engine: KVzipEngine) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    alone = converse(engine.session(context), QUESTIONS)
+    session = engine.session(context)
+    session.ask(QUESTIONS[0], max_new_tokens=6)
+    twin = session.fork()
+    twin.ask("Something else entirely?", max_new_tokens=20)
+    session.ask(QUESTIONS[1], max_new_tokens=6)
+    assert torch.equal(probe(session), alone[1])
+    twin.reset()
+    assert torch.equal(converse(twin, QUESTIONS)[2], alone[2])
+
+
+def test_a_reset_session_is_like_a_new_one(engine: KVzipEngine) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    first = converse(session, QUESTIONS)
+    session.reset()
+    assert all(torch.equal(x, y) for x, y in zip(first, converse(session, QUESTIONS), strict=True))
+
+
+@pytest.mark.parametrize("end", ["close", "drop", "cancel", "exception", "never started"])
+def test_an_answer_that_does_not_end_is_taken_back(engine: KVzipEngine, end: str) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    session.ask(QUESTIONS[0], max_new_tokens=6)
+    before, length = probe(session), session.n_tokens
+    stream = session.stream(QUESTIONS[1], max_new_tokens=50)
+    if end != "never started":
+        next(stream)
+        next(stream)
+    if end == "cancel":
+        threading.Thread(target=stream.cancel).start()
+        list(stream)
+        assert stream.reply.finish_reason == "cancelled"
+    elif end == "exception":
+        with pytest.raises(KeyError), stream:
+            raise KeyError
+    elif end == "close":
+        stream.close()
+    del stream
+    gc.collect()
+    assert session.n_tokens == length
+    assert torch.equal(probe(session), before)
+
+
+def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    session.ask(QUESTIONS[0], max_new_tokens=6)
+    before = probe(session)
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = engine.model.model.layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        session.ask(QUESTIONS[1])
+    handle.remove()
+    assert torch.equal(probe(session), before)
+    assert session.ask(QUESTIONS[1], max_new_tokens=6).text
+
+
+def test_a_session_that_is_answering_says_so(engine: KVzipEngine) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    with session.stream(QUESTIONS[0], max_new_tokens=6) as stream:
+        next(stream)
+        for attempt in (session.reset, session.fork, lambda: session.ask("Now?"), lambda: stream.reply):
+            with pytest.raises(SessionBusyError):
+                attempt()
+    assert session.ask(QUESTIONS[0], max_new_tokens=6).text
+
+
+def test_threads_get_the_answers_each_gets_alone(engine: KVzipEngine) -> None:
+    contexts = [engine.load(TEXT, ratio=0.4), engine.load("Another page. " * 20, ratio=0.4)]
+    tasks = [(context, f"{question} {i}") for i, question in enumerate(QUESTIONS * 3) for context in contexts]
+    alone = [engine.generate(context, question, max_new_tokens=12).text for context, question in tasks]
+    answers: list[str] = [""] * len(tasks)
+
+    def ask(i: int) -> None:
+        answers[i] = engine.generate(*tasks[i], max_new_tokens=12).text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == alone
+
+
+def test_two_threads_on_a_real_model(smollm2: KVzipEngine, excerpt_context) -> None:  # type: ignore[no-untyped-def]
+    questions = ["What is the telephone number of head office?", "In which year was the company founded?"]
+    alone = [smollm2.generate(excerpt_context, q, max_new_tokens=16).text for q in questions]
+    answers = [""] * 2
+
+    def ask(i: int) -> None:
+        answers[i] = smollm2.generate(excerpt_context, questions[i], max_new_tokens=16).text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == alone
+    assert "5529" in answers[0]
+    assert "1871" in answers[1]
+
+
+def test_later_turns_are_well_formed(engine: KVzipEngine) -> None:
+    """Every token a session has fed equals the chat template's own rendering of the conversation."""
+    context = engine.load(TEXT, ratio=1.0)
+    session, fed = engine.session(context), []
+    feed = engine._feed
+    engine._feed = lambda row, ids: (fed.extend(ids), feed(row, ids))[1]  # type: ignore[assignment, func-returns-value]
+    replies = [session.ask(question, max_new_tokens=5).text for question in QUESTIONS[:2]]
+    first, second = (engine._prompts.text_ids(q) for q in QUESTIONS[:2])
+    recipe = context.recipe
+    answer = engine.logits(context, fed[: len(fed)])  # the fed ids are a valid continuation
+    assert answer.shape[0] == len(fed)
+    opening = [*engine._prompts.text_ids("\n\n"), *first, *recipe.closing]
+    assert fed[: len(opening)] == opening
+    middle = [*recipe.next_turn, *second, *recipe.closing]
+    start = len(opening) + 5
+    assert fed[start : start + len(middle)] == middle
+    assert len(fed) == len(opening) + 5 + len(middle) + 4  # the second answer's last token is still pending
+    assert engine.tokenizer.decode(recipe.next_turn) == "<|im_end|>\n<|im_start|>user\n"
+    assert len(replies) == 2
+
+
+def test_a_session_goes_on_after_a_stop_string_with_the_text_before_it(engine: KVzipEngine) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    free = engine.generate(context, QUESTIONS[0], max_new_tokens=12).text
+    stop = free[4:6]
+    session = engine.session(context)
+    reply = session.ask(QUESTIONS[0], max_new_tokens=12, stop=stop)
+    assert reply.text == free[: free.index(stop)]
+    kept = context.n_tokens + len(engine.prompt_ids(context, QUESTIONS[0]))
+    answer = session.n_tokens - kept
+    assert len(engine.tokenizer.decode(range(answer))) <= len(reply.text) or answer <= 12
+    assert session.ask(QUESTIONS[1], max_new_tokens=3).finish_reason == "length"
+
+
+def test_a_question_that_no_longer_fits_is_refused_before_any_work(engine: KVzipEngine) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    session.ask(QUESTIONS[0], max_new_tokens=4)
+    before = probe(session)
+    with pytest.raises(WindowError, match=r"window of 2,048 tokens.*reset\(\)") as error:
+        session.ask("word " * 500)
+    assert error.value.window == 2048
+    assert error.value.tokens > 2048
+    assert torch.equal(probe(session), before)
+
+
+def test_an_answer_ends_where_the_window_does(engine: KVzipEngine) -> None:
+    context = engine.load("word " * 340, ratio=0.4)
+    reply = engine.generate(context, "Go on.", max_new_tokens=10_000)
+    assert reply.usage.total_tokens == engine.window
+    assert reply.finish_reason == "length"
+
+
+@pytest.mark.parametrize("question", ["", "   \n"])
+def test_an_empty_question_is_refused(engine: KVzipEngine, question: str) -> None:
+    with pytest.raises(InputError, match="empty"):
+        engine.generate(None, question)
+
+
+def test_a_session_without_a_context_keeps_its_turns(engine: KVzipEngine) -> None:
+    session = engine.session()
+    session.ask("One?", max_new_tokens=4)
+    session.ask("Two?", max_new_tokens=4)
+    assert session.n_tokens == session._tail.length + len(session._pending)
+    reply = session.ask("Three?", max_new_tokens=4)
+    assert reply.usage.cached_tokens > 0
+    assert reply.receipt.key is None
