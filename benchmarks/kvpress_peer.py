@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 from kvpress import ExpectedAttentionPress, KnormPress, KVzipPress, SnapKVPress
@@ -96,7 +97,7 @@ def build(model, job):
 
 
 def main() -> None:
-    job = json.load(open(sys.argv[1]))
+    job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     if tokenizer(job["probe"], add_special_tokens=False).input_ids != job["probe_ids"]:
@@ -107,7 +108,7 @@ def main() -> None:
     else:
         out = fidelity(model, job)
         out["scores"] = scores(model, job)
-    json.dump(out, open(sys.argv[2], "w"))
+    Path(sys.argv[2]).write_text(json.dumps(out))
 
 
 main()

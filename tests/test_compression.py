@@ -1,5 +1,6 @@
 """Scores, budgets and eviction."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -142,7 +143,7 @@ def test_chunks_are_equal_and_fit_behind_the_context(n: int, room: int) -> None:
     assert max(sizes) <= min(2000, room)
     assert chunks[0][0] == 24
     assert chunks[-1][1] == n
-    assert all(a[1] == b[0] for a, b in zip(chunks, chunks[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(chunks))
 
 
 def test_scoring_leaves_the_dense_cache_as_it_was(architecture: str) -> None:

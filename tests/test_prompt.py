@@ -151,8 +151,7 @@ def test_a_text_longer_than_the_window_names_tokens_window_and_the_way_out(tmp_p
 
 
 def test_a_template_that_refuses_a_role_says_so() -> None:
-    engine = tiny_engine(
-        template="{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
-    )
+    refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}{{ m.content }}{% endfor %}"
+    engine = tiny_engine(template=refusing)
     with pytest.raises(InputError, match="does not accept the roles"):
         engine.load(TEXT, system="Be brief.")

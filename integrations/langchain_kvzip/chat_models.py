@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.language_models.chat_models import BaseChatModel, LangSmithParams, generate_from_stream
+from langchain_core.language_models import LangSmithParams
+from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
@@ -168,7 +169,7 @@ class KVzipChatModel(BaseChatModel):
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return super()._get_ls_params(stop=stop, **kwargs) | {"ls_provider": "kvzip"}  # type: ignore[return-value]
+        return super()._get_ls_params(stop=stop, **kwargs) | {"ls_provider": "kvzip"}
 
     def get_num_tokens(self, text: str) -> int:
         """Tokens of a text by the model's own tokenizer."""

@@ -69,7 +69,9 @@ class KVzipQueryEngine(BaseQueryEngine):
             stream = self._engine.stream(self.context, query_bundle.query_str, **self._params)
             response: RESPONSE_TYPE
             if self._streaming:
-                response = StreamingResponse(response_gen=iter(stream), source_nodes=self._nodes, metadata=self._metadata(None))
+                response = StreamingResponse(
+                    response_gen=(piece for piece in stream), source_nodes=self._nodes, metadata=self._metadata(None)
+                )
             else:
                 with stream:
                     text = "".join(stream)

@@ -144,7 +144,8 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def _facts(context: CompressedContext) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -77,7 +78,7 @@ class KVzipScorer:
         largest = min(self.chunk_tokens, max(room - 64, 64))
         count = max(1, math.ceil((n - first) / largest))
         edges = [first + round(i * (n - first) / count) for i in range(count + 1)]
-        return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if start < end]
+        return [(start, end) for start, end in pairwise(edges) if start < end]
 
     def _repeat_ids(self, prefilled: Prefilled, start: int, end: int) -> list[int]:
         ids = prefilled.token_ids

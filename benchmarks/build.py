@@ -1,0 +1,115 @@
+"""What a build costs: (prefill + scoring + eviction) / prefill, and its peak memory, beside kvpress' KVzip.
+
+    python benchmarks/build.py --squad squad.json --kvpress-python peer/bin/python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import PROBE, articles, run_peer, save, smollm2
+from transformers import DynamicCache
+
+from kvzip_memory import KVzipEngine
+from kvzip_memory.compression.scorers import KVzipScorer
+
+SCORERS = {
+    "default (sum_of_squares, local)": KVzipScorer(),
+    "paper (max, whole)": KVzipScorer(aggregation="max", repeat="whole"),
+}
+
+
+def measure(text: str, name: str, repeats: int) -> dict[str, Any]:
+    """Plain prefill by transformers and our build, in turn; medians of the times and of their ratio pair by pair."""
+    engine = KVzipEngine.from_pretrained(smollm2(), scorer=SCORERS[name], progress=False)
+    ids = torch.tensor([engine._prompt(text, None).token_ids])
+    rows, context = [], None
+    for _ in range(repeats):
+        began = time.perf_counter()
+        with torch.inference_mode():
+            engine.model.base_model(input_ids=ids, past_key_values=DynamicCache(config=engine.model.config))
+        prefilled = time.perf_counter()
+        context = None
+        context = engine.load(text, ratio=0.3)
+        rows.append((prefilled - began, time.perf_counter() - prefilled, context.receipt.ms))
+    assert context is not None
+    return {
+        "tokens": context.n_tokens,
+        "prefill_s": round(statistics.median(r[0] for r in rows), 2),
+        "build_s": round(statistics.median(r[1] for r in rows), 2),
+        "ratio": round(statistics.median(r[1] / r[0] for r in rows), 2),
+        "score_s": round(statistics.median(r[2]["score"] for r in rows) / 1e3, 2),
+        "evict_s": round(statistics.median(r[2]["evict"] for r in rows) / 1e3, 3),
+        "dense_nbytes": context.dense_nbytes,
+        "nbytes": context.nbytes,
+        "peak_rss_nbytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def baseline_rss() -> int:
+    """Peak resident memory of a process that only loads the model and prefills a few tokens."""
+    engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
+    engine.load("A page.", ratio=1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_subprocess(*arguments: str) -> Any:
+    """Peak memory is a process's, so each measurement gets its own."""
+    out = subprocess.run([sys.executable, __file__, *arguments], check=True, capture_output=True, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def text_of(squad: Path, tokens: int) -> str:
+    """About ``tokens`` tokens of articles (4.3 characters a token)."""
+    return "\n\n".join(p["context"] for a in articles(squad) for p in a["paragraphs"])[: int(tokens * 4.3)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--squad", type=Path, required=True)
+    parser.add_argument("--kvpress-python")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        tokens, name = args.one
+        print(json.dumps(baseline_rss() if name == "baseline" else measure(text_of(args.squad, int(tokens)), name, args.repeats)))
+        return
+    common = ["--squad", str(args.squad), "--repeats", str(args.repeats), "--one"]
+    baseline = in_subprocess(*common, "0", "baseline")
+    table = []
+    for tokens in args.tokens:
+        for name in SCORERS:
+            row = in_subprocess(*common, str(tokens), name)
+            extra = row.pop("peak_rss_nbytes") - baseline
+            row |= {"method": name, "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / row["dense_nbytes"], 2)}
+            table.append(row)
+            print(row)
+    if args.kvpress_python:
+        engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
+        for tokens in args.tokens:
+            ids = list(engine._prompt(text_of(args.squad, tokens), None).token_ids)
+            job = {"task": "build", "threads": torch.get_num_threads(), "contexts": [ids], "repeats": args.repeats}
+            job |= {"model": str(engine.model.config.name_or_path), "probe": PROBE}
+            job["probe_ids"] = engine.tokenizer(PROBE, add_special_tokens=False).input_ids
+            rows = run_peer(args.kvpress_python, job)["rows"]
+            row = {"method": "kvpress KVzip", "tokens": len(ids)}
+            row |= {key: round(statistics.median(r[key] for r in rows), 2) for key in ("prefill_s", "build_s")}
+            row["ratio"] = round(statistics.median(r["build_s"] / r["prefill_s"] for r in rows), 2)
+            table.append(row)
+            print(row)
+    save("build", {"model": "SmolLM2-135M-Instruct, fp32", "kept": 0.3, "repeats": args.repeats, "table": table})
+
+
+if __name__ == "__main__":
+    main()

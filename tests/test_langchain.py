@@ -1,0 +1,108 @@
+"""KVzipChatModel in chains: same answers as the engine, usage, streaming, async, and the LLM cache."""
+
+import asyncio
+
+import pytest
+from conftest import TEXT, tiny_engine
+from langchain_core.caches import InMemoryCache
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from langchain_kvzip import ChatKVzip, KVzipChatModel
+
+
+@pytest.fixture
+def context(engine: KVzipEngine) -> CompressedContext:
+    return engine.load(TEXT, ratio=0.4)
+
+
+@pytest.fixture
+def llm(engine: KVzipEngine, context: CompressedContext) -> KVzipChatModel:
+    return KVzipChatModel(engine=engine, max_tokens=12).with_context(context)
+
+
+def test_a_chain_gives_the_engines_answers(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
+    chain = ChatPromptTemplate.from_messages([("human", "{q}")]) | llm | StrOutputParser()
+    expected = [engine.generate(context, q, max_new_tokens=12).text for q in ("Who?", "When?")]
+    assert chain.batch([{"q": "Who?"}, {"q": "When?"}]) == expected
+    assert asyncio.run(chain.ainvoke({"q": "Who?"})) == expected[0]
+    assert "".join(chain.stream({"q": "When?"})) == expected[1]
+
+
+def test_system_and_earlier_turns_follow_the_context(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
+    messages = [SystemMessage("Be brief."), HumanMessage("Who?"), AIMessage("He."), HumanMessage([{"type": "text", "text": "When?"}])]
+    plain = [("system", "Be brief."), ("user", "Who?"), ("assistant", "He."), ("user", "When?")]
+    expected = engine.generate(context, [{"role": r, "content": c} for r, c in plain], max_new_tokens=12)
+    assert llm.invoke(messages).content == expected.text
+
+
+def test_usage_counts_the_context_as_read_from_cache(llm: KVzipChatModel, context: CompressedContext) -> None:
+    reply = llm.invoke("Who?")
+    assert reply.usage_metadata is not None
+    assert reply.usage_metadata["input_token_details"] == {"cache_read": context.n_tokens}
+    assert reply.usage_metadata["input_tokens"] > context.n_tokens
+    assert reply.usage_metadata["output_tokens"] == 12
+    assert reply.response_metadata["finish_reason"] == "length"
+    assert reply.response_metadata["kvzip"]["context"] == context.key
+    assert "model_provider" not in reply.response_metadata
+    chunks = list(llm.stream("Who?"))
+    assert sum(1 for chunk in chunks if chunk.usage_metadata) == 1
+    assert chunks[-1].chunk_position == "last"
+
+
+def test_call_options_override_fields(llm: KVzipChatModel) -> None:
+    whole = str(llm.invoke("Who?").content)
+    assert llm.invoke("Who?", stop=[whole[4:7]]).content == whole[: whole.index(whole[4:7])]
+    assert llm.invoke("Who?", max_tokens=3).usage_metadata["output_tokens"] == 3  # type: ignore[index]
+    assert llm.bind(temperature=1.0, seed=5).invoke("Who?").content == llm.invoke("Who?", temperature=1.0, seed=5).content
+
+
+async def test_async_streaming_gives_the_same_and_leaves_the_loop_free(llm: KVzipChatModel) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0)
+            ticks += 1
+
+    task = asyncio.create_task(tick())
+    pieces = [chunk.text async for chunk in llm.astream("Who?")]
+    task.cancel()
+    assert "".join(pieces) == llm.invoke("Who?").content
+    assert ticks > len(pieces)
+
+
+def test_two_contexts_never_share_a_cached_answer(llm: KVzipChatModel, engine: KVzipEngine) -> None:
+    cache = InMemoryCache()
+    one = llm.model_copy(update={"cache": cache})
+    other = one.with_context(engine.load("Another page. " * 9, ratio=0.4))
+    assert one.invoke("Who?").content != other.invoke("Who?").content
+    assert one.invoke("Who?").content == llm.invoke("Who?").content
+
+
+def test_copies_share_one_engine_and_weights_load_on_first_use(smollm2_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    made = []
+
+    def from_pretrained(model: str, **options: object) -> KVzipEngine:
+        made.append(model)
+        return tiny_engine()
+
+    monkeypatch.setattr(KVzipEngine, "from_pretrained", from_pretrained)
+    llm = ChatKVzip(model=str(smollm2_path), max_tokens=3)
+    copies = [llm.with_context(None), llm.model_copy()]
+    assert not made
+    for copy in [llm, *copies]:
+        assert copy.invoke("Who?").content
+    assert made == [str(smollm2_path)]
+
+
+def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:
+    with pytest.raises(InputError, match="'tool'"):
+        llm.invoke([HumanMessage("a"), ToolMessage("b", tool_call_id="1")])
+    with pytest.raises(InputError, match="'image_url'"):
+        llm.invoke([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])])
+    with pytest.raises(ValueError, match="model="):
+        KVzipChatModel()
