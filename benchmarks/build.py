@@ -1,6 +1,6 @@
 """What a build costs: (prefill + scoring + eviction) / prefill, and its peak memory, beside kvpress' KVzip.
 
-    python benchmarks/build.py --squad squad.json --kvpress-python peer/bin/python
+python benchmarks/build.py --squad squad.json --kvpress-python peer/bin/python
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PROBE, articles, run_peer, save, smollm2
 from transformers import DynamicCache
 
+from common import PROBE, articles, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
 from kvzip_memory.compression.scorers import KVzipScorer
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import PROBE, articles, gemma3, run_peer, save, smollm2
 from tqdm import tqdm
 
+from common import PROBE, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
 from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS

@@ -1,7 +1,7 @@
 """A real model reads a handbook once, keeps 30 % of its KV cache, and answers from it, today and in another process.
 
-    make demo            the whole of it
-    python examples/demo.py --cache-dir FOLDER --again      what the second process does
+make demo            the whole of it
+python examples/demo.py --cache-dir FOLDER --again      what the second process does
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def first_process(cache_dir: Path) -> None:
     print("\n--- a second process reopens the context from disk ---")
     command = [sys.executable, __file__, "--cache-dir", str(cache_dir), "--again"]
     out = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    print(f"reopened     {out['context']} from {out['tier']} in {out['load_ms']:.0f} ms; prefilling it anew takes {ms['prefill'] / 1e3:.1f} s")
+    print(
+        f"reopened     {out['context']} from {out['tier']} in {out['load_ms']:.0f} ms; prefilling it anew takes {ms['prefill'] / 1e3:.1f} s"
+    )
     print(f"answers      {'the same' if out['answers'] == after else 'DIFFERENT: ' + str(out['answers'])}")
     if out["answers"] != after or right_after < 0.8 * right_before:
         raise SystemExit("the demo did not hold")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, tiny_engine
 
+from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressionError, KVzipEngine
 from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS

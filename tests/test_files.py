@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine
 from kvzip_memory.registry import files
 from kvzip_memory.registry.identity import key_of, model_identity

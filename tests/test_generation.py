@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TEXT, tiny_tokenizer
 
+from conftest import TEXT, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.generation import Detokenizer, GenerationParams, Sampler, StopMatcher
 

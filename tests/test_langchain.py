@@ -3,12 +3,12 @@
 import asyncio
 
 import pytest
-from conftest import TEXT, tiny_engine
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
+from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from langchain_kvzip import ChatKVzip, KVzipChatModel
 

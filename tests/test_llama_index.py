@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from conftest import TEXT
 from llama_index.core import Document
 from llama_index.core.base.response.schema import StreamingResponse
 from llama_index.core.tools import QueryEngineTool
 
+from conftest import TEXT
 from kvzip_memory import KVzipEngine
 from llama_index_kvzip import KVzipQueryEngine
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, tiny_engine
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, KVzipEngine
 
 

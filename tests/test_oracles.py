@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import TEXT, masked_logits, tiny_engine
 
+from conftest import TEXT, masked_logits, tiny_engine
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.attention import BACKENDS
 from kvzip_memory.cache import Row, Tail

@@ -4,8 +4,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, TEXT, tiny_engine, tiny_tokenizer
 
+from conftest import CHATML, TEXT, tiny_engine, tiny_tokenizer
 from kvzip_memory import Document, InputError, KVzipEngine, WindowError
 from kvzip_memory.prompt import PromptBuilder
 

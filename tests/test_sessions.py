@@ -5,8 +5,8 @@ import threading
 
 import pytest
 import torch
-from conftest import TEXT, tiny_engine
 
+from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, Session, SessionBusyError, WindowError
 
 QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
