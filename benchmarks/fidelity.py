@@ -137,10 +137,10 @@ def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> l
     from kvzip_memory.cache import Row, Tail
 
     row, answer = Row(context, Tail()), []
-    logits = engine._feed(row, ids)
+    logits = engine._model.feed(row, ids)
     while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:
         answer.append(token)
-        logits = engine._feed(row, [token])
+        logits = engine._model.feed(row, [token])
     return answer
 
 

@@ -24,7 +24,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt
 from kvzip_memory.errors import InputError, WindowError
-from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modeling import FEED_TOKENS, LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
 from kvzip_memory.registry.directory import ContextDirectory
 from kvzip_memory.registry.files import read_context
@@ -35,9 +35,6 @@ logger = logging.getLogger(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
-
-#: Tokens of a question fed in one forward; bounds the memory its attention needs.
-QUESTION_CHUNK = 512
 
 
 class KVzipEngine:
@@ -259,7 +256,7 @@ class KVzipEngine:
     def session(self, context: CompressedContext | None = None) -> Session:
         """A conversation over a context, or over none."""
         self._check_context(context)
-        return Session(self, context)
+        return Session(self._model, self._prompts, context)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context (None: without one); the question is forgotten afterwards.
@@ -300,14 +297,8 @@ class KVzipEngine:
             raise WindowError(
                 f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
             )
-        chunks = [ids[i : i + QUESTION_CHUNK] for i in range(0, len(ids), QUESTION_CHUNK)]
+        chunks = [ids[i : i + FEED_TOKENS] for i in range(0, len(ids), FEED_TOKENS)]
         return torch.cat([self._model.forward([row], [chunk], last_only=False)[0] for chunk in chunks])
-
-    def _feed(self, row: Row, ids: Sequence[int]) -> Tensor:
-        """Append tokens to a row; logits ``[vocab]`` of the next."""
-        for start in range(0, len(ids), QUESTION_CHUNK):
-            logits = self._model.forward([row], [ids[start : start + QUESTION_CHUNK]])[0]
-        return logits[0]
 
     def _check_context(self, context: CompressedContext | None) -> None:
         if context is not None:

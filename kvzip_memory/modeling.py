@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"})
 
 
+#: Tokens fed behind a context in one forward; bounds the memory its attention needs.
+FEED_TOKENS = 512
+
+
 class LanguageModel:
     """A decoder-only model with our attention attached, fed by one thread at a time.
 
@@ -96,6 +100,12 @@ class LanguageModel:
         for row, count in zip(rows, counts, strict=True):
             row.tail.advance(count)
         return [logits[-1 if last_only else -count :].float() for logits, count in zip(output.logits, counts, strict=True)]
+
+    def feed(self, row: Row, ids: Sequence[int]) -> Tensor:
+        """Append tokens to one row, in chunks; logits ``[vocab]`` fp32 of the next."""
+        for start in range(0, len(ids), FEED_TOKENS):
+            logits = self.forward([row], [ids[start : start + FEED_TOKENS]])[0]
+        return logits[0]
 
     @torch.inference_mode()
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> None:

@@ -75,7 +75,7 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.template: str = PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
         if "strftime_now" in self.template:
             self.template = _PINNED_CLOCK + self.template
@@ -183,11 +183,11 @@ class PromptBuilder:
         """Ids of plain text. A control token's spelling inside it is cut, so that no control id comes out."""
         ids: list[int] = []
         for part in self._harmless(text):
-            ids += self._tokenizer(part, add_special_tokens=False).input_ids
+            ids += self.tokenizer(part, add_special_tokens=False).input_ids
         if not self.control_ids.isdisjoint(ids):
             found = sorted(self.control_ids.intersection(ids))
             raise InputError(
-                f"the tokenizer turns plain text into control tokens {self._tokenizer.convert_ids_to_tokens(found)}; "
+                f"the tokenizer turns plain text into control tokens {self.tokenizer.convert_ids_to_tokens(found)}; "
                 "remove their spelling from the text"
             )
         return ids
@@ -200,14 +200,14 @@ class PromptBuilder:
         return [*parts, text[start:]] if text[start:] else parts
 
     def _template_ids(self, piece: str) -> list[int]:
-        return list(self._tokenizer(piece, add_special_tokens=False).input_ids) if piece else []
+        return list(self.tokenizer(piece, add_special_tokens=False).input_ids) if piece else []
 
     def _render(self, messages: Sequence[Message]) -> list[str]:
         """The template's text around every message's content: ``len(messages) + 1`` pieces."""
         marks = [f"[[kvzip mark {i}]]" for i in range(len(messages))]
         marked = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks, strict=True)]
         try:
-            rest = self._tokenizer.apply_chat_template(
+            rest = self.tokenizer.apply_chat_template(
                 marked, chat_template=self.template, tokenize=False, add_generation_prompt=True, **self._kwargs
             )
         except Exception as error:  # templates raise whatever they like

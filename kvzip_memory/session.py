@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +14,8 @@ from kvzip_memory.cache import Row, Tail
 from kvzip_memory.context import CompressedContext, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, GenerationParams, decode
-from kvzip_memory.prompt import Message
-
-if TYPE_CHECKING:
-    from kvzip_memory.engine import KVzipEngine
+from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.prompt import Message, PromptBuilder
 
 
 @dataclass(frozen=True)
@@ -120,10 +118,10 @@ class Session:
     used from different threads.
     """
 
-    def __init__(self, engine: KVzipEngine, context: CompressedContext | None = None) -> None:
-        self._engine = engine
+    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None = None) -> None:
+        self._model, self._prompts = model, prompts
         self.context = context
-        self._recipe = context.recipe if context else engine._prompts.free_recipe()
+        self._recipe = context.recipe if context else prompts.free_recipe()
         self._tail = Tail()
         self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
         self._turns = 0
@@ -150,12 +148,12 @@ class Session:
             self._check_idle()
             ids = self._question_ids(question)
             taken = Row(self.context, self._tail).length
-            if taken + len(ids) >= self._engine.window:
+            if taken + len(ids) >= self._model.window:
                 raise WindowError(
-                    f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._engine.window:,} "
+                    f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._model.window:,} "
                     "tokens are taken and the answer needs some; ask shorter, reset() the session, or load less",
                     tokens=taken + len(ids),
-                    window=self._engine.window,
+                    window=self._model.window,
                 )
             self._turn = _Turn(ids, checked)
             return Stream(self, self._turn)
@@ -164,7 +162,7 @@ class Session:
         """A second session that has had the same conversation so far; the two go on independently."""
         with self._lock:
             self._check_idle()
-            twin = Session(self._engine, self.context)
+            twin = Session(self._model, self._prompts, self.context)
             twin._tail, twin._pending, twin._turns = self._tail.copy(), list(self._pending), self._turns
             return twin
 
@@ -188,7 +186,7 @@ class Session:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
     def _question_ids(self, question: str | Sequence[Message]) -> list[int]:
-        prompts = self._engine._prompts
+        prompts = self._prompts
         if self._turns == 0:
             return prompts.question(self.context.recipe if self.context else None, question)
         if not isinstance(question, str):
@@ -197,20 +195,20 @@ class Session:
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
-        engine, tail, answer = self._engine, self._tail, turn.answer
+        model, tail, answer = self._model, self._tail, turn.answer
         row, start = Row(self.context, tail), tail.length
         cached = row.length
-        limit = min(turn.params.max_new_tokens, engine.window - cached - len(turn.ids))
+        limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
         complete = False
 
         def step(token: int) -> Tensor | None:
-            return None if turn.cancelled.is_set() else engine._feed(row, [token])
+            return None if turn.cancelled.is_set() else model.feed(row, [token])
 
         try:
             began = time.perf_counter()
-            logits = engine._feed(row, turn.ids)
+            logits = model.feed(row, turn.ids)
             prefilled = time.perf_counter()
-            yield from decode(logits, step, answer, turn.params, limit, engine._model.eos_ids, engine.tokenizer)
+            yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer)
             complete = answer.finish_reason != "cancelled"
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.ids), len(answer.ids), cached)
@@ -226,7 +224,7 @@ class Session:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         ids = list(answer.ids)
         if answer.cut:
-            while ids and len(self._engine.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
+            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
                 ids.pop()
         self._tail.crop(prompt_end + len(ids))
         self._pending = ids[self._tail.length - prompt_end :]

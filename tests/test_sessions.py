@@ -15,7 +15,7 @@ QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 def probe(session: Session) -> torch.Tensor:
     """Logits of the next token after a fixed text, without changing the session."""
     twin = session.fork()
-    return twin._engine._feed(_row(twin), [*twin._pending, 40, 41, 42])
+    return twin._model.feed(_row(twin), [*twin._pending, 40, 41, 42])
 
 
 def _row(session: Session):  # type: ignore[no-untyped-def]
@@ -153,8 +153,8 @@ def test_later_turns_are_well_formed(engine: KVzipEngine) -> None:
     """Every token a session has fed equals the chat template's own rendering of the conversation."""
     context = engine.load(TEXT, ratio=1.0)
     session, fed = engine.session(context), []
-    feed = engine._feed
-    engine._feed = lambda row, ids: (fed.extend(ids), feed(row, ids))[1]  # type: ignore[assignment, func-returns-value]
+    feed = engine._model.feed
+    engine._model.feed = lambda row, ids: (fed.extend(ids), feed(row, ids))[1]  # type: ignore[method-assign, func-returns-value]
     replies = [session.ask(question, max_new_tokens=5).text for question in QUESTIONS[:2]]
     first, second = (engine._prompts.text_ids(q) for q in QUESTIONS[:2])
     recipe = context.recipe
