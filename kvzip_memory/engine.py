@@ -155,7 +155,7 @@ class KVzipEngine:
         began = time.perf_counter()
         prompt = self._prompt(source, system)
         tokenized = time.perf_counter()
-        identity = context_identity(self._identity, prompt.token_ids, prompt.protected, ratio, self._scorer.identity(), self._allocator)
+        identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator)
         key = key_of(identity)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         with self._load_lock:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine
 from kvzip_memory.registry import files
 from kvzip_memory.registry.identity import key_of, model_identity
@@ -226,6 +226,14 @@ def test_what_determines_the_bytes_is_in_the_key(tmp_path: Path, change: dict[st
     engine = tiny_engine(cache_dir=tmp_path)
     assert engine.load(TEXT, **change).key != engine.load(TEXT).key  # type: ignore[arg-type]
     assert engine.load(TEXT, name="x").key == engine.load(TEXT).key
+
+
+def test_engines_whose_turns_end_differently_do_not_share_a_context(tmp_path: Path) -> None:
+    template = CHATML + "{% if add_generation_prompt and not thinking %}<none>{% endif %}"
+    contexts = [tiny_engine(template=template, template_kwargs={"thinking": t}, cache_dir=tmp_path).load(TEXT) for t in (True, False)]
+    assert torch.equal(contexts[0].token_ids, contexts[1].token_ids)
+    assert contexts[0].recipe.closing != contexts[1].recipe.closing
+    assert contexts[0].key != contexts[1].key
 
 
 def test_a_damaged_stored_file_is_set_aside_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
