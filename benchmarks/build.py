@@ -20,17 +20,11 @@ from transformers import DynamicCache
 
 from common import PROBE, articles, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.compression.scorers import KVzipScorer
-
-SCORERS = {
-    "default (sum_of_squares, local)": KVzipScorer(),
-    "paper (max, whole)": KVzipScorer(aggregation="max", repeat="whole"),
-}
 
 
-def measure(text: str, name: str, repeats: int) -> dict[str, Any]:
+def measure(text: str, repeats: int) -> dict[str, Any]:
     """Plain prefill by transformers and our build, in turn; medians of the times and of their ratio pair by pair."""
-    engine = KVzipEngine.from_pretrained(smollm2(), scorer=SCORERS[name], progress=False)
+    engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
     ids = torch.tensor([engine._prompt(text, None).token_ids])
     rows, context = [], None
     for _ in range(repeats):
@@ -79,22 +73,20 @@ def main() -> None:
     parser.add_argument("--kvpress-python")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        tokens, name = args.one
-        print(json.dumps(baseline_rss() if name == "baseline" else measure(text_of(args.squad, int(tokens)), name, args.repeats)))
+    if args.one is not None:
+        print(json.dumps(measure(text_of(args.squad, args.one), args.repeats) if args.one else baseline_rss()))
         return
     common = ["--squad", str(args.squad), "--repeats", str(args.repeats), "--one"]
-    baseline = in_subprocess(*common, "0", "baseline")
+    baseline = in_subprocess(*common, "0")
     table = []
     for tokens in args.tokens:
-        for name in SCORERS:
-            row = in_subprocess(*common, str(tokens), name)
-            extra = row.pop("peak_rss_nbytes") - baseline
-            row |= {"method": name, "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / row["dense_nbytes"], 2)}
-            table.append(row)
-            print(row)
+        row = in_subprocess(*common, str(tokens))
+        extra = row.pop("peak_rss_nbytes") - baseline
+        row |= {"method": "kvzip_memory", "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / row["dense_nbytes"], 2)}
+        table.append(row)
+        print(row, flush=True)
     if args.kvpress_python:
         engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
         for tokens in args.tokens:
@@ -107,7 +99,7 @@ def main() -> None:
             row |= {key: round(statistics.median(r[key] for r in rows), 2) for key in ("prefill_s", "build_s")}
             row["ratio"] = round(statistics.median(r["build_s"] / r["prefill_s"] for r in rows), 2)
             table.append(row)
-            print(row)
+            print(row, flush=True)
     save("build", {"model": "SmolLM2-135M-Instruct, fp32", "kept": 0.3, "repeats": args.repeats, "table": table})
 
 

@@ -34,6 +34,10 @@ SCORERS = {
     for aggregation in ("max", "sum_of_squares")
     for repeat in ("whole", "local")
 }
+SCORERS |= {
+    f"{aggregation}/whole/2000": KVzipScorer(aggregation=aggregation, repeat="whole", chunk_tokens=2000)
+    for aggregation in ("max", "sum_of_squares")
+}
 PLACES = ["boathouse", "greenhouse", "observatory", "north gate", "wine cellar", "map room"]
 
 

@@ -3,11 +3,11 @@
 from kvzip_memory.context import CompressedContext, Receipt, Source
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import (
-    CompressionError,
     CorruptFileError,
     IdentityMismatchError,
     InputError,
     KVzipError,
+    ModelError,
     SessionBusyError,
     UnsupportedModelError,
     WindowError,
@@ -19,13 +19,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressedContext",
-    "CompressionError",
     "CorruptFileError",
     "Document",
     "IdentityMismatchError",
     "InputError",
     "KVzipEngine",
     "KVzipError",
+    "ModelError",
     "Receipt",
     "Reply",
     "Session",

@@ -98,7 +98,8 @@ class Receipt:
     Attributes:
         key: the context's key, None for an answer without a context.
         hit: whether a stored context was used.
-        tier: where it lay: ``"device"``, ``"disk"``, or ``"built"`` when it had to be computed.
+        tier: where it lay: ``"device"``, ``"disk"``, ``"built"`` when it had to be computed, or ``"none"`` when the
+            call used no context.
         reason: why there was no hit, None on a hit.
         nbytes: bytes of the context in memory.
         ms: milliseconds by stage (``prefill``, ``score``, ``evict``, ``save``, ``load``, ``decode``, ...).

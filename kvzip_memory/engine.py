@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from kvzip_memory.modeling import FEED_TOKENS, LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
 from kvzip_memory.registry.directory import ContextDirectory
 from kvzip_memory.registry.files import read_context
-from kvzip_memory.registry.identity import check_same_model, context_identity, key_of, model_identity
+from kvzip_memory.registry.identity import check_same_model, context_identity, digest, key_of, model_identity, weights_stamp
 from kvzip_memory.session import Reply, Session, Stream
 
 logger = logging.getLogger(__name__)
@@ -71,8 +70,7 @@ class KVzipEngine:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = _checked_ratio(ratio)
-        if allocator not in ALLOCATORS:
-            raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
+        _check_allocator(allocator)
         self._model = LanguageModel(model, tokenizer)
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, template_kwargs)
@@ -81,7 +79,9 @@ class KVzipEngine:
         self._progress = progress
         self._directory = None if cache_dir is None else ContextDirectory(Path(cache_dir).expanduser() / "contexts")
         self._loaded: dict[str, weakref.WeakSet[CompressedContext]] = {}
-        self._load_lock = threading.Lock()
+        self._loaded_lock = threading.Lock()
+        self._build_lock = threading.Lock()
+        self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
 
     @classmethod
     def from_pretrained(
@@ -106,9 +106,10 @@ class KVzipEngine:
             model_kwargs: handed to transformers' ``from_pretrained``.
 
         Raises:
-            InputError, UnsupportedModelError: see the class. A ratio is checked before anything is loaded.
+            InputError, UnsupportedModelError: see the class. Ratio and allocator are checked before anything is loaded.
         """
         _checked_ratio(ratio)
+        _check_allocator(allocator)
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
@@ -136,7 +137,7 @@ class KVzipEngine:
     def load(self, source: Any, *, name: str | None = None, ratio: float | None = None, system: str | None = None) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, else built.
 
-        Building costs one prefill and about two more for ranking the pairs; at ratio 1.0 only the prefill.
+        Building costs one prefill and one to two more for ranking the pairs; at ratio 1.0 only the prefill.
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
@@ -149,7 +150,7 @@ class KVzipEngine:
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses.
             WindowError: more tokens than the window can hold beside a question.
-            CompressionError: the model computed scores that are not finite.
+            ModelError: the model computed scores that are not finite.
         """
         ratio = self.ratio if ratio is None else _checked_ratio(ratio)
         began = time.perf_counter()
@@ -158,14 +159,15 @@ class KVzipEngine:
         identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator)
         key = key_of(identity)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
-        with self._load_lock:
-            context, tier, reason = self._find(key, ms)
-            if context is None:
-                context = self._build(key, identity, prompt, ratio, name, ms)
-            receipt = Receipt(key, hit=tier != "built", tier=tier, reason=reason, nbytes=context.nbytes, ms=ms)
-            context = replace(context, name=name, sources=prompt.sources, receipt=receipt)
-            self._loaded.setdefault(key, weakref.WeakSet()).add(context)
-        return context
+        context, tier, reason = self._in_memory(key), "device", None
+        if context is None:  # one at a time: whoever waits for the same text finds it afterwards
+            with self._build_lock:
+                context, tier, reason = self._find(key, ms)
+                if context is None:
+                    context = self._build(key, identity, prompt, ratio, name, ms)
+                self._remember(context)
+        receipt = Receipt(key, hit=tier != "built", tier=tier, reason=reason, nbytes=context.nbytes, ms=ms)
+        return self._remember(replace(context, name=name, sources=prompt.sources, receipt=receipt))
 
     def open(self, path: str | Path) -> CompressedContext:
         """A context from a file written by :meth:`CompressedContext.save`.
@@ -195,12 +197,23 @@ class KVzipEngine:
             )
         return prompt
 
+    def _in_memory(self, key: str) -> CompressedContext | None:
+        """A context of this key that somebody still holds."""
+        with self._loaded_lock:
+            return next(iter(self._loaded.get(key, ())), None)
+
+    def _remember(self, context: CompressedContext) -> CompressedContext:
+        with self._loaded_lock:
+            for key in [key for key, alive in self._loaded.items() if not alive]:
+                del self._loaded[key]
+            self._loaded.setdefault(context.key, weakref.WeakSet()).add(context)
+        return context
+
     def _find(self, key: str, ms: dict[str, float]) -> tuple[CompressedContext | None, str, str | None]:
         """A context in memory or on disk; else None, ``"built"`` and the reason."""
-        alive = next(iter(self._loaded.get(key, ())), None)
+        alive = self._in_memory(key)
         if alive is not None:
             return alive, "device", None
-        self._loaded.pop(key, None)
         if self._directory is None:
             return None, "built", "not in memory, and no cache_dir to look in"
         began = time.perf_counter()
@@ -247,9 +260,20 @@ class KVzipEngine:
             ms["save"] = 1e3 * (time.perf_counter() - began)
         return context
 
-    @cached_property
+    @property
     def _identity(self) -> dict[str, Any]:
-        return model_identity(self.model, self.tokenizer, self._prompts.template)
+        """The model's fields of a key; computed again when a weight or an adapter has changed."""
+        stamp = weights_stamp(self.model)
+        known_stamp, fields = self._known_identity
+        if stamp != known_stamp:
+            fields = model_identity(self.model, self.tokenizer, self._prompts.template)
+            self._known_identity = (stamp, fields)
+        return fields
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of model, tokenizer and template: what decides whether two engines can use each other's contexts."""
+        return digest(self._identity)
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -306,6 +330,11 @@ class KVzipEngine:
 
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
+
+
+def _check_allocator(allocator: str) -> None:
+    if allocator not in ALLOCATORS:
+        raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
 
 
 def _checked_ratio(ratio: float) -> float:

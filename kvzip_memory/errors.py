@@ -27,8 +27,8 @@ class UnsupportedModelError(KVzipError, ValueError):
     """A model whose cache cannot be compressed by dropping key-value pairs."""
 
 
-class CompressionError(KVzipError, RuntimeError):
-    """The model gave numbers no pair can be ranked by (not finite)."""
+class ModelError(KVzipError, RuntimeError):
+    """The model computed numbers that are not finite: nothing can be ranked or sampled by them."""
 
 
 class SessionBusyError(KVzipError, RuntimeError):

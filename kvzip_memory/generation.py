@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kvzip_memory.errors import InputError
+from kvzip_memory.errors import InputError, ModelError
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class GenerationParams:
     stop: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be a whole number, at least 1")
         if not self.temperature >= 0:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -74,9 +74,16 @@ class Sampler:
             self._generator.manual_seed(params.seed)
 
     def __call__(self, logits: Tensor) -> int:
-        """Token for ``logits [vocab]``."""
+        """Token for ``logits [vocab]``.
+
+        Raises:
+            ModelError: a logit is not a number.
+        """
+        highest, token = logits.max(-1)
+        if highest.isnan():
+            raise ModelError("the model computed logits that are not numbers (usually float16 overflow); load it in bfloat16 or float32")
         if self._greedy:
-            return int(logits.argmax())
+            return int(token)
         scores = self._processors(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits[None])
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 

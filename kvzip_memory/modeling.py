@@ -60,7 +60,6 @@ class LanguageModel:
         self.eos_ids = _eos_ids(model, tokenizer)
         self._backend = BACKENDS[backend]
         self._lock = threading.Lock()
-        attach(model)
         if config.model_type not in TESTED:
             self._compare_with_original()
 
@@ -89,6 +88,7 @@ class LanguageModel:
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         cache = SessionCache(rows, counts, self.windows, self._backend)
         with self._lock:
+            attach(self.model)  # again, should somebody have switched the model's attention since
             output = self.model(
                 input_ids=input_ids.to(self.device),
                 position_ids=positions.to(self.device),
@@ -117,11 +117,12 @@ class LanguageModel:
         positions = torch.arange(position, position + len(ids), device=self.device)[None]
         extra = {} if call is None else {"kvzip": call}
         with self._lock:
+            attach(self.model)
             self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
 
     def _compare_with_original(self) -> None:
         """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
-        kind = self.model.config.model_type
+        kind, original = self.model.config.model_type, self.model.config._attn_implementation
         ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
         with torch.inference_mode():
             theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
@@ -130,6 +131,7 @@ class LanguageModel:
         ours = self.forward([row], [ids[40:].tolist()], last_only=False)[0]
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         if not difference <= 0.02 * largest:
+            self.model.set_attn_implementation(original)
             raise UnsupportedModelError(
                 f"{kind!r} computes something our attention does not: on a test forward logits differ by {difference:.3g} "
                 f"(largest logit {largest:.3g})"

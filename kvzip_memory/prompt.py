@@ -8,6 +8,8 @@ go and kept as ids.
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +40,8 @@ _ROLES = ("system", "user", "assistant")
 _SEPARATOR = "\n\n"
 
 Message = Mapping[str, Any]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class PromptBuilder:
                 ids += self.text_ids(f"{gap}Document {number}: {name}\n\n")
             start = len(ids)
             ids += self.text_ids(document.text)
-            sources.append(Source(name, dict(document.metadata or {}), start, len(ids)))
+            sources.append(Source(name, _storable(document.metadata or {}), start, len(ids)))
         recipe = Recipe((), _SEPARATOR, tuple(self._template_ids(pieces[-1])), self._next_turn(messages))
         return Prompt(tuple(ids), protected, recipe, tuple(sources))
 
@@ -129,7 +133,7 @@ class PromptBuilder:
                 protected = len(ids)
             ids += self.text_ids(_text(message))
         opening, closing = (tuple(self._template_ids(piece)) for piece in pieces[-2:])
-        return Prompt(tuple(ids), protected or 0, Recipe(opening, "", closing, self._next_turn(messages)), ())
+        return Prompt(tuple(ids), len(ids) if protected is None else protected, Recipe(opening, "", closing, self._next_turn(messages)), ())
 
     def _next_turn(self, messages: Sequence[Message]) -> tuple[int, ...]:
         turns: list[Message] = [*messages]
@@ -145,10 +149,9 @@ class PromptBuilder:
 
         After a context a system message cannot be moved to the front; its text goes before the question it precedes.
         """
-        messages = [{"role": "user", "content": question}] if isinstance(question, str) else list(question)
-        check_messages(messages)
-        if messages[-1]["role"] != "user":
-            raise InputError(f"the last message is from {messages[-1]['role']!r}; an answer follows a user's message")
+        messages = _as_messages(question)
+        if messages[-1]["role"] != "user" or not _text(messages[-1]).strip():
+            raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
         if recipe is None:
             ids: list[int] = []
             pieces = self._render(messages)
@@ -169,6 +172,7 @@ class PromptBuilder:
 
     def next_question(self, recipe: Recipe, question: str) -> list[int]:
         """Ids of a later question, after the tokens of the answer before it."""
+        _as_messages(question)
         return [*recipe.next_turn, *self.text_ids(question), *recipe.closing]
 
     def free_recipe(self) -> Recipe:
@@ -271,9 +275,11 @@ def as_message(item: Any) -> Message | None:
         if not {"role", "content"} <= item.keys():
             raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(item)}")
         return item
-    role = getattr(item, "role", None) or {"human": "user", "ai": "assistant"}.get(kind := getattr(item, "type", ""), kind)
+    kind = str(getattr(item, "type", "")).removesuffix("MessageChunk").lower()
+    role = getattr(item, "role", None) or {"human": "user", "ai": "assistant"}.get(kind, kind)
     if role and hasattr(item, "content") and not hasattr(item, "page_content") and not hasattr(item, "get_content"):
-        return {"role": str(getattr(role, "value", role)), "content": item.content}
+        text = getattr(item, "text", None)  # LangChain: the text of all blocks
+        return {"role": str(getattr(role, "value", role)), "content": str(text) if isinstance(text, str) else item.content}
     return None
 
 
@@ -281,6 +287,8 @@ def _as_document(item: Any) -> Document:
     if isinstance(item, Document):
         return item
     if isinstance(item, str):
+        if len(item) < 256 and "\n" not in item and Path(item).is_file():
+            logger.warning("loading the text %r itself; there is a file of that name: give a Path to load the file", item)
         return Document(item)
     if isinstance(item, Path):
         try:
@@ -296,6 +304,26 @@ def _as_document(item: Any) -> Document:
     metadata = dict(item.metadata or {})
     name = next((str(metadata[k]) for k in ("title", "file_name", "source") if metadata.get(k)), None)
     return Document(text, name, metadata)
+
+
+def _as_messages(question: Any) -> list[Message]:
+    """A question, one message or several as checked messages."""
+    if isinstance(question, str):
+        question = {"role": "user", "content": question}
+    items = list(question) if isinstance(question, Sequence) else [question]
+    messages = [as_message(item) for item in items]
+    if any(message is None for message in messages):
+        raise InputError(f"cannot ask a {type(question).__name__}; give a string, or chat messages with 'role' and 'content'")
+    check_messages(messages)  # type: ignore[arg-type]
+    return messages  # type: ignore[return-value]
+
+
+def _storable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata as it will come back from a file."""
+    try:
+        return dict(json.loads(json.dumps(dict(metadata), default=str)))
+    except TypeError:  # keys JSON cannot take
+        return {str(key): str(value) for key, value in metadata.items()}
 
 
 def _text(message: Message) -> str:

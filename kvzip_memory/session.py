@@ -95,8 +95,12 @@ class Stream(Iterator[str]):
         self._turn.cancelled.set()
 
     def close(self) -> None:
-        """End the answer now, from the thread that iterates."""
-        self._pieces.close()
+        """End the answer now; from another thread than the one that iterates, after the token being computed."""
+        try:
+            self._pieces.close()
+        except ValueError:  # the generator is running, in another thread
+            self.cancel()
+            return
         self._session._release(self._turn)  # a generator that never started has not released it
 
     @property

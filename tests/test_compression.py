@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import CompressionError, KVzipEngine
+from kvzip_memory import KVzipEngine, ModelError
 from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
@@ -159,6 +159,6 @@ def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Pat
     engine = tiny_engine(cache_dir=tmp_path)
     with torch.no_grad():
         engine.model.model.layers[1].self_attn.q_proj.weight.fill_(float("nan"))
-    with pytest.raises(CompressionError, match="bfloat16 or float32"):
+    with pytest.raises(ModelError, match="bfloat16 or float32"):
         engine.load(TEXT)
     assert not list(tmp_path.rglob("*.safetensors"))

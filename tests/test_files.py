@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine
+from kvzip_memory import CompressedContext, CorruptFileError, Document, IdentityMismatchError, KVzipEngine
 from kvzip_memory.registry import files
 from kvzip_memory.registry.identity import key_of, model_identity
 
@@ -234,6 +234,62 @@ def test_engines_whose_turns_end_differently_do_not_share_a_context(tmp_path: Pa
     assert torch.equal(contexts[0].token_ids, contexts[1].token_ids)
     assert contexts[0].recipe.closing != contexts[1].recipe.closing
     assert contexts[0].key != contexts[1].key
+
+
+def test_weights_edited_in_place_make_another_key(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    context = engine.load(TEXT, ratio=0.4)
+    weight = engine.model.model.layers[0].mlp.up_proj.weight
+    before = weight[0, 0].clone()
+    with torch.no_grad():
+        weight[0, 0] += 1
+    with pytest.raises(IdentityMismatchError, match="weights"):
+        engine.generate(context, "Who?")
+    assert engine.load(TEXT, ratio=0.4).key != context.key
+    with torch.no_grad():
+        weight[0, 0] = before
+    assert engine.load(TEXT, ratio=0.4).key == context.key
+
+
+def test_a_peft_layers_scaling_and_switch_are_part_of_the_identity() -> None:
+    engine = tiny_engine()
+    layer = torch.nn.Linear(2, 2)
+    layer.active_adapters, layer.scaling, layer.disable_adapters, layer.merged = ["a"], {"a": 1.0}, False, False  # type: ignore[assignment]
+    plain = engine.fingerprint
+    engine.model.model.tuner = layer
+    states = [plain, engine.fingerprint]
+    layer.scaling = {"a": 0.5}  # type: ignore[assignment]
+    states.append(engine.fingerprint)
+    layer.disable_adapters = True  # type: ignore[assignment]
+    states.append(engine.fingerprint)
+    assert len(set(states)) == 4
+
+
+@pytest.mark.parametrize("failing", ["open", "replace"])
+def test_a_stored_file_that_cannot_be_read_or_set_aside_is_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
+    (path,) = stored(tmp_path)
+    path.write_bytes(b"damaged")
+
+    def denied(*args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    engine = tiny_engine(cache_dir=tmp_path)
+    monkeypatch.setattr(*((Path, "open", denied) if failing == "open" else (os, "replace", denied)))
+    context = engine.load(TEXT, ratio=0.4)
+    monkeypatch.undo()
+    assert context.receipt is not None
+    assert context.receipt.tier == "built"
+    assert ("unreadable" if failing == "open" else "unusable") in str(context.receipt.reason)
+
+
+def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    context = engine.load(Document(TEXT, "page", {("a", 1): Path("/x"), "n": 2}))
+    again = tiny_engine().open(stored(tmp_path)[0])
+    assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": "2"}
 
 
 def test_a_damaged_stored_file_is_set_aside_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

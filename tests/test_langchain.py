@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 
@@ -104,5 +104,6 @@ def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:
         llm.invoke([HumanMessage("a"), ToolMessage("b", tool_call_id="1")])
     with pytest.raises(InputError, match="'image_url'"):
         llm.invoke([HumanMessage([{"type": "image_url", "image_url": {"url": "x"}}])])
+    assert llm.invoke([HumanMessage("a"), AIMessageChunk(content="b"), HumanMessage("c")]).content
     with pytest.raises(ValueError, match="model="):
         KVzipChatModel()

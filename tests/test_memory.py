@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
 
 
@@ -50,6 +50,16 @@ print(json.dumps([resident() - before, sum(c.nbytes for c in kept[1:]), sum(c.de
     grown, kept, dense = json.loads(out.stdout.splitlines()[-1])
     assert kept < 0.33 * dense
     assert grown < kept + 0.2 * dense, (grown, kept, dense)
+
+
+def test_a_sliding_layer_holds_its_window_and_no_more() -> None:
+    """With one KV head the cache's last tokens are a contiguous slice, which must not keep the rest alive."""
+    engine = KVzipEngine(tiny_model("gemma3", num_key_value_heads=1), tiny_tokenizer(), ratio=0.5)
+    context = engine.load(TEXT * 2)
+    for layer in context.layers:
+        for tensor in (layer.keys, layer.values):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            assert layer.window is None or len(tensor) == layer.window - 1
 
 
 class Allocations(TorchDispatchMode):

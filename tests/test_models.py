@@ -85,6 +85,7 @@ def test_an_untested_architecture_that_computes_something_else_is_refused(monkey
     monkeypatch.setattr(model.model.layers[1].self_attn, "forward", rescaled)
     with pytest.raises(UnsupportedModelError, match="logits differ"):
         KVzipEngine(model, tiny_tokenizer())
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_rotations_that_change_with_length_end_the_window_there() -> None:

@@ -84,6 +84,23 @@ def test_the_model_goes_on_working_for_others(architecture: str) -> None:
     assert engine.model.generate(ids, max_new_tokens=8).tolist() == plain.generate(ids, max_new_tokens=8).tolist()
 
 
+def test_an_attention_switched_after_the_engine_was_made_changes_nothing(engine: KVzipEngine) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    ids = engine.prompt_ids(context, QUESTION)
+    before = engine.logits(context, ids)
+    engine.model.set_attn_implementation("eager")
+    assert torch.equal(engine.logits(context, ids), before)
+
+
+def test_float16_products_that_would_overflow_do_not() -> None:
+    from kvzip_memory.attention import RowKV
+
+    query, keys = torch.full((1, 2, 1, 64), 60.0).half(), torch.full((1, 3, 64), 60.0).half()
+    row = RowKV(None, keys, torch.ones(1, 3, 64).half(), 1, 0)
+    out = BACKENDS["cpu"](query, [row], 0.125, None)  # 64 * 60 * 60 is beyond float16
+    torch.testing.assert_close(out, torch.ones_like(out), atol=5e-3, rtol=0)
+
+
 def test_smollm2_at_ratio_1_equals_transformers_and_generates_the_same_64_tokens(smollm2: KVzipEngine, excerpt: str) -> None:
     context = smollm2.load(excerpt, ratio=1.0)
     ids = smollm2.prompt_ids(context, "Write a long letter about the company.")

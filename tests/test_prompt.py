@@ -111,6 +111,30 @@ def test_frameworks_messages_are_messages(engine: KVzipEngine) -> None:
     assert plain.key == langchain.key == llama.key
 
 
+def test_frameworks_messages_can_be_asked(engine: KVzipEngine) -> None:
+    from langchain_core.messages import AIMessageChunk, HumanMessage
+
+    plain = [{"role": "user", "content": "U"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "V"}]
+    framework = [HumanMessage([{"type": "text", "text": "U"}]), AIMessageChunk("A"), HumanMessage("V")]
+    assert engine.prompt_ids(None, framework) == engine.prompt_ids(None, plain)
+    assert engine.prompt_ids(None, plain[0]) == engine.prompt_ids(None, "U")
+
+
+def test_a_system_message_alone_is_protected_whole(engine: KVzipEngine) -> None:
+    context = engine.load([{"role": "system", "content": TEXT}], ratio=0.3)
+    assert context.protected == context.n_tokens
+    assert context.kept_pairs == context.total_pairs
+
+
+def test_a_text_that_names_a_file_is_loaded_as_text_with_a_warning(
+    engine: KVzipEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "page.txt"
+    file.write_text("The page.")
+    engine.load(str(file))
+    assert "give a Path" in caplog.text
+
+
 def test_a_path_is_read_and_named(engine: KVzipEngine, tmp_path: Path) -> None:
     file = tmp_path / "page.txt"
     file.write_text("Zoë's page.")

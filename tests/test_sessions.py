@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine, Session, SessionBusyError, WindowError
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, SessionBusyError, WindowError
 
 QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 
@@ -88,7 +88,7 @@ def test_an_answer_that_does_not_end_is_taken_back(engine: KVzipEngine, end: str
     assert torch.equal(probe(session), before)
 
 
-def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipEngine) -> None:
     session = engine.session(engine.load(TEXT, ratio=0.4))
     session.ask(QUESTIONS[0], max_new_tokens=6)
     before = probe(session)
@@ -131,7 +131,7 @@ def test_threads_get_the_answers_each_gets_alone(engine: KVzipEngine) -> None:
     assert answers == alone
 
 
-def test_two_threads_on_a_real_model(smollm2: KVzipEngine, excerpt_context) -> None:  # type: ignore[no-untyped-def]
+def test_two_threads_on_a_real_model(smollm2: KVzipEngine, excerpt_context: CompressedContext) -> None:
     questions = ["What is the telephone number of head office?", "In which year was the company founded?"]
     alone = [smollm2.generate(excerpt_context, q, max_new_tokens=16).text for q in questions]
     answers = [""] * 2
@@ -149,38 +149,36 @@ def test_two_threads_on_a_real_model(smollm2: KVzipEngine, excerpt_context) -> N
     assert "1871" in answers[1]
 
 
-def test_later_turns_are_well_formed(engine: KVzipEngine) -> None:
-    """Every token a session has fed equals the chat template's own rendering of the conversation."""
-    context = engine.load(TEXT, ratio=1.0)
-    session, fed = engine.session(context), []
-    feed = engine._model.feed
-    engine._model.feed = lambda row, ids: (fed.extend(ids), feed(row, ids))[1]  # type: ignore[method-assign, func-returns-value]
-    replies = [session.ask(question, max_new_tokens=5).text for question in QUESTIONS[:2]]
-    first, second = (engine._prompts.text_ids(q) for q in QUESTIONS[:2])
-    recipe = context.recipe
-    answer = engine.logits(context, fed[: len(fed)])  # the fed ids are a valid continuation
-    assert answer.shape[0] == len(fed)
-    opening = [*engine._prompts.text_ids("\n\n"), *first, *recipe.closing]
-    assert fed[: len(opening)] == opening
-    middle = [*recipe.next_turn, *second, *recipe.closing]
-    start = len(opening) + 5
-    assert fed[start : start + len(middle)] == middle
-    assert len(fed) == len(opening) + 5 + len(middle) + 4  # the second answer's last token is still pending
-    assert engine.tokenizer.decode(recipe.next_turn) == "<|im_end|>\n<|im_start|>user\n"
-    assert len(replies) == 2
+def test_later_turns_are_the_chat_templates_own_rendering(smollm2: KVzipEngine, excerpt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, questions = excerpt[:600], ["What is this about?", "And who wrote it?"]
+    context = smollm2.load(text, ratio=1.0)
+    fed: list[int] = []
+    feed = smollm2._model.feed
+    monkeypatch.setattr(smollm2._model, "feed", lambda row, ids: (fed.extend(ids), feed(row, ids))[1])  # type: ignore[func-returns-value]
+    session = smollm2.session(context)
+    replies = [session.ask(question, max_new_tokens=8).text for question in questions]
+    turns = [("user", f"{text}\n\n{questions[0]}"), ("assistant", replies[0]), ("user", questions[1])]
+    rendered = smollm2.tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
+    )
+    whole = smollm2.tokenizer(rendered + replies[1], add_special_tokens=False).input_ids
+    assert [*context.token_ids.tolist(), *fed, *session._pending] == whole
 
 
-def test_a_session_goes_on_after_a_stop_string_with_the_text_before_it(engine: KVzipEngine) -> None:
-    context = engine.load(TEXT, ratio=0.4)
-    free = engine.generate(context, QUESTIONS[0], max_new_tokens=12).text
-    stop = free[4:6]
-    session = engine.session(context)
-    reply = session.ask(QUESTIONS[0], max_new_tokens=12, stop=stop)
+def test_after_a_stop_string_a_session_remembers_the_text_before_it_and_no_more(
+    smollm2: KVzipEngine, excerpt_context: CompressedContext
+) -> None:
+    question = "What is the telephone number of head office?"
+    free = smollm2.generate(excerpt_context, question, max_new_tokens=16).text
+    stop = " head office"
+    session = smollm2.session(excerpt_context)
+    reply = session.ask(question, max_new_tokens=16, stop=stop)
     assert reply.text == free[: free.index(stop)]
-    kept = context.n_tokens + len(engine.prompt_ids(context, QUESTIONS[0]))
-    answer = session.n_tokens - kept
-    assert len(engine.tokenizer.decode(range(answer))) <= len(reply.text) or answer <= 12
-    assert session.ask(QUESTIONS[1], max_new_tokens=3).finish_reason == "length"
+    told = smollm2.session(excerpt_context)  # the same conversation, fed as text
+    ids = [*smollm2.prompt_ids(excerpt_context, question), *smollm2._prompts.text_ids(reply.text)]
+    smollm2._model.feed(_row(told), ids)
+    assert session.n_tokens == told.n_tokens
+    torch.testing.assert_close(probe(session), probe(told), atol=1e-3, rtol=1e-3)
 
 
 def test_a_question_that_no_longer_fits_is_refused_before_any_work(engine: KVzipEngine) -> None:
@@ -201,10 +199,33 @@ def test_an_answer_ends_where_the_window_does(engine: KVzipEngine) -> None:
     assert reply.finish_reason == "length"
 
 
-@pytest.mark.parametrize("question", ["", "   \n"])
-def test_an_empty_question_is_refused(engine: KVzipEngine, question: str) -> None:
-    with pytest.raises(InputError, match="empty"):
-        engine.generate(None, question)
+@pytest.mark.parametrize("question", ["", "   \n", [{"role": "user", "content": "Who?"}, {"role": "user", "content": ""}], []])
+def test_an_empty_question_is_refused_first_or_later(engine: KVzipEngine, question: str) -> None:
+    session = engine.session()
+    with pytest.raises(InputError, match=r"empty|no messages"):
+        session.ask(question)
+    session.ask("Who?", max_new_tokens=2)
+    with pytest.raises(InputError, match=r"empty|no messages|only be the first"):
+        session.ask(question)
+    assert session.ask("When?", max_new_tokens=2).text
+
+
+@pytest.mark.parametrize("question", [None, 42, [1, 2]])
+def test_what_is_no_question_is_refused(engine: KVzipEngine, question: object) -> None:
+    with pytest.raises(InputError, match="cannot ask"):
+        engine.generate(None, question)  # type: ignore[arg-type]
+
+
+def test_closing_from_another_thread_ends_the_answer(engine: KVzipEngine) -> None:
+    session = engine.session(engine.load(TEXT, ratio=0.4))
+    stream = session.stream(QUESTIONS[0], max_new_tokens=1500)
+    next(stream)
+    thread = threading.Thread(target=lambda: list(stream))
+    thread.start()
+    while thread.is_alive():
+        stream.close()
+    assert session.n_tokens == session.context.n_tokens  # type: ignore[union-attr]
+    assert session.ask(QUESTIONS[1], max_new_tokens=2).text
 
 
 def test_a_session_without_a_context_keeps_its_turns(engine: KVzipEngine) -> None:

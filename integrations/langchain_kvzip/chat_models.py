@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.callbacks import CallbackManagerForLLMRun
 from langchain_core.language_models import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
-from langchain_core.messages import AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
@@ -159,6 +159,8 @@ class KVzipChatModel(BaseChatModel):
         # contexts never share a cached answer.
         return {
             "model": self.model_name,
+            "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
+            "engine": self.given_engine.fingerprint if self.given_engine else None,
             "context": self.context.key if self.context else None,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
@@ -178,16 +180,18 @@ class KVzipChatModel(BaseChatModel):
 
 ChatKVzip = KVzipChatModel
 
+_ROLES: dict[type[BaseMessage], str] = {HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system"}
+
 
 def _plain(message: BaseMessage) -> dict[str, str]:
-    roles = {"human": "user", "ai": "assistant", "system": "system"}
-    if message.type not in roles or getattr(message, "tool_calls", None):
-        raise InputError(f"messages of type {message.type!r} with tool calls are not supported; send human, ai and system messages")
+    role = next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
+    if role is None or getattr(message, "tool_calls", None):
+        raise InputError(f"messages of type {message.type!r} and tool calls are not supported; send human, ai and system messages")
     if isinstance(message.content, list):
         foreign = sorted({b.get("type", "?") for b in message.content if isinstance(b, dict)} - {"text"})
         if foreign:
             raise InputError(f"content blocks of type {foreign} are not supported; send text")
-    return {"role": roles[message.type], "content": str(message.text)}
+    return {"role": role, "content": str(message.text)}
 
 
 def _usage(reply: Reply) -> UsageMetadata:

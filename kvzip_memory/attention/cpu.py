@@ -18,14 +18,12 @@ BLOCK_ELEMENTS = 8 << 20
 def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
+    query = query * scaling  # before the products, which overflow float16 otherwise
     out = query.new_zeros(batch, n, query_heads, dim)
-    tails = [_attend_tail(query[b], row, scaling, window) for b, row in enumerate(rows)]
+    tails = [_attend_tail(query[b], row, window) for b, row in enumerate(rows)]
     for members in _rows_by_context(rows):
         context = rows[members[0]].context
-        if context is None:
-            merged = [tails[b][0] for b in members]
-        else:
-            merged = _merge_context(query, rows, members, context, tails, scaling, window)
+        merged = [tails[b][0] for b in members] if context is None else _merge_context(query, rows, members, context, tails, window)
         for b, rows_out in zip(members, merged, strict=True):  # rows_out: [H, G, n_new, D]
             n_new = rows[b].n_new
             out[b, n - n_new :] = rows_out.flatten(0, 1).transpose(0, 1).to(out.dtype)
@@ -39,7 +37,7 @@ def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _attend_tail(query: Tensor, row: RowKV, window: int | None) -> tuple[Tensor, Tensor]:
     """Causal attention of one row over its tail: ``[H, G, n_new, D]`` fp32 and log-sum-exp ``[H, G, n_new]``."""
     n_heads, n_tail, dim = row.keys.shape
     q = query[:, query.shape[1] - row.n_new :].reshape(n_heads, -1, row.n_new, dim)
@@ -53,7 +51,7 @@ def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) 
         hidden = key_index > index
         if window is not None:
             hidden |= key_index <= index - window
-        logits = torch.matmul(block, row.keys.mT).float().mul_(scaling).unflatten(1, (-1, len(index)))
+        logits = torch.matmul(block, row.keys.mT).float().unflatten(1, (-1, len(index)))
         logits.masked_fill_(hidden, float("-inf"))
         lse = logits.logsumexp(-1)
         weights = logits.sub_(lse.unsqueeze(-1)).exp_().flatten(1, 2).to(row.values.dtype)
@@ -68,7 +66,6 @@ def _merge_context(
     members: list[int],
     context: RaggedLayer,
     tails: list[tuple[Tensor, Tensor]],
-    scaling: float,
     window: int | None,
 ) -> list[Tensor]:
     """Tail attention of the member rows merged with their attention over the one context they share."""
@@ -89,7 +86,7 @@ def _merge_context(
     lse = stacked.new_empty(stacked.shape[:2], dtype=torch.float32)
     for head in range(n_heads):
         positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
-        _attend_head(stacked[head], *context.head(head), positions, first_seen, scaling, out[head], lse[head])
+        _attend_head(stacked[head], *context.head(head), positions, first_seen, out[head], lse[head])
     merged = []
     for b, count, part_out, part_lse in zip(members, counts, out.split(sizes, 1), lse.split(sizes, 1), strict=True):
         shape = (-1, count)
@@ -104,7 +101,6 @@ def _attend_head(
     values: Tensor,
     positions: Tensor,
     first_seen: Tensor | None,
-    scaling: float,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -115,7 +111,7 @@ def _attend_head(
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))
     for start in range(0, len(query), step):
         block = slice(start, start + step)
-        logits = torch.matmul(query[block], keys.T).float().mul_(scaling)
+        logits = torch.matmul(query[block], keys.T).float()
         if first_seen is not None:
             logits.masked_fill_(positions <= first_seen[block, None], float("-inf"))
         lse[block] = logits.logsumexp(-1)

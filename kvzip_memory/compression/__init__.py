@@ -12,7 +12,7 @@ from kvzip_memory.compression.evict import evict
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
 from kvzip_memory.compression.scorers import Scorer
 from kvzip_memory.context import RaggedLayer, storage_nbytes
-from kvzip_memory.errors import CompressionError
+from kvzip_memory.errors import ModelError
 
 __all__ = ["Compressed", "Prefilled", "Progress", "compress", "prefill"]
 
@@ -38,7 +38,7 @@ def compress(prefilled: Prefilled, ratio: float, scorer: Scorer, allocator: str,
     At ratio 1.0 everything is kept and nothing is scored.
 
     Raises:
-        CompressionError: the model gave scores that are not finite.
+        ModelError: the model gave scores that are not finite.
     """
     full, n = prefilled.full_layers, len(prefilled.token_ids)
     layers = prefilled.cache.layers
@@ -48,14 +48,13 @@ def compress(prefilled: Prefilled, ratio: float, scorer: Scorer, allocator: str,
     if ratio == 1.0:
         scores, keep = None, torch.ones(shape, dtype=torch.bool)
     else:
-        exact = scorer.score(prefilled, progress)
-        if not bool(exact.isfinite().all()):
-            raise CompressionError(
-                "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
-            )
         # Rounded before they are compared: dropping more pairs of a stored context later keeps the same ones as
         # building at that ratio would.
-        scores = exact.half()
+        scores = scorer.score(prefilled, progress).half()
+        if not bool(scores.isfinite().all()):
+            raise ModelError(
+                "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
+            )
         scores[:, :, : prefilled.protected] = float("inf")
         keep = ALLOCATORS[allocator](scores, round(ratio * scores.numel()))
     scored = time.perf_counter()

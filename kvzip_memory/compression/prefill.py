@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from transformers import DynamicCache
 
 from kvzip_memory.modeling import LanguageModel
@@ -50,4 +51,7 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
         chunk = token_ids[start : start + CHUNK_TOKENS]
         model.fill(chunk, start, cache)
         progress("prefill", len(chunk))
+    for layer, window in zip(cache.layers, model.windows, strict=True):
+        if window is not None:  # a slice of all it has seen; keep no more than the window
+            layer.keys, layer.values = (t.clone(memory_format=torch.contiguous_format) for t in (layer.keys, layer.values))
     return cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -37,9 +38,13 @@ class ContextDirectory:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
         except FileNotFoundError:
             return None, "not stored"
+        except OSError as error:
+            logger.warning("cannot read stored context %s: %s", key[:12], error)
+            return None, f"stored file unreadable: {error}"
         except CorruptFileError as error:
             aside = path.with_suffix(".corrupt")
-            os.replace(path, aside)
+            with suppress(OSError):  # another process has done it, or the folder is read-only
+                os.replace(path, aside)
             logger.warning("%s; set aside as %s", error, aside.name)
             return None, f"stored file unusable: {error}"
         return context, None

@@ -28,13 +28,12 @@ def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dic
     """The :data:`MODEL_FIELDS` of a model in memory. Reads all weights once (measured: about 0.2 s a GB on one CPU core)."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NEUTRAL}
     quantization = config.pop("quantization_config", None)
-    adapters = getattr(model, "active_adapters", None) if getattr(model, "_hf_peft_config_loaded", False) else None
     return {
         "format": FORMAT,
         "architecture": model.config.model_type,
         "config": digest(config),
         "weights": weights_fingerprint(model),
-        "adapter": digest(adapters()) if callable(adapters) else None,
+        "adapter": adapter_state(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": None if quantization is None else digest(quantization),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -97,6 +96,26 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     else:
         state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
     return digest([state, sorted((i, str(t.content), t.special) for i, t in tokenizer.added_tokens_decoder.items())])
+
+
+def adapter_state(model: PreTrainedModel) -> str | None:
+    """Hash of what PEFT's layers do besides their weights: which adapters are active, how scaled, merged or disabled."""
+    facts = [
+        [name, *(getattr(module, field, None) for field in ("active_adapters", "scaling", "disable_adapters", "merged"))]
+        for name, module in model.named_modules()
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
+    ]
+    return digest(facts) if facts else None
+
+
+def weights_stamp(model: PreTrainedModel) -> tuple[Any, ...]:
+    """Changes whenever a parameter or buffer is replaced or written to in place, or an adapter is switched.
+
+    torch counts writes to a tensor; those through ``.data`` or from inside inference mode escape it.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    counts = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return (*counts, adapter_state(model))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Which pairs are kept? One method a file: ``allocate(scores, budget, protected) -> keep``.
+"""Which pairs are kept? One method a file: ``allocate(scores, budget) -> keep``.
 
 Every allocator keeps exactly ``budget`` pairs (more only if the protected ones alone exceed it) and breaks ties by
 position in ``[L, H, n]``, so the same scores keep the same pairs on every machine.

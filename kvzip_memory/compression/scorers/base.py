@@ -12,11 +12,6 @@ from kvzip_memory.compression.prefill import Prefilled, Progress
 class Scorer(Protocol):
     """Gives every pair of the layers with full attention its importance."""
 
-    @property
-    def query_agnostic(self) -> bool:
-        """Whether the scores are made without any question, so that the context serves all of them."""
-        ...
-
     def identity(self) -> dict[str, Any]:
         """Name, version and every parameter that changes a score; part of the context's key."""
         ...
