@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -88,6 +89,8 @@ def main() -> None:
     parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
     parser.add_argument("--articles", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
+    parser.add_argument("--earlier", type=Path, help="take the methods this run leaves out from an earlier result of the same answers")
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3())
     docs = documents(articles(args.squad), args.articles, engine.tokenizer, args.tokens)
@@ -111,8 +114,8 @@ def main() -> None:
         )
         if paper is None:
             paper = kvpress_scores(prefilled)
-        for name, scorer in SCORERS.items():
-            scores = scorer.score(prefilled, lambda *_: None)
+        for name in args.scorers:
+            scores = SCORERS[name].score(prefilled, lambda *_: None)
             for ratio in RATIOS:
                 context = context_at(prefilled, scores, ratio, full)
                 for q, expected in zip(questions, reference, strict=True):
@@ -126,13 +129,22 @@ def main() -> None:
         theirs = torch.tensor(peer["scores"])[:, :, -paper.shape[2] :]
         agreement = (theirs - paper).abs().max().item()
     table = summary(results)
+    earlier: list[str] = []
+    if args.earlier:
+        table, earlier, agreement = with_earlier(table, args.earlier, agreement)
     for row in table:
         print(row)
     print("largest difference between our paper score and kvpress':", agreement)
     suffix = "" if args.model == "smollm2" else f"_{args.model}"
     save(
         f"fidelity{suffix}",
-        {"model": args.model, "articles": [d["title"] for d in docs], "kvpress_score_difference": agreement, "table": table},
+        {
+            "model": args.model,
+            "articles": [d["title"] for d in docs],
+            "kvpress_score_difference": agreement,
+            "from_earlier_run": earlier,
+            "table": table,
+        },
     )
 
 
@@ -155,6 +167,17 @@ def kvpress_scores(prefilled: Prefilled) -> torch.Tensor:
     scorer = KVzipScorer(aggregation="max", repeat="whole")
     repeat = scorer._repeat_ids(prefilled, prefix, n)
     return scorer.score_chunk(prefilled, repeat, 4, prefix, n)
+
+
+def with_earlier(table: list[dict[str, Any]], path: Path, agreement: float | None) -> tuple[list[dict[str, Any]], list[str], float | None]:
+    """The table with an earlier result's other methods, if that had the same number of answer tokens everywhere."""
+    before = json.loads(path.read_text())
+    tokens = {(row["kind"], row["ratio"]): row["tokens"] for row in table}
+    have = {row["method"] for row in table}
+    rows = [row for row in before["table"] if row["method"] not in have]
+    if any(tokens[row["kind"], row["ratio"]] != row["tokens"] for row in rows):
+        raise SystemExit(f"{path} was made with other answers")
+    return table + rows, sorted({row["method"] for row in rows}), agreement or before["kvpress_score_difference"]
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
