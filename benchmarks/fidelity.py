@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common import PROBE, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
+from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.evict import evict
@@ -150,8 +151,6 @@ def main() -> None:
 
 def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
     """The full cache's own answer, at most 32 ids."""
-    from kvzip_memory.cache import Row, Tail
-
     row, answer = Row(context, Tail()), []
     logits = engine._model.feed(row, ids)
     while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:

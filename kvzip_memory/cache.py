@@ -15,7 +15,7 @@ from kvzip_memory.context import CompressedContext
 class Tail:
     """Private dense pairs of one session: per layer keys and values ``[H, capacity, D]``, of which ``length`` count.
 
-    Buffers double when full, so a token costs no copy of the earlier ones; :meth:`crop` and :meth:`reset` are O(1).
+    Buffers double when full, so a token costs no copy of the earlier ones; :meth:`crop` is O(1).
     """
 
     def __init__(self) -> None:
@@ -58,11 +58,6 @@ class Tail:
         twin.length = self.length
         twin._layers = {i: (keys.clone(), values.clone()) for i, (keys, values) in self._layers.items()}
         return twin
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, spare capacity included."""
-        return sum(t.untyped_storage().nbytes() for pair in self._layers.values() for t in pair)
 
 
 class Row(NamedTuple):

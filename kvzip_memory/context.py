@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,6 @@ class RaggedLayer:
         """All tensors this layer owns."""
         scores = () if self.scores is None else (self.scores,)
         return (self.keys, self.values, self.positions, *scores)
-
-    def to(self, device: torch.device) -> RaggedLayer:
-        return replace(
-            self,
-            keys=self.keys.to(device),
-            values=self.values.to(device),
-            positions=self.positions.to(device),
-            scores=None if self.scores is None else self.scores.to(device),
-        )
 
 
 @dataclass(frozen=True)

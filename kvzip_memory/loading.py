@@ -36,25 +36,23 @@ def load_model(
     A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
 
     Raises:
-        InputError: a path that does not exist.
-        OSError: what transformers raises for an unknown hub id.
+        InputError: a ``.gguf`` file that does not exist.
+        OSError: what transformers raises for an unknown hub id or folder.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
+    shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
     source = Path(model)
     if source.suffix == ".gguf":
         if not source.is_file():
             raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
-        weights = tokenizer_source = _converted(source, dtype, cache_dir or DEFAULT_CACHE)
-        loaded_tokenizer = None
-        if not (weights / "tokenizer.json").exists():
-            loaded_tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        model = _converted(source, dtype, cache_dir or DEFAULT_CACHE)
+    if source.suffix == ".gguf" and not Path(model, "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     else:
-        weights, tokenizer_source, loaded_tokenizer = source if source.is_dir() else model, model, None  # type: ignore[assignment]
-    shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
-    tokenizer = loaded_tokenizer or AutoTokenizer.from_pretrained(tokenizer_source, **shared)
-    loaded = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, **model_kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(model, **shared)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_kwargs)
     if "device_map" not in model_kwargs:
         loaded = loaded.to(device)
     return loaded.eval(), tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -130,8 +132,6 @@ def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int
     Shares nothing with our attention: it rebuilds the masks from the kept positions and runs the model's forward on
     context and ids at once, each layer and head with a mask of its own.
     """
-    import copy
-
     n = context.n_tokens
     kept = []
     for layer in context.layers:
@@ -157,8 +157,6 @@ def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int
         evicted = ~kept[module.layer_idx].repeat_interleave(groups, 0)  # [query heads, n]
         hidden[:, n:, :n] |= evicted[:, None]  # the context itself was prefilled with all pairs
         return (logits.masked_fill(hidden[None], float("-inf")).softmax(-1) @ value).transpose(1, 2).contiguous(), None
-
-    from transformers import AttentionInterface
 
     AttentionInterface.register("oracle", eager)
     twin = copy.deepcopy(engine.model)

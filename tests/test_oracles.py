@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from conftest import TEXT, masked_logits, tiny_engine
+from conftest import TEXT, masked_logits, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.attention import BACKENDS
+from kvzip_memory.attention import BACKENDS, RowKV
 from kvzip_memory.cache import Row, Tail
 
 QUESTION = "Which day does the donkey carry oil?"
@@ -74,8 +74,6 @@ def test_sliding_layers_keep_exactly_their_window() -> None:
 
 
 def test_the_model_goes_on_working_for_others(architecture: str) -> None:
-    from conftest import tiny_model
-
     plain, engine = tiny_model(architecture), tiny_engine(architecture)
     engine.load(TEXT, ratio=0.5)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
@@ -93,8 +91,6 @@ def test_an_attention_switched_after_the_engine_was_made_changes_nothing(engine:
 
 
 def test_float16_products_that_would_overflow_do_not() -> None:
-    from kvzip_memory.attention import RowKV
-
     query, keys = torch.full((1, 2, 1, 64), 60.0).half(), torch.full((1, 3, 64), 60.0).half()
     row = RowKV(None, keys, torch.ones(1, 3, 64).half(), 1, 0)
     out = BACKENDS["cpu"](query, [row], 0.125, None)  # 64 * 60 * 60 is beyond float16

@@ -8,6 +8,7 @@ import torch
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, SessionBusyError, WindowError
+from kvzip_memory.cache import Row
 
 QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 
@@ -18,9 +19,7 @@ def probe(session: Session) -> torch.Tensor:
     return twin._model.feed(_row(twin), [*twin._pending, 40, 41, 42])
 
 
-def _row(session: Session):  # type: ignore[no-untyped-def]
-    from kvzip_memory.cache import Row
-
+def _row(session: Session) -> Row:
     return Row(session.context, session._tail)
 
 

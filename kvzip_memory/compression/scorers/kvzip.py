@@ -35,12 +35,12 @@ class KVzipScorer:
 
     Attributes:
         aggregation: how a pair's probabilities over the repeat's rows and the query group become its score:
-            ``"max"`` is the paper's; ``"sum_of_squares"`` about halves the KL to the full cache
-            (``docs/benchmarks.md``). The latter is stored as its root, which ranks the same and fits fp16.
+            ``"max"`` is the paper's; ``"sum_of_squares"`` about halves the KL to the full cache at
+            0.3 (``docs/benchmarks.md``). The latter is stored as its root, which ranks the same and fits fp16.
         repeat: what the repeat attends to: the ``"whole"`` context as in the paper, or ``"local"``: protected head,
             its own chunk and itself. Local costs time linear in the context and scores as well.
         chunk_tokens: largest chunk. Chunks are cut equal, since a short last one would score too high. The paper's 2,000
-            gave a higher KL than 1,000 at every ratio we measured, and costs more.
+            gave a higher KL than 1,000 at nearly every ratio we measured, and costs more.
 
     The paper's score is ``KVzipScorer(aggregation="max", repeat="whole", chunk_tokens=2000)``.
     """
