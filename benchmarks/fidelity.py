@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
 from collections import defaultdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.evict import evict
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, Resident
 
 RATIOS = [0.5, 0.3, 0.2, 0.1]
 SCORERS = {
@@ -74,7 +73,7 @@ def context_at(prefilled: Prefilled, scores: torch.Tensor | None, ratio: float, 
     keep = ALLOCATORS["global"](half, round(ratio * half.numel()))
     layers = evict(twin, keep, None, prefilled.model.windows, n)
     fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
-    return CompressedContext(**fields, layers=tuple(layers), ratio=ratio)
+    return CompressedContext(**fields, storage=Resident(tuple(layers)), ratio=ratio)
 
 
 def divergence(full: torch.Tensor, ours: torch.Tensor) -> dict[str, float]:
@@ -91,7 +90,6 @@ def main() -> None:
     parser.add_argument("--articles", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
-    parser.add_argument("--earlier", type=Path, help="take the methods this run leaves out from an earlier result of the same answers")
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3())
     docs = documents(articles(args.squad), args.articles, engine.tokenizer, args.tokens)
@@ -130,9 +128,6 @@ def main() -> None:
         theirs = torch.tensor(peer["scores"])[:, :, -paper.shape[2] :]
         agreement = (theirs - paper).abs().max().item()
     table = summary(results)
-    earlier: list[str] = []
-    if args.earlier:
-        table, earlier, agreement = with_earlier(table, args.earlier, agreement)
     for row in table:
         print(row)
     print("largest difference between our paper score and kvpress':", agreement)
@@ -143,7 +138,6 @@ def main() -> None:
             "model": args.model,
             "articles": [d["title"] for d in docs],
             "kvpress_score_difference": agreement,
-            "from_earlier_run": earlier,
             "table": table,
         },
     )
@@ -151,7 +145,7 @@ def main() -> None:
 
 def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
     """The full cache's own answer, at most 32 ids."""
-    row, answer = Row(context, Tail()), []
+    row, answer = Row(context.layers, context.n_tokens, Tail()), []
     logits = engine._model.feed(row, ids)
     while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:
         answer.append(token)
@@ -166,17 +160,6 @@ def kvpress_scores(prefilled: Prefilled) -> torch.Tensor:
     scorer = KVzipScorer(aggregation="max", repeat="whole")
     repeat = scorer._repeat_ids(prefilled, prefix, n)
     return scorer.score_chunk(prefilled, repeat, 4, prefix, n)
-
-
-def with_earlier(table: list[dict[str, Any]], path: Path, agreement: float | None) -> tuple[list[dict[str, Any]], list[str], float | None]:
-    """The table with an earlier result's other methods, if that had the same number of answer tokens everywhere."""
-    before = json.loads(path.read_text())
-    tokens = {(row["kind"], row["ratio"]): row["tokens"] for row in table}
-    have = {row["method"] for row in table}
-    rows = [row for row in before["table"] if row["method"] not in have]
-    if any(tokens[row["kind"], row["ratio"]] != row["tokens"] for row in rows):
-        raise SystemExit(f"{path} was made with other answers")
-    return table + rows, sorted({row["method"] for row in rows}), agreement or before["kvpress_score_difference"]
 
 
 def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from kvzip_memory.context import CompressedContext, Receipt, Source
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import (
+    BudgetError,
     CorruptFileError,
     IdentityMismatchError,
     InputError,
@@ -18,6 +19,7 @@ from kvzip_memory.session import Reply, Session, Stream, Usage
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "CompressedContext",
     "CorruptFileError",
     "Document",

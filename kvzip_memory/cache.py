@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Cache
 
 from kvzip_memory.attention import AttentionBackend, RowKV
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import RaggedLayer
 
 
 class Tail:
@@ -61,15 +61,22 @@ class Tail:
 
 
 class Row(NamedTuple):
-    """One row of a batch: a shared context, or None, and the tail of the session that asks."""
+    """One row of a batch: a shared context's layers, or none, and the tail of the session that asks.
 
-    context: CompressedContext | None
+    Attributes:
+        layers: the context's, leased for the time of the call; empty without a context.
+        start: tokens the context stands for.
+        tail: what came after them.
+    """
+
+    layers: tuple[RaggedLayer, ...]
+    start: int
     tail: Tail
 
     @property
     def length(self) -> int:
         """Logical length: the position of the row's next token."""
-        return (self.context.n_tokens if self.context else 0) + self.tail.length
+        return self.start + self.tail.length
 
 
 class SessionCache(Cache):
@@ -98,6 +105,5 @@ class SessionCache(Cache):
         rows, n = [], query.shape[2]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
-            context = row.context.layers[layer] if row.context else None
-            rows.append(RowKV(context, keys, values, count, row.context.n_tokens if row.context else 0))
+            rows.append(RowKV(row.layers[layer] if row.layers else None, keys, values, count, row.start))
         return self._backend(query, rows, scaling, self._windows[layer])

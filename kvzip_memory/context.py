@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 
@@ -89,30 +89,82 @@ class Receipt:
     Attributes:
         key: the context's key, None for an answer without a context.
         hit: whether a stored context was used.
-        tier: where it lay: ``"device"``, ``"disk"``, ``"built"`` when it had to be computed, or ``"none"`` when the
-            call used no context.
+        tier: where it lay: ``"device"``, ``"host"``, ``"disk"``, ``"built"`` when it had to be computed, or ``"none"``
+            when the call used no context.
         reason: why there was no hit, None on a hit.
+        differs: on a miss, the fields of the identity in which the nearest stored context of the same text differs.
+        shrunk_from: the ratio of the stored context this one was cut from, None if it was stored as it is.
         nbytes: bytes of the context in memory.
-        ms: milliseconds by stage (``prefill``, ``score``, ``evict``, ``save``, ``load``, ``decode``, ...).
+        ms: milliseconds by stage (``wait``, ``load``, ``prefill``, ``score``, ``evict``, ``decode``, ...).
     """
 
     key: str | None
     hit: bool
     tier: str
     reason: str | None = None
+    differs: tuple[str, ...] = ()
+    shrunk_from: float | None = None
     nbytes: int = 0
     ms: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A context's layers on the model's device, there for as long as the lease is held.
+
+    Attributes:
+        layers: one :class:`RaggedLayer` a layer.
+        receipt: where they came from.
+    """
+
+    layers: tuple[RaggedLayer, ...]
+    receipt: Receipt
+
+
+@runtime_checkable  # pydantic models hold contexts
+class Storage(Protocol):
+    """Where a context's layers are: in its own hands (:class:`Resident`), or in a registry's.
+
+    Attributes:
+        nbytes: bytes of the layers' storages, each counted once.
+        kept_pairs: pairs in the layers with full attention, over all their heads.
+        full_heads: KV heads of the layers with full attention, over all of them.
+    """
+
+    nbytes: int
+    kept_pairs: int
+    full_heads: int
+
+    def lease(self, key: str) -> AbstractContextManager[Lease]: ...
+
+
+class Resident:
+    """Layers that stay where they are for as long as the object lives."""
+
+    def __init__(self, layers: tuple[RaggedLayer, ...]) -> None:
+        self.layers = layers
+        full = [layer for layer in layers if layer.window is None]
+        self.nbytes = storage_nbytes([t for layer in layers for t in layer.tensors()])
+        self.kept_pairs = sum(sum(layer.lengths) for layer in full)
+        self.full_heads = sum(layer.n_heads for layer in full)
+
+    def lease(self, key: str) -> AbstractContextManager[Lease]:
+        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes)))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class CompressedContext:
     """A token prefix and what is left of its KV cache. Immutable: any number of sessions read one context at a time.
 
+    A context loaded by an engine is a light handle: its pairs lie in the engine's registry, which may move them from
+    the device to the host's memory and to disk between two answers, and brings them back for the next one. A context
+    opened from a file by hand holds its pairs itself.
+
     Attributes:
         key: content hash of everything that determines the bytes (see :mod:`kvzip_memory.registry.identity`).
         identity: the fields the key was made of.
         token_ids: ``[n]`` int32 on the host, the prefix the context stands for.
-        layers: one :class:`RaggedLayer` a layer.
+        storage: where the layers are.
         protected: the first so many positions are never evicted (template head and system prompt).
         ratio: the fraction of pairs that was asked for.
         dense_nbytes: storage of the uncompressed cache, measured while building.
@@ -125,7 +177,7 @@ class CompressedContext:
     key: str
     identity: Mapping[str, Any]
     token_ids: Tensor
-    layers: tuple[RaggedLayer, ...]
+    storage: Storage
     protected: int
     ratio: float
     dense_nbytes: int
@@ -133,6 +185,20 @@ class CompressedContext:
     sources: tuple[Source, ...] = ()
     name: str | None = None
     receipt: Receipt | None = None
+
+    def lease(self) -> AbstractContextManager[Lease]:
+        """The layers on the model's device, not moved or freed while the ``with`` block runs.
+
+        Raises:
+            BudgetError: no room for them on the device, since other answers use all of it.
+        """
+        return self.storage.lease(self.key)
+
+    @property
+    def layers(self) -> tuple[RaggedLayer, ...]:
+        """The layers, brought to the device if they are not there. For looking at them; answers take a :meth:`lease`."""
+        with self.lease() as lease:
+            return lease.layers
 
     @property
     def n_tokens(self) -> int:
@@ -142,21 +208,17 @@ class CompressedContext:
     @property
     def kept_pairs(self) -> int:
         """Pairs kept in the layers with full attention, over all their heads."""
-        return sum(sum(layer.lengths) for layer in self.layers if layer.window is None)
+        return self.storage.kept_pairs
 
     @property
     def total_pairs(self) -> int:
         """Pairs the same layers held before eviction."""
-        return sum(layer.n_heads * self.n_tokens for layer in self.layers if layer.window is None)
+        return self.storage.full_heads * self.n_tokens
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages the context holds, each counted once."""
-        return storage_nbytes([self.token_ids, *(t for layer in self.layers for t in layer.tensors())])
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].keys.device
+        """Bytes of all storages of the context, measured when it was built or read, each counted once."""
+        return self.storage.nbytes + storage_nbytes([self.token_ids])
 
     def save(self, path: str | Path) -> Path:
         """Write the context to one safetensors file, atomically; an older file there is replaced only when done.
@@ -166,7 +228,8 @@ class CompressedContext:
         """
         from kvzip_memory.registry.files import write_context
 
-        return write_context(self, Path(path))
+        with self.lease() as lease:
+            return write_context(replace(self, storage=Resident(lease.layers)), Path(path))
 
     def __repr__(self) -> str:
         kept = 100 * self.kept_pairs / self.total_pairs

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-import threading
+import asyncio
 import time
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,16 +22,24 @@ from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import Prefilled, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
-from kvzip_memory.context import CompressedContext, Receipt
+from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
 from kvzip_memory.errors import InputError, WindowError
 from kvzip_memory.modeling import FEED_TOKENS, LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
-from kvzip_memory.registry.directory import ContextDirectory
+from kvzip_memory.registry import Build, ContextRegistry, Report, Wanted, parse_bytes
 from kvzip_memory.registry.files import read_context
-from kvzip_memory.registry.identity import check_same_model, context_identity, digest, key_of, model_identity, weights_stamp
+from kvzip_memory.registry.identity import (
+    MODEL_FIELDS,
+    check_same_model,
+    context_identity,
+    digest,
+    group_of,
+    key_of,
+    model_identity,
+    tenant_digest,
+    weights_stamp,
+)
 from kvzip_memory.session import Reply, Session, Stream
-
-logger = logging.getLogger(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -47,6 +56,12 @@ class KVzipEngine:
         tokenizer: its tokenizer.
         ratio: kept fraction for :meth:`load`, in (0, 1].
         cache_dir: contexts are stored there and found again by later engines of the same model; None stores nothing.
+        device_bytes: budget of the contexts on the model's device, such as ``"4GiB"``. None: a quarter of its memory.
+        host_bytes: budget of the contexts moved from there to the host's memory. None: an eighth of it where the model
+            is on a GPU, else 0.
+        disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
+        ttl: seconds after which a context is built anew; None never.
+        tenant: a salt for every key: engines of different tenants never use each other's contexts.
         progress: show progress bars; None shows them on a terminal only.
         scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
         allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
@@ -64,6 +79,11 @@ class KVzipEngine:
         ratio: float = 0.3,
         *,
         cache_dir: str | Path | None = None,
+        device_bytes: int | str | None = None,
+        host_bytes: int | str | None = None,
+        disk_bytes: int | str | None = None,
+        ttl: float | None = None,
+        tenant: str | None = None,
         progress: bool | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
@@ -77,10 +97,21 @@ class KVzipEngine:
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._progress = progress
-        self._directory = None if cache_dir is None else ContextDirectory(Path(cache_dir).expanduser() / "contexts")
-        self._loaded: dict[str, weakref.WeakSet[CompressedContext]] = {}
-        self._loaded_lock = threading.Lock()
-        self._build_lock = threading.Lock()
+        self._tenant = tenant_digest(tenant)
+        device = self._model.device
+        if device_bytes is None:
+            device_bytes = _memory_nbytes(device) // 4
+        if host_bytes is None:
+            host_bytes = 0 if device.type == "cpu" else _memory_nbytes(torch.device("cpu")) // 8
+        self.registry = ContextRegistry(
+            device,
+            None if cache_dir is None else Path(cache_dir).expanduser() / "contexts",
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            ttl=ttl,
+            tenant=self._tenant,
+        )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
 
     @classmethod
@@ -92,6 +123,11 @@ class KVzipEngine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         cache_dir: str | Path | None = None,
+        device_bytes: int | str | None = None,
+        host_bytes: int | str | None = None,
+        disk_bytes: int | str | None = None,
+        ttl: float | None = None,
+        tenant: str | None = None,
         progress: bool | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
@@ -110,6 +146,8 @@ class KVzipEngine:
         """
         _checked_ratio(ratio)
         _check_allocator(allocator)
+        for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
+            parse_bytes(size, value)
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
@@ -117,6 +155,11 @@ class KVzipEngine:
             tokenizer,
             ratio,
             cache_dir=cache_dir,
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            disk_bytes=disk_bytes,
+            ttl=ttl,
+            tenant=tenant,
             progress=progress,
             scorer=scorer,
             allocator=allocator,
@@ -134,40 +177,78 @@ class KVzipEngine:
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
-    def load(self, source: Any, *, name: str | None = None, ratio: float | None = None, system: str | None = None) -> CompressedContext:
-        """The compressed context of a source: found if it was loaded before, else built.
+    def load(
+        self,
+        source: Any,
+        *,
+        name: str | None = None,
+        ratio: float | None = None,
+        system: str | None = None,
+        keep: str | Sequence[str] = (),
+        tags: str | Sequence[str] = (),
+    ) -> CompressedContext:
+        """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
-        Building costs one prefill and one to two more for ranking the pairs; at ratio 1.0 only the prefill.
+        Building costs one prefill and one to two more for ranking the pairs; at ratio 1.0 only the prefill. It happens
+        once: other threads and processes that ask for the same wait for it. What was loaded at a larger ratio is cut
+        down to a smaller one without the model. The receipt says what happened, and why.
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
                 :class:`~kvzip_memory.prompt.Document`), chat messages (mappings with ``role`` and ``content``, or the
                 frameworks' own), or a list of documents or of messages.
-            name: shown in place of the key; not part of it.
+            name: an alias, for :meth:`get` and the command line; not part of the key.
             ratio: kept fraction, the engine's if None.
             system: a system prompt, put first and never evicted.
+            keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names.
+            tags: free words to list it by; not part of the key.
 
         Raises:
-            InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses.
+            InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
+                string to keep that does not occur.
             WindowError: more tokens than the window can hold beside a question.
+            BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
         ratio = self.ratio if ratio is None else _checked_ratio(ratio)
         began = time.perf_counter()
-        prompt = self._prompt(source, system)
+        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep)
         tokenized = time.perf_counter()
-        identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator)
-        key = key_of(identity)
+        identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
-        context, tier, reason = self._in_memory(key), "device", None
-        if context is None:  # one at a time: whoever waits for the same text finds it afterwards
-            with self._build_lock:
-                context, tier, reason = self._find(key, ms)
-                if context is None:
-                    context = self._build(key, identity, prompt, ratio, name, ms)
-                self._remember(context)
-        receipt = Receipt(key, hit=tier != "built", tier=tier, reason=reason, nbytes=context.nbytes, ms=ms)
-        return self._remember(replace(context, name=name, sources=prompt.sources, receipt=receipt))
+        tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
+        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
+        self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
+        build = partial(self._build, wanted, prompt, ratio)
+        with self._bar(name) as bar, self.registry.lease(wanted, build, bar.show) as (context, lease):
+            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
+            storage = _Managed(self.registry, wanted, build, context.storage)
+        return replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
+
+    async def aload(self, source: Any, **options: Any) -> CompressedContext:
+        """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
+        return await asyncio.to_thread(self.load, source, **options)
+
+    def get(self, reference: str) -> CompressedContext:
+        """The context last loaded under a name with this model, or that of a key (8 digits of it at least).
+
+        Raises:
+            InputError: nothing is stored under it that this model can use.
+        """
+        entries = self.registry.find(reference)
+        usable = [e for e in entries if all(e.identity.get(f) == self._identity[f] for f in MODEL_FIELDS)]
+        if not usable:
+            other = f"; {len(entries)} of other models are" if entries else ""
+            raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
+        entry = usable[-1]
+        wanted = Wanted(entry.key, entry.identity, entry.group)
+
+        def build(report: Report) -> CompressedContext:
+            raise InputError(f"context {reference!r} is no longer stored; load its text again")
+
+        with self.registry.lease(wanted, build) as (context, lease):
+            storage = _Managed(self.registry, wanted, build, context.storage)
+            return replace(context, name=entry.name, receipt=lease.receipt, storage=storage)
 
     def open(self, path: str | Path) -> CompressedContext:
         """A context from a file written by :meth:`CompressedContext.save`.
@@ -183,9 +264,9 @@ class KVzipEngine:
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         return replace(context, receipt=Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms))
 
-    def _prompt(self, source: Any, system: str | None) -> Prompt:
+    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
         documents, messages = read_source(source)
-        prompt = self._prompts.documents(documents, system) if documents else self._prompts.conversation(messages, system)
+        prompt = self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep)
         tokens, limit = len(prompt.token_ids), self.window - FREE_TOKENS
         if tokens > limit:
             raise WindowError(
@@ -197,68 +278,51 @@ class KVzipEngine:
             )
         return prompt
 
-    def _in_memory(self, key: str) -> CompressedContext | None:
-        """A context of this key that somebody still holds."""
-        with self._loaded_lock:
-            return next(iter(self._loaded.get(key, ())), None)
+    def _estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
+        """Bytes the context will take, from the model's shape."""
+        config, n = self.model.config, len(prompt.token_ids)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        pair = 2 * dim * self.model.dtype.itemsize + 4
+        heads = config.num_key_value_heads
+        full = sum(window is None for window in self._model.windows) * heads * n
+        sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
+        return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    def _remember(self, context: CompressedContext) -> CompressedContext:
-        with self._loaded_lock:
-            for key in [key for key, alive in self._loaded.items() if not alive]:
-                del self._loaded[key]
-            self._loaded.setdefault(context.key, weakref.WeakSet()).add(context)
-        return context
-
-    def _find(self, key: str, ms: dict[str, float]) -> tuple[CompressedContext | None, str, str | None]:
-        """A context in memory or on disk; else None, ``"built"`` and the reason."""
-        alive = self._in_memory(key)
-        if alive is not None:
-            return alive, "device", None
-        if self._directory is None:
-            return None, "built", "not in memory, and no cache_dir to look in"
-        began = time.perf_counter()
-        context, reason = self._directory.get(key, self._model.device)
-        ms["load"] = 1e3 * (time.perf_counter() - began)
-        return (context, "disk", None) if context is not None else (None, "built", reason)
-
-    def _build(
-        self, key: str, identity: Mapping[str, Any], prompt: Prompt, ratio: float, name: str | None, ms: dict[str, float]
-    ) -> CompressedContext:
+    def _build(self, wanted: Wanted, prompt: Prompt, ratio: float, report: Report) -> CompressedContext:
         n = len(prompt.token_ids)
         total = n + (self._scorer.cost(n - prompt.protected) if ratio < 1.0 else 0)
-        hidden = None if self._progress is None else not self._progress
-        with tqdm(total=total, desc=name or "context", unit="tok", disable=hidden, leave=False) as bar:
+        done = 0
+        with self._bar(wanted.name) as bar:
 
             def progress(stage: str, tokens: int) -> None:
-                bar.set_postfix_str(stage, refresh=False)
-                bar.update(tokens)
+                nonlocal done
+                done += tokens
+                bar.show(stage, done, total)
+                report(stage, done, total)
 
             began = time.perf_counter()
             cache = prefill(self._model, prompt.token_ids, progress)
-            ms["prefill"] = 1e3 * (time.perf_counter() - began)
-            recipe = prompt.recipe
+            ms = {"prefill": 1e3 * (time.perf_counter() - began)}
+            recipe, ids = prompt.recipe, prompt.token_ids
             prefilled = Prefilled(
-                self._model, cache, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, self._prompts.text_ids
+                self._model, cache, ids, prompt.protected, recipe.opening, recipe.closing, self._prompts.text_ids, prompt.keep
             )
             compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
-        ms.update(compressed.ms)
-        context = CompressedContext(
-            key=key,
-            identity=identity,
+        return CompressedContext(
+            key=wanted.key,
+            identity=wanted.identity,
             token_ids=torch.tensor(prompt.token_ids, dtype=torch.int32),
-            layers=compressed.layers,
+            storage=Resident(compressed.layers),
             protected=prompt.protected,
             ratio=ratio,
             dense_nbytes=compressed.dense_nbytes,
             recipe=recipe,
             sources=prompt.sources,
-            name=name,
+            receipt=Receipt(wanted.key, hit=False, tier="built", ms={**ms, **compressed.ms}),
         )
-        if self._directory is not None:
-            began = time.perf_counter()
-            self._directory.put(context)
-            ms["save"] = 1e3 * (time.perf_counter() - began)
-        return context
+
+    def _bar(self, name: str | None) -> _Bar:
+        return _Bar(name or "context", None if self._progress is None else not self._progress)
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -274,6 +338,14 @@ class KVzipEngine:
     def fingerprint(self) -> str:
         """Hash of model, tokenizer and template: what decides whether two engines can use each other's contexts."""
         return digest(self._identity)
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes and budgets of the tiers, hits, builds and evictions: see :meth:`ContextRegistry.stats`."""
+        return self.registry.stats()
+
+    def close(self) -> None:
+        """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
+        self.registry.close()
 
     # -- answers -------------------------------------------------------------------------------------------------
 
@@ -296,6 +368,10 @@ class KVzipEngine:
         """
         return self.session(context).ask(question, **params)
 
+    async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
+        """:meth:`generate` in a thread, so that an event loop goes on."""
+        return await asyncio.to_thread(self.generate, context, question, **params)
+
     def stream(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
         return self.session(context).stream(question, **params)
@@ -313,16 +389,18 @@ class KVzipEngine:
         """
         self._check_context(context)
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        row = Row(context, Tail())
         if not ids:
             raise InputError("no ids to compute logits for; give at least one")
-        if row.length + len(ids) > self.window:
-            tokens = row.length + len(ids)
+        start = context.n_tokens if context else 0
+        if start + len(ids) > self.window:
+            tokens = start + len(ids)
             raise WindowError(
                 f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
             )
         chunks = [ids[i : i + FEED_TOKENS] for i in range(0, len(ids), FEED_TOKENS)]
-        return torch.cat([self._model.forward([row], [chunk], last_only=False)[0] for chunk in chunks])
+        with context.lease() if context else nullcontext(None) as lease:
+            row = Row(lease.layers if lease else (), start, Tail())
+            return torch.cat([self._model.forward([row], [chunk], last_only=False)[0] for chunk in chunks])
 
     def _check_context(self, context: CompressedContext | None) -> None:
         if context is not None:
@@ -330,6 +408,49 @@ class KVzipEngine:
 
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
+
+
+class _Managed:
+    """The storage of a loaded context: in the registry, which moves it as it sees fit and has it built if it was lost."""
+
+    def __init__(self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage) -> None:
+        self._registry, self._wanted, self._build = registry, replace(wanted, name=None, tags=()), build
+        self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
+
+    @contextmanager
+    def lease(self, key: str) -> Iterator[Lease]:
+        with self._registry.lease(self._wanted, self._build) as (_, lease):
+            yield lease
+
+
+class _Bar:
+    """A progress bar that appears with the first progress."""
+
+    def __init__(self, name: str, disable: bool | None) -> None:
+        self._name, self._disable = name, disable
+        self._bar: Any = None
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        """``done`` of ``total`` tokens, in the given stage; 0 of 0 while nothing is known."""
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=self._name, unit="tok", disable=self._disable, leave=False)
+        self._bar.total = total or None
+        self._bar.set_postfix_str(stage, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+def _memory_nbytes(device: torch.device) -> int:
+    """Memory of a device; of the host for one that shares it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def _check_allocator(allocator: str) -> None:

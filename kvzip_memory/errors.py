@@ -23,6 +23,10 @@ class WindowError(InputError):
         self.window = window
 
 
+class BudgetError(KVzipError, RuntimeError):
+    """A context that does not fit into its tier's byte budget, or not while others use all of it."""
+
+
 class UnsupportedModelError(KVzipError, ValueError):
     """A model whose cache cannot be compressed by dropping key-value pairs."""
 

@@ -126,7 +126,7 @@ class LanguageModel:
         ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
         with torch.inference_mode():
             theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
-        row = Row(None, Tail())
+        row = Row((), 0, Tail())
         self.forward([row], [ids[:40].tolist()])
         ours = self.forward([row], [ids[40:].tolist()], last_only=False)[0]
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()

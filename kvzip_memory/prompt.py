@@ -8,6 +8,7 @@ go and kept as ids.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -62,12 +63,18 @@ class Prompt:
         protected: the first so many ids are template head and system prompt.
         recipe: what follows the prefix.
         sources: the documents and their token spans.
+        keep: token spans ``[start, end)`` that are never evicted either.
+        text_digest: hash of the texts, as they were before any model's template and tokenizer saw them.
+        system_digest: hash of the system prompt, None without one.
     """
 
     token_ids: tuple[int, ...]
     protected: int
     recipe: Recipe
     sources: tuple[Source, ...]
+    keep: tuple[tuple[int, int], ...]
+    text_digest: str | None
+    system_digest: str | None
 
 
 class PromptBuilder:
@@ -101,8 +108,11 @@ class PromptBuilder:
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
-    def documents(self, documents: Sequence[Document], system: str | None = None) -> Prompt:
-        """The prefix of documents a user shows before asking. Several documents get a visible header each."""
+    def documents(self, documents: Sequence[Document], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+        """The prefix of documents a user shows before asking. Several documents get a visible header each.
+
+        ``keep`` are strings whose tokens are never evicted, wherever they occur in the documents.
+        """
         messages = [*_system(system), {"role": "user", "content": ""}]
         pieces = self._render(messages)
         ids: list[int] = []
@@ -119,21 +129,55 @@ class PromptBuilder:
             ids += self.text_ids(document.text)
             sources.append(Source(name, _storable(document.metadata or {}), start, len(ids)))
         recipe = Recipe((), _SEPARATOR, tuple(self._template_ids(pieces[-1])), self._next_turn(messages))
-        return Prompt(tuple(ids), protected, recipe, tuple(sources))
+        names = [document.name if len(documents) > 1 else None for document in documents]
+        texts = [document.text for document in documents]
+        spans = self._kept_spans(texts, [source.start for source in sources], keep)
+        return Prompt(tuple(ids), protected, recipe, tuple(sources), spans, _digest([names, texts]), _digest(system))
 
-    def conversation(self, messages: Sequence[Message], system: str | None = None) -> Prompt:
-        """The prefix of a conversation so far; the next question is the user's next turn."""
+    def conversation(self, messages: Sequence[Message], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+        """The prefix of a conversation so far; the next question is the user's next turn. ``keep`` as for documents."""
         messages = [*_system(system), *messages]
         pieces = self._render([*messages, {"role": "user", "content": ""}])
         ids: list[int] = []
-        protected = None
+        protected, starts = None, []
         for piece, message in zip(pieces, messages, strict=False):
             ids += self._template_ids(piece)
             if protected is None and message["role"] != "system":
                 protected = len(ids)
+            starts.append(len(ids))
             ids += self.text_ids(_text(message))
         opening, closing = (tuple(self._template_ids(piece)) for piece in pieces[-2:])
-        return Prompt(tuple(ids), len(ids) if protected is None else protected, Recipe(opening, "", closing, self._next_turn(messages)), ())
+        recipe = Recipe(opening, "", closing, self._next_turn(messages))
+        spans = self._kept_spans([_text(message) for message in messages], starts, keep)
+        said = _digest([[message["role"], _text(message)] for message in messages[0 if system is None else 1 :]])
+        return Prompt(tuple(ids), len(ids) if protected is None else protected, recipe, (), spans, said, _digest(system))
+
+    def _kept_spans(self, texts: Sequence[str], starts: Sequence[int], keep: Sequence[str]) -> tuple[tuple[int, int], ...]:
+        """Token spans of every occurrence of every string of ``keep`` in texts whose ids start at ``starts``."""
+        spans = []
+        for wanted in keep:
+            if not wanted or not any(wanted in text for text in texts):
+                raise InputError(f"keep: {wanted!r} does not occur in the text; give strings as they are spelled there")
+        for text, first in zip(texts, starts, strict=True) if keep else ():
+            offsets = self._offsets(text)
+            for wanted in keep:
+                for found in re.finditer(re.escape(wanted), text):
+                    tokens = [i for i, (start, end) in enumerate(offsets) if start < found.end() and end > found.start()]
+                    spans.append((first + tokens[0], first + tokens[-1] + 1))
+        return tuple(sorted(set(spans)))
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` of each of the text's ids."""
+        offsets: list[tuple[int, int]] = []
+        before = 0
+        for part in self._harmless(text):
+            try:
+                encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
+            except NotImplementedError:
+                raise InputError("keep needs a tokenizer that knows its tokens' places in the text (a fast one)") from None
+            offsets += [(before + start, before + end) for start, end in encoded.offset_mapping]
+            before += len(part)
+        return offsets
 
     def _next_turn(self, messages: Sequence[Message]) -> tuple[int, ...]:
         turns: list[Message] = [*messages]
@@ -316,6 +360,10 @@ def _as_messages(question: Any) -> list[Message]:
         raise InputError(f"cannot ask a {type(question).__name__}; give a string, or chat messages with 'role' and 'content'")
     check_messages(messages)  # type: ignore[arg-type]
     return messages  # type: ignore[return-value]
+
+
+def _digest(value: Any) -> str | None:
+    return None if value is None else hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def _storable(metadata: Mapping[str, Any]) -> dict[str, Any]:

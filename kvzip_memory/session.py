@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.context import CompressedContext, Receipt
+from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, GenerationParams, decode
 from kvzip_memory.modeling import LanguageModel
@@ -55,6 +56,9 @@ class Reply:
 
     def __str__(self) -> str:
         return self.text
+
+
+_NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 
 
 @dataclass
@@ -125,6 +129,7 @@ class Session:
     def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None = None) -> None:
         self._model, self._prompts = model, prompts
         self.context = context
+        self._start = context.n_tokens if context else 0
         self._recipe = context.recipe if context else prompts.free_recipe()
         self._tail = Tail()
         self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
@@ -151,7 +156,7 @@ class Session:
         with self._lock:
             self._check_idle()
             ids = self._question_ids(question)
-            taken = Row(self.context, self._tail).length
+            taken = self._start + self._tail.length
             if taken + len(ids) >= self._model.window:
                 raise WindowError(
                     f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._model.window:,} "
@@ -180,7 +185,7 @@ class Session:
     @property
     def n_tokens(self) -> int:
         """Tokens the conversation takes in the window, context included."""
-        return Row(self.context, self._tail).length + len(self._pending)
+        return self._start + self._tail.length + len(self._pending)
 
     def __repr__(self) -> str:
         return f"<Session over {self.context!r}: {self._turns} turns, {self._tail.length} tokens>"
@@ -200,23 +205,25 @@ class Session:
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
-        row, start = Row(self.context, tail), tail.length
-        cached = row.length
+        start, cached = tail.length, self._start + tail.length
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
         complete = False
-
-        def step(token: int) -> Tensor | None:
-            return None if turn.cancelled.is_set() else model.feed(row, [token])
-
         try:
-            began = time.perf_counter()
-            logits = model.feed(row, turn.ids)
-            prefilled = time.perf_counter()
-            yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer)
+            with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+                row = Row(lease.layers, self._start, tail)
+
+                def step(token: int) -> Tensor | None:
+                    return None if turn.cancelled.is_set() else model.feed(row, [token])
+
+                began = time.perf_counter()
+                logits = model.feed(row, turn.ids)
+                prefilled = time.perf_counter()
+                yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer)
             complete = answer.finish_reason != "cancelled"
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.ids), len(answer.ids), cached)
-            turn.reply = Reply(answer.text, usage, str(answer.finish_reason), self._receipt(ms))
+            receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
+            turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
         finally:
             if complete:
                 self._commit(start + len(turn.ids), answer)
@@ -233,11 +240,6 @@ class Session:
         self._tail.crop(prompt_end + len(ids))
         self._pending = ids[self._tail.length - prompt_end :]
         self._turns += 1
-
-    def _receipt(self, ms: dict[str, float]) -> Receipt:
-        if self.context is None:
-            return Receipt(None, hit=False, tier="none", reason="asked without a context", ms=ms)
-        return Receipt(self.context.key, hit=True, tier="device", nbytes=self.context.nbytes, ms=ms)
 
     def _release(self, turn: _Turn) -> None:
         if self._turn is turn:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from kvzip_memory import CompressedContext, KVzipEngine
+from kvzip_memory.cache import Row, Tail
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -124,6 +125,14 @@ def excerpt_context(smollm2: KVzipEngine, excerpt: str) -> CompressedContext:
 
 
 TEXT = "The lamp is wound at dusk. Ferdinand the donkey carries oil on Tuesdays; the door code is 8306. " * 3
+
+
+def same_pairs(one: CompressedContext, other: CompressedContext) -> bool:
+    return all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in zip(one.layers, other.layers, strict=True))
+
+
+def row_over(context: CompressedContext | None, tail: Tail | None = None) -> Row:
+    return Row(context.layers if context else (), context.n_tokens if context else 0, tail or Tail())
 
 
 def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:

@@ -76,7 +76,7 @@ def test_the_same_text_twice_gives_the_same_bits(smollm2: KVzipEngine, excerpt: 
     text = excerpt[:1500]
     first = smollm2.load(text, ratio=0.31)
     tensors = [t.clone() for layer in first.layers for t in layer.tensors()]
-    del first
+    smollm2.registry.remove(first.key)
     second = smollm2.load(text, ratio=0.31)
     assert second.receipt is not None
     assert second.receipt.tier == "built"

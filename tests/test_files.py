@@ -5,8 +5,6 @@ import os
 import random
 import stat
 import struct
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +13,7 @@ import torch
 from safetensors import safe_open
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, CorruptFileError, Document, IdentityMismatchError, KVzipEngine
-from kvzip_memory.registry import files
+from kvzip_memory import CorruptFileError, IdentityMismatchError, KVzipEngine
 from kvzip_memory.registry.identity import key_of, model_identity
 
 
@@ -182,43 +179,7 @@ def test_a_failed_write_leaves_the_older_file_and_no_other(engine: KVzipEngine, 
     assert os.listdir(tmp_path) == ["c.safetensors"]
 
 
-# -- cache_dir -----------------------------------------------------------------------------------------------------
-
-
-def stored(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*.safetensors"))
-
-
-def test_a_text_loaded_before_is_found_in_a_new_process_and_nothing_is_prefilled(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
-    context = engine.load(TEXT, name="page", ratio=0.4)
-    script = (
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from conftest import TEXT, tiny_engine\n"
-        f"engine = tiny_engine(cache_dir={str(tmp_path)!r})\n"
-        "engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)\n"  # any forward would fail
-        "context = engine.load(TEXT, ratio=0.4)\n"
-        "print(context.key, context.receipt.tier, context.receipt.hit, context.kept_pairs)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
-    assert out.stdout.split() == [context.key, "disk", "True", str(context.kept_pairs)]
-
-
-def test_directories_are_private_and_receipts_say_where_a_context_came_from(tmp_path: Path) -> None:
-    folder = tmp_path / "new"
-    engine = tiny_engine(cache_dir=folder)
-    first = engine.load(TEXT, ratio=0.4)
-    second = engine.load(TEXT, name="again", ratio=0.4)
-    assert first.receipt is not None
-    assert second.receipt is not None
-    assert (first.receipt.tier, first.receipt.hit, first.receipt.reason) == ("built", False, "not stored")
-    assert {"tokenize", "prefill", "score", "evict", "save"} <= set(first.receipt.ms)
-    assert (second.receipt.tier, second.name) == ("device", "again")
-    assert second.layers[0].keys.data_ptr() == first.layers[0].keys.data_ptr()
-    third = tiny_engine(cache_dir=folder).load(TEXT, ratio=0.4)
-    assert third.receipt is not None
-    assert third.receipt.tier == "disk"
-    assert all(stat.S_IMODE(d.stat().st_mode) == 0o700 for d in [folder / "contexts", *(p.parent for p in stored(folder))])
+# -- keys -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", [{"ratio": 0.5}, {"system": "Be brief."}])
@@ -263,77 +224,3 @@ def test_a_peft_layers_scaling_and_switch_are_part_of_the_identity() -> None:
     layer.disable_adapters = True  # type: ignore[assignment]
     states.append(engine.fingerprint)
     assert len(set(states)) == 4
-
-
-@pytest.mark.parametrize("failing", ["open", "replace"])
-def test_a_stored_file_that_cannot_be_read_or_set_aside_is_built_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
-) -> None:
-    tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
-    (path,) = stored(tmp_path)
-    path.write_bytes(b"damaged")
-
-    def denied(*args: object, **kwargs: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    engine = tiny_engine(cache_dir=tmp_path)
-    monkeypatch.setattr(*((Path, "open", denied) if failing == "open" else (os, "replace", denied)))
-    context = engine.load(TEXT, ratio=0.4)
-    monkeypatch.undo()
-    assert context.receipt is not None
-    assert context.receipt.tier == "built"
-    assert ("unreadable" if failing == "open" else "unusable") in str(context.receipt.reason)
-
-
-def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
-    context = engine.load(Document(TEXT, "page", {("a", 1): Path("/x"), "n": 2}))
-    again = tiny_engine().open(stored(tmp_path)[0])
-    assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": "2"}
-
-
-def test_a_damaged_stored_file_is_set_aside_and_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    context = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
-    (path,) = stored(tmp_path)
-    broken = bytearray(path.read_bytes())
-    broken[-5000] ^= 4
-    path.write_bytes(broken)
-    again = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
-    assert again.receipt is not None
-    assert "checksum" in str(again.receipt.reason)
-    assert "set aside" in caplog.text
-    assert path.with_suffix(".corrupt").read_bytes() == broken
-    assert same_pairs(context, again)
-    assert tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4).receipt.tier == "disk"  # type: ignore[union-attr]
-
-
-def test_a_file_under_anothers_key_is_not_served(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
-    keep = [engine.load(TEXT, ratio=0.4), engine.load("Another page. " * 9, ratio=0.4)]
-    directory = engine._directory
-    assert directory is not None
-    os.replace(directory.path(keep[1].key), directory.path(keep[0].key))
-    again = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
-    assert again.receipt is not None
-    assert again.receipt.tier == "built"
-    assert same_pairs(keep[0], again)
-
-
-def test_a_directory_that_cannot_be_written_costs_a_warning_only(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
-
-    def read_only(*args: object, **kwargs: object) -> int:
-        raise PermissionError(30, "Read-only file system")
-
-    monkeypatch.setattr(files.os, "open", read_only)
-    context = engine.load(TEXT, ratio=0.4)
-    monkeypatch.undo()
-    assert "served from memory" in caplog.text
-    assert engine.generate(context, "Who?", max_new_tokens=3).text
-    assert not stored(tmp_path)
-
-
-def same_pairs(one: CompressedContext, other: CompressedContext) -> bool:
-    return all(torch.equal(x.keys, y.keys) and torch.equal(x.values, y.values) for x, y in zip(one.layers, other.layers, strict=True))

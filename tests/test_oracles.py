@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from conftest import TEXT, masked_logits, tiny_engine, tiny_model
+from conftest import TEXT, masked_logits, row_over, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.attention import BACKENDS, RowKV
-from kvzip_memory.cache import Row, Tail
 
 QUESTION = "Which day does the donkey carry oil?"
 
@@ -42,7 +41,7 @@ def test_rows_of_a_batch_equal_each_row_alone(architecture: str, backend: str) -
     contexts = [first, second, None, first]  # two rows share one context, one has none
     parts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [3, 4], [14]]
     more = [[20], [21, 22], [23, 24, 25, 26], [27, 28]]
-    rows = [Row(context, Tail()) for context in contexts]
+    rows = [row_over(context) for context in contexts]
     before = engine._model.forward(rows, parts, last_only=False)
     after = engine._model.forward(rows, more, last_only=False)
     for context, a, b, logits_a, logits_b in zip(contexts, parts, more, before, after, strict=True):
@@ -60,7 +59,7 @@ def test_a_long_tail_slides_out_of_a_sliding_layers_window() -> None:
     context = engine.load(TEXT, ratio=0.4)
     ids = [3 + i % 200 for i in range(90)]  # far more than the window of 32
     torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=1e-4, rtol=0)
-    row = Row(context, Tail())
+    row = row_over(context)
     one_by_one = torch.cat([engine._model.forward([row], [[token]])[0] for token in ids])
     torch.testing.assert_close(one_by_one, engine.logits(context, ids), atol=1e-4, rtol=0)
 

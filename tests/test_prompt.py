@@ -163,7 +163,8 @@ def test_a_source_that_cannot_be_loaded_says_why_and_stores_nothing(source: obje
     engine = tiny_engine(cache_dir=tmp_path)
     with pytest.raises(InputError, match=message):
         engine.load(source)
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert engine.stats()["lookups"] == 0
 
 
 def test_a_text_longer_than_the_window_names_tokens_window_and_the_way_out(tmp_path: Path) -> None:
@@ -171,7 +172,8 @@ def test_a_text_longer_than_the_window_names_tokens_window_and_the_way_out(tmp_p
     with pytest.raises(WindowError, match=r"2,5\d\d tokens; a context may have 1,792.*window of 2,048.*split the text") as error:
         engine.load("word " * 500)
     assert error.value.tokens > error.value.window == 2048
-    assert not list(tmp_path.rglob("*.*"))
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert engine.stats()["lookups"] == 0
 
 
 def test_a_template_that_refuses_a_role_says_so() -> None:

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, row_over, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, SessionBusyError, WindowError
 from kvzip_memory.cache import Row
 
@@ -20,7 +20,7 @@ def probe(session: Session) -> torch.Tensor:
 
 
 def _row(session: Session) -> Row:
-    return Row(session.context, session._tail)
+    return row_over(session.context, session._tail)
 
 
 def converse(session: Session, questions: list[str]) -> list[torch.Tensor]:

@@ -55,7 +55,8 @@ def compress(prefilled: Prefilled, ratio: float, scorer: Scorer, allocator: str,
             raise ModelError(
                 "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
             )
-        scores[:, :, : prefilled.protected] = float("inf")
+        for start, end in ((0, prefilled.protected), *prefilled.keep):
+            scores[:, :, start:end] = float("inf")
         keep = ALLOCATORS[allocator](scores, round(ratio * scores.numel()))
     scored = time.perf_counter()
     ragged = evict(prefilled.cache, keep, scores, prefilled.model.windows, n)

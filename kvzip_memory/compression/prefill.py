@@ -25,6 +25,7 @@ class Prefilled:
         cache: dense, ``[1, H, n, D]`` a layer (a sliding layer: its last ``window - 1`` tokens).
         token_ids: the prefix, n ids.
         protected: the first so many positions are never evicted and need no score.
+        keep: spans ``[start, end)`` that are never evicted either.
         opening: ids that open a user's turn after the prefix.
         closing: ids that end a user's turn and open the assistant's.
         encode: tokenises plain text.
@@ -37,6 +38,7 @@ class Prefilled:
     opening: tuple[int, ...]
     closing: tuple[int, ...]
     encode: Callable[[str], list[int]]
+    keep: tuple[tuple[int, int], ...] = ()
 
     @property
     def full_layers(self) -> tuple[int, ...]:

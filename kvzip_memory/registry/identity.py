@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,17 @@ FORMAT = 1
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
+
+#: What to call the fields whose names do not say it.
+_LABELS = {
+    "weights": "weights fingerprint",
+    "config": "model configuration",
+    "template": "chat template",
+    "keep": "the list of pinned spans",
+    "system": "system prompt",
+    "recipe": "what follows the context (template variables)",
+}
+_DERIVED = ("tokens", "protected", "recipe")
 
 # Parts of a configuration that change neither a key nor a value.
 _NEUTRAL = {"_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype", "name_or_path"}
@@ -42,18 +53,75 @@ def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dic
 
 
 def context_identity(
-    model_fields: Mapping[str, Any], prompt: Prompt, ratio: float, scorer: Mapping[str, Any], allocator: str
+    model_fields: Mapping[str, Any], prompt: Prompt, ratio: float, scorer: Mapping[str, Any], allocator: str, tenant: str | None = None
 ) -> dict[str, Any]:
-    """All fields that determine a context's bytes and what may follow it."""
+    """All fields that determine a context's bytes, what may follow it, and who may use it.
+
+    Args:
+        tenant: a digest, see :func:`tenant_digest`.
+    """
     return {
         **model_fields,
-        "tokens": hashlib.sha256(torch.tensor(prompt.token_ids, dtype=torch.int32).numpy().tobytes()).hexdigest(),
-        "protected": prompt.protected,
-        "recipe": digest(vars(prompt.recipe)),
+        "text": prompt.text_digest,
+        "system": prompt.system_digest,
+        "keep": digest(prompt.keep) if prompt.keep and ratio < 1.0 else None,
         "ratio": ratio,
         "scorer": dict(scorer) if ratio < 1.0 else None,
         "allocator": allocator if ratio < 1.0 else None,
+        "tenant": tenant,
+        "tokens": hashlib.sha256(torch.tensor(prompt.token_ids, dtype=torch.int32).numpy().tobytes()).hexdigest(),
+        "protected": prompt.protected,
+        "recipe": digest(vars(prompt.recipe)),
     }
+
+
+def tenant_digest(tenant: str | None) -> str | None:
+    """The salt a tenant's keys are made with; None without a tenant."""
+    return None if tenant is None else digest(["tenant", tenant])
+
+
+def group_of(identity: Mapping[str, Any]) -> str:
+    """What the contexts of one text and tenant have in common, whatever model and ratio they were made with."""
+    return digest([identity["tenant"], identity["text"]])
+
+
+def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields that are not the same; those that follow from others only if nothing else differs."""
+    fields = [field for field in {**wanted, **stored} if stored.get(field) != wanted.get(field)]
+    return tuple(field for field in fields if field not in _DERIVED) or tuple(fields)
+
+
+def only_ratio_differs(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    return {**stored, "ratio": None} == {**wanted, "ratio": None}
+
+
+def explain(
+    wanted: Mapping[str, Any], near: Sequence[Mapping[str, Any]], named: Sequence[Mapping[str, Any]]
+) -> tuple[tuple[str, ...], str]:
+    """Why a context is not there.
+
+    Args:
+        wanted: the identity that was asked for.
+        near: identities of stored contexts of the same text and tenant.
+        named: identities of stored contexts of the same name and tenant.
+
+    Returns:
+        The fields in which the nearest one differs, and a sentence that names them.
+    """
+    if near:
+        stored = min(near, key=lambda identity: len(differing_fields(identity, wanted)))
+        differs = differing_fields(stored, wanted)
+        if differs == ("ratio",):
+            return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
+        shown = "; ".join(
+            f"{_LABELS.get(f, f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
+        )
+        return differs, f"the same text is stored, but {shown}"
+    if named:
+        return ("text",), "text differs from what is stored under this name"
+    if wanted["tenant"] is not None:
+        return (), "not stored for this tenant (contexts of other tenants are never looked at)"
+    return (), "not stored"
 
 
 def key_of(identity: Mapping[str, Any]) -> str:

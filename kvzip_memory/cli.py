@@ -1,0 +1,214 @@
+"""``kvzip-memory``: what lies in a cache folder, and what to do about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from kvzip_memory.errors import KVzipError
+from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
+from kvzip_memory.registry.doctor import Finding, examine
+
+app = typer.Typer(help="Contexts in a cache folder: load, look, pin, delete, check.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+Reference = Annotated[str, typer.Argument(help="a name, a key, or the first 8 digits of a key")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+CacheDir = Annotated[Path, typer.Option(envvar="KVZIP_MEMORY_CACHE_DIR", help="the folder given to the engine as cache_dir")]
+DEFAULT = Path("~/.cache/kvzip_memory")
+
+
+class Level(StrEnum):
+    ok = "green"
+    note = "yellow"
+    problem = "red"
+
+
+def _registry(cache_dir: Path) -> ContextRegistry:
+    folder = cache_dir.expanduser() / "contexts"
+    if not folder.is_dir():
+        raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
+    registry = ContextRegistry(torch.device("cpu"), folder, tenant=EVERYONE)
+    if registry.no_disk is not None:
+        raise typer.BadParameter(registry.no_disk, param_hint="--cache-dir")
+    return registry
+
+
+def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
+    if as_json:
+        typer.echo(json.dumps(value, default=str))
+    else:
+        console.print(render())
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    return {k: v for k, v in asdict(entry).items() if k != "identity"}
+
+
+def _ago(seconds: float) -> str:
+    passed = max(0.0, time.time() - seconds)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if passed >= size:
+            return f"{passed / size:.0f} {unit} ago"
+    return "just now"
+
+
+def _pairs(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key}", str(value))
+    return table
+
+
+@app.command()
+def load(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file")],
+    model: Annotated[str, typer.Option(help="hub id, folder or .gguf file")],
+    ratio: Annotated[float, typer.Option(help="fraction of the pairs to keep")] = 0.3,
+    name: Annotated[str | None, typer.Option(help="alias; the file's name if not given")] = None,
+    system: Annotated[str | None, typer.Option(help="system prompt")] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="a string never to evict; may be given again")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="a word to list it by; may be given again")] = None,
+    tenant: Annotated[str | None, typer.Option(help="salt of the key")] = None,
+    disk_bytes: Annotated[str | None, typer.Option(help='budget of the folder, such as "20GiB"')] = None,
+    cache_dir: CacheDir = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Read a text with a model once and store it compressed."""
+    from kvzip_memory.engine import KVzipEngine
+
+    engine = KVzipEngine.from_pretrained(
+        model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, progress=False if as_json else None
+    )
+    context = engine.load(file, name=name or file.stem, system=system, keep=keep or (), tags=tag or ())
+    engine.close()
+    receipt = context.receipt
+    assert receipt is not None
+    facts = {"context": repr(context), **asdict(receipt), "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
+    _show(facts, as_json, lambda: _pairs(facts))
+
+
+@app.command(name="ls")
+def list_(
+    limit: Annotated[int, typer.Option(help="how many, the most recently used first")] = 50,
+    tag: Annotated[str | None, typer.Option(help="only those with this tag")] = None,
+    cache_dir: CacheDir = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """List contexts, the most recently used first."""
+    registry = _registry(cache_dir)
+    entries = [e for e in registry.contexts(None if tag else limit) if tag is None or tag in e.tags][:limit]
+
+    def render() -> Table:
+        table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
+        for e in entries:
+            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *e.tags])
+            table.add_row(e.name or "", e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", decimal(e.file_nbytes), _ago(e.used), marks)
+        return table
+
+    _show([_facts(e) for e in entries], as_json, render)
+
+
+@app.command()
+def show(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Everything about one context, the fields of its key included."""
+    entry = _registry(cache_dir).one(reference)
+    _show(asdict(entry), as_json, lambda: _pairs({**_facts(entry), **{f"identity.{k}": v for k, v in entry.identity.items()}}))
+
+
+@app.command()
+def pin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Never evict a context."""
+    entry = _registry(cache_dir).pin(reference)
+    _show(_facts(entry), as_json, lambda: f"pinned {entry.name or entry.key[:12]}")
+
+
+@app.command()
+def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Let a context be evicted again."""
+    entry = _registry(cache_dir).pin(reference, pinned=False)
+    _show(_facts(entry), as_json, lambda: f"unpinned {entry.name or entry.key[:12]}")
+
+
+@app.command()
+def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Delete a context."""
+    entry = _registry(cache_dir).remove(reference)
+    _show(_facts(entry), as_json, lambda: f"deleted {entry.name or entry.key[:12]}, {decimal(entry.file_nbytes)}")
+
+
+@app.command()
+def verify(
+    references: Annotated[list[str] | None, typer.Argument(help="names or keys; all contexts if none is given")] = None,
+    cache_dir: CacheDir = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of stored contexts. What is damaged goes to quarantine; the exit code is 1 then."""
+    registry = _registry(cache_dir)
+    entries = [registry.one(r) for r in references] if references else registry.contexts()
+    wrong = {e.key: problem for e in entries if (problem := registry.verify(e.key)) is not None}
+    lines = [f"checked {len(entries)}, damaged {len(wrong)}", *(f"[red]{key[:12]}[/] {text}" for key, text in wrong.items())]
+    _show({"checked": len(entries), "damaged": wrong}, as_json, lambda: "\n".join(lines))
+    raise typer.Exit(bool(wrong))
+
+
+@app.command()
+def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Delete what is expired, in quarantine, or left behind by killed processes."""
+    freed = _registry(cache_dir).gc()
+    _show(freed, as_json, lambda: _pairs({**freed, "bytes": decimal(freed.get("bytes", 0))}))
+
+
+@app.command()
+def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Bytes and contexts of the folder, and the space left beside it."""
+    registry = _registry(cache_dir)
+    folder = cache_dir.expanduser() / "contexts"
+    tier = registry.stats()["tiers"]["disk"]
+    facts = {
+        "folder": str(folder),
+        "contexts": tier["contexts"],
+        "nbytes": tier["nbytes"],
+        "quarantined": len(registry.quarantine()),
+        "free_nbytes": shutil.disk_usage(folder).free,
+    }
+    _show(facts, as_json, lambda: _pairs({**facts, "nbytes": decimal(facts["nbytes"] or 0), "free_nbytes": decimal(facts["free_nbytes"])}))
+
+
+@app.command()
+def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
+    findings = examine(cache_dir.expanduser() / "contexts")
+
+    def render() -> Table:
+        table = Table("", "what", "found", "what to do")
+        for f in findings:
+            table.add_row(f"[{Level[f.level].value}]{f.level}", f.what, f.found, f.advice)
+        return table
+
+    _show([asdict(f) for f in findings], as_json, render)
+    raise typer.Exit(any(f.level == "problem" for f in findings))
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line, not a traceback."""
+    try:
+        app()
+    except KVzipError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}")
+        raise SystemExit(2) from None
+
+
+__all__ = ["Finding", "app", "main"]

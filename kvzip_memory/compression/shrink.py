@@ -1,0 +1,59 @@
+"""From a stored context to one of a smaller ratio: drop pairs in the order of their scores. Needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+
+
+def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) -> CompressedContext | None:
+    """The context a build at ``identity["ratio"]`` would give, cut from one built at a larger ratio.
+
+    Scores were rounded to fp16 before the first choice was made, and the allocator is the same, so the pairs are the
+    same. None if it cannot be told: pairs without scores, or a share of a layer that is larger than what is left of it
+    (the shares of ``per_layer`` and ``uniform`` are rounded).
+    """
+    with context.lease() as lease:
+        layers = lease.layers
+    full = [i for i, layer in enumerate(layers) if layer.window is None]
+    if any(layers[i].scores is None for i in full):
+        return None
+    n = context.n_tokens
+    scores = torch.stack([_dense_scores(layers[i], n) for i in full])
+    keep = ALLOCATORS[identity["allocator"]](scores, round(identity["ratio"] * scores.numel()))
+    if bool((keep & scores.isneginf()).any()):
+        return None
+    kept = dict(zip(full, keep, strict=True))
+    cut = tuple(_cut(layer, kept[i]) if i in kept else _copied(layer) for i, layer in enumerate(layers))
+    return replace(context, key=key, identity=dict(identity), ratio=identity["ratio"], storage=Resident(cut), receipt=None)
+
+
+def _dense_scores(layer: RaggedLayer, n: int) -> Tensor:
+    """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone."""
+    assert layer.scores is not None
+    scores = torch.full((layer.n_heads, n), float("-inf"), dtype=layer.scores.dtype)
+    scores[_heads(layer), layer.positions.long().cpu()] = layer.scores.cpu()
+    return scores
+
+
+def _heads(layer: RaggedLayer) -> Tensor:
+    return torch.repeat_interleave(torch.arange(layer.n_heads), torch.tensor(layer.lengths))
+
+
+def _cut(layer: RaggedLayer, keep: Tensor) -> RaggedLayer:
+    """The pairs of ``keep`` ``[H, n]``, copied so that the rest can be freed."""
+    rows = keep[_heads(layer), layer.positions.long().cpu()].nonzero().squeeze(1).to(layer.keys.device)
+    assert layer.scores is not None
+    return RaggedLayer(layer.keys[rows], layer.values[rows], tuple(keep.sum(1).tolist()), layer.positions[rows], layer.scores[rows])
+
+
+def _copied(layer: RaggedLayer) -> RaggedLayer:
+    """A sliding layer, free of the storage it shares with what is dropped."""
+    return RaggedLayer(layer.keys.clone(), layer.values.clone(), layer.lengths, layer.positions.clone(), window=layer.window)

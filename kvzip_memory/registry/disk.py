@@ -1,0 +1,740 @@
+"""The disk tier: one safetensors file a context under a hard budget, and an index beside them.
+
+Layout of the folder (0700, files 0600)::
+
+    FORMAT                        version of this layout; a newer one is left alone
+    blobs/ab/<key>.safetensors    the contexts; each file says itself what it is and is checked whole before it is used
+    index/                        diskcache: one row a context, in the order of use; can be made anew from the blobs
+    tmp/                          files being written
+    locks/                        one file lock for each 3 hex digits of a key, held while a context is built or written
+    quarantine/                   files that failed their checks, with the reason in the index
+
+A context is served from its blob alone, found by its key; the index only decides what is evicted and what is listed.
+So nothing wrong can come out of a damaged index.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from itertools import islice
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+
+from kvzip_memory.context import CompressedContext
+from kvzip_memory.errors import BudgetError, CorruptFileError
+from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
+from kvzip_memory.registry.index import Index, IndexDamagedError, IndexUnavailableError
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = 1
+_CONTEXT, _GROUP, _NAME, _BAD = "context:", "group:", "name:", "bad:"
+_KEY = re.compile("[0-9a-f]{64}")
+P = ParamSpec("P")
+T = TypeVar("T")
+_GROUP_SIZE = 32  # contexts of one text, or of one name, that are remembered as such
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the index knows about a stored context.
+
+    Attributes:
+        key: the context's.
+        identity: the fields of the key.
+        group: digest of the text the context was made of, and of the tenant.
+        file_nbytes: bytes on disk.
+        nbytes: bytes in memory.
+        n_tokens: tokens it stands for.
+        ratio: fraction of pairs kept.
+        name: the name it was last loaded under.
+        tags: free words given by the user.
+        pinned: never evicted.
+        created: seconds since the epoch.
+        used: seconds since the epoch of the last use that reached the disk tier.
+        expires: seconds since the epoch, None for never.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    group: str
+    file_nbytes: int
+    nbytes: int
+    n_tokens: int
+    ratio: float
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    pinned: bool = False
+    created: float = 0.0
+    used: float = 0.0
+    expires: float | None = None
+
+    @property
+    def tenant(self) -> str | None:
+        return self.identity.get("tenant")
+
+    @property
+    def expired(self) -> bool:
+        return self.expires is not None and self.expires < time.time()
+
+
+class NotStoredError(Exception):
+    """No usable context of this key on disk; says why."""
+
+
+def _needs_index(method: Callable[Concatenate[DiskTier, P], T]) -> Callable[Concatenate[DiskTier, P], T]:
+    """Make a damaged index anew from the blobs and try again, once."""
+
+    @wraps(method)
+    def guarded(self: DiskTier, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except IndexDamagedError as error:
+            try:
+                self._replace_index(str(error))
+                return method(self, *args, **kwargs)
+            except IndexDamagedError as again:
+                raise IndexUnavailableError(f"the index cannot be made anew: {again}") from again
+
+    return guarded
+
+
+class DiskTier:
+    """Contexts in a folder that any number of processes share.
+
+    Args:
+        root: the folder.
+        budget: bytes that blobs, files being written and quarantined files may take together; None for no limit. The
+            index itself (about 2 kB a context) is not counted.
+
+    Raises:
+        OSError: the folder cannot be made or is of a newer version.
+    """
+
+    def __init__(self, root: Path, budget: int | None = None) -> None:
+        self.root, self.budget = root, budget
+        self.quarantined = 0  # by this process
+        for folder in (root, *(root / name for name in ("blobs", "index", "tmp", "locks", "quarantine"))):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if folder is root:
+                self._check_layout()
+        self._index: Index | None = None
+        self._opened_file: int | None = None
+        with suppress(IndexUnavailableError):  # what is stored can be read without it
+            self._open_index()
+            self._collect_dead_writers()
+            self._reconcile()
+
+    def _check_layout(self) -> None:
+        path = self.root / "FORMAT"
+        try:
+            layout = int(path.read_text())
+        except FileNotFoundError:
+            temporary = self.root / f".FORMAT.{uuid.uuid4().hex}"
+            _write_private(temporary, f"{LAYOUT}\n")
+            os.replace(temporary, path)
+            return
+        except ValueError:
+            raise OSError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
+        if layout > LAYOUT:
+            raise OSError(f"{self.root} has layout {layout}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
+
+    def path(self, key: str) -> Path:
+        return self.root / "blobs" / key[:2] / f"{key}.safetensors"
+
+    # -- contexts ------------------------------------------------------------------------------------------------
+
+    def get(self, key: str, device: torch.device, admit: Callable[[int], None] | None = None) -> CompressedContext:
+        """The context stored under ``key``, every byte of it checked.
+
+        Args:
+            admit: told the bytes it will take in memory before they are read.
+
+        Raises:
+            NotStoredError: there is none, or it cannot be used; a damaged one is in quarantine then.
+        """
+        path = self.path(key)
+        if not self._inside(path):
+            raise NotStoredError(f"{path.parent} is a symbolic link; what it leads to is not read")
+        try:
+            if self._expired(key):
+                self.remove(key)
+                raise NotStoredError("expired")
+            context = read_context(path, device, follow_links=False, admit=admit)
+            if context.key != key:
+                raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
+        except FileNotFoundError:
+            raise NotStoredError("not stored") from None
+        except OSError as error:
+            logger.warning("cannot read stored context %s: %s", key[:12], error)
+            raise NotStoredError(f"stored file unreadable: {error}") from None
+        except CorruptFileError as error:
+            if "newer than" not in str(error):
+                self._quarantine(key, str(error))
+            raise NotStoredError(f"stored file unusable: {error}") from None
+        return context
+
+    def _inside(self, path: Path) -> bool:
+        """Whether a blob's folder is one of ours, and no link to somewhere else."""
+        return not (path.parent.is_symlink() or path.parent.parent.is_symlink())
+
+    def _expired(self, key: str) -> bool:
+        try:
+            entry = self.entry(key)
+        except IndexUnavailableError:
+            return False
+        return entry is not None and entry.expired
+
+    def has(self, key: str) -> bool:
+        path = self.path(key)
+        return self._inside(path) and path.is_file() and not path.is_symlink()
+
+    def put(
+        self, context: CompressedContext, group: str, *, name: str | None = None, tags: Iterable[str] = (), ttl: float | None = None
+    ) -> None:
+        """Store a context that holds its pairs itself. The caller holds its :meth:`lock`.
+
+        Raises:
+            BudgetError: it does not fit, or only pinned contexts could make room.
+            OSError: it cannot be written; nothing has changed.
+        """
+        now = time.time()
+        expires = None if ttl is None else now + ttl
+        catalog = {"group": group, "name": name, "tags": list(tags), "created": now, "expires": expires}
+        prepared = PreparedFile(context, catalog)
+        entry = Entry(
+            context.key,
+            context.identity,
+            group,
+            prepared.nbytes,
+            context.nbytes,
+            context.n_tokens,
+            context.ratio,
+            name,
+            tuple(tags),
+            False,
+            now,
+            now,
+            expires,
+        )
+        path, temporary = self.path(context.key), self._temporary(context.key)
+        if not self._inside(path):
+            raise OSError(f"{path.parent} is a symbolic link; nothing is written there")
+        self._reserve(entry)
+        try:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
+            prepared.write(path, temporary)
+        except BaseException:
+            with suppress(IndexUnavailableError):
+                self._unreserve(entry.key)
+            raise
+        self._insert(entry)
+
+    def _temporary(self, key: str) -> Path:
+        return self.root / "tmp" / f"{key}.tmp"  # one writer a key: the one who holds the lock
+
+    @_needs_index
+    def _reserve(self, entry: Entry) -> None:
+        """Make room for a file and count it as being written."""
+        index = self._opened()
+        with index.transaction():
+            if (old := _entry(index, entry.key)) is not None:
+                self._drop(index, old)
+            self._make_room(index, entry.file_nbytes)
+            usage, writing = self._totals(index)
+            self._set_totals(index, usage + entry.file_nbytes, {**writing, entry.key: entry.file_nbytes})
+
+    def _make_room(self, index: Index, nbytes: int) -> None:
+        if self.budget is None:
+            return
+        if nbytes > self.budget:
+            raise BudgetError(
+                f"the context takes {nbytes:,} bytes on disk; disk_bytes is {self.budget:,}: raise it or keep a smaller ratio"
+            )
+        usage, _ = self._totals(index)
+        for key in index.keys("") if usage + nbytes > self.budget else ():
+            if key.startswith(_BAD) and (bad := index.get(key)) is not None:
+                self._drop_bad(index, key, bad)
+            elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None and not entry.pinned:
+                self._drop(index, entry)
+            usage, _ = self._totals(index)
+            if usage + nbytes <= self.budget:
+                return
+        if usage + nbytes > self.budget:
+            raise BudgetError(
+                f"no room for {nbytes:,} bytes on disk: pinned contexts and files being written take {usage:,} of "
+                f"disk_bytes={self.budget:,}; unpin some or raise disk_bytes"
+            )
+
+    @_needs_index
+    def _unreserve(self, key: str) -> None:
+        index = self._opened()
+        with index.transaction():
+            usage, writing = self._totals(index)
+            nbytes = writing.pop(key, 0)
+            self._set_totals(index, usage - nbytes, writing)
+
+    @_needs_index
+    def _insert(self, entry: Entry) -> None:
+        """Turn the reservation into a row."""
+        index = self._opened()
+        with index.transaction():
+            usage, writing = self._totals(index)
+            counted = writing.pop(entry.key, 0)
+            if counted == 0 and index.get(_CONTEXT + entry.key) is not None:
+                return  # the index was made anew from the blobs in between
+            self._set_totals(index, usage + entry.file_nbytes - counted, writing)
+            self._add(index, entry)
+
+    def _add(self, index: Index, entry: Entry) -> None:
+        index.move_to_end(_CONTEXT + entry.key, asdict(entry))
+        _list_add(index, _GROUP + entry.group, entry.key)
+        if entry.name:
+            _list_add(index, _named(entry.tenant, entry.name), entry.key)
+
+    def _drop(self, index: Index, entry: Entry) -> None:
+        """Delete a context: first the file, so that bytes are never free before they are free."""
+        self._unlink(entry.key)
+        index.delete(_CONTEXT + entry.key)
+        _list_remove(index, _GROUP + entry.group, entry.key)
+        if entry.name:
+            _list_remove(index, _named(entry.tenant, entry.name), entry.key)
+        usage, writing = self._totals(index)
+        self._set_totals(index, usage - entry.file_nbytes, writing)
+
+    def _unlink(self, key: str) -> None:
+        if self._inside(self.path(key)):
+            self.path(key).unlink(missing_ok=True)
+
+    def _drop_bad(self, index: Index, key: str, row: Mapping[str, Any]) -> None:
+        with suppress(FileNotFoundError):
+            (self.root / "quarantine" / Path(row["file"]).name).unlink()
+        index.delete(key)
+        usage, writing = self._totals(index)
+        self._set_totals(index, usage - row["nbytes"], writing)
+
+    def _quarantine(self, key: str, reason: str) -> None:
+        """Take a file out of use and remember why. In a folder that cannot be written it stays, and is refused again."""
+        try:
+            moved = self._set_aside(key, reason)
+        except IndexUnavailableError:
+            return
+        if moved:
+            self.quarantined += 1
+            logger.warning("%s; moved to quarantine", reason)
+
+    @_needs_index
+    def _set_aside(self, key: str, reason: str) -> bool:
+        index, path, name = self._opened(), self.path(key), f"{key}.{time.time_ns()}.safetensors"
+        with index.transaction():
+            try:
+                nbytes = path.lstat().st_size
+                os.replace(path, self.root / "quarantine" / name)
+            except OSError:  # another process has done it, or may not
+                return False
+            if (entry := _entry(index, key)) is not None:
+                self._drop(index, entry)
+            usage, writing = self._totals(index)
+            if self.budget is not None and usage + nbytes > self.budget:  # it has grown, or never had a row
+                (self.root / "quarantine" / name).unlink()
+                nbytes = 0
+            self._set_totals(index, usage + nbytes, writing)
+            index.set(_BAD + name, {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time()})
+        return True
+
+    # -- the index -----------------------------------------------------------------------------------------------
+
+    @_needs_index
+    def entry(self, key: str) -> Entry | None:
+        return _entry(self._opened(), key)
+
+    @_needs_index
+    def entries(self, limit: int | None = None, wanted: Callable[[Entry], bool] = lambda entry: True) -> list[Entry]:
+        """Stored contexts, the most recently used first."""
+        keys = self._opened().keys(_CONTEXT, newest_first=True)
+        found = (entry for key in keys if (entry := self.entry(key)) is not None and wanted(entry))
+        return list(islice(found, limit))
+
+    @_needs_index
+    def group(self, group: str) -> list[Entry]:
+        """Stored contexts of one text and tenant."""
+        return self._listed(_GROUP + group)
+
+    @_needs_index
+    def named(self, name: str, tenant: str | None = None) -> list[Entry]:
+        """Stored contexts a tenant loaded under a name, the latest last."""
+        return self._listed(_named(tenant, name))
+
+    def _listed(self, key: str) -> list[Entry]:
+        row = self._opened().get(key)
+        entries = [self.entry(k) for k in (row["keys"] if row else ())]
+        return [entry for entry in entries if entry is not None]
+
+    @_needs_index
+    def starting_with(self, prefix: str) -> list[Entry]:
+        """Stored contexts whose key starts with ``prefix``."""
+        if _KEY.fullmatch(prefix):
+            return [entry] if (entry := self.entry(prefix)) is not None else []
+        if not re.fullmatch("[0-9a-f]+", prefix):
+            return []
+        folders = [self.root / "blobs" / prefix[:2]] if len(prefix) >= 2 else sorted((self.root / "blobs").iterdir())
+        keys = [p.stem for folder in folders if folder.is_dir() for p in folder.glob(f"{prefix}*.safetensors")]
+        return [entry for key in keys if (entry := self.entry(key)) is not None]
+
+    @_needs_index
+    def touch(self, key: str, *, name: str | None = None, tags: Iterable[str] = ()) -> None:
+        """Make a context the most recently used one; give it a name or tags. A file without a row gets one."""
+        index = self._opened()
+        with index.transaction():
+            entry = _entry(index, key)
+            if entry is None:
+                if (entry := self._entry_of_file(self.path(key))) is None:
+                    return
+                usage, writing = self._totals(index)
+                if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
+                    return
+                self._set_totals(index, usage + entry.file_nbytes, writing)
+            if name is not None and entry.name not in (name, None):
+                _list_remove(index, _named(entry.tenant, str(entry.name)), key)
+            self._add(index, replace(entry, used=time.time(), name=name or entry.name, tags=tuple(sorted({*entry.tags, *tags}))))
+
+    @_needs_index
+    def pin(self, key: str, pinned: bool) -> None:
+        index = self._opened()
+        with index.transaction():
+            if (entry := _entry(index, key)) is not None:
+                index.set(_CONTEXT + key, asdict(replace(entry, pinned=pinned)))
+
+    @_needs_index
+    def remove(self, key: str) -> bool:
+        """Delete a context; False if there was none."""
+        index = self._opened()
+        with index.transaction():
+            if (entry := _entry(index, key)) is not None:
+                self._drop(index, entry)
+                return True
+        existed = self.has(key)
+        self._unlink(key)
+        return existed
+
+    @_needs_index
+    def quarantine(self) -> list[dict[str, Any]]:
+        """What was taken out of use: key, file, nbytes, reason, time."""
+        index = self._opened()
+        rows = [index.get(_BAD + name) for name in index.keys(_BAD)]
+        return [row for row in rows if row is not None]
+
+    @_needs_index
+    def usage(self) -> int:
+        """Bytes of blobs, files being written and quarantined files, as counted."""
+        return self._totals(self._opened())[0]
+
+    def count(self) -> int:
+        """Stored contexts."""
+        return sum(1 for _ in self._blobs())
+
+    def measured(self) -> int:
+        """The same bytes as :meth:`usage`, measured from the files."""
+        sizes: dict[int, int] = {}
+        for folder in ("tmp", "blobs", "quarantine"):  # the way a file goes; one that moves meanwhile is counted once
+            for path in (self.root / folder).rglob("*"):
+                with suppress(FileNotFoundError):
+                    status = path.lstat()
+                    if not stat.S_ISDIR(status.st_mode):
+                        sizes[status.st_ino] = status.st_size
+        return sum(sizes.values())
+
+    def gc(self) -> dict[str, int]:
+        """Delete expired contexts, what dead writers left, quarantined files, and whatever has no row; count exactly.
+
+        Returns:
+            How many of each were deleted, and the bytes freed.
+        """
+        before = self.measured()
+        self._collect_dead_writers()
+        found = {"expired": 0, "quarantined": 0, "orphaned": 0}
+        for entry in self.entries():
+            if entry.expired:
+                found["expired"] += self.remove(entry.key)
+        found["quarantined"] = self._empty_quarantine()
+        found["orphaned"] = self._reconcile()
+        return {**found, "bytes": before - self.measured()}
+
+    @_needs_index
+    def _empty_quarantine(self) -> int:
+        index, count = self._opened(), 0
+        with index.transaction():
+            for name in list(index.keys(_BAD)):
+                if (row := index.get(_BAD + name)) is not None:
+                    self._drop_bad(index, _BAD + name, row)
+                    count += 1
+        for path in (self.root / "quarantine").iterdir():
+            count += 1
+            if path.is_dir() and not path.is_symlink():  # an index
+                _remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
+        return count
+
+    @_needs_index
+    def _reconcile(self) -> int:
+        """Make rows and files agree after a process was killed: a row whose file is gone goes too, a whole file without
+        a row gets one, a broken one is deleted, and bytes are counted anew from the files.
+
+        Returns:
+            Files deleted.
+        """
+        index, deleted = self._opened(), 0
+        with index.transaction():
+            _, writing = self._totals(index)
+            rows, blobs = set(index.keys(_CONTEXT)), {path.stem: path for path in self._blobs()}
+            for key in rows - blobs.keys() - writing.keys():
+                if (entry := _entry(index, key)) is not None:
+                    self._drop(index, entry)
+            bad = [row for name in list(index.keys(_BAD)) if (row := index.get(_BAD + name)) is not None]
+            usage = sum(writing.values()) + sum(row["nbytes"] for row in bad)
+            usage += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
+            for key in blobs.keys() - rows - writing.keys():
+                entry = self._entry_of_file(blobs[key])
+                if entry is None or (self.budget is not None and usage + entry.file_nbytes > self.budget):
+                    blobs[key].unlink(missing_ok=True)
+                    deleted += 1
+                else:
+                    self._add(index, entry)
+                    usage += entry.file_nbytes
+            for path in (self.root / "tmp").iterdir():
+                if path.stem not in writing:
+                    path.unlink(missing_ok=True)
+                    deleted += 1
+            listed = {row["file"] for row in bad}
+            for path in (self.root / "quarantine").iterdir():
+                if path.is_file() and path.name not in listed:
+                    path.unlink(missing_ok=True)
+                    deleted += 1
+            self._set_totals(index, usage, writing)
+        return deleted
+
+    def verify(self, key: str) -> str | None:
+        """Check every byte of a stored context: None if it is sound, else what is wrong (it is in quarantine then)."""
+        try:
+            self.get(key, torch.device("cpu"))
+        except NotStoredError as error:
+            return str(error)
+        return None
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+
+    # -- locks and building --------------------------------------------------------------------------------------
+
+    def lock(self, key: str) -> FileLock:
+        """Held while a context is built or written; gone with the process that held it."""
+        return FileLock(self.root / "locks" / f"{key[:3]}.lock", thread_local=False, mode=0o600)
+
+    def report(self, key: str, progress: Mapping[str, Any]) -> None:
+        """Leave a note for other processes how far a build is."""
+        with suppress(OSError):
+            _write_private(self.root / "locks" / f"{key[:3]}.progress", json.dumps({"key": key, **progress}))
+
+    def reported(self, key: str) -> dict[str, Any] | None:
+        """What the process that builds ``key`` has last reported."""
+        with suppress(OSError, ValueError):
+            note = json.loads((self.root / "locks" / f"{key[:3]}.progress").read_text())
+            if note.get("key") == key:
+                return dict(note)
+        return None
+
+    # -- keeping the index sound ---------------------------------------------------------------------------------
+
+    def _opened(self) -> Index:
+        if self._index is None:
+            self._open_index()
+        if self._index is None:
+            raise IndexUnavailableError("the index could not be opened")
+        return self._index
+
+    def _open_index(self) -> None:
+        self._opened_file = self._index_file()
+        try:
+            self._index = Index(self.root / "index")
+            self._opened_file = self._index_file()
+            self._start_index()
+        except IndexDamagedError as error:
+            self._replace_index(str(error))
+
+    def _start_index(self) -> None:
+        """Rows of a new index from the blobs; of an empty folder, none."""
+        index = self._index
+        assert index is not None
+        if index.get("totals") is not None:
+            return
+        with index.transaction():
+            if index.get("totals") is not None:
+                return
+            if next(index.keys(""), None) is not None:
+                raise IndexDamagedError("the row of totals is missing")
+            usage = 0
+            entries = [(path, self._entry_of_file(path)) for path in self._blobs()]
+            for path, entry in sorted(entries, key=lambda e: e[1].used if e[1] else 0.0):
+                if entry is None:
+                    self._quarantine_unlisted(path)
+                else:
+                    self._add(index, entry)
+                    usage += entry.file_nbytes
+            writing = {path.stem: path.lstat().st_size for path in (self.root / "tmp").iterdir() if not self._delete_dead(path)}
+            usage += sum(writing.values())
+            for path in (self.root / "quarantine").iterdir():
+                if path.is_file():
+                    nbytes = path.lstat().st_size
+                    index.set(
+                        _BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0}
+                    )
+                    usage += nbytes
+            self._set_totals(index, usage, writing)
+
+    def _delete_dead(self, temporary: Path) -> bool:
+        """Delete a file being written if its writer is gone."""
+        try:
+            with self.lock(temporary.stem).acquire(timeout=0):
+                temporary.unlink(missing_ok=True)
+                return True
+        except Timeout:
+            return False
+
+    def _quarantine_unlisted(self, path: Path) -> None:
+        with suppress(OSError):
+            os.replace(path, self.root / "quarantine" / f"{path.stem}.{time.time_ns()}.safetensors")
+            self.quarantined += 1
+
+    def _replace_index(self, reason: str) -> None:
+        """Set a damaged index aside and make it anew; one process does, the others open what it made."""
+        with FileLock(self.root / "locks" / "index.lock", thread_local=False, mode=0o600):
+            with suppress(Exception):
+                if self._index is not None:
+                    self._index.close()
+            self._index = None
+            if self._index_file() == self._opened_file:
+                logger.warning("the index of %s is damaged (%s); made anew from the stored contexts, pins are lost", self.root, reason)
+                os.replace(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")
+                (self.root / "index").mkdir(mode=0o700)
+                for older in sorted((self.root / "quarantine").glob("index.*"))[:-1]:
+                    _remove_tree(older)
+                self.quarantined += 1
+            self._opened_file = self._index_file()
+            self._index = Index(self.root / "index")
+            self._start_index()
+
+    def _index_file(self) -> int | None:
+        """The inode of the index: another one means that another process has made it anew."""
+        try:
+            return (self.root / "index" / "cache.db").stat().st_ino
+        except FileNotFoundError:
+            return None
+
+    def _collect_dead_writers(self) -> None:
+        """Free what was reserved by processes that no longer hold their lock."""
+        for key in self._writing():
+            with suppress(Timeout, OSError), self.lock(key).acquire(timeout=0):
+                self._temporary(key).unlink(missing_ok=True)
+                self._unreserve(key)
+
+    @_needs_index
+    def _writing(self) -> dict[str, int]:
+        return self._totals(self._opened())[1]
+
+    def _totals(self, index: Index) -> tuple[int, dict[str, int]]:
+        row = index.get("totals")
+        if row is None:
+            raise IndexDamagedError("the row of totals is missing")
+        return row["usage"], dict(row["writing"])
+
+    def _set_totals(self, index: Index, usage: int, writing: Mapping[str, int]) -> None:
+        index.set("totals", {"usage": max(usage, 0), "writing": dict(writing)})
+
+    def _blobs(self) -> Iterator[Path]:
+        for folder in (self.root / "blobs").iterdir():
+            if folder.is_dir() and not folder.is_symlink():
+                yield from folder.glob("*.safetensors")
+
+    def _entry_of_file(self, path: Path) -> Entry | None:
+        """An entry from a file's header, None if there is no sound one."""
+        if not self._inside(path):
+            return None
+        try:
+            with open_context(path, follow_links=False) as file:
+                facts = read_header(file, path)
+                status = os.fstat(file.fileno())
+        except (OSError, CorruptFileError):
+            return None
+        catalog = facts["catalog"]
+        return Entry(
+            key=path.stem,
+            identity=facts["identity"],
+            group=str(catalog.get("group", "")),
+            file_nbytes=status.st_size,
+            nbytes=facts["nbytes"],
+            n_tokens=facts["n_tokens"],
+            ratio=facts["ratio"],
+            name=catalog.get("name"),
+            tags=tuple(catalog.get("tags", ())),
+            created=catalog.get("created", status.st_mtime),
+            used=status.st_mtime,
+            expires=catalog.get("expires"),
+        )
+
+
+def _entry(index: Index, key: str) -> Entry | None:
+    """A context's row; its key becomes a file name, so it must look like one of ours."""
+    row = index.get(_CONTEXT + key)
+    if row is None:
+        return None
+    try:
+        entry = Entry(**{**row, "tags": tuple(row["tags"])})
+    except (TypeError, KeyError):
+        raise IndexDamagedError(f"row {key!r} has other fields than a context's") from None
+    if entry.key != key or not _KEY.fullmatch(key):
+        raise IndexDamagedError(f"row {key!r} is not one of ours")
+    return entry
+
+
+def _named(tenant: str | None, name: str) -> str:
+    return f"{_NAME}{tenant or ''}:{name}"
+
+
+def _list_add(index: Index, key: str, item: str) -> None:
+    keys = (index.get(key) or {"keys": []})["keys"]
+    if not keys or keys[-1] != item:
+        index.set(key, {"keys": [*(k for k in keys if k != item), item][-_GROUP_SIZE:]})
+
+
+def _list_remove(index: Index, key: str, item: str) -> None:
+    keys = [k for k in (index.get(key) or {"keys": []})["keys"] if k != item]
+    if keys:
+        index.set(key, {"keys": keys})
+    else:
+        index.delete(key)
+
+
+def _write_private(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+
+
+def _remove_tree(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()

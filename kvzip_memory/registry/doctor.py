@@ -1,0 +1,107 @@
+"""What can be wrong with a cache folder, and what to do about it. Looks, and changes nothing but what opening repairs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kvzip_memory.registry.disk import DiskTier
+
+_NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        level: ``note`` is worth knowing, ``problem`` needs somebody.
+        what: the thing.
+        found: how it is.
+        advice: what to do, empty if nothing.
+    """
+
+    level: Literal["ok", "note", "problem"]
+    what: str
+    found: str
+    advice: str = ""
+
+
+def examine(root: Path) -> list[Finding]:
+    """Findings about a disk tier's folder, the worst first."""
+    if not root.is_dir():
+        return [Finding("note", "folder", f"{root} does not exist", "nothing was stored yet, or under another cache_dir")]
+    findings = [_private(root), _file_system(root), _space(root)]
+    try:
+        disk = DiskTier(root)
+    except OSError as error:
+        return [Finding("problem", "layout", str(error), "upgrade kvzip-memory, or give another cache_dir"), *findings]
+    findings += [_index(disk), *_contents(disk)]
+    disk.close()
+    return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
+
+
+def _private(root: Path) -> Finding:
+    status = root.stat()
+    if status.st_uid != os.getuid():
+        return Finding("problem", "owner", f"{root} belongs to user {status.st_uid}", "give every user a cache_dir of their own")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        return Finding("problem", "permissions", f"{stat.filemode(status.st_mode)}: others can read your texts", f"chmod 700 {root}")
+    return Finding("ok", "permissions", "readable by you only")
+
+
+def _file_system(root: Path) -> Finding:
+    kind, longest = "unknown", ""
+    with suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, where, this, *_ = line.split()
+            if root.resolve().is_relative_to(where) and len(where) >= len(longest):
+                kind, longest = this, where
+    if kind in _NETWORK:
+        return Finding("problem", "file system", kind, "file locks and SQLite are not safe there; use a local folder a machine")
+    return Finding("ok", "file system", kind)
+
+
+def _space(root: Path) -> Finding:
+    usage = shutil.disk_usage(root)
+    found = f"{usage.free / 1e9:.1f} GB free of {usage.total / 1e9:.1f}"
+    if usage.free < 0.02 * usage.total:
+        return Finding("problem", "space", found, "contexts cannot be stored soon; free some, or lower disk_bytes")
+    return Finding("ok", "space", found)
+
+
+def _index(disk: DiskTier) -> Finding:
+    try:
+        counted, measured = disk.usage(), disk.measured()
+    except OSError as error:
+        return Finding("problem", "index", f"cannot be used: {error}", "contexts are served, but none is stored; make the folder writable")
+    if disk.quarantined:
+        return Finding("note", "index", "was damaged; made anew from the stored contexts just now", "pin again what you had pinned")
+    if counted != measured:
+        return Finding(
+            "note", "index", f"counts {counted:,} bytes, the files have {measured:,}", "other processes are writing; else run gc"
+        )
+    return Finding("ok", "index", f"{counted:,} bytes, as the files have")
+
+
+def _contents(disk: DiskTier) -> list[Finding]:
+    findings = []
+    with suppress(OSError):
+        entries, bad = disk.entries(), disk.quarantine()
+        expired, pinned = sum(e.expired for e in entries), sum(e.pinned for e in entries)
+        findings.append(Finding("ok", "contexts", f"{len(entries)} stored, {pinned} pinned"))
+        if expired:
+            findings.append(Finding("note", "expired", f"{expired} contexts", "run gc to delete them"))
+        if bad:
+            reasons = "; ".join(sorted({row["reason"].split(": ", 1)[-1] for row in bad})[:3])
+            findings.append(
+                Finding(
+                    "note", "quarantine", f"{len(bad)} files: {reasons}", "they were rebuilt when asked for; look at the disk, then run gc"
+                )
+            )
+    return findings

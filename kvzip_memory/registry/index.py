@@ -1,0 +1,190 @@
+"""The disk tier's index: small JSON rows in diskcache, in the order of their last use.
+
+diskcache is used for what it is good at, many processes on one SQLite file, and kept from what it is not: rows are
+text under text keys, each with a checksum of its own; a pickle, a file name or anything else found in the database is
+refused and never loaded, opened or deleted; nothing is ever evicted by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diskcache
+import xxhash
+from diskcache.core import MODE_RAW, UNKNOWN
+
+Row = dict[str, Any]
+
+# SQLite's codes for a file that is not what it wrote. A truncated one shows as an input/output error too.
+_DAMAGE = {
+    sqlite3.SQLITE_CORRUPT,
+    sqlite3.SQLITE_NOTADB,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_ERROR,
+    sqlite3.SQLITE_CONSTRAINT,
+    sqlite3.SQLITE_MISMATCH,
+}
+
+
+class IndexDamagedError(Exception):
+    """The index holds something we have not written, or SQLite says it is malformed."""
+
+
+class IndexUnavailableError(OSError):
+    """The index cannot be read or written now: a full disk, a read-only folder, another process that holds it."""
+
+
+class _Rows(diskcache.Disk):
+    """Text rows only, in both directions; never a pickle, never a file."""
+
+    def put(self, key: Any) -> tuple[str, bool]:
+        if type(key) is not str:
+            raise TypeError(f"an index key is a str, not {type(key).__name__}")
+        return key, True
+
+    def get(self, key: Any, raw: Any) -> str:
+        if not raw or type(key) is not str:
+            raise IndexDamagedError("a key that is not text (perhaps a pickle)")
+        return key
+
+    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, None, str]:
+        if type(value) is not str or read:
+            raise TypeError(f"an index row is a str, not {type(value).__name__}")
+        return 0, MODE_RAW, None, value
+
+    def fetch(self, mode: Any, filename: Any, value: Any, read: bool) -> str:
+        if mode != MODE_RAW or filename is not None or type(value) is not str:
+            raise IndexDamagedError(f"a row that is not text (mode {mode!r}, file {filename!r})")
+        return value
+
+    def filename(self, key: Any = UNKNOWN, value: Any = UNKNOWN) -> tuple[str, str]:
+        raise TypeError("the index holds no files")
+
+    def remove(self, file_path: Any) -> None:
+        """Nothing: rows have no files; a planted one names somebody else's."""
+
+
+class Index:
+    """Rows by key; iterating goes from the least to the most recently written. Safe for threads and processes.
+
+    Raises:
+        IndexDamagedError: from any method, when the database is not what we wrote.
+        IndexUnavailableError: from any method, when it cannot be used now.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._lock = threading.RLock()
+        with _translated():
+            database = folder / "cache.db"
+            if not database.exists():  # SQLite gives its other files the same mode
+                os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+            self._rows = diskcache.Cache(
+                str(folder),
+                timeout=10,
+                disk=_Rows,
+                eviction_policy="none",
+                cull_limit=0,
+                statistics=0,
+                tag_index=0,
+                disk_min_file_size=2**60,
+            )
+
+    def get(self, key: str) -> Row | None:
+        with _translated():
+            text = self._rows.get(key)
+        return None if text is None else _unpacked(key, text)
+
+    def set(self, key: str, row: Mapping[str, Any]) -> None:
+        """Write a row in its place, or as the most recent one if it is new."""
+        with self._lock, _translated():
+            self._rows.set(key, self.packed(key, row))
+
+    def move_to_end(self, key: str, row: Mapping[str, Any]) -> None:
+        """Write a row as the most recent one. Inside a :meth:`transaction`."""
+        with self._lock, _translated():
+            self._rows.delete(key)
+            self._rows.set(key, self.packed(key, row))
+
+    def delete(self, key: str) -> None:
+        with self._lock, _translated():
+            self._rows.delete(key)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All writes inside, or none; other processes wait."""
+        with self._lock:
+            with _translated():
+                transaction = self._rows.transact()
+                transaction.__enter__()
+            try:
+                yield
+            except BaseException as error:
+                with _translated(), _quietly(error):
+                    transaction.__exit__(type(error), error, error.__traceback__)
+                raise
+            with _translated():
+                transaction.__exit__(None, None, None)
+
+    def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
+        """Keys that start with ``prefix``, without it."""
+        keys = iter(reversed(self._rows) if newest_first else self._rows)
+        while True:
+            with _translated():
+                key = next(keys, None)
+            if key is None:
+                return
+            if key.startswith(prefix):
+                yield key[len(prefix) :]
+
+    def close(self) -> None:
+        with _translated():
+            self._rows.close()
+
+    @staticmethod
+    def packed(key: str, row: Mapping[str, Any]) -> str:
+        """A row as it is stored: a checksum of key and text, then the text."""
+        text = json.dumps(row, separators=(",", ":"), default=str)
+        return xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) + text
+
+
+def _unpacked(key: str, packed: str) -> Row:
+    checksum, text = packed[:16], packed[16:]
+    if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
+        raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
+    row: Row = json.loads(text)
+    return row
+
+
+@contextmanager
+def _quietly(error: BaseException) -> Iterator[None]:
+    """diskcache raises the error again after rolling back; we do that ourselves."""
+    try:
+        yield
+    except BaseException as again:
+        if again is not error:
+            raise
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (IndexDamagedError, IndexUnavailableError):
+        raise
+    except diskcache.Timeout as error:
+        raise IndexUnavailableError("the index is locked by another process, or its folder cannot be written") from error
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _DAMAGE:
+            raise IndexDamagedError(f"SQLite: {error}") from error
+        raise IndexUnavailableError(f"SQLite: {error}") from error
+    except OSError as error:
+        raise IndexUnavailableError(str(error)) from error
+    except Exception as error:  # a damaged setting can fail in any way inside diskcache
+        raise IndexDamagedError(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,157 @@
+"""The tiers in memory: contexts on the device and in the host's RAM, each under a hard budget of bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+
+
+@dataclass(eq=False)
+class Held:
+    """A context in a tier of memory.
+
+    Attributes:
+        context: it holds its pairs itself.
+        group: digest of its text and tenant.
+        users: answers that read it now; it is neither moved nor freed while there are any.
+        pinned: never lost.
+        expires: seconds since the epoch, None for never.
+        used: seconds since the epoch of the last use.
+    """
+
+    context: CompressedContext
+    group: str
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    users: int = 0
+    pinned: bool = False
+    expires: float | None = None
+    used: float = field(default_factory=time.time)
+
+    @property
+    def key(self) -> str:
+        return self.context.key
+
+    @property
+    def nbytes(self) -> int:
+        return self.context.nbytes
+
+
+class MemoryTier:
+    """Contexts in the order of their last use. Not locked: the registry does that.
+
+    Attributes:
+        budget: bytes it may hold, None for no limit.
+        held: contexts by key.
+        reserved: bytes of contexts that are arriving or leaving.
+        nbytes: bytes of all of them.
+    """
+
+    def __init__(self, name: str, budget: int | None) -> None:
+        self.name, self.budget = name, budget
+        self.held: OrderedDict[str, Held] = OrderedDict()
+        self.reserved = 0
+        self._settled = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._settled + self.reserved
+
+    def add(self, held: Held) -> None:
+        """Take in a context whose bytes were reserved."""
+        self.reserved -= held.nbytes
+        self._settled += held.nbytes
+        self.held[held.key] = held
+
+    def take(self, key: str) -> Held:
+        """Take a context out; its bytes stay reserved until it has arrived elsewhere."""
+        held = self.held.pop(key)
+        self._settled -= held.nbytes
+        self.reserved += held.nbytes
+        return held
+
+    def has_room(self, nbytes: int) -> bool:
+        return self.budget is None or self.nbytes + nbytes <= self.budget
+
+    def victim(self, may_leave: Callable[[Held], bool]) -> Held | None:
+        """The least recently used context that nobody reads and that may leave."""
+        return next((held for held in self.held.values() if held.users == 0 and may_leave(held)), None)
+
+
+def to_device(context: CompressedContext, device: torch.device) -> CompressedContext:
+    """The context with its layers on ``device``; the same object if they are there."""
+    return context if _device(context) == device else _moved(context, lambda tensor: tensor.to(device, non_blocking=True), device)
+
+
+def to_host(context: CompressedContext) -> CompressedContext:
+    """The context in the host's memory. Where it comes from a GPU, page-locked to the byte.
+
+    torch's own pinned memory comes in powers of two, up to twice what is needed. So the layers go into one anonymous
+    mapping of their exact size that is registered with the driver, and given back when the last tensor is gone.
+    """
+    device = _device(context)
+    if device.type == "cpu":
+        return context
+    tensors = [t for layer in _layers(context) for t in layer.tensors()]
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    buffer = _page_locked(sum(size + -size % _ALIGNMENT for size in sizes))
+    views, start = {}, 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        views[id(tensor)] = buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
+        start += size + -size % _ALIGNMENT
+    return _moved(context, lambda tensor: views[id(tensor)].copy_(tensor, non_blocking=True), device)
+
+
+def _layers(context: CompressedContext) -> tuple[RaggedLayer, ...]:
+    assert isinstance(context.storage, Resident), "tiers hold contexts that hold their pairs themselves"
+    return context.storage.layers
+
+
+def _device(context: CompressedContext) -> torch.device:
+    return _layers(context)[0].keys.device
+
+
+def _moved(context: CompressedContext, move: Callable[[Tensor], Tensor], synchronize: torch.device) -> CompressedContext:
+    layers = tuple(
+        RaggedLayer(
+            move(layer.keys),
+            move(layer.values),
+            layer.lengths,
+            move(layer.positions),
+            None if layer.scores is None else move(layer.scores),
+            layer.window,
+        )
+        for layer in _layers(context)
+    )
+    if synchronize.type == "cuda":
+        torch.cuda.synchronize(synchronize)
+    return replace(context, storage=Resident(layers))
+
+
+def _page_locked(nbytes: int) -> Tensor:
+    """``[nbytes]`` uint8, page-locked if the driver agrees."""
+    mapping = mmap.mmap(-1, max(nbytes, 1))
+    buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+    if torch.cuda.is_available():
+        cudart = torch.cuda.cudart()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        if int(cudart.cudaHostRegister(address, nbytes, 0)) == 0:
+            weakref.finalize(mapping, cudart.cudaHostUnregister, address)
+        else:
+            logger.warning("the driver does not lock %d bytes of host memory; contexts come back slower", nbytes)
+    return buffer[:nbytes]

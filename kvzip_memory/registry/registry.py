@@ -1,0 +1,737 @@
+"""The registry: finds contexts, has them built once, and places them in tiers: device, host, disk."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from kvzip_memory.compression.shrink import shrink
+from kvzip_memory.context import CompressedContext, Lease, Receipt
+from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError
+from kvzip_memory.registry.identity import explain, only_ratio_differs
+from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
+
+logger = logging.getLogger(__name__)
+
+#: Called by a build: stage, tokens done, tokens in all.
+Report = Callable[[str, int, int], None]
+Build = Callable[[Report], CompressedContext]
+
+#: The tenant of operators: lists and finds the contexts of all.
+EVERYONE = "*"
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A context that is asked for.
+
+    Attributes:
+        key: its key.
+        identity: the fields the key was made of.
+        group: digest of the text and the tenant: what the nearest stored context is looked for by.
+        name: alias to give it.
+        tags: free words to give it.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    group: str
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass
+class _Flight:
+    """A context on its way to the device: one thread brings it, others wait."""
+
+    progress: tuple[str, int, int] = ("", 0, 0)
+    error: Exception | None = None
+    landed: bool = False
+
+
+@dataclass
+class _Story:
+    """What a lookup found on its way."""
+
+    tier: str = "built"
+    reason: str | None = None
+    differs: tuple[str, ...] = ()
+    shrunk_from: float | None = None
+    ms: dict[str, float] = field(default_factory=dict)
+
+
+class ContextRegistry:
+    """Get-or-build by key over three tiers. Knows no model: whoever asks brings the function that builds.
+
+    Budgets are hard: contexts arriving and leaving are counted too. When a tier is full its least recently used
+    context moves down (device, host, disk) and comes back when it is asked for. A context that an answer reads is
+    neither moved nor freed. Safe for threads; the disk tier for processes.
+
+    Args:
+        device: where contexts are used.
+        folder: of the disk tier, None for none.
+        device_bytes: budget of the device tier, such as ``"4GiB"``; None for no limit.
+        host_bytes: budget of the host tier; 0 for none.
+        disk_bytes: budget of the disk tier; None for no limit.
+        ttl: seconds after which a context is no longer used, None for never.
+        wait_s: seconds to wait for room while other answers use all of a tier.
+        tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        folder: Path | None = None,
+        *,
+        device_bytes: int | str | None = None,
+        host_bytes: int | str | None = 0,
+        disk_bytes: int | str | None = None,
+        ttl: float | None = None,
+        wait_s: float = 60.0,
+        tenant: str | None = None,
+    ) -> None:
+        self.tenant = tenant
+        self.device, self._ttl, self._wait_s = device, ttl, wait_s
+        self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
+        self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
+        self._changed = threading.Condition()
+        self._flights: dict[str, _Flight] = {}
+        self._counts: Counter[str] = Counter()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
+        self._warned: set[str] = set()
+        self._disk: DiskTier | None = None
+        self.no_disk = None if folder else "no cache_dir was given"
+        budget = parse_bytes("disk_bytes", disk_bytes)
+        if folder is not None:
+            try:
+                self._disk = DiskTier(folder, budget)
+            except OSError as error:
+                self.no_disk = str(error)
+                self._disk_failed("open", error)
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lease(self, wanted: Wanted, build: Build, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
+        """The context on the device, found or built, and kept there while the block runs.
+
+        Args:
+            wanted: what is asked for.
+            build: makes it if nobody has it; called by one thread of one process.
+            waiting: told how far the build of another thread or process is, a few times a second.
+
+        Raises:
+            BudgetError: larger than the device tier, or other answers use all of it for longer than ``wait_s``.
+        """
+        held, story = self._acquire(wanted, build, waiting or (lambda *progress: None))
+        receipt = Receipt(
+            wanted.key,
+            hit=story.tier != "built",
+            tier=story.tier,
+            reason=story.reason,
+            differs=story.differs,
+            shrunk_from=story.shrunk_from,
+            nbytes=held.nbytes,
+            ms=story.ms,
+        )
+        try:
+            with held.context.lease() as resident:
+                yield held.context, Lease(resident.layers, receipt)
+        finally:
+            with self._changed:
+                held.users -= 1
+                self._changed.notify_all()
+
+    def _acquire(self, wanted: Wanted, build: Build, waiting: Report) -> tuple[Held, _Story]:
+        began, story = time.perf_counter(), _Story()
+        while True:
+            with self._changed:
+                held = self._device.held.get(wanted.key)
+                if held is not None and self._alive(held):
+                    held.users += 1
+                    held.used = time.time()
+                    self._device.held.move_to_end(wanted.key)
+                    story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
+                    self._counts["hits.device"] += 1
+                    break
+                flight = self._flights.get(wanted.key)
+                if flight is None:
+                    flight = self._flights[wanted.key] = _Flight()
+                    mine = True
+                else:
+                    mine = False
+                    self._changed.wait(0.2)
+                    error = flight.error
+            if mine:
+                held = self._fly(flight, wanted, build, waiting, story)
+                break
+            waiting(*flight.progress)
+            if error is not None:
+                raise error
+        self._annotate(held, wanted)
+        return held, story
+
+    def _alive(self, held: Held) -> bool:
+        """False, and gone, if it has expired. With the lock held."""
+        if held.expires is None or held.expires >= time.time() or held.users:
+            return True
+        tier = self._device if held.key in self._device.held else self._host
+        tier.take(held.key)
+        tier.reserved -= held.nbytes
+        return False
+
+    def _fly(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+        try:
+            held = self._bring(flight, wanted, build, waiting, story)
+        except BaseException as error:
+            with self._changed:
+                flight.error = error if isinstance(error, Exception) else None  # after a KeyboardInterrupt the next one tries
+                del self._flights[wanted.key]
+                self._changed.notify_all()
+            raise
+        with self._changed:
+            held.users += 1
+            self._device.add(held)
+            self._counts[story.tier if story.tier == "built" else f"hits.{story.tier}"] += 1
+            del self._flights[wanted.key]
+            self._changed.notify_all()
+        return held
+
+    def _bring(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+        """The context on the device, its bytes reserved there."""
+        began = time.perf_counter()
+        try:
+            if (held := self._from_host(wanted.key)) is not None:
+                story.tier = "host"
+                return held
+            if (held := self._from_disk(wanted, story)) is not None:
+                return held
+            if (context := self._from_finer(wanted, story)) is not None:
+                return self._admitted(wanted, context)
+        finally:
+            story.ms["load"] = 1e3 * (time.perf_counter() - began)
+        return self._built(flight, wanted, build, waiting, story)
+
+    def _admitted(self, wanted: Wanted, context: CompressedContext) -> Held:
+        """A context that was just built, moved to the device."""
+        self._reserve(self._device, context.nbytes)
+        return self._moved_in(wanted, context)
+
+    def _moved_in(self, wanted: Wanted, context: CompressedContext, entry: Entry | None = None) -> Held:
+        """A context on the device, where its bytes are reserved."""
+        try:
+            moved = to_device(context, self.device)
+        except BaseException:
+            self._unreserve(self._device, context.nbytes)
+            raise
+        if entry is not None:
+            return Held(moved, wanted.group, entry.name, entry.tags, pinned=entry.pinned, expires=entry.expires)
+        expires = None if self._ttl is None else time.time() + self._ttl
+        return Held(moved, wanted.group, wanted.name, wanted.tags, expires=expires)
+
+    def _from_host(self, key: str) -> Held | None:
+        with self._changed:
+            held = self._host.held.get(key)
+            if held is None or not self._alive(held):
+                return None
+            self._host.take(key)
+        try:
+            self._reserve(self._device, held.nbytes)
+        except BaseException:
+            with self._changed:
+                self._host.add(held)
+            raise
+        moved = to_device(held.context, self.device)
+        self._unreserve(self._host, held.nbytes)
+        held.context = moved
+        self._count("promotions")
+        return held
+
+    def _from_disk(self, wanted: Wanted, story: _Story) -> Held | None:
+        if self._disk is None:
+            story.reason = f"there is no disk tier ({self.no_disk})"
+            return None
+        before, reserved = self._disk.quarantined, 0
+
+        def admit(nbytes: int) -> None:  # once the file has told its size, before its pairs are read
+            nonlocal reserved
+            self._reserve(self._device, nbytes)
+            reserved = nbytes
+
+        try:
+            context = self._disk.get(wanted.key, torch.device("cpu"), admit)
+        except BaseException as error:
+            self._unreserve(self._device, reserved)
+            if not isinstance(error, NotStoredError):
+                raise
+            story.reason = str(error)
+            self._count("quarantined", self._disk.quarantined - before)
+            return None
+        story.tier, story.reason, story.differs = "disk", None, ()
+        held = self._moved_in(wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
+        self._touch_behind(held)
+        return held
+
+    def _from_finer(self, wanted: Wanted, story: _Story) -> CompressedContext | None:
+        """A context of a smaller ratio out of a stored one of a larger, which is read but not kept."""
+        near = self._near(wanted)
+        ratio = wanted.identity["ratio"]
+        finer = [(i["ratio"], key) for key, i in near if i["ratio"] > ratio and only_ratio_differs(i, wanted.identity)]
+        for finer_ratio, key in sorted(finer):
+            with self._borrowed(key) as (source, tier):
+                context = None if source is None else shrink(source, wanted.key, wanted.identity)
+            if context is not None:
+                story.tier, story.reason, story.shrunk_from = tier, None, finer_ratio
+                self._count("shrunk")
+                return context
+        if story.reason == "not stored" or self._disk is None:
+            story.differs, text = explain(wanted.identity, [identity for _, identity in near], self._named_identities(wanted))
+            story.reason = text if self._disk is not None else f"{text}; {story.reason}"
+        return None
+
+    @contextmanager
+    def _borrowed(self, key: str) -> Iterator[tuple[CompressedContext | None, str]]:
+        """A context as it lies in a tier, without moving it."""
+        with self._changed:
+            for tier in (self._device, self._host):
+                if (held := tier.held.get(key)) is not None and self._alive(held):
+                    held.users += 1
+                    break
+            else:
+                held = None
+        if held is None:
+            context = None
+            if self._disk is not None:
+                with suppress(NotStoredError):
+                    context = self._disk.get(key, torch.device("cpu"))
+            yield context, "disk"
+            return
+        try:
+            yield held.context, tier.name
+        finally:
+            with self._changed:
+                held.users -= 1
+                self._changed.notify_all()
+
+    def _near(self, wanted: Wanted) -> list[tuple[str, Mapping[str, Any]]]:
+        """Keys and identities of the stored contexts of the same text and tenant."""
+        with self._changed:
+            held = [h for tier in (self._device, self._host) for h in tier.held.values()]
+            found = {h.key: h.context.identity for h in held if h.group == wanted.group}
+        for entry in self._try("search", lambda disk: disk.group(wanted.group)) or ():
+            found.setdefault(entry.key, entry.identity)
+        found.pop(wanted.key, None)
+        return list(found.items())
+
+    def _named_identities(self, wanted: Wanted) -> list[Mapping[str, Any]]:
+        """Identities of the tenant's contexts that have the wanted name."""
+        return [] if wanted.name is None else [entry.identity for entry in self.find(wanted.name)]
+
+    # -- building ------------------------------------------------------------------------------------------------
+
+    def _built(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+        """Build, unless another process does so first; its writing to disk goes on behind the answer."""
+        lock, found = self._builders_lock(wanted, waiting, story)
+        if found is not None:
+            return found
+        last_note = 0.0
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal last_note
+            flight.progress = (stage, done, total)
+            if lock is not None and self._disk is not None and time.monotonic() - last_note > 0.5:
+                last_note = time.monotonic()
+                self._disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
+
+        handed_over = False
+        try:
+            context = build(report)
+            story.ms |= dict(context.receipt.ms) if context.receipt else {}
+            held = self._admitted(wanted, context)
+            if lock is not None:
+                self._write_behind(held, lock)
+                handed_over = True
+            return held
+        finally:
+            if lock is not None and not handed_over:
+                lock.release()
+
+    def _builders_lock(self, wanted: Wanted, waiting: Report, story: _Story) -> tuple[FileLock | None, Held | None]:
+        """The lock of a key, once nobody else holds it; or the context, if another process built it meanwhile.
+
+        A lock goes with the process that held it: a dead builder is replaced at the next look.
+        """
+        if self._disk is None:
+            return None, None
+        began = time.perf_counter()
+        lock = self._disk.lock(wanted.key)
+        try:
+            while True:
+                with suppress(Timeout):
+                    lock.acquire(timeout=0)
+                if self._disk.has(wanted.key) and (held := self._from_disk(wanted, story)) is not None:
+                    lock.release()
+                    return None, held
+                if lock.is_locked:
+                    return lock, None
+                note = self._disk.reported(wanted.key) or {}
+                waiting(str(note.get("stage", "waiting")), int(note.get("done", 0)), int(note.get("total", 0)))
+                time.sleep(_POLL_S)
+        except OSError as error:
+            self._disk_failed("lock", error)
+            return None, None
+        except BaseException:
+            lock.release()
+            raise
+        finally:
+            story.ms["wait"] = 1e3 * (time.perf_counter() - began)
+
+    def _write_behind(self, held: Held, lock: FileLock) -> None:
+        """Store a context in the background. It stays in memory until that is done, and the lock is held."""
+        held.users += 1
+
+        def write() -> None:
+            try:
+                self._store(held)
+            finally:
+                lock.release()
+                with self._changed:
+                    held.users -= 1
+                    self._changed.notify_all()
+
+        self._writer.submit(write)
+
+    def _store(self, held: Held) -> bool:
+        """Write a context to the disk tier; False, a warning and a counter if that fails."""
+        ttl = None if held.expires is None else max(0.0, held.expires - time.time())
+        began = time.perf_counter()
+        try:
+            if self._disk is None:
+                return False
+            self._disk.put(to_host(held.context), held.group, name=held.name, tags=held.tags, ttl=ttl)
+        except (OSError, BudgetError) as error:
+            self._disk_failed("store", error)
+            return False
+        self._count("stored")
+        self._count("stored.ms", round(1e3 * (time.perf_counter() - began)))
+        return True
+
+    # -- room ----------------------------------------------------------------------------------------------------
+
+    def check_fits(self, nbytes: int) -> None:
+        """Raises:
+        BudgetError: a context of so many bytes could never be on the device.
+        """
+        budget = self._device.budget
+        if budget is not None and nbytes > budget:
+            raise BudgetError(
+                f"the context takes about {nbytes:,} bytes; device_bytes is {budget:,}: raise it, keep a smaller ratio, or load less"
+            )
+
+    def _reserve(self, tier: MemoryTier, nbytes: int) -> None:
+        """Make room in a tier, moving down what was used longest ago; waits while answers use all of it."""
+        if tier is self._device:
+            self.check_fits(nbytes)
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            with self._changed:
+                if tier.has_room(nbytes):
+                    tier.reserved += nbytes
+                    return
+                victim = self._taken(tier)
+                if victim is None:
+                    remaining = deadline - time.monotonic()
+                    users = sum(held.users > 0 for held in tier.held.values())
+                    if remaining <= 0 or (users == 0 and len(self._flights) <= 1):
+                        raise BudgetError(
+                            f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use and "
+                            f"{sum(held.pinned for held in tier.held.values())} pinned take {tier.nbytes:,} of {tier.budget:,} bytes "
+                            f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
+                        )
+                    self._changed.wait(min(remaining, 0.5))
+                    continue
+            self._move_down(victim, tier)
+
+    def _unreserve(self, tier: MemoryTier, nbytes: int) -> None:
+        with self._changed:
+            tier.reserved -= nbytes
+            self._changed.notify_all()
+
+    def _taken(self, tier: MemoryTier) -> Held | None:
+        """A victim, out of its tier and in flight. With the lock held."""
+        victim = tier.victim(lambda held: held.key not in self._flights and not (held.pinned and self._disk is None))
+        if victim is not None:
+            tier.take(victim.key)
+            self._flights[victim.key] = _Flight()
+        return victim
+
+    def _move_down(self, victim: Held, tier: MemoryTier) -> None:
+        """From the device to the host if there is room, else to disk. Outside the lock: answers go on meanwhile."""
+        try:
+            if tier is self._device and self._room_on_host(victim.nbytes):
+                victim.context = to_host(victim.context)
+                with self._changed:
+                    self._host.add(victim)
+                    self._counts["spills.host"] += 1
+            elif self._try("search", lambda disk: disk.has(victim.key)):
+                self._try("touch", lambda disk: disk.touch(victim.key))
+                self._count("evictions")
+            elif self._disk is not None and self._stored_under_lock(victim):
+                self._count("spills.disk")
+            else:
+                self._count("dropped")
+        finally:
+            with self._changed:
+                tier.reserved -= victim.nbytes
+                del self._flights[victim.key]
+                self._changed.notify_all()
+
+    def _stored_under_lock(self, held: Held) -> bool:
+        assert self._disk is not None
+        try:
+            with self._disk.lock(held.key).acquire(timeout=self._wait_s):
+                return self._disk.has(held.key) or self._store(held)
+        except (OSError, Timeout) as error:
+            self._disk_failed("store", error)
+            return False
+
+    def _room_on_host(self, nbytes: int) -> bool:
+        """Reserve host bytes, moving older ones to disk; False if there is no room without waiting."""
+        budget = self._host.budget
+        if budget is not None and nbytes > budget:
+            return False
+        while True:
+            with self._changed:
+                if self._host.has_room(nbytes):
+                    self._host.reserved += nbytes
+                    return True
+                victim = self._taken(self._host)
+                if victim is None:
+                    return False
+            self._move_down(victim, self._host)
+
+    # -- the catalogue -------------------------------------------------------------------------------------------
+
+    def contexts(self, limit: int | None = None) -> list[Entry]:
+        """What is stored, in memory or on disk, the most recently used first."""
+        stored = self._try("list", lambda disk: disk.entries(limit, self._mine)) or []
+        return self._merged(stored, lambda held: True)[::-1][:limit]
+
+    def find(self, reference: str) -> list[Entry]:
+        """Contexts by name, key, or the beginning of a key (8 digits at least), the most recently used last."""
+        by_key = len(reference) >= 8
+        stored = (by_key and self._try("find", lambda disk: disk.starting_with(reference))) or []
+        if not stored:
+            stored = self._try("find", lambda disk: self._named(disk, reference)) or []
+        return self._merged(stored, lambda held: held.name == reference or (by_key and held.key.startswith(reference)))
+
+    def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
+        """Entries of the disk tier and of memory together, by their last use."""
+        found = {entry.key: entry for entry in stored}
+        with self._changed:
+            for held in [h for tier in (self._host, self._device) for h in tier.held.values() if h.key in found or wanted(h)]:
+                entry = _entry(held)
+                on_disk = found.get(held.key)
+                found[held.key] = replace(on_disk, used=max(entry.used, on_disk.used)) if on_disk else entry
+        return sorted(filter(self._mine, found.values()), key=lambda entry: entry.used)
+
+    def _named(self, disk: DiskTier, name: str) -> list[Entry]:
+        if self.tenant != EVERYONE:
+            return disk.named(name, self.tenant)
+        return disk.named(name) or disk.entries(None, lambda entry: entry.name == name)[::-1]
+
+    def _mine(self, entry: Entry) -> bool:
+        return self.tenant in (EVERYONE, entry.tenant)
+
+    def one(self, reference: str) -> Entry:
+        """The latest context of a name or key.
+
+        Raises:
+            InputError: nothing is stored under it.
+        """
+        found = self.find(reference)
+        if not found:
+            raise InputError(f"no context {reference!r} is stored; give a name, a key, or the first 8 digits of a key at least")
+        return found[-1]
+
+    def tiers(self, key: str) -> list[str]:
+        """The tiers a context is in."""
+        with self._changed:
+            found = [tier.name for tier in (self._device, self._host) if key in tier.held]
+        return [*found, *(["disk"] if self._try("find", lambda disk: disk.has(key)) else [])]
+
+    def pin(self, reference: str, pinned: bool = True) -> Entry:
+        """Never lose a context: it may move down to disk, not out of it. Without a disk tier it stays in memory.
+
+        Raises:
+            InputError: nothing is stored under the reference.
+        """
+        self.flush()
+        entry = self.one(reference)
+        with self._changed:
+            for tier in (self._device, self._host):
+                if entry.key in tier.held:
+                    tier.held[entry.key].pinned = pinned
+        self._try("pin", lambda disk: disk.pin(entry.key, pinned))
+        return replace(entry, pinned=pinned)
+
+    def remove(self, reference: str) -> Entry:
+        """Delete a context from every tier. One in use goes on in memory until its answer has ended.
+
+        Raises:
+            InputError: nothing is stored under the reference.
+        """
+        self.flush()
+        entry = self.one(reference)
+        self._try("remove", lambda disk: disk.remove(entry.key))
+        deadline = time.monotonic() + self._wait_s
+        with self._changed:
+            for tier in (self._device, self._host):
+                while (held := tier.held.get(entry.key)) is not None and held.users and time.monotonic() < deadline:
+                    self._changed.wait(0.5)
+                if held is not None and not held.users:
+                    tier.take(entry.key)
+                    tier.reserved -= held.nbytes
+            self._changed.notify_all()
+        return entry
+
+    def verify(self, reference: str) -> str | None:
+        """Check every byte of a stored context: None if it is sound, else what is wrong; it is in quarantine then."""
+        self.flush()
+        entry = self.one(reference)
+        return self._disk.verify(entry.key) if self._disk is not None else None
+
+    def gc(self) -> dict[str, int]:
+        """Delete from disk what is expired, quarantined, orphaned or left by killed processes."""
+        return self._try("gc", lambda disk: disk.gc()) or {}
+
+    def quarantine(self) -> list[dict[str, Any]]:
+        """Files that failed their checks: key, file, nbytes, reason, time."""
+        return self._try("list", lambda disk: disk.quarantine()) or []
+
+    def stats(self) -> dict[str, Any]:
+        """Bytes, budgets and contexts of every tier, and what has happened since the registry was made.
+
+        ``lookups`` is the sum of ``hits`` over the tiers and ``built``; ``misses`` counts builds by the first field
+        that differed.
+        """
+        with self._changed:
+            counts = Counter(self._counts)
+            tiers: dict[str, dict[str, Any]] = {
+                tier.name: {"nbytes": tier.nbytes, "budget": tier.budget, "contexts": len(tier.held)} for tier in (self._device, self._host)
+            }
+        if self._disk is not None:
+            usage = self._try("measure", lambda disk: disk.usage())
+            tiers["disk"] = {"nbytes": usage, "budget": self._disk.budget, "contexts": self._try("count", lambda disk: disk.count())}
+        hits = {name: counts[f"hits.{name}"] for name in ("device", "host", "disk")}
+        events = ("promotions", "evictions", "dropped", "shrunk", "stored", "quarantined", "disk_errors")
+        return {
+            "tiers": tiers,
+            "lookups": sum(hits.values()) + counts["built"],
+            "hits": hits,
+            "built": counts["built"],
+            "spills": {"host": counts["spills.host"], "disk": counts["spills.disk"]},
+            **{event: counts[event] for event in events},
+        }
+
+    def flush(self) -> None:
+        """Wait until everything built so far is on disk."""
+        if self._disk is not None:
+            self._writer.submit(lambda: None).result()  # one thread, in order
+
+    def close(self) -> None:
+        """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there."""
+        self.flush()
+        disk, self._disk, self.no_disk = self._disk, None, "the registry was closed"
+        if disk is not None:
+            self._writer.submit(disk.close)  # SQLite's connections belong to their threads
+            disk.close()
+        self._writer.shutdown()
+
+    # -- small things --------------------------------------------------------------------------------------------
+
+    def _annotate(self, held: Held, wanted: Wanted) -> None:
+        """Give a context the name and tags it was asked for by."""
+        if (wanted.name in (None, held.name)) and set(wanted.tags) <= set(held.tags):
+            return
+        with self._changed:
+            held.name, held.tags = wanted.name or held.name, tuple(sorted({*held.tags, *wanted.tags}))
+        self._touch_behind(held)
+
+    def _touch_behind(self, held: Held) -> None:
+        """Tell the disk tier, behind the answer, that a context was used, and its name and tags."""
+        if self._disk is not None:
+            name, tags = held.name, held.tags
+            self._writer.submit(self._try, "touch", lambda disk: disk.touch(held.key, name=name, tags=tags))
+
+    def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
+        """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""
+        if self._disk is None:
+            return None
+        try:
+            return use(self._disk)
+        except OSError as error:
+            self._disk_failed(what, error)
+            return None
+
+    def _disk_failed(self, what: str, error: Exception) -> None:
+        self._count("disk_errors")
+        reason = re.sub(r"[0-9a-f]{64}|\d+", "", str(error))
+        if reason not in self._warned:  # once for each reason, not for each context
+            self._warned.add(reason)
+            logger.warning("disk tier: cannot %s: %s; contexts are served from memory", what, error)
+
+    def _count(self, what: str, n: int = 1) -> None:
+        with self._changed:
+            self._counts[what] += n
+
+
+def _entry(held: Held) -> Entry:
+    context = held.context
+    return Entry(
+        context.key,
+        context.identity,
+        held.group,
+        0,
+        held.nbytes,
+        context.n_tokens,
+        context.ratio,
+        held.name,
+        held.tags,
+        held.pinned,
+        held.used,
+        held.used,
+        held.expires,
+    )
+
+
+_UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "ib" else 1000) ** i for i, p in enumerate("kmgt", 1) for b in ("", "b", "ib")}, "b": 1}
+
+
+def parse_bytes(name: str, size: int | str | None) -> int | None:
+    """Bytes of ``4_000_000``, ``"4GB"`` (powers of 1000) or ``"4GiB"`` (of 1024); None stays None.
+
+    Raises:
+        InputError: no size.
+    """
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([a-z]*)\s*", str(size).lower())
+    if match is None or match[2] not in _UNITS:
+        raise InputError(f'{name} is {size!r}; give bytes as a number or a size such as "4GiB"')
+    return int(float(match[1].replace("_", "")) * _UNITS[match[2]])

@@ -1,0 +1,109 @@
+"""Contexts without a model, for what the registry does whatever is in them. Imported by the processes of the stress tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident
+from kvzip_memory.registry import ContextRegistry, Report, Wanted
+from kvzip_memory.registry.identity import digest, group_of, key_of
+
+CPU = torch.device("cpu")
+IDENTITY: dict[str, Any] = {"format": 1, "ratio": 0.5, "tenant": None, "allocator": "global"}
+
+
+def wanted(number: int, **changes: Any) -> Wanted:
+    identity = {**IDENTITY, "text": digest(number), **changes}
+    return Wanted(key_of(identity), identity, group_of(identity), f"page {number}")
+
+
+def context(number: int, pairs: int = 400) -> CompressedContext:
+    """Always the same for the same number."""
+    generator = torch.Generator().manual_seed(number)
+    layers = tuple(
+        RaggedLayer(
+            torch.randn(pairs, 8, generator=generator),
+            torch.randn(pairs, 8, generator=generator),
+            (pairs // 4, pairs - pairs // 4),
+            torch.arange(pairs, dtype=torch.int32),
+            torch.rand(pairs, generator=generator).half(),
+        )
+        for _ in range(2)
+    )
+    asked = wanted(number)
+    return CompressedContext(
+        asked.key, asked.identity, torch.arange(pairs, dtype=torch.int32), Resident(layers), 0, 0.5, 4 * pairs * 64, Recipe((), "", (), ())
+    )
+
+
+def same(one: CompressedContext, other: CompressedContext) -> bool:
+    pairs = zip(one.layers, other.layers, strict=True)
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x.tensors(), y.tensors(), strict=True))
+
+
+def load(registry: ContextRegistry, number: int, pairs: int = 400, log: Path | None = None, seconds: float = 0.0) -> str:
+    """Load through a registry, check every byte, and say from where."""
+
+    def build(report: Report) -> CompressedContext:
+        if log is not None:
+            with log.open("a") as file:
+                file.write(f"{number}\n")
+        for step in range(20 if seconds else 0):
+            report("score", step, 20)
+            time.sleep(seconds / 20)
+        return context(number, pairs)
+
+    with registry.lease(wanted(number), build) as (found, lease):
+        assert same(found, context(number, pairs))
+        return lease.receipt.tier
+
+
+# -- what processes do ---------------------------------------------------------------------------------------------
+
+#: Processes are forked from one that has imported everything and started no thread.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["synthetic", "conftest"])
+
+
+def ask_together(folder: Path, log: Path, answers: Any, barrier: Any, seconds: float) -> None:
+    """Eight threads ask for one context at once."""
+    torch.set_num_threads(1)
+    registry = ContextRegistry(CPU, folder)
+    barrier.wait()
+    tiers: list[str] = []
+    threads = [threading.Thread(target=lambda: tiers.append(load(registry, 1, log=log, seconds=seconds))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    registry.close()
+    answers.put((os.getpid(), tiers, time.time()))
+
+
+def churn(folder: Path, seed: int, budget: int) -> None:
+    """Write, spill, evict and remove until killed."""
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    size = context(0).nbytes
+    registry = ContextRegistry(CPU, folder, device_bytes=2 * size, host_bytes=size, disk_bytes=budget)
+    while True:
+        number = rng.randrange(8)
+        load(registry, number)
+        if rng.random() < 0.2:
+            registry.flush()
+            for entry in registry.find(wanted(rng.randrange(8)).key):
+                registry.remove(entry.key)
+
+
+def kill(process: Any) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()

@@ -1,0 +1,693 @@
+"""The registry: found, built once, placed, and never mixed up."""
+
+import gc
+import json
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
+from kvzip_memory import BudgetError, CompressedContext, Document, InputError, KVzipEngine
+from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.registry import disk, parse_bytes
+from kvzip_memory.registry.disk import DiskTier
+
+ROOT = Path(__file__).parent.parent
+
+
+def blobs(folder: Path) -> list[Path]:
+    return sorted((folder / "contexts" / "blobs").rglob("*.safetensors"))
+
+
+def load_and_close(folder: Path, text: Any = TEXT, **options: Any) -> CompressedContext:
+    """Loaded by an engine that has written everything down and gone."""
+    engine = tiny_engine(cache_dir=folder, ratio=0.4)
+    context = engine.load(text, **options)
+    context.layers  # noqa: B018 - still there
+    engine.close()
+    return context
+
+
+# -- identity: one case a field, on real saved folders -------------------------------------------------------------
+
+TEMPLATE = CHATML + "{% if add_generation_prompt and not thinking %}<none>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(folder)
+    tiny_tokenizer(TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, change: Callable[[Any], None]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] += 1e-6
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", lambda config: config.update(changes))
+
+
+def add_token(folder: Path) -> None:
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    tokenizer.add_tokens(["kvzip"])
+    tokenizer.save_pretrained(folder)
+
+
+def edit_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text().replace("<none>", "<nothing>"))
+
+
+def activate_adapter(engine: KVzipEngine) -> None:
+    layer = torch.nn.Linear(1, 1)
+    layer.active_adapters, layer.scaling = ["a"], {"a": 1.0}  # type: ignore[assignment]
+    with torch.no_grad():
+        engine.model.model.tuner = layer
+
+
+ROPE = {"rope_type": "default", "rope_theta": 5e5}
+# field: (edit of the folder, options of the engine, arguments of load, edit of the engine)
+MUTATIONS: dict[str, tuple[str, Callable[[Path], None] | None, dict[str, Any], dict[str, Any], Callable[[KVzipEngine], None] | None]] = {
+    "a weight": ("weights", edit_weight, {}, {}, None),
+    "rope": ("config", edit_config(rope_parameters=ROPE), {}, {}, None),
+    "norm epsilon": ("config", edit_config(rms_norm_eps=1e-4), {}, {}, None),
+    "architecture": ("architecture", edit_config(model_type="mistral", sliding_window=None), {}, {}, None),
+    "dtype": ("dtype", None, {"dtype": "bfloat16"}, {}, None),
+    "tokenizer": ("tokenizer", add_token, {}, {}, None),
+    "template": ("template", edit_template, {}, {}, None),
+    "template variables": ("recipe", None, {"template_kwargs": {"thinking": True}}, {}, None),
+    "adapter": ("adapter", None, {}, {}, activate_adapter),
+    "text": ("text", None, {}, {"source": TEXT + "One more."}, None),
+    "title": ("text", None, {}, {"source": [Document(TEXT, "a"), Document(TEXT, "c")]}, None),
+    "system": ("system", None, {}, {"system": "Be brief."}, None),
+    "ratio": ("ratio", None, {}, {"ratio": 0.41}, None),
+    "pinned spans": ("keep", None, {}, {"keep": "8306"}, None),
+    "aggregation": ("scorer", None, {"scorer": KVzipScorer(aggregation="max")}, {}, None),
+    "repeat pass": ("scorer", None, {"scorer": KVzipScorer(repeat="whole")}, {}, None),
+    "chunk": ("scorer", None, {"scorer": KVzipScorer(chunk_tokens=999)}, {}, None),
+    "allocator": ("allocator", None, {"allocator": "uniform"}, {}, None),
+    "tenant": ("tenant", None, {"tenant": "bob"}, {}, None),
+    "format": ("format", None, {}, {}, None),
+}
+
+
+@pytest.mark.parametrize("case", MUTATIONS)
+def test_a_change_of_any_field_is_a_miss_that_names_it(
+    saved_model: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    field, edit_folder, options, arguments, edit_engine = MUTATIONS[case]
+    source: Any = [Document(TEXT, "a"), Document(TEXT, "b")] if case == "title" else TEXT
+
+    def ask(folder: Path, options: dict[str, Any], arguments: dict[str, Any]) -> CompressedContext:
+        engine = KVzipEngine.from_pretrained(folder, cache_dir=tmp_path / "cache", **{"tenant": "alice", "ratio": 0.4, **options})
+        if edit_engine is not None and folder != saved_model:
+            edit_engine(engine)
+        context = engine.load(**{"source": source, "name": "page", **arguments})
+        engine.close()
+        return context
+
+    first = ask(saved_model, {}, {})
+    assert first.receipt is not None
+    assert not first.receipt.hit
+    mutated = tmp_path / "mutated"
+    subprocess.run(["cp", "-r", saved_model, mutated], check=True)
+    if edit_folder is not None:
+        edit_folder(mutated)
+    if field == "format":
+        monkeypatch.setattr("kvzip_memory.registry.identity.FORMAT", 0)
+    second = ask(mutated, options, arguments)
+    monkeypatch.undo()
+    assert second.receipt is not None
+    assert second.receipt.tier == "built"
+    assert field in str(second.receipt.reason), second.receipt.reason
+    assert field == "tenant" or field in second.receipt.differs
+    assert second.key != first.key
+    again = ask(saved_model, {}, {})
+    assert again.receipt is not None
+    assert (again.receipt.tier, again.receipt.hit, again.key) == ("disk", True, first.key)
+
+
+def test_a_text_loaded_before_is_found_in_a_new_process_and_nothing_is_prefilled(tmp_path: Path) -> None:
+    context = load_and_close(tmp_path, name="page")
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from conftest import TEXT, tiny_engine\n"
+        f"engine = tiny_engine(cache_dir={str(tmp_path)!r}, ratio=0.4)\n"
+        "engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)\n"  # any forward would fail
+        "context = engine.load(TEXT)\n"
+        "print(context.key, context.receipt.tier, context.receipt.hit, context.kept_pairs, engine.get('page').key == context.key)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.split() == [context.key, "disk", "True", str(context.kept_pairs), "True"]
+
+
+def test_what_a_process_loaded_is_on_disk_when_it_ends(tmp_path: Path) -> None:
+    """Writing goes on behind the answer; leaving does not lose it."""
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from conftest import TEXT, tiny_engine\n"
+        f"print(tiny_engine(cache_dir={str(tmp_path)!r}, ratio=0.4).load(TEXT).key)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert [path.stem for path in blobs(tmp_path)] == [out.stdout.strip()]
+
+
+def test_everything_stored_is_private(tmp_path: Path) -> None:
+    load_and_close(tmp_path / "new")
+    for path in (tmp_path / "new" / "contexts").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+# -- tiers ---------------------------------------------------------------------------------------------------------
+
+
+def test_receipts_say_where_a_context_came_from(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    first, second = engine.load(TEXT), engine.load(TEXT, name="again")
+    assert first.receipt is not None
+    assert second.receipt is not None
+    assert (first.receipt.tier, first.receipt.hit, first.receipt.reason) == ("built", False, "not stored")
+    assert {"tokenize", "prefill", "score", "evict"} <= set(first.receipt.ms)
+    assert (second.receipt.tier, second.receipt.hit, second.name) == ("device", True, "again")
+    assert second.layers[0].keys.data_ptr() == first.layers[0].keys.data_ptr()
+    reply = engine.generate(second, "Who?", max_new_tokens=2)
+    assert (reply.receipt.tier, reply.receipt.key) == ("device", first.key)
+    stats = engine.stats()
+    assert stats["lookups"] == sum(stats["hits"].values()) + stats["built"]
+    assert stats["built"] == 1
+    engine.close()
+
+
+@pytest.mark.parametrize("with_disk", [True, False])
+def test_contexts_move_down_when_a_tier_is_full_and_come_back_when_asked(tmp_path: Path, with_disk: bool) -> None:
+    texts = [f"Page {i}. " + TEXT for i in range(3)]
+    fresh = tiny_engine(ratio=0.4)
+    expected = [fresh.load(text) for text in texts]
+    size = max(context.nbytes for context in expected)
+    engine = tiny_engine(ratio=0.4, device_bytes=size, host_bytes=size, cache_dir=tmp_path if with_disk else None)
+    contexts = [engine.load(text) for text in texts]
+    engine.registry.flush()
+    ids = engine.prompt_ids(contexts[0], "Who?")
+    tiers = []
+    for i in [2, 1, 0, 0, 2, 1]:
+        with contexts[i].lease() as lease:
+            tiers.append(lease.receipt.tier)
+        assert torch.equal(engine.logits(contexts[i], ids), fresh.logits(expected[i], ids))
+        assert same_pairs(contexts[i], expected[i])
+    third = "disk" if with_disk else "built"  # what is lost from memory is built again, not refused
+    assert tiers[0] == "device"
+    assert set(tiers) == {"device", "host", third}
+    stats = engine.stats()["tiers"]
+    assert stats["device"]["nbytes"] <= size
+    assert stats["host"]["nbytes"] <= size
+    engine.close()
+
+
+def test_a_context_that_is_answered_from_is_not_moved(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.4, cache_dir=tmp_path)
+    size = engine.load(TEXT).nbytes
+    engine = tiny_engine(ratio=0.4, device_bytes=size)
+    engine.registry._wait_s = 0.3
+    context = engine.load(TEXT)
+    with engine.stream(context, "Who?", max_new_tokens=4) as stream:
+        next(stream)
+        with pytest.raises(BudgetError, match=r"1 contexts in use"):
+            engine.load(TEXT[:-5])
+        assert engine.stats()["tiers"]["device"]["contexts"] == 1
+    other = engine.load(TEXT[:-5])
+    assert engine.registry.tiers(context.key) == []
+    assert engine.generate(other, "Who?", max_new_tokens=2).receipt.tier == "device"
+
+
+def test_a_context_larger_than_the_device_tier_is_refused_before_any_work() -> None:
+    engine = tiny_engine(device_bytes=1000)
+    engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)
+    with pytest.raises(BudgetError, match="device_bytes is 1,000"):
+        engine.load(TEXT)
+
+
+def test_a_session_goes_on_after_its_context_was_moved_away(tmp_path: Path) -> None:
+    alone = tiny_engine(ratio=0.4)
+    expected = alone.session(alone.load(TEXT))
+    engine = tiny_engine(ratio=0.4, device_bytes=alone.load(TEXT).nbytes, cache_dir=tmp_path)
+    session = engine.session(engine.load(TEXT))
+    for question in ("Who?", "And then?", "Why?"):
+        assert session.ask(question, max_new_tokens=5).text == expected.ask(question, max_new_tokens=5).text
+        engine.load(TEXT[:-5])  # pushes the other out
+        assert engine.registry.tiers(session.context.key) == ["disk"]  # type: ignore[union-attr]
+    engine.close()
+
+
+def test_expired_contexts_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(ratio=0.4, ttl=60, cache_dir=tmp_path)
+    engine.load(TEXT)
+    engine.registry.flush()
+    assert engine.load(TEXT).receipt.tier == "device"  # type: ignore[union-attr]
+    later = time.time() + 61
+    monkeypatch.setattr(time, "time", lambda: later)
+    receipt = engine.load(TEXT).receipt
+    assert receipt is not None
+    assert (receipt.tier, receipt.reason) == ("built", "expired")
+    engine.close()
+
+
+@pytest.mark.parametrize("size", ["4 GiB", "4GiB", 4 * 2**30, "4294967296", "4194304kib"])
+def test_sizes_are_read(size: int | str) -> None:
+    assert parse_bytes("device_bytes", size) == 2**32
+
+
+@pytest.mark.parametrize("size", ["4 apples", "", "-1", "GiB"])
+def test_what_is_no_size_is_refused_before_anything_is_loaded(size: str) -> None:
+    with pytest.raises(InputError, match="disk_bytes"):
+        KVzipEngine.from_pretrained("/nowhere", disk_bytes=size)
+
+
+# -- smaller ratios from larger ones -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocator", ["global", "per_layer", "uniform"])
+def test_a_smaller_ratio_comes_out_of_a_larger_one_as_if_it_had_been_built(architecture: str, allocator: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"allocator": allocator}
+    built = tiny_engine(architecture, **options).load(TEXT, ratio=0.3, keep="8306")
+    engine = tiny_engine(architecture, cache_dir=tmp_path, **options)
+    engine.load(TEXT, ratio=0.5, keep="8306")
+    engine.close()
+    engine = tiny_engine(architecture, cache_dir=tmp_path, **options)
+    engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)  # no model needed
+    shrunk = engine.load(TEXT, ratio=0.3, keep="8306")
+    assert shrunk.receipt is not None
+    assert (shrunk.receipt.hit, shrunk.receipt.tier, shrunk.receipt.shrunk_from) == (True, "disk", 0.5)
+    assert shrunk.key == built.key
+    assert shrunk.nbytes == built.nbytes
+    for one, other in zip(shrunk.layers, built.layers, strict=True):
+        assert one.lengths == other.lengths
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+    engine.close()
+
+
+def test_a_larger_ratio_never_comes_out_of_a_smaller_one(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    engine.load(TEXT, ratio=0.3)
+    for ratio in (0.5, 1.0):
+        receipt = engine.load(TEXT, ratio=ratio).receipt
+        assert receipt is not None
+        assert receipt.tier == "built"
+    assert engine.load(TEXT, ratio=0.4).receipt.shrunk_from == 0.5  # type: ignore[union-attr]
+    engine.close()
+
+
+def test_strings_to_keep_are_kept_at_any_ratio() -> None:
+    engine = tiny_engine()
+    prompt = engine._prompt(TEXT, None, ["8306", "Ferdinand"])
+    text = engine.tokenizer.decode(prompt.token_ids)
+    assert {engine.tokenizer.decode(prompt.token_ids[a:b]) for a, b in prompt.keep} == {"8306", "Ferdinand"}
+    assert len(prompt.keep) == text.count("8306") + text.count("Ferdinand")
+    context = engine.load(TEXT, ratio=0.2, keep=["8306", "Ferdinand"])
+    wanted = {position for span in prompt.keep for position in range(*span)}
+    for layer in context.layers:
+        for head in range(layer.n_heads):
+            assert wanted <= set(layer.positions[layer.offsets[head] : layer.offsets[head + 1]].tolist())
+    with pytest.raises(InputError, match="'9999' does not occur"):
+        engine.load(TEXT, keep="9999")
+
+
+# -- names, tags, tenants ------------------------------------------------------------------------------------------
+
+
+def test_names_tags_and_pins(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    first = engine.load(TEXT, name="page", tags=["a", "b"])
+    newer = engine.load(TEXT + "More.", name="page")
+    engine.registry.flush()
+    assert engine.get("page").key == newer.key
+    assert engine.get(first.key[:10]).key == first.key
+    assert [entry.tags for entry in engine.registry.find(first.key)] == [("a", "b")]
+    engine.registry.pin(first.key)
+    engine.close()
+    again = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    assert {entry.key: entry.pinned for entry in again.registry.contexts()} == {first.key: True, newer.key: False}
+    assert same_pairs(again.get("page"), newer)
+    again.registry.remove(newer.key)
+    assert again.get("page").key == first.key
+    with pytest.raises(InputError, match="no context 'pag' of this model"):
+        again.get("pag")
+    again.close()
+
+
+def test_a_pinned_context_is_never_lost(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.4)
+    size = engine.load(TEXT).nbytes
+    for folder in (tmp_path, None):
+        engine = tiny_engine(ratio=0.4, device_bytes=int(2.5 * size), disk_bytes="1.3MB", cache_dir=folder)
+        pinned = engine.load(TEXT)
+        engine.registry.pin(pinned.key)
+        for i in range(8):
+            engine.load(f"{i}" + TEXT)
+            engine.registry.flush()
+        assert engine.load(TEXT).receipt.hit  # type: ignore[union-attr]
+        engine.close()
+
+
+def test_tenants_never_hit_each_others_contexts(tmp_path: Path) -> None:
+    engines = {t: tiny_engine(cache_dir=tmp_path, ratio=0.5, tenant=t) for t in ("alice", "bob", None)}
+    keys = {}
+    for tenant, engine in engines.items():
+        context = engine.load(TEXT, name="page")
+        assert context.receipt is not None
+        assert context.receipt.tier == "built"
+        assert context.receipt.differs == ()  # nor does the reason tell that somebody else has the text
+        assert engine.load(TEXT, ratio=0.3).receipt.shrunk_from == 0.5  # type: ignore[union-attr]
+        keys[tenant] = context.key
+        engine.registry.flush()
+    assert len(set(keys.values())) == 3
+    for tenant, engine in engines.items():
+        assert engine.get("page").key == keys[tenant]
+        assert {e.tenant for e in engine.registry.contexts()} == {engine.registry.tenant}
+        for other, key in keys.items():
+            if other != tenant:
+                with pytest.raises(InputError):
+                    engine.get(key)
+    for engine in engines.values():
+        engine.close()
+
+
+def test_two_models_share_a_folder_and_nothing_else(tmp_path: Path) -> None:
+    engines = [KVzipEngine(tiny_model(seed=seed), tiny_tokenizer(), ratio=0.4, cache_dir=tmp_path) for seed in (0, 1)]
+    for _ in range(2):
+        contexts = [engine.load(TEXT, name="page") for engine in engines]
+        for engine in engines:
+            engine.registry.flush()
+    assert contexts[0].key != contexts[1].key
+    assert [engine.stats()["built"] for engine in engines] == [1, 1]
+    for engine, context in zip(engines, contexts, strict=True):
+        assert engine.get("page").key == context.key
+        with pytest.raises(InputError):
+            engine.get(next(c.key for c in contexts if c is not context))
+        engine.close()
+
+
+# -- one build -----------------------------------------------------------------------------------------------------
+
+
+def test_64_threads_that_ask_for_one_text_cause_one_build(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    barrier, found = threading.Barrier(64), []
+
+    def ask() -> None:
+        barrier.wait()
+        found.append(engine.load(TEXT))
+
+    threads = [threading.Thread(target=ask) for _ in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 64
+    assert engine.stats()["built"] == 1
+    assert len({context.layers[0].keys.data_ptr() for context in found}) == 1
+    engine.close()
+
+
+def test_a_build_that_fails_fails_for_all_who_wait_and_is_tried_again_later() -> None:
+    engine = tiny_engine(ratio=0.4)
+    broken = engine.model.model.norm.weight.clone()
+    handle = engine.model.base_model.register_forward_pre_hook(lambda *a: 1 / 0)
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            engine.load(TEXT)
+        except ZeroDivisionError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 8
+    handle.remove()
+    assert engine.load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
+    assert torch.equal(broken, engine.model.model.norm.weight)
+
+
+async def test_the_async_twins_do_not_block_the_event_loop() -> None:
+    import asyncio
+
+    engine = tiny_engine(ratio=0.4)
+    beats = 0
+
+    async def heart() -> None:
+        nonlocal beats
+        while True:
+            await asyncio.sleep(0.001)
+            beats += 1
+
+    heartbeat = asyncio.create_task(heart())
+    context = await engine.aload(TEXT * 4, name="page")
+    reply = await engine.agenerate(context, "Who?", max_new_tokens=5)
+    heartbeat.cancel()
+    assert beats > 5
+    assert reply.text == engine.generate(context, "Who?", max_new_tokens=5).text
+
+
+# -- damage --------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_goes_to_quarantine_with_its_reason_and_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    context = load_and_close(tmp_path)
+    (path,) = blobs(tmp_path)
+    broken = bytearray(path.read_bytes())
+    broken[-5000] ^= 4
+    path.write_bytes(broken)
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    again = engine.load(TEXT)
+    assert again.receipt is not None
+    assert again.receipt.tier == "built"
+    assert "checksum" in str(again.receipt.reason)
+    assert "moved to quarantine" in caplog.text
+    (bad,) = engine.registry.quarantine()
+    assert "checksum" in bad["reason"]
+    assert (tmp_path / "contexts" / "quarantine" / bad["file"]).read_bytes() == broken
+    assert same_pairs(context, again)
+    assert engine.stats()["quarantined"] == 1
+    engine.close()
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    assert engine.load(TEXT).receipt.tier == "disk"  # type: ignore[union-attr]
+    assert engine.registry.gc()["quarantined"] == 1
+    assert engine.registry.quarantine() == []
+    engine.close()
+
+
+def test_a_file_under_anothers_key_is_not_served(tmp_path: Path) -> None:
+    first, second = load_and_close(tmp_path), load_and_close(tmp_path, "Another page. " * 9)
+    tier = DiskTier(tmp_path / "contexts")
+    os.replace(tier.path(second.key), tier.path(first.key))
+    tier.close()
+    again = load_and_close(tmp_path)
+    assert again.receipt is not None
+    assert again.receipt.tier == "built"
+    assert "holds the context" in str(again.receipt.reason)
+    assert same_pairs(first, again)
+
+
+def test_a_symbolic_link_is_refused_without_reading_what_it_points_to(tmp_path: Path) -> None:
+    context = load_and_close(tmp_path)
+    (path,) = blobs(tmp_path)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    os.replace(path, elsewhere)
+    path.symlink_to(elsewhere)
+    again = load_and_close(tmp_path)
+    assert again.receipt is not None
+    assert "symbolic link" in str(again.receipt.reason)
+    assert same_pairs(context, again)
+    assert elsewhere.exists()
+
+
+def test_a_linked_folder_is_refused_without_reading_what_it_points_to(tmp_path: Path) -> None:
+    load_and_close(tmp_path)
+    (path,) = blobs(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    os.replace(path.parent, elsewhere)
+    path.parent.symlink_to(elsewhere)
+    before = (elsewhere / path.name).read_bytes()
+    again = load_and_close(tmp_path)
+    assert again.receipt is not None
+    assert again.receipt.tier == "built"
+    assert (elsewhere / path.name).read_bytes() == before
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> tuple[Path, Callable[..., None]]:
+    """A folder with one context, and a way to write rows past our own code."""
+    load_and_close(tmp_path, name="page")
+
+    def plant(key: Any, raw: int, mode: int, filename: str | None, value: Any) -> None:
+        with sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db") as database:
+            database.execute("DELETE FROM Cache WHERE key = ?", (key,))
+            database.execute(
+                "INSERT INTO Cache (key, raw, store_time, access_time, size, mode, filename, value) VALUES (?, ?, 0, 0, 0, ?, ?, ?)",
+                (key, raw, mode, filename, value),
+            )
+
+    return tmp_path, plant
+
+
+@pytest.mark.parametrize("kind", ["pickled value", "pickled key", "file outside", "row with a path for a key", "foreign row"])
+def test_planted_rows_are_refused_without_executing_or_reading_anything(
+    planted: tuple[Path, Callable[..., None]], kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, plant = planted
+    proof = folder / "executed"
+    secret = folder / "secret.safetensors"
+    secret.write_text("not ours")
+    (path,) = blobs(folder)
+    bomb = b"cposix\nsystem\n(S'touch " + str(proof).encode() + b"'\ntR."
+    if kind == "pickled value":
+        plant(f"context:{path.stem}", 1, 4, None, bomb)
+    elif kind == "pickled key":
+        plant(bomb, 0, 1, None, "x")
+    elif kind == "file outside":
+        plant(f"context:{path.stem}", 1, 3, "../../../secret.safetensors", None)
+    elif kind == "row with a path for a key":
+        row = {"key": "../../secret", "identity": {}, "group": "", "file_nbytes": 1, "nbytes": 1, "n_tokens": 1, "ratio": 1, "tags": []}
+        plant("context:../../secret", 1, 1, None, disk.Index.packed("context:../../secret", row))
+    else:
+        plant(f"context:{path.stem}", 1, 1, None, "0123456789abcdef{}")
+    engine = tiny_engine(cache_dir=folder, ratio=0.4, disk_bytes="10MB")
+    assert engine.registry.contexts()
+    assert engine.load(TEXT).receipt.tier == "disk"  # type: ignore[union-attr]
+    engine.load(TEXT + "More.")
+    engine.registry.gc()
+    engine.close()
+    assert "index" in caplog.text
+    assert not proof.exists()
+    assert secret.read_text() == "not ours"
+
+
+def test_a_lost_index_is_made_anew_from_the_files(tmp_path: Path) -> None:
+    context = load_and_close(tmp_path, name="page", tags="a")
+    for path in (tmp_path / "contexts" / "index").iterdir():
+        path.unlink()
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    found = engine.get("page")
+    assert found.key == context.key
+    assert found.receipt.tier == "disk"  # type: ignore[union-attr]
+    (entry,) = engine.registry.contexts()
+    assert entry.tags == ("a",)
+    assert engine.stats()["tiers"]["disk"]["nbytes"] == blobs(tmp_path)[0].stat().st_size
+    engine.close()
+
+
+def test_a_folder_of_a_newer_layout_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_and_close(tmp_path)
+    (tmp_path / "contexts" / "FORMAT").write_text("2\n")
+    gc.collect()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "contexts").rglob("*")}
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = engine.load(TEXT)
+    assert engine.generate(context, "Who?", max_new_tokens=2).text
+    assert "newer than the 1 this version knows" in caplog.text
+    assert "layout 2" in str(engine.registry.no_disk)
+    engine.close()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "contexts").rglob("*")} == before
+
+
+def test_a_disk_that_cannot_be_written_costs_one_warning_and_no_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    contexts = [engine.load(f"{i}" + TEXT) for i in range(3)]
+    engine.registry.flush()
+    monkeypatch.undo()
+    assert caplog.text.count("No space left on device") == 1
+    assert engine.stats()["disk_errors"] == 3
+    assert all(engine.generate(context, "Who?", max_new_tokens=2).receipt.tier == "device" for context in contexts)
+    assert blobs(tmp_path) == []
+    assert engine.stats()["tiers"]["disk"]["nbytes"] == 0
+    engine.load("4" + TEXT)
+    engine.registry.flush()
+    assert len(blobs(tmp_path)) == 1
+    engine.close()
+
+
+MOUNTED = """
+mount -t tmpfs -o size={size} tmpfs {folder} || exit 77
+{prepare}
+exec {python} -c "{script}"
+"""
+
+
+def in_a_mount(folder: Path, size: str, prepare: str, script: str) -> str:
+    """What a script prints in a mount of its own over ``folder``."""
+    folder.mkdir()
+    command = MOUNTED.format(size=size, folder=folder, prepare=prepare, python=sys.executable, script=script)
+    out = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    if out.returncode == 77 or "unshare" in out.stderr[:20]:
+        pytest.skip("this machine lets nobody mount a file system")
+    assert out.returncode == 0, out.stderr
+    return out.stdout
+
+
+def test_a_full_file_system(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from conftest import TEXT, tiny_engine\n"
+        f"engine = tiny_engine(cache_dir='{tmp_path / 'small'}', ratio=0.4)\n"
+        "contexts = [engine.load(str(i) + TEXT) for i in range(8)]\n"
+        "engine.registry.flush()\n"
+        "assert all(engine.generate(c, 'Who?', max_new_tokens=2).text for c in contexts)\n"
+        "stats = engine.stats()\n"
+        "print(stats['stored'], stats['disk_errors'], stats['tiers']['disk']['nbytes'] == engine.registry._disk.measured())\n"
+    )
+    stored, errors, exact = in_a_mount(tmp_path / "small", "600k", "true", script).split()
+    assert int(stored) + int(errors) == 8
+    assert int(errors) >= 3
+    assert exact == "True"
+
+
+def test_a_read_only_file_system_serves_what_it_has(tmp_path: Path) -> None:
+    load_and_close(tmp_path / "cache")
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from conftest import TEXT, tiny_engine\n"
+        f"engine = tiny_engine(cache_dir='{tmp_path / 'mounted'}', ratio=0.4)\n"
+        "stored, new = engine.load(TEXT), engine.load(TEXT + 'More.')\n"
+        "assert engine.generate(new, 'Who?', max_new_tokens=2).text\n"
+        "engine.registry.flush()\n"
+        "print(stored.receipt.tier, new.receipt.tier, engine.stats()['disk_errors'] > 0)\n"
+    )
+    prepare = f"cp -r {tmp_path / 'cache'}/* {tmp_path / 'mounted'}/ && mount -o remount,ro {tmp_path / 'mounted'}"
+    assert in_a_mount(tmp_path / "mounted", "20m", prepare, script).split() == ["disk", "built", "True"]
+
+
+def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> None:
+    context = load_and_close(tmp_path, Document(TEXT, "page", {("a", 1): Path("/x"), "n": 2}))
+    again = tiny_engine().open(blobs(tmp_path)[0])
+    assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": "2"}
