@@ -33,7 +33,22 @@ def build() -> str:
     return "\n".join(lines)
 
 
+def registry() -> str:
+    result = json.loads((RESULTS / "registry.json").read_text())
+    table = result["table"]
+    lines = ["| first token from | " + " | ".join(f"{row['tokens']:,} tokens" for row in table) + " |", "|---" * 3 + "|"]
+    tiers = ("device", "host", "disk", "built")
+    lines += [f"| {tier} | " + " | ".join(f"{row[f'{tier}_s']} s" for row in table) + " |" for tier in tiers]
+    lines += ["", "| reading back | plain read + xxh3 | ours | speed of plain | verification |", "|---" * 5 + "|"]
+    for row in table:
+        for state in ("cold", "warm"):
+            r = row[state]
+            cells = [f"{row['tokens']:,} tokens, {state}", f"{r['plain_ms']} ms", f"{r['ours_ms']} ms"]
+            lines.append("| " + " | ".join(map(str, [*cells, r["speed_of_plain"], r["verification"]])) + " |")
+    return "\n".join([*lines, "", str(result["small"])])
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    print(f"build\n\n{build()}")
+    print(f"build\n\n{build()}\n\nregistry\n\n{registry()}")

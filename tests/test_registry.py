@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import BudgetError, CompressedContext, Document, InputError, KVzipEngine
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.registry import disk, parse_bytes
+from kvzip_memory.context import Resident
+from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
 from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.memory import packed
 
 ROOT = Path(__file__).parent.parent
 
@@ -407,6 +411,18 @@ def test_two_models_share_a_folder_and_nothing_else(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_a_context_moved_to_the_host_takes_exactly_its_bytes(architecture: str) -> None:
+    context = tiny_engine(architecture, ratio=0.4).load(TEXT)
+    resident = replace(context, storage=Resident(context.layers))
+    moved = packed(resident)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in moved.layers for t in layer.tensors()}
+    assert list(storages.values()) == [resident.storage.nbytes]
+    assert moved.nbytes == context.nbytes
+    for one, other in zip(moved.layers, context.layers, strict=True):
+        assert (one.lengths, one.window) == (other.lengths, other.window)
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), other.tensors(), strict=True))
+
+
 # -- one build -----------------------------------------------------------------------------------------------------
 
 
@@ -450,6 +466,38 @@ def test_a_build_that_fails_fails_for_all_who_wait_and_is_tried_again_later() ->
     handle.remove()
     assert engine.load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
     assert torch.equal(broken, engine.model.model.norm.weight)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_waits_for_a_build_sees_its_progress(tmp_path: Path, shared: bool) -> None:
+    """In one registry, and in another one on the same folder, which is what another process has."""
+    registries = [ContextRegistry(synthetic.CPU, tmp_path) for _ in range(1 if shared else 2)]
+    seen: list[tuple[str, int, int]] = []
+    started = threading.Event()
+
+    def build(report: Report) -> CompressedContext:
+        for done in range(10):
+            report("score", done, 10)
+            started.set()
+            time.sleep(0.15)
+        return synthetic.context(1)
+
+    def first() -> None:
+        with registries[0].lease(synthetic.wanted(1), build):
+            pass
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    started.wait()
+    with registries[-1].lease(synthetic.wanted(1), build, lambda *progress: seen.append(progress)) as (context, lease):
+        assert synthetic.same(context, synthetic.context(1))
+        assert lease.receipt.tier == ("device" if shared else "disk")
+    thread.join()
+    told = [progress for progress in seen if progress[0] == "score"]
+    assert len(set(told)) >= 2
+    assert told == sorted(told)
+    for registry in registries:
+        registry.close()
 
 
 async def test_the_async_twins_do_not_block_the_event_loop() -> None:

@@ -39,7 +39,7 @@ ALIGNMENT = 4096
 #: Threads that read one file.
 READERS = min(4, os.cpu_count() or 1)
 _SMALL = 4 << 20  # bytes not worth a thread
-_PIECE = 1 << 20
+_PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",

@@ -18,8 +18,6 @@ from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
 
 logger = logging.getLogger(__name__)
 
-_ALIGNMENT = 64
-
 
 @dataclass(eq=False)
 class Held:
@@ -47,9 +45,8 @@ class Held:
     def key(self) -> str:
         return self.context.key
 
-    @property
-    def nbytes(self) -> int:
-        return self.context.nbytes
+    def __post_init__(self) -> None:
+        self.nbytes = self.context.nbytes  # the same in every tier
 
 
 class MemoryTier:
@@ -99,22 +96,23 @@ def to_device(context: CompressedContext, device: torch.device) -> CompressedCon
 
 
 def to_host(context: CompressedContext) -> CompressedContext:
-    """The context in the host's memory. Where it comes from a GPU, page-locked to the byte.
+    """The context in the host's memory; the same object if it is there."""
+    return context if _device(context).type == "cpu" else packed(context)
 
-    torch's own pinned memory comes in powers of two, up to twice what is needed. So the layers go into one anonymous
-    mapping of their exact size that is registered with the driver, and given back when the last tensor is gone.
+
+def packed(context: CompressedContext) -> CompressedContext:
+    """A copy of the context in one piece of page-locked host memory of exactly its size.
+
+    torch's own pinned memory comes in powers of two, up to twice what is needed. This is an anonymous mapping that is
+    registered with the driver, and given back when the last tensor is gone.
     """
-    device = _device(context)
-    if device.type == "cpu":
-        return context
     tensors = [t for layer in _layers(context) for t in layer.tensors()]
-    sizes = [t.numel() * t.element_size() for t in tensors]
-    buffer = _page_locked(sum(size + -size % _ALIGNMENT for size in sizes))
-    views, start = {}, 0
-    for tensor, size in zip(tensors, sizes, strict=True):
-        views[id(tensor)] = buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
-        start += size + -size % _ALIGNMENT
-    return _moved(context, lambda tensor: views[id(tensor)].copy_(tensor, non_blocking=True), device)
+    sizes = {id(t): t.numel() * t.element_size() for t in tensors}
+    buffer, views, start = _page_locked(sum(sizes.values())), {}, 0
+    for tensor in sorted(tensors, key=lambda t: -t.element_size()):  # so that no gaps are needed
+        views[id(tensor)] = buffer[start : start + sizes[id(tensor)]].view(tensor.dtype).view(tensor.shape)
+        start += sizes[id(tensor)]
+    return _moved(context, lambda tensor: views[id(tensor)].copy_(tensor, non_blocking=True), _device(context))
 
 
 def _layers(context: CompressedContext) -> tuple[RaggedLayer, ...]:
