@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,12 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 
 
 def _facts(entry: Entry) -> dict[str, Any]:
-    return {k: v for k, v in asdict(entry).items() if k != "identity"}
+    facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
+    return {k: _time(v) if k in ("created", "used", "expires") else v for k, v in facts.items()}
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def _ago(seconds: float) -> str:
@@ -67,6 +73,8 @@ def _ago(seconds: float) -> str:
 
 def _pairs(facts: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for key, value in facts.items():
         table.add_row(f"[bold]{key}", str(value))
     return table
