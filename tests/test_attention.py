@@ -1,7 +1,11 @@
 """Backends against the oracle, and the merge."""
 
+import os
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvzip_memory.attention import BACKENDS, RowKV, reference
 from kvzip_memory.attention import cpu as cpu_backend
@@ -37,6 +41,39 @@ def test_a_backend_equals_the_reference(backend: str, block: int, window: int | 
     query = torch.randn(len(rows), HEADS * GROUP, 4, DIM)
     expected = reference.attention(query, rows, 0.3, window)
     torch.testing.assert_close(BACKENDS[backend](query, rows, 0.3, window), expected, atol=1e-5, rtol=1e-5)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[torch.Tensor, list[RowKV], float, int | None]:
+    """Any call a backend may get: rows on several contexts or none, empty and one-pair heads, long and short tails."""
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    dim = draw(st.sampled_from([32, 64, 80, 96, 128, 256]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    n = draw(st.integers(1, 300))
+    contexts: list[RaggedLayer | None] = [None]
+    for _ in range(draw(st.integers(1, 3))):
+        lengths = tuple(draw(st.lists(st.sampled_from([0, 1, 2, n // 3, n]), min_size=heads, max_size=heads)))
+        positions = torch.cat([torch.randperm(n)[:length].sort().values for length in lengths]).int()
+        keys, values = (torch.randn(sum(lengths), dim).to(dtype) for _ in range(2))
+        contexts.append(RaggedLayer(keys, values, lengths, positions))
+    rows = []
+    for context in draw(st.lists(st.sampled_from(contexts), min_size=1, max_size=9)):
+        n_new, before = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([0, 1, 7, 40]))
+        keys, values = (torch.randn(heads, before + n_new, dim).to(dtype) for _ in range(2))
+        rows.append(RowKV(context, keys, values, n_new, n if context is not None else 0))
+    query = torch.randn(len(rows), heads * group, max(row.n_new for row in rows), dim).to(dtype)
+    return query, rows, dim**-0.5, draw(st.sampled_from([None, None, 1, 16, 200]))
+
+
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - {"reference"}))
+@settings(max_examples=int(os.environ.get("KVZIP_EXAMPLES", "80")), deadline=None, derandomize=True)
+@given(call=calls())
+def test_a_backend_equals_the_reference_on_any_call(backend: str, call: tuple[torch.Tensor, list[RowKV], float, int | None]) -> None:
+    query, rows, scaling, window = call
+    tolerance = 2e-5 if query.dtype == torch.float32 else 2e-2
+    expected = reference.attention(query, rows, scaling, window)
+    torch.testing.assert_close(BACKENDS[backend](query, rows, scaling, window), expected, atol=tolerance, rtol=tolerance)
 
 
 def test_merging_two_parts_equals_attention_over_the_whole() -> None:
