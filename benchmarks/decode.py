@@ -39,7 +39,11 @@ def dense_step(engine: KVzipEngine, ids: list[int]) -> Callable[[], None]:
 
 def our_step(engine: KVzipEngine, context: CompressedContext | None) -> Callable[[], None]:
     row = Row(context.layers if context else (), context.n_tokens if context else 0, Tail())
-    return lambda: engine._model.feed(row, [17]) and None
+
+    def step() -> None:
+        engine._model.feed(row, [17])
+
+    return step
 
 
 def medians(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

@@ -49,7 +49,7 @@ class KVzipEngine:
     """Loads texts into compressed contexts and answers from them.
 
     ``ratio`` is the fraction of key-value pairs **kept** (kvpress' ``compression_ratio`` is the fraction removed).
-    May be used from any number of threads; forwards of the model take turns.
+    May be used from any number of threads: their answers are decoded together, builds take turns with them.
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
@@ -62,6 +62,8 @@ class KVzipEngine:
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
         ttl: seconds after which a context is built anew; None never.
         tenant: a salt for every key: engines of different tenants never use each other's contexts.
+        max_running: answers that threads get decoded together, a row each.
+        max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
         progress: show progress bars; None shows them on a terminal only.
         scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
         allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
@@ -84,6 +86,8 @@ class KVzipEngine:
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        max_running: int = 32,
+        max_waiting: int = 1024,
         progress: bool | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
@@ -91,7 +95,7 @@ class KVzipEngine:
     ) -> None:
         self.ratio = _checked_ratio(ratio)
         _check_allocator(allocator)
-        self._model = LanguageModel(model, tokenizer)
+        self._model = LanguageModel(model, tokenizer, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, template_kwargs)
         self._scorer: Scorer = scorer or KVzipScorer()
@@ -128,6 +132,8 @@ class KVzipEngine:
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        max_running: int = 32,
+        max_waiting: int = 1024,
         progress: bool | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
@@ -160,6 +166,8 @@ class KVzipEngine:
             disk_bytes=disk_bytes,
             ttl=ttl,
             tenant=tenant,
+            max_running=max_running,
+            max_waiting=max_waiting,
             progress=progress,
             scorer=scorer,
             allocator=allocator,

@@ -39,6 +39,10 @@ class SessionBusyError(KVzipError, RuntimeError):
     """A session was asked while it is still answering."""
 
 
+class QueueFullError(KVzipError, RuntimeError):
+    """More answers were asked for at one time than may wait."""
+
+
 class CorruptFileError(KVzipError, ValueError):
     """A stored context that is damaged, incomplete or not one of our files."""
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import BACKENDS, AttentionCall, attach
+from kvzip_memory.batching import Admission, Batcher, FairLock
 from kvzip_memory.cache import Row, SessionCache, Tail
 from kvzip_memory.errors import UnsupportedModelError
 
@@ -28,12 +29,15 @@ FEED_TOKENS = 512
 class LanguageModel:
     """A decoder-only model with our attention attached, fed by one thread at a time.
 
-    Forwards take a lock each, so answers and builds of several threads interleave token by token and chunk by chunk;
-    two at once would only fight for the same cores.
+    Answers of several threads are decoded together, a row each. Forwards take a fair lock, so answers and builds
+    interleave step by step and chunk by chunk; two at once would only fight for the same cores.
 
     Args:
         model: a transformers causal language model; it goes on working for others.
         tokenizer: its tokenizer.
+        backend: attention, a key of :data:`~kvzip_memory.attention.BACKENDS`.
+        max_running: answers decoded together.
+        max_waiting: answers that may wait for their turn.
 
     Attributes:
         window: tokens the model can hold: context, questions and answers together.
@@ -44,7 +48,9 @@ class LanguageModel:
         UnsupportedModelError: naming the property of the model that stands in the way.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, backend: str = "cpu") -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, backend: str = "cpu", max_running: int = 32, max_waiting: int = 1024
+    ) -> None:
         config = model.config
         layer_types = _check(model)
         self.model = model
@@ -59,7 +65,9 @@ class LanguageModel:
             )
         self.eos_ids = _eos_ids(model, tokenizer)
         self._backend = BACKENDS[backend]
-        self._lock = threading.Lock()
+        self._lock = FairLock()
+        self._batcher = Batcher(self.forward, padded_tokens=FEED_TOKENS)
+        self._admission = Admission(max_running, max_waiting)
         if config.model_type not in TESTED:
             self._compare_with_original()
 
@@ -102,10 +110,23 @@ class LanguageModel:
         return [logits[-1 if last_only else -count :].float() for logits, count in zip(output.logits, counts, strict=True)]
 
     def feed(self, row: Row, ids: Sequence[int]) -> Tensor:
-        """Append tokens to one row, in chunks; logits ``[vocab]`` fp32 of the next."""
+        """Append tokens to one row, in chunks, together with the rows of other threads; logits ``[vocab]`` fp32 of the next."""
         for start in range(0, len(ids), FEED_TOKENS):
-            logits = self.forward([row], [ids[start : start + FEED_TOKENS]])[0]
-        return logits[0]
+            logits = self._batcher.step(row, ids[start : start + FEED_TOKENS])
+        return logits
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Around an answer, from its question to its last token.
+
+        Raises:
+            QueueFullError: more answers run and wait than the engine allows.
+        """
+        with self._admission.admitted():
+            try:
+                yield
+            finally:
+                self._batcher.leave()
 
     @torch.inference_mode()
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> None:

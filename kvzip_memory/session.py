@@ -209,7 +209,7 @@ class Session:
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
         complete = False
         try:
-            with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+            with model.answering(), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                 row = Row(lease.layers, self._start, tail)
 
                 def step(token: int) -> Tensor | None:

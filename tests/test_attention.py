@@ -1,4 +1,4 @@
-"""Backends against the oracle, and the merge."""
+"""Backends against the oracle."""
 
 import os
 
@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from kvzip_memory.attention import BACKENDS, RowKV, reference
 from kvzip_memory.attention import cpu as cpu_backend
-from kvzip_memory.attention.merge import merge
 from kvzip_memory.context import RaggedLayer
 
 HEADS, GROUP, DIM = 3, 2, 8
@@ -49,7 +48,7 @@ def calls(draw: st.DrawFn) -> tuple[torch.Tensor, list[RowKV], float, int | None
     torch.manual_seed(draw(st.integers(0, 2**16)))
     heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     dim = draw(st.sampled_from([32, 64, 80, 96, 128, 256]))
-    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     n = draw(st.integers(1, 300))
     contexts: list[RaggedLayer | None] = [None]
     for _ in range(draw(st.integers(1, 3))):
@@ -76,15 +75,19 @@ def test_a_backend_equals_the_reference_on_any_call(backend: str, call: tuple[to
     torch.testing.assert_close(BACKENDS[backend](query, rows, scaling, window), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_merging_two_parts_equals_attention_over_the_whole() -> None:
-    torch.manual_seed(0)
-    logits, values = torch.randn(4, 10) * 20, torch.randn(10, DIM)
-    whole = logits.softmax(-1) @ values
-    parts = [(part.softmax(-1) @ values[rows], part.logsumexp(-1)) for rows in (slice(0, 3), slice(3, 10)) for part in [logits[:, rows]]]
-    torch.testing.assert_close(merge(*parts[0], *parts[1]), whole, atol=1e-5, rtol=1e-5)
+def test_where_torch_has_no_fused_kernel_plain_products_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on other devices, computed on this one."""
+    row = RowKV(ragged((900, 0, 1301), 2000), *tail(9), n_new=1, context_tokens=2000)
+    query = torch.randn(1, HEADS * GROUP, 1, DIM)
+    fused = cpu_backend.attention(query, [row], 0.3, None)
+    monkeypatch.setattr(cpu_backend, "_has_fused", lambda device: False)
+    torch.testing.assert_close(cpu_backend.attention(query, [row], 0.3, None), fused, atol=1e-5, rtol=1e-5)
 
 
-def test_a_part_with_nothing_visible_does_not_count() -> None:
-    out, lse = torch.randn(4, DIM), torch.randn(4)
-    nothing = torch.full((4,), float("-inf"))
-    assert torch.equal(merge(torch.zeros(4, DIM), nothing, out, lse), out)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_a_head_divided_among_threads_is_the_whole_head(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    row = RowKV(ragged((1700, 7, 1301), 2000), *tail(3), n_new=1, context_tokens=2000)
+    query = torch.randn(1, HEADS * GROUP, 1, DIM)
+    expected = reference.attention(query, [row], 0.3, None)
+    torch.testing.assert_close(cpu_backend.attention(query, [row], 0.3, None), expected, atol=1e-5, rtol=1e-5)

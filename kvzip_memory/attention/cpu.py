@@ -1,32 +1,61 @@
-"""Plain-torch attention over ragged contexts: a matrix product a KV head, shared by all rows on the same context."""
+"""Attention over ragged contexts with torch's fused CPU kernel: one call a KV head, shared by all rows on the context.
+
+The kernel is torch's flash attention for CPUs, which gives the log-sum-exp beside the output and spreads a batch over
+threads. A head's pairs are handed to it as a batch of equal parts, one a thread: a strided view, nothing is copied. On
+other devices plain products take its place.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kvzip_memory.attention.base import RowKV
-from kvzip_memory.attention.merge import merge
 from kvzip_memory.context import RaggedLayer
 
-# Logits held at one time, in elements (fp32: 32 MB). Longer question prefills are cut into blocks of rows.
+#: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
 BLOCK_ELEMENTS = 8 << 20
+#: Pairs of a head that are worth a thread of their own.
+PART_PAIRS = 256
+
+
+def _has_fused(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added."""
+    if _has_fused(query.device):
+        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=mask, scale=scaling
+        )
+        return found
+    logits = torch.matmul(query * scaling, keys.mT).float()
+    if mask is not None:
+        logits += mask
+    lse = logits.logsumexp(-1)
+    return torch.matmul(logits.sub_(lse.unsqueeze(-1)).exp_().to(values.dtype), values), lse
 
 
 def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
-    query = query * scaling  # before the products, which overflow float16 otherwise
     out = query.new_zeros(batch, n, query_heads, dim)
-    tails = [_attend_tail(query[b], row, window) for b, row in enumerate(rows)]
     for members in _rows_by_context(rows):
-        context = rows[members[0]].context
-        merged = [tails[b][0] for b in members] if context is None else _merge_context(query, rows, members, context, tails, window)
-        for b, rows_out in zip(members, merged, strict=True):  # rows_out: [H, G, n_new, D]
-            n_new = rows[b].n_new
-            out[b, n - n_new :] = rows_out.flatten(0, 1).transpose(0, 1).to(out.dtype)
+        context, counts = rows[members[0]].context, [rows[b].n_new for b in members]
+        n_heads = rows[members[0]].keys.shape[0]
+        queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
+        outs, lses = _joined([_attend_tail(q, rows[b], scaling, window) for q, b in zip(queries, members, strict=True)])
+        if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
+            seen = None if window is None else _first_seen(rows, members, window, query_heads // n_heads, query.device)
+            parts = _attend_context(_cat(queries), context, scaling, seen)
+            outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
+        merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
+        for b, count, part in zip(members, counts, merged.split([q.shape[1] for q in queries], 1), strict=True):
+            out[b, n - count :] = part.reshape(query_heads, count, dim).transpose(0, 1).to(out.dtype)
     return out
 
 
@@ -37,85 +66,118 @@ def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _attend_tail(query: Tensor, row: RowKV, window: int | None) -> tuple[Tensor, Tensor]:
-    """Causal attention of one row over its tail: ``[H, G, n_new, D]`` fp32 and log-sum-exp ``[H, G, n_new]``."""
-    n_heads, n_tail, dim = row.keys.shape
-    q = query[:, query.shape[1] - row.n_new :].reshape(n_heads, -1, row.n_new, dim)
-    key_index = torch.arange(n_tail, device=q.device)
-    query_index = torch.arange(n_tail - row.n_new, n_tail, device=q.device)
-    step = max(1, BLOCK_ELEMENTS // (query.shape[0] * n_tail))
+def _cat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
+
+
+def _joined(tails: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Tail attention of several rows as one part: ``[H, 1, R, D]`` and ``[H, 1, R]``."""
+    return _cat([out for out, _ in tails]).unsqueeze(1), _cat([lse for _, lse in tails]).unsqueeze(1)
+
+
+def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """Causal attention of one row's ``query [H, G * n_new, D]`` over its tail: fp32 of that shape, and ``[H, G * n_new]``."""
+    keys, values = row.keys, row.values
+    if row.n_new == 1:
+        if window is not None:
+            keys, values = keys[:, -window:], values[:, -window:]
+        out, lse = _attend(query[None], keys[None], values[None], scaling)
+        return out[0].float(), lse[0]
+    n_heads, n_tail, _ = keys.shape
+    query = (query * scaling).unflatten(1, (-1, row.n_new))  # before the products, which overflow float16 otherwise
+    key_index = torch.arange(n_tail, device=query.device)
+    query_index = torch.arange(n_tail - row.n_new, n_tail, device=query.device)
+    step = max(1, BLOCK_ELEMENTS // (n_heads * query.shape[1] * n_tail))
     outs, lses = [], []
     for start in range(0, row.n_new, step):
-        block = q[:, :, start : start + step].flatten(1, 2)
+        block = query[:, :, start : start + step].flatten(1, 2)
         index = query_index[start : start + step, None]
         hidden = key_index > index
         if window is not None:
             hidden |= key_index <= index - window
-        logits = torch.matmul(block, row.keys.mT).float().unflatten(1, (-1, len(index)))
+        logits = torch.matmul(block, keys.mT).float().unflatten(1, (-1, len(index)))
         logits.masked_fill_(hidden, float("-inf"))
         lse = logits.logsumexp(-1)
-        weights = logits.sub_(lse.unsqueeze(-1)).exp_().flatten(1, 2).to(row.values.dtype)
-        outs.append(torch.matmul(weights, row.values).float().unflatten(1, (-1, len(index))))
+        weights = logits.sub_(lse.unsqueeze(-1)).exp_().flatten(1, 2).to(values.dtype)
+        outs.append(torch.matmul(weights, values).float().unflatten(1, (-1, len(index))))
         lses.append(lse)
-    return torch.cat(outs, 2), torch.cat(lses, 2)
+    return torch.cat(outs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
 
 
-def _merge_context(
-    query: Tensor,
-    rows: Sequence[RowKV],
-    members: list[int],
-    context: RaggedLayer,
-    tails: list[tuple[Tensor, Tensor]],
-    window: int | None,
-) -> list[Tensor]:
-    """Tail attention of the member rows merged with their attention over the one context they share."""
-    n_heads, n, dim = context.n_heads, query.shape[2], query.shape[3]
-    counts = [rows[b].n_new for b in members]
-    queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
-    stacked = queries[0] if len(queries) == 1 else torch.cat(queries, 1)  # [H, rows * G * n_new, D]
-    sizes = [q.shape[1] for q in queries]
-    first_seen = None
-    if window is not None:  # a query at position p sees the positions after p - window
-        group = sizes[0] // counts[0]
-        starts = [
-            (rows[b].context_tokens + rows[b].keys.shape[1] - count - window + torch.arange(count)).repeat(group)
-            for b, count in zip(members, counts, strict=True)
-        ]
-        first_seen = torch.cat(starts).to(query.device)
-    out = stacked.new_empty(stacked.shape, dtype=torch.float32)
-    lse = stacked.new_empty(stacked.shape[:2], dtype=torch.float32)
-    for head in range(n_heads):
-        positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
-        _attend_head(stacked[head], *context.head(head), positions, first_seen, out[head], lse[head])
-    merged = []
-    for b, count, part_out, part_lse in zip(members, counts, out.split(sizes, 1), lse.split(sizes, 1), strict=True):
-        shape = (-1, count)
-        tail_out, tail_lse = tails[b]
-        merged.append(merge(part_out.unflatten(1, shape), part_lse.unflatten(1, shape), tail_out, tail_lse))
-    return merged
+def _first_seen(rows: Sequence[RowKV], members: list[int], window: int, group: int, device: torch.device) -> Tensor:
+    """``[R]``: each query sees only positions after this one. A query at position p sees those after ``p - window``."""
+    starts = []
+    for b in members:
+        row = rows[b]
+        first = row.context_tokens + row.keys.shape[1] - row.n_new - window
+        starts.append((first + torch.arange(row.n_new)).repeat(group))
+    return torch.cat(starts).to(device)
 
 
-def _attend_head(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    positions: Tensor,
-    first_seen: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Attention of ``query [R, D]`` over one head's pairs, written into ``out [R, D]`` and ``lse [R]``.
+def _attend_context(query: Tensor, context: RaggedLayer, scaling: float, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
+    parts = 1
+    if first_seen is None and _has_fused(query.device):
+        parts = max(1, min(torch.get_num_threads(), max(context.lengths) // PART_PAIRS))
+    outs, lses = [], []
+    for head in range(context.n_heads):
+        keys, values = context.head(head)
+        if first_seen is not None:
+            positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
+            out, lse = _attend_masked(query[head] * scaling, keys, values, positions, first_seen)
+        elif len(keys) < 2 * parts:  # too few to be divided, perhaps none
+            out, lse = _undivided(query[head], keys, values, scaling, parts)
+        else:
+            out, lse = _divided(query[head], keys, values, scaling, parts)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs).float(), torch.stack(lses)
 
-    ``first_seen [R]``: each query sees only positions after this one (sliding window), all if None.
+
+def _divided(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: int) -> tuple[Tensor, Tensor]:
+    """Attention over one head in equal parts: ``[P, R, D]`` and ``[P, R]``.
+
+    What is left over when the pairs are divided belongs to the last part. The others reach as far into their
+    successors, so that all are of one size, and mask what they see there.
     """
+    step, rest = divmod(len(keys), parts)
+    shape, strides = (parts, 1, step + rest, keys.shape[1]), (step * keys.stride(0), 0, keys.stride(0), 1)
+    keys, values = (x.as_strided(shape, strides, x.storage_offset()) for x in (keys, values))
+    mask = _mask(parts, rest, 1 << (step + rest - 1).bit_length(), query.dtype, query.device)[..., -(step + rest) :] if rest else None
+    out, lse = _attend(query.expand(parts, 1, -1, -1), keys, values, scaling, mask)
+    return out[:, 0], lse[:, 0]
+
+
+@lru_cache(maxsize=256)
+def _mask(parts: int, rest: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[P, 1, 1, size]``: hides the last ``rest`` entries of every part but the last."""
+    mask = torch.zeros(parts, 1, 1, size, dtype=dtype, device=device)
+    mask[:-1, ..., size - rest :] = float("-inf")
+    return mask
+
+
+def _undivided(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: int) -> tuple[Tensor, Tensor]:
+    """The same where all pairs are in the first part and nothing is in the others."""
+    out = query.new_zeros(parts, *query.shape)
+    lse = torch.full((parts, len(query)), float("-inf"), device=query.device)
+    if len(keys):
+        found, found_lse = _attend(query[None, None], keys[None, None], values[None, None], scaling)
+        out[0], lse[0] = found[0, 0], found_lse[0, 0]
+    return out, lse
+
+
+def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, first_seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of scaled ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
+    out = query.new_empty(1, *query.shape, dtype=torch.float32)
+    lse = query.new_empty(1, len(query), dtype=torch.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))
     for start in range(0, len(query), step):
         block = slice(start, start + step)
         logits = torch.matmul(query[block], keys.T).float()
-        if first_seen is not None:
-            logits.masked_fill_(positions <= first_seen[block, None], float("-inf"))
-        lse[block] = logits.logsumexp(-1)
+        logits.masked_fill_(positions <= first_seen[block, None], float("-inf"))
+        lse[0, block] = logits.logsumexp(-1)
         # A query that sees nothing here has lse = -inf: subtract 0 in its place, its weights are exp(-inf) = 0.
-        shift = lse[block, None].clamp_min(torch.finfo(torch.float32).min)
+        shift = lse[0, block, None].clamp_min(torch.finfo(torch.float32).min)
         weights = logits.sub_(shift).exp_().to(values.dtype)
-        out[block] = torch.matmul(weights, values).float()
+        out[0, block] = torch.matmul(weights, values).float()
+    return out, lse

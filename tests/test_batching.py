@@ -1,0 +1,200 @@
+"""Answers of many threads, decoded together: each as if it were alone."""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+
+from conftest import TEXT, tiny_engine
+from kvzip_memory import KVzipEngine, QueueFullError
+from kvzip_memory.batching import Admission, FairLock
+from kvzip_memory.cache import Row
+
+STRESS = os.environ.get("KVZIP_STRESS") == "1"
+
+
+def in_threads(count: int, work) -> None:  # type: ignore[no-untyped-def]
+    errors: list[BaseException] = []
+
+    def guarded(i: int) -> None:
+        try:
+            work(i)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def batch_sizes(engine: KVzipEngine) -> list[int]:
+    """Rows of every forward from now on."""
+    sizes: list[int] = []
+    forward = engine._model._batcher._forward
+
+    def counted(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        sizes.append(len(rows))
+        return forward(rows, ids)
+
+    engine._model._batcher._forward = counted
+    return sizes
+
+
+def test_many_threads_on_several_contexts_with_cancels_answer_as_each_alone(architecture: str) -> None:
+    engine = tiny_engine(architecture)
+    contexts = [engine.load(TEXT, ratio=0.3), engine.load("Another page. " * 9, ratio=0.7), None]
+    questions = [f"Question {i}?" for i in range(4)]
+    pairs = [(c, q) for c in range(len(contexts)) for q in range(len(questions))]
+    alone = {(c, q): engine.generate(contexts[c], questions[q], max_new_tokens=12).text for c, q in pairs}
+    sizes = batch_sizes(engine)
+    rounds = 40 if STRESS else 3
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(rounds):
+            c, q = rng.randrange(len(contexts)), rng.randrange(len(questions))
+            stream = engine.stream(contexts[c], questions[q], max_new_tokens=12)
+            if rng.random() < 0.3:
+                next(stream, None)
+                stream.cancel()
+                list(stream)
+            else:
+                assert "".join(stream) == alone[c, q]
+
+    in_threads(16, work)
+    assert max(sizes) >= 4  # they were together
+    assert engine._model._batcher._waiting == []
+    assert engine._model._admission._running == 0
+
+
+def test_a_conversation_among_others_remembers_what_it_would_alone() -> None:
+    engine = tiny_engine()
+    context = engine.load(TEXT, ratio=0.4)
+
+    def converse(i: int) -> list[str]:
+        session = engine.session(context)
+        return [session.ask(f"{i}: {q}", max_new_tokens=8).text for q in ("Who?", "And then?", "Why?")]
+
+    alone = [converse(i) for i in range(8)]
+    together: dict[int, list[str]] = {}
+    in_threads(8, lambda i: together.__setitem__(i, converse(i)))
+    assert [together[i] for i in range(8)] == alone
+
+
+def test_a_row_that_fails_fails_alone() -> None:
+    engine = tiny_engine()
+    context = engine.load(TEXT, ratio=0.4)
+    expected = engine.generate(context, "Who?", max_new_tokens=20).text
+    forward, poison = engine._model._batcher._forward, 299
+
+    def failing(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        if any(poison in row_ids for row_ids in ids):
+            raise RuntimeError("a bad row")
+        return forward(rows, ids)
+
+    engine._model._batcher._forward = failing
+    answers, failed = [], []
+
+    def work(i: int) -> None:
+        if i == 0:
+            row = Row((), 0, engine.session()._tail)
+            with engine._model.answering():
+                for _ in range(10):
+                    with pytest.raises(RuntimeError, match="a bad row"):
+                        engine._model.feed(row, [poison])
+                    failed.append(i)
+        else:
+            answers.append(engine.generate(context, "Who?", max_new_tokens=20).text)
+
+    in_threads(6, work)
+    assert answers == [expected] * 5
+    assert len(failed) == 10
+
+
+def test_a_long_question_is_fed_in_chunks_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvzip_memory.modeling.FEED_TOKENS", 64)
+    engine = tiny_engine()
+    lengths: list[int] = []
+    forward = engine._model._batcher._forward
+
+    def noted(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        lengths.append(max(len(row_ids) for row_ids in ids))
+        time.sleep(0.002)
+        return forward(rows, ids)
+
+    engine._model._batcher._forward = noted
+    with engine.stream(None, "Go on.", max_new_tokens=400) as running:
+        next(running)
+        asked = threading.Thread(target=lambda: engine.generate(None, "word " * 150, max_new_tokens=2))
+        asked.start()
+        while asked.is_alive():
+            next(running)
+        asked.join()
+    question = [i for i, length in enumerate(lengths) if length > 1][1:]
+    assert len(question) >= 10
+    between = [b - a for a, b in pairwise(question)]
+    assert max(between) > 1  # steps of the running answer lie between its chunks
+
+
+def test_more_answers_than_may_wait_are_refused_with_a_clear_error() -> None:
+    engine = tiny_engine(max_running=1, max_waiting=1)
+    running = engine.stream(None, "Go on.", max_new_tokens=50)
+    next(running)
+    waiting = threading.Thread(target=lambda: engine.generate(None, "Who?", max_new_tokens=2))
+    waiting.start()
+    while not engine._model._admission._queue:
+        time.sleep(0.001)
+    with pytest.raises(QueueFullError, match=r"1 answers are running and 1 wait.*max_waiting"):
+        engine.generate(None, "Too many?", max_new_tokens=2)
+    running.close()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+    assert engine.generate(None, "Now?", max_new_tokens=2).finish_reason
+
+
+def test_admission_is_first_come_first_served() -> None:
+    admission, order = Admission(1, 10), []
+    with admission.admitted():
+
+        def enter(i: int) -> None:
+            with admission.admitted():
+                order.append(i)
+
+        threads = []
+        for i in range(5):
+            threads.append(threading.Thread(target=enter, args=(i,)))
+            threads[-1].start()
+            while len(admission._queue) <= i:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == list(range(5))
+
+
+def test_a_fair_lock_goes_to_who_has_waited_longest() -> None:
+    lock, order = FairLock(), []
+
+    def enter(i: int) -> None:
+        with lock:
+            order.append(i)
+
+    threads = []
+    with lock:
+        for i in range(5):
+            threads.append(threading.Thread(target=enter, args=(i,)))
+            threads[-1].start()
+            while len(lock._waiting) <= i:
+                time.sleep(0.001)
+    with lock:  # behind those who wait
+        assert order == list(range(5))
+    for thread in threads:
+        thread.join()
