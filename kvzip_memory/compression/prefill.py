@@ -10,8 +10,8 @@ from transformers import DynamicCache
 
 from kvzip_memory.modeling import LanguageModel
 
-#: Tokens of one prefill forward; bounds the memory of activations and masks.
-CHUNK_TOKENS = 4096
+#: Tokens of one prefill forward; bounds the memory of activations and masks, and how long running answers wait for it.
+CHUNK_TOKENS = 1024
 
 Progress = Callable[[str, int], None]
 
