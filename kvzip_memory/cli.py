@@ -20,7 +20,7 @@ from rich.table import Table
 
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
-from kvzip_memory.registry.doctor import Finding, examine
+from kvzip_memory.registry.doctor import examine
 
 app = typer.Typer(help="Contexts in a cache folder: load, look, pin, delete, check.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -219,4 +219,4 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-__all__ = ["Finding", "app", "main"]
+__all__ = ["app", "main"]

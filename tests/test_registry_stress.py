@@ -181,7 +181,7 @@ def test_no_fault_in_a_stored_file_is_ever_served(tmp_path: Path) -> None:
         load(registry, number)
     paths = {number: registry._disk.path(wanted(number).key) for number in (1, 2)}  # type: ignore[union-attr]
     registry.close()
-    for round_ in range(1050 if FULL else 60):
+    for round_ in range(1100 if FULL else 60):
         fault = BLOB_FAULTS[round_ % len(BLOB_FAULTS)]
         changed = damage(paths[1], fault, paths[2], rng)
         registry = fresh()
@@ -197,7 +197,7 @@ def test_no_fault_in_a_stored_file_is_ever_served(tmp_path: Path) -> None:
         registry.close()
         counts[f"blob {fault}"] += changed
     index = folder / "index" / "cache.db"
-    for round_ in range(1050 if FULL else 60):
+    for round_ in range(1100 if FULL else 60):
         fault = INDEX_FAULTS[round_ % len(INDEX_FAULTS)]
         for log in (index.with_name("cache.db-wal"), index.with_name("cache.db-shm")):
             log.unlink(missing_ok=True)
