@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RaggedLayer:
     """The kept pairs of one layer, heads one after another, each head's pairs in the order of their positions.
 
@@ -32,7 +32,7 @@ class RaggedLayer:
     positions: Tensor
     scores: Tensor | None = None
     window: int | None = None
-    offsets: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "offsets", tuple(accumulate(self.lengths, initial=0)))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -43,20 +45,30 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: T
 def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
+    if batch == 1:  # no padding, nothing to put together
+        merged = _attend_rows(query.reshape(-1, rows[0].keys.shape[0], query_heads // rows[0].keys.shape[0] * n, dim), rows, scaling, window)
+        return merged.view(1, query_heads, n, dim).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, dim)
     for members in _rows_by_context(rows):
-        context, counts = rows[members[0]].context, [rows[b].n_new for b in members]
+        counts = [rows[b].n_new for b in members]
         n_heads = rows[members[0]].keys.shape[0]
         queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
-        outs, lses = _joined([_attend_tail(q, rows[b], scaling, window) for q, b in zip(queries, members, strict=True)])
-        if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
-            seen = None if window is None else _first_seen(rows, members, window, query_heads // n_heads, query.device)
-            parts = _attend_context(_cat(queries), context, scaling, seen)
-            outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
-        merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
+        merged = _attend_rows(queries, [rows[b] for b in members], scaling, window)
         for b, count, part in zip(members, counts, merged.split([q.shape[1] for q in queries], 1), strict=True):
-            out[b, n - count :] = part.reshape(query_heads, count, dim).transpose(0, 1).to(out.dtype)
+            out[b, n - count :] = part.reshape(query_heads, count, dim).transpose(0, 1)
     return out
+
+
+def _attend_rows(queries: Sequence[Tensor], rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+    """Attention of rows on one context, each with queries ``[H, G * n_new, D]``: of all of them, one behind another in dimension 1."""
+    context = rows[0].context
+    outs, lses = _joined([_attend_tail(q, row, scaling, window) for q, row in zip(queries, rows, strict=True)])
+    if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
+        seen = None if window is None else _first_seen(rows, window, queries[0].shape[1] // rows[0].n_new, queries[0].device)
+        parts = _attend_context(_cat(queries), context, scaling, seen)
+        outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
+    merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
+    return merged.to(queries[0].dtype)
 
 
 def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
@@ -66,7 +78,7 @@ def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cat(tensors: list[Tensor]) -> Tensor:
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
 
 
@@ -104,11 +116,10 @@ def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) 
     return torch.cat(outs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
 
 
-def _first_seen(rows: Sequence[RowKV], members: list[int], window: int, group: int, device: torch.device) -> Tensor:
+def _first_seen(rows: Sequence[RowKV], window: int, group: int, device: torch.device) -> Tensor:
     """``[R]``: each query sees only positions after this one. A query at position p sees those after ``p - window``."""
     starts = []
-    for b in members:
-        row = rows[b]
+    for row in rows:
         first = row.context_tokens + row.keys.shape[1] - row.n_new - window
         starts.append((first + torch.arange(row.n_new)).repeat(group))
     return torch.cat(starts).to(device)
@@ -116,36 +127,48 @@ def _first_seen(rows: Sequence[RowKV], members: list[int], window: int, group: i
 
 def _attend_context(query: Tensor, context: RaggedLayer, scaling: float, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
-    parts = 1
-    if first_seen is None and _has_fused(query.device):
-        parts = max(1, min(torch.get_num_threads(), max(context.lengths) // PART_PAIRS))
-    outs, lses = [], []
-    for head in range(context.n_heads):
-        keys, values = context.head(head)
-        if first_seen is not None:
-            positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
-            out, lse = _attend_masked(query[head] * scaling, keys, values, positions, first_seen)
-        elif len(keys) < 2 * parts:  # too few to be divided, perhaps none
-            out, lse = _undivided(query[head], keys, values, scaling, parts)
-        else:
-            out, lse = _divided(query[head], keys, values, scaling, parts)
-        outs.append(out)
-        lses.append(lse)
-    return torch.stack(outs).float(), torch.stack(lses)
+    if first_seen is not None:
+        return _attend_sliding(query, context, scaling, first_seen)
+    heads = _views(context, torch.get_num_threads() if _has_fused(query.device) else 1)
+    queries = query.unsqueeze(1).expand(-1, heads[0].parts, -1, -1).unsqueeze(2).unbind()
+    found = [_attend_head(q, head, scaling) for q, head in zip(queries, heads, strict=True)]
+    return torch.cat([out for out, _ in found], 1).transpose(0, 1).float(), torch.cat([lse for _, lse in found], 1).transpose(0, 1)
 
 
-def _divided(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: int) -> tuple[Tensor, Tensor]:
-    """Attention over one head in equal parts: ``[P, R, D]`` and ``[P, R]``.
+class _HeadView(NamedTuple):
+    """One head's pairs as a batch of equal parts: strided views ``[P, 1, part, D]``, and what is hidden in them.
 
     What is left over when the pairs are divided belongs to the last part. The others reach as far into their
-    successors, so that all are of one size, and mask what they see there.
+    successors, so that all are of one size, and mask what they see there. A head with too few pairs to be divided,
+    perhaps none, has all of them in one part.
     """
+
+    parts: int
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+#: Views of the layers in use. They cost a third of a decode step when they are made anew for each.
+_VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[_HeadView]]] = WeakKeyDictionary()
+
+
+def _views(context: RaggedLayer, threads: int) -> list[_HeadView]:
+    known = _VIEWS.setdefault(context, {})
+    if threads not in known:
+        parts = max(1, min(threads, max(context.lengths) // PART_PAIRS))
+        known[threads] = [_divided(*context.head(head), parts) for head in range(context.n_heads)]
+    return known[threads]
+
+
+def _divided(keys: Tensor, values: Tensor, parts: int) -> _HeadView:
     step, rest = divmod(len(keys), parts)
+    if not step:
+        return _HeadView(parts, keys[None, None], values[None, None], None)
     shape, strides = (parts, 1, step + rest, keys.shape[1]), (step * keys.stride(0), 0, keys.stride(0), 1)
     keys, values = (x.as_strided(shape, strides, x.storage_offset()) for x in (keys, values))
-    mask = _mask(parts, rest, 1 << (step + rest - 1).bit_length(), query.dtype, query.device)[..., -(step + rest) :] if rest else None
-    out, lse = _attend(query.expand(parts, 1, -1, -1), keys, values, scaling, mask)
-    return out[:, 0], lse[:, 0]
+    mask = _mask(parts, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
+    return _HeadView(parts, keys, values, mask)
 
 
 @lru_cache(maxsize=256)
@@ -156,14 +179,24 @@ def _mask(parts: int, rest: int, size: int, dtype: torch.dtype, device: torch.de
     return mask
 
 
-def _undivided(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: int) -> tuple[Tensor, Tensor]:
-    """The same where all pairs are in the first part and nothing is in the others."""
-    out = query.new_zeros(parts, *query.shape)
-    lse = torch.full((parts, len(query)), float("-inf"), device=query.device)
-    if len(keys):
-        found, found_lse = _attend(query[None, None], keys[None, None], values[None, None], scaling)
-        out[0], lse[0] = found[0, 0], found_lse[0, 0]
+def _attend_head(query: Tensor, head: _HeadView, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [P, 1, R, D]`` over one head: ``[P, 1, R, D]`` and ``[P, 1, R]``."""
+    if len(head.keys) == head.parts and head.keys.shape[2]:
+        return _attend(query, head.keys, head.values, scaling, head.mask)
+    out = torch.zeros_like(query)
+    lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
+    if head.keys.shape[2]:
+        out[:1], lse[:1] = _attend(query[:1], head.keys, head.values, scaling)
     return out, lse
+
+
+def _attend_sliding(query: Tensor, context: RaggedLayer, scaling: float, first_seen: Tensor) -> tuple[Tensor, Tensor]:
+    found = []
+    for head in range(context.n_heads):
+        keys, values = context.head(head)
+        positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
+        found.append(_attend_masked(query[head] * scaling, keys, values, positions, first_seen))
+    return torch.stack([out for out, _ in found]), torch.stack([lse for _, lse in found])
 
 
 def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, first_seen: Tensor) -> tuple[Tensor, Tensor]:
