@@ -97,10 +97,6 @@ class SessionCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(row.length for row in self._rows)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        # The mask transformers makes from this is not used: attend() masks by position. So let it be small.
-        return query_length, self.get_seq_length()
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         rows, n = [], query.shape[2]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):

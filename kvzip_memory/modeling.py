@@ -25,6 +25,9 @@ TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"}
 #: Tokens fed behind a context in one forward; bounds the memory its attention needs.
 FEED_TOKENS = 512
 
+# Our calls mask by position. A mask that is four-dimensional already is handed through as it is, so none is made.
+_NO_MASK = torch.empty(1, 1, 0, 0)
+
 
 class LanguageModel:
     """A decoder-only model with our attention attached, fed by one thread at a time.
@@ -100,6 +103,7 @@ class LanguageModel:
             output = self.model(
                 input_ids=input_ids.to(self.device),
                 position_ids=positions.to(self.device),
+                attention_mask=_NO_MASK,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
@@ -136,7 +140,7 @@ class LanguageModel:
         """
         input_ids = torch.tensor([list(ids)], device=self.device)
         positions = torch.arange(position, position + len(ids), device=self.device)[None]
-        extra = {} if call is None else {"kvzip": call}
+        extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
         with self._lock:
             attach(self.model)
             self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)

@@ -112,9 +112,6 @@ class _RepeatCall(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return len(self._prefilled.token_ids)
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return query_length, self.get_seq_length()  # the mask made from it is not used
-
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         window = self._prefilled.model.windows[layer]
         n = len(self._prefilled.token_ids)
