@@ -24,7 +24,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
 from kvzip_memory.errors import InputError, WindowError
-from kvzip_memory.modeling import FEED_TOKENS, LanguageModel
+from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
 from kvzip_memory.registry import Build, ContextRegistry, Report, Wanted, parse_bytes
 from kvzip_memory.registry.files import read_context
@@ -405,7 +405,8 @@ class KVzipEngine:
             raise WindowError(
                 f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
             )
-        chunks = [ids[i : i + FEED_TOKENS] for i in range(0, len(ids), FEED_TOKENS)]
+        step = self._model.chunk_tokens
+        chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
         with context.lease() if context else nullcontext(None) as lease:
             row = Row(lease.layers if lease else (), start, Tail())
             return torch.cat([self._model.forward([row], [chunk], last_only=False)[0] for chunk in chunks])

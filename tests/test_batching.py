@@ -121,7 +121,7 @@ def test_a_row_that_fails_fails_alone() -> None:
 
 
 def test_a_long_question_is_fed_in_chunks_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvzip_memory.modeling.FEED_TOKENS", 64)
+    monkeypatch.setattr("kvzip_memory.modeling.CHUNK_TOKENS", 64)
     engine = tiny_engine()
     lengths: list[int] = []
     forward = engine._model._batcher._forward

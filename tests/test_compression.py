@@ -127,12 +127,28 @@ def test_the_whole_repeat_pass_attends_as_the_model_itself_would(architecture: s
     n, head = len(prefilled.token_ids), prefilled.protected
     ids = list(prefilled.token_ids[head : head + 40])
     outputs = []
-    hook = engine.model.base_model.norm.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    last = engine.model.base_model.layers[-1]  # it is not computed to its end in a repeat
+    hook = last.register_forward_pre_hook(lambda module, inputs: outputs.append(inputs[0]))
     KVzipScorer(repeat="whole").score_chunk(prefilled, ids, head, head, n)
     with torch.inference_mode():
         engine.model(input_ids=torch.tensor([[*prefilled.token_ids, *ids]]))
     hook.remove()
     torch.testing.assert_close(outputs[0], outputs[1][:, n:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("repeat", ["whole", "local"])
+def test_a_repeat_fed_in_pieces_scores_as_in_one(architecture: str, repeat: str) -> None:
+    engine = tiny_engine(architecture)
+    prefilled = prefilled_of(engine)
+    n, head = len(prefilled.token_ids), prefilled.protected
+    ids = list(prefilled.token_ids[head : head + 40])
+    at_once = KVzipScorer(repeat=repeat).score_chunk(prefilled, ids, head, head, n)
+    engine._model.chunk_tokens = 7
+    in_pieces = KVzipScorer(repeat=repeat).score_chunk(prefilled, ids, head, head, n)
+    torch.testing.assert_close(in_pieces, at_once, atol=1e-5, rtol=1e-4)
+    assert torch.equal(
+        prefill(engine._model, prefilled.token_ids, lambda stage, tokens: None).layers[0].keys, prefilled.cache.layers[0].keys
+    )
 
 
 @pytest.mark.parametrize(("n", "room"), [(5013, 4000), (2000, 4000), (2001, 4000), (700, 300), (30, 4000)])

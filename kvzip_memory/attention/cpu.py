@@ -46,7 +46,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int 
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     if batch == 1:  # no padding, nothing to put together
-        merged = _attend_rows(query.reshape(-1, rows[0].keys.shape[0], query_heads // rows[0].keys.shape[0] * n, dim), rows, scaling, window)
+        merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, scaling, window)
         return merged.view(1, query_heads, n, dim).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, dim)
     for members in _rows_by_context(rows):

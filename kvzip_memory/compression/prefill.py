@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache
 
-from kvzip_memory.modeling import LanguageModel
-
-#: Tokens of one prefill forward; bounds the memory of activations and masks, and how long running answers wait for it.
-CHUNK_TOKENS = 1024
+from kvzip_memory.modeling import LanguageModel, LastLayerSeen
 
 Progress = Callable[[str, int], None]
 
@@ -46,13 +45,21 @@ class Prefilled:
         return tuple(i for i, window in enumerate(self.model.windows) if window is None)
 
 
+class _PairsOnly(DynamicCache):
+    """Ends the forward when the last layer's pairs are there: nobody needs what would be made of them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        pairs = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == len(self.layers) - 1:
+            raise LastLayerSeen
+        return pairs
+
+
 def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DynamicCache:
     """The dense cache of ``token_ids``."""
-    cache = DynamicCache(config=model.model.config)
-    for start in range(0, len(token_ids), CHUNK_TOKENS):
-        chunk = token_ids[start : start + CHUNK_TOKENS]
-        model.fill(chunk, start, cache)
-        progress("prefill", len(chunk))
+    cache = _PairsOnly(config=model.model.config)
+    for count in model.fill(token_ids, 0, cache):
+        progress("prefill", count)
     for layer, window in zip(cache.layers, model.windows, strict=True):
         if window is not None:  # a slice of all it has seen; keep no more than the window
             layer.keys, layer.values = (t.clone(memory_format=torch.contiguous_format) for t in (layer.keys, layer.values))

@@ -7,6 +7,7 @@ the dense cache. A pair's score is made of the attention probabilities the repea
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +20,7 @@ from transformers import Cache
 from kvzip_memory.attention import BACKENDS, RowKV
 from kvzip_memory.compression.evict import dense_layer
 from kvzip_memory.compression.prefill import Prefilled, Progress
+from kvzip_memory.modeling import LastLayerSeen
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -93,18 +95,24 @@ class KVzipScorer:
         The probabilities are normalised over the first ``head`` pairs, the chunk's, and the repeat's own so far.
         """
         call = _RepeatCall(prefilled, self, head, start, end)
-        prefilled.model.fill(repeat_ids, len(prefilled.token_ids), call, call)
-        return torch.stack(call.scores)
+        deque(prefilled.model.fill(repeat_ids, len(prefilled.token_ids), call, call), maxlen=0)
+        return call.scores()
 
 
 class _RepeatCall(Cache):
-    """Cache and attention of one repeat forward: reads the dense cache, adds nothing to it, collects scores."""
+    """Cache and attention of one repeat, fed in pieces: reads the dense cache, adds nothing to it, collects scores."""
 
     def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int) -> None:
         super().__init__(layers=[])
         self._prefilled, self._scorer = prefilled, scorer
         self._head, self._start, self._end = head, start, end
-        self.scores: list[Tensor] = []  # one [H, end - start] a layer with full attention
+        self._own: dict[int, tuple[Tensor, Tensor]] = {}  # [H, T, D], the repeat's pairs so far
+        self._scores: dict[int, Tensor] = {}  # [H, end - start] of each layer with full attention
+
+    def scores(self) -> Tensor:
+        """``[L, H, end - start]`` fp32."""
+        scores = torch.stack([self._scores[layer] for layer in sorted(self._scores)])
+        return scores.sqrt_() if self._scorer.aggregation == "sum_of_squares" else scores
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -113,42 +121,50 @@ class _RepeatCall(Cache):
         return len(self._prefilled.token_ids)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        window = self._prefilled.model.windows[layer]
-        n = len(self._prefilled.token_ids)
-        if window is not None:
-            context = dense_layer(self._prefilled.cache.layers[layer], n, window)
-            row = RowKV(context, key[0], value[0], query.shape[2], n)
-            return BACKENDS["cpu"](query, [row], scaling, window)
+        window, last = self._prefilled.model.windows[layer], layer == len(self._prefilled.model.windows) - 1
+        own_keys, own_values = key[0], value[0]
+        if layer in self._own:
+            own_keys, own_values = (torch.cat(pair, 1) for pair in zip(self._own[layer], (own_keys, own_values), strict=True))
+        self._own[layer] = own_keys, own_values
         dense = self._prefilled.cache.layers[layer]
-        dense_keys, dense_values = dense.keys[0], dense.values[0]
-        columns = slice(self._start, self._end)
-        near_keys = torch.cat([dense_keys[:, : self._head], dense_keys[:, columns], key[0]], 1)
-        near_values = torch.cat([dense_values[:, : self._head], dense_values[:, columns], value[0]], 1)
+        if window is not None:
+            if last:
+                raise LastLayerSeen
+            n = len(self._prefilled.token_ids)
+            row = RowKV(dense_layer(dense, n, window), own_keys, own_values, query.shape[2], n)
+            return BACKENDS["cpu"](query, [row], scaling, window)
+        near = slice(0, self._head), slice(self._start, self._end)
+        near_keys = torch.cat([*(dense.keys[0, :, part] for part in near), own_keys], 1)
         scored = slice(self._head, self._head + self._end - self._start)
+        scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
+        if last:
+            self._attend(query[0], near_keys, None, scaling, scored, scores)
+            raise LastLayerSeen
         if self._scorer.repeat == "local":
-            out, scores = self._attend(query[0], near_keys, near_values, scaling, scored)
-        else:
-            _, scores = self._attend(query[0], near_keys, None, scaling, scored)
-            all_keys = torch.cat([dense_keys, key[0]], 1)
-            all_values = torch.cat([dense_values, value[0]], 1)
-            out, _ = self._attend(query[0], all_keys, all_values, scaling, None)
-        self.scores.append(scores)
-        return out[None]
+            near_values = torch.cat([*(dense.values[0, :, part] for part in near), own_values], 1)
+            return self._attend(query[0], near_keys, near_values, scaling, scored, scores)[None]
+        self._attend(query[0], near_keys, None, scaling, scored, scores)
+        all_keys, all_values = torch.cat([dense.keys[0], own_keys], 1), torch.cat([dense.values[0], own_values], 1)
+        return self._attend(query[0], all_keys, all_values, scaling)[None]
 
-    def _attend(self, query: Tensor, keys: Tensor, values: Tensor | None, scaling: float, scored: slice | None) -> tuple[Tensor, Tensor]:
-        """Causal attention of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, in blocks of rows.
+    def _attend(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor | None,
+        scaling: float,
+        scored: slice = slice(0, 0),
+        scores: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own.
 
-        Returns:
-            The output ``[T, H * G, D]``, and the scores ``[H, columns]`` of the ``scored`` columns: the same
-            probabilities serve both.
+        In blocks of rows. The probabilities of the columns ``scored`` are added to ``scores [H, columns]``.
         """
         n_heads, n_keys, dim = keys.shape
         n_rows = query.shape[1]
         grouped = (query * scaling).unflatten(0, (n_heads, -1))  # [H, G, T, D]
         group = grouped.shape[1]
         past = n_keys - n_rows
-        width = 0 if scored is None else scored.stop - scored.start
-        scores = torch.zeros(n_heads, width, dtype=torch.float32, device=query.device)
         out = query.new_empty(n_rows, n_heads * group, dim)
         step = max(1, BLOCK_ELEMENTS // (n_heads * group * n_keys))
         for start in range(0, n_rows, step):
@@ -158,12 +174,12 @@ class _RepeatCall(Cache):
             corner = logits.view(n_heads, group, end - start, -1)[..., past + start :]
             corner.masked_fill_(_above_diagonal(end - start, query.device), float("-inf"))
             probabilities = logits.softmax(-1)
-            if scored is not None:
+            if scores is not None:
                 self._aggregate(scores, probabilities[:, :, scored])
             if values is not None:
                 part = torch.bmm(probabilities.to(values.dtype), values[:, : past + end])
                 out[start:end] = part.unflatten(1, (group, -1)).flatten(0, 1).transpose(0, 1)
-        return out, scores.sqrt_() if self._scorer.aggregation == "sum_of_squares" else scores
+        return out
 
     def _aggregate(self, scores: Tensor, probabilities: Tensor) -> None:
         """Add rows ``[H, rows, columns]`` to the scores ``[H, columns]``."""
