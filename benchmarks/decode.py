@@ -41,7 +41,7 @@ def our_step(engine: KVzipEngine, context: CompressedContext | None) -> Callable
     row = Row(context.layers if context else (), context.n_tokens if context else 0, Tail())
 
     def step() -> None:
-        engine._model.feed(row, [17])
+        engine._model.forward([row], [[17]])
 
     return step
 

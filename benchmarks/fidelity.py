@@ -146,10 +146,10 @@ def main() -> None:
 def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
     """The full cache's own answer, at most 32 ids."""
     row, answer = Row(context.layers, context.n_tokens, Tail()), []
-    logits = engine._model.feed(row, ids)
+    logits = engine._model.forward([row], [ids])[0][-1]
     while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:
         answer.append(token)
-        logits = engine._model.feed(row, [token])
+        logits = engine._model.forward([row], [[token]])[0][-1]
     return answer
 
 

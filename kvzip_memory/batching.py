@@ -1,8 +1,9 @@
 """Answers of many threads, decoded together.
 
-There is no worker thread. Whoever needs a step while nobody computes one computes it for all who wait (flat combining,
-Hendler et al. 2010): nothing to start, to stop, or to die, and a lone caller pays nothing. Rows join and leave with
-every step.
+Everything a model computes is computed by one thread of its own, first come first served: steps of answers, a forward for
+all of them that wait, and chunks of builds in turn. Two forwards at once would only fight for the same cores, and every
+thread that computes brings a pool of threads with it: with the work going round among the askers steps took two to
+three times as long.
 """
 
 from __future__ import annotations
@@ -11,41 +12,40 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from kvzip_memory.cache import Row
 from kvzip_memory.errors import QueueFullError
 
-#: Longest wait for the rows of the last step to come back with their next token, before a step goes without them.
-GATHER_S = 0.004
+T = TypeVar("T")
+
+#: A step waits for the rows of the last one to come back with their next token, at most so many seconds, or this
+#: fraction of the time that step took.
+GATHER_S, GATHER_FRACTION = 0.004, 0.1
 
 
-class FairLock:
-    """A lock that goes to who has waited longest. Python's may be taken again and again by one thread."""
+class Worker:
+    """One thread that does what it is given, in order."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._held = False
-        self._waiting: deque[threading.Event] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvzip")
 
-    def __enter__(self) -> FairLock:
-        with self._lock:
-            if not self._held:
-                self._held = True
-                return self
-            turn = threading.Event()
-            self._waiting.append(turn)
-        turn.wait()
-        return self
+    def submit(self, work: Callable[[], object]) -> None:
+        self._pool.submit(work)
 
-    def __exit__(self, *exc: object) -> None:
-        with self._lock:
-            if self._waiting:
-                self._waiting.popleft().set()  # it stays held, by the next one
-            else:
-                self._held = False
+    def run(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives or raises. An interrupted caller waits until what has begun has ended."""
+        future = self._pool.submit(work)
+        try:
+            return future.result()
+        finally:
+            if not future.cancel():
+                wait([future])
 
 
 class Admission:
@@ -60,6 +60,10 @@ class Admission:
         self._lock = threading.Lock()
         self._running = 0
         self._queue: deque[threading.Event] = deque()
+
+    @property
+    def running(self) -> int:
+        return self._running
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -88,92 +92,106 @@ class Admission:
                     self._running -= 1
 
 
-class _Request:
-    """Tokens to be fed to a row; done when there are logits or an error."""
+#: From a row's logits ``[n, vocab]`` fp32 to its next tokens; runs on the model's thread.
+Choose = Callable[[Tensor], list[int]]
 
-    def __init__(self, row: Row, ids: Sequence[int]) -> None:
-        self.row, self.ids = row, ids
-        self.logits: Tensor | None = None
-        self.error: Exception | None = None
+
+@dataclass(eq=False)
+class _Request:
+    """Tokens to be fed to a row; the logits after the last ``n_logits`` of them are wanted."""
+
+    row: Row
+    ids: Sequence[int]
+    n_logits: int
+    choose: Choose
+    chosen: Future[list[int]] = field(default_factory=Future)
 
     @property
-    def done(self) -> bool:
-        return self.logits is not None or self.error is not None
+    def decodes(self) -> bool:
+        """Whether it is a step of an answer, not a part of a question."""
+        return len(self.ids) == self.n_logits
+
+
+#: Feeds rows their ids and gives logits ``[n_logits, vocab]`` of each, as many as the row that wants most.
+Forward = Callable[[Sequence[Row], Sequence[Sequence[int]], int], list[Tensor]]
 
 
 class Batcher:
-    """Merges the steps that threads ask for at one time into one forward.
+    """Merges the steps that threads ask for at one time into one forward. Rows join and leave with every step.
 
     Args:
-        forward: feeds rows their ids, ``forward(rows, ids)``, and gives logits a row.
+        forward: see :data:`Forward`.
+        worker: where forwards run.
         padded_tokens: limit of rows times longest row in one forward of questions.
     """
 
-    def __init__(self, forward: Callable[[Sequence[Row], Sequence[Sequence[int]]], list[Tensor]], padded_tokens: int) -> None:
-        self._forward, self._padded_tokens = forward, padded_tokens
+    def __init__(self, forward: Forward, worker: Worker, padded_tokens: int) -> None:
+        self._forward, self._worker, self._padded_tokens = forward, worker, padded_tokens
         self._changed = threading.Condition()
         self._waiting: list[_Request] = []
-        self._leading = False
+        self._scheduled = False
         self._expected = 0  # rows of the last step that have not come back
+        self._patience = GATHER_S
         self._questions_turn = True
 
-    def step(self, row: Row, ids: Sequence[int]) -> Tensor:
-        """Feed a row its next tokens, together with whoever else waits; logits ``[vocab]`` fp32 of the last one."""
-        request = _Request(row, ids)
+    def step(self, row: Row, ids: Sequence[int], n_logits: int, choose: Choose) -> list[int]:
+        """Feed a row its next tokens, together with whoever else waits; what ``choose`` makes of its logits."""
+        request = _Request(row, ids, n_logits, choose)
         with self._changed:
             self._waiting.append(request)
             self._expected -= 1
-            self._changed.notify_all()
-            try:
-                while not request.done:
-                    if self._leading:
-                        self._changed.wait()
-                    else:
-                        self._lead()
-            except BaseException:  # KeyboardInterrupt: leave the queue; if under way, let that end, it writes into the row
-                if request in self._waiting:
-                    self._waiting.remove(request)
-                while self._leading and not request.done:
-                    self._changed.wait()
-                raise
-        if request.error is not None:
-            raise request.error
-        assert request.logits is not None
-        return request.logits
-
-    def _lead(self) -> None:
-        """Compute one step for all who wait. With the lock held, but for the computing itself."""
-        self._leading = True
-        batch: list[_Request] = []
+            self._schedule()
+            self._changed.notify()
         try:
-            self._gather()
-            batch = self._taken()
-            self._changed.release()
-            try:
-                self._run(batch)
-            finally:
-                self._changed.acquire()
-        finally:
-            self._waiting[:0] = [request for request in batch if not request.done]  # after a KeyboardInterrupt
-            self._expected, self._leading = len(batch), False
-            self._changed.notify_all()
+            return request.chosen.result()
+        except BaseException:  # KeyboardInterrupt: leave the queue; if under way, let that end, it writes into the row
+            with self._changed:
+                under_way = request not in self._waiting
+                if not under_way:
+                    self._waiting.remove(request)
+            if under_way:
+                wait([request.chosen])
+            raise
 
     def leave(self) -> None:
         """An answer has ended: its row will not come back, nobody need wait for it."""
         with self._changed:
             self._expected -= 1
-            self._changed.notify_all()
+            self._changed.notify()
+
+    def _schedule(self) -> None:
+        """Have one step computed if any row waits. With the lock held."""
+        if self._waiting and not self._scheduled:
+            self._scheduled = True
+            self._worker.submit(self._work)
+
+    def _work(self) -> None:
+        """One step, on the worker."""
+        with self._changed:
+            self._gather()
+            batch = self._taken()
+        began = time.monotonic()
+        results = self._computed(batch)
+        with self._changed:
+            self._expected, self._scheduled = len(batch), False
+            self._patience = max(GATHER_S, GATHER_FRACTION * (time.monotonic() - began))
+            self._schedule()
+        for request, result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                request.chosen.set_exception(result)
+            else:
+                request.chosen.set_result(result)
 
     def _gather(self) -> None:
         """Give the rows of the last step a moment to come back. With the lock held."""
-        deadline = time.monotonic() + GATHER_S
+        deadline = time.monotonic() + self._patience
         while self._expected > 0 and (remaining := deadline - time.monotonic()) > 0:
             self._changed.wait(remaining)
 
     def _taken(self) -> list[_Request]:
         """The next batch: all rows that decode, or questions, in turn. With the lock held."""
-        decoding = [r for r in self._waiting if len(r.ids) == 1]
-        questions = [r for r in self._waiting if len(r.ids) > 1]
+        decoding = [r for r in self._waiting if r.decodes]
+        questions = [r for r in self._waiting if not r.decodes]
         batch: list[_Request] = []
         if questions and (self._questions_turn or not decoding):
             width = 0
@@ -185,19 +203,25 @@ class Batcher:
         else:
             batch = decoding
         self._questions_turn = batch is decoding
-        taken = {id(request) for request in batch}
-        self._waiting = [request for request in self._waiting if id(request) not in taken]
+        self._waiting = [request for request in self._waiting if request not in batch]
         return batch
 
-    def _run(self, batch: list[_Request]) -> None:
+    def _computed(self, batch: list[_Request]) -> list[list[int] | Exception]:
+        """Next tokens of each row, or what went wrong with it."""
+        if not batch:
+            return []
         try:
-            logits = self._forward([r.row for r in batch], [r.ids for r in batch])
+            n_logits = max(request.n_logits for request in batch)
+            logits = self._forward([r.row for r in batch], [r.ids for r in batch], n_logits)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].error = error
-                return
-            for request in batch:  # whoever fails, fails alone
-                self._run([request])
-            return
-        for request, row_logits in zip(batch, logits, strict=True):
-            request.logits = row_logits[0]
+                return [error]
+            return [result for request in batch for result in self._computed([request])]  # whoever fails, fails alone
+        return [_chosen(request, row_logits) for request, row_logits in zip(batch, logits, strict=True)]
+
+
+def _chosen(request: _Request, logits: Tensor) -> list[int] | Exception:
+    try:
+        return request.choose(logits[-request.n_logits :])
+    except Exception as error:
+        return error

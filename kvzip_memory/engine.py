@@ -409,7 +409,7 @@ class KVzipEngine:
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
         with context.lease() if context else nullcontext(None) as lease:
             row = Row(lease.layers if lease else (), start, Tail())
-            return torch.cat([self._model.forward([row], [chunk], last_only=False)[0] for chunk in chunks])
+            return torch.cat([self._model.forward([row], [chunk], n_logits=len(chunk))[0] for chunk in chunks])
 
     def _check_context(self, context: CompressedContext | None) -> None:
         if context is not None:

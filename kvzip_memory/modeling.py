@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import BACKENDS, AttentionCall, attach
-from kvzip_memory.batching import Admission, Batcher, FairLock
+from kvzip_memory.batching import Admission, Batcher, Choose, Worker
 from kvzip_memory.cache import Row, SessionCache, Tail
 from kvzip_memory.errors import UnsupportedModelError
 
@@ -37,10 +39,10 @@ class LastLayerSeen(Exception):
 
 
 class LanguageModel:
-    """A decoder-only model with our attention attached, fed by one thread at a time.
+    """A decoder-only model with our attention attached, run by one thread of its own for any number of others.
 
-    Answers of several threads are decoded together, a row each. Forwards take a fair lock, so answers and builds
-    interleave step by step and chunk by chunk; two at once would only fight for the same cores.
+    Answers of several threads are decoded together, a row each; answers and builds take turns step by step and chunk
+    by chunk.
 
     Args:
         model: a transformers causal language model; it goes on working for others.
@@ -77,29 +79,37 @@ class LanguageModel:
         self.eos_ids = _eos_ids(model, tokenizer)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._backend = BACKENDS[backend]
-        self._lock = FairLock()
-        self._builds = FairLock()  # so that one chunk of one build at most is ahead of a running answer
-        self._batcher = Batcher(self.forward, padded_tokens=self.chunk_tokens)
+        self._worker = Worker()
+        self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
+        self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
         if config.model_type not in TESTED:
             self._compare_with_original()
 
     @property
+    def alone(self) -> bool:
+        """Whether at most one answer is running."""
+        return self._admission.running <= 1
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
-    @torch.inference_mode()
-    def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], last_only: bool = True) -> list[Tensor]:
+    def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int = 1) -> list[Tensor]:
         """Feed each row its new tokens and append their pairs to its tail.
 
         Args:
             rows: sessions; their tails are distinct, their contexts may repeat.
             ids: new tokens of each row, at least one, any number a row.
-            last_only: logits of each row's last token only.
+            n_logits: so many of each row's last tokens get logits, fewer if it has fewer.
 
         Returns:
-            Logits of each row, ``[1 or len(ids[row]), vocab]`` fp32.
+            Logits of each row, ``[min(n_logits, len(ids[row])), vocab]`` fp32.
         """
+        return self._worker.run(partial(self._forward, rows, ids, n_logits))
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
         counts = [len(row_ids) for row_ids in ids]
         width = max(counts)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -108,26 +118,33 @@ class LanguageModel:
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         cache = SessionCache(rows, counts, self.windows, self._backend)
-        with self._lock:
-            attach(self.model)  # again, should somebody have switched the model's attention since
-            output = self.model(
-                input_ids=input_ids.to(self.device),
-                position_ids=positions.to(self.device),
-                attention_mask=_NO_MASK,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1 if last_only else 0,
-                kvzip=cache,
-            )
+        attach(self.model)  # again, should somebody have switched the model's attention since
+        output = self.model(
+            input_ids=input_ids.to(self.device),
+            position_ids=positions.to(self.device),
+            attention_mask=_NO_MASK,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=n_logits,
+            kvzip=cache,
+        )
         for row, count in zip(rows, counts, strict=True):
             row.tail.advance(count)
-        return [logits[-1 if last_only else -count :].float() for logits, count in zip(output.logits, counts, strict=True)]
+        return [logits[-min(n_logits, count) :].float() for logits, count in zip(output.logits, counts, strict=True)]
 
-    def feed(self, row: Row, ids: Sequence[int]) -> Tensor:
-        """Append tokens to one row, in chunks, together with the rows of other threads; logits ``[vocab]`` fp32 of the next."""
-        for start in range(0, len(ids), self.chunk_tokens):
-            logits = self._batcher.step(row, ids[start : start + self.chunk_tokens])
-        return logits
+    def feed(self, row: Row, ids: Sequence[int], choose: Choose, n_logits: int = 1, cancelled: threading.Event | None = None) -> list[int]:
+        """Append tokens to one row, in chunks, together with the rows of other threads.
+
+        Returns:
+            What ``choose`` makes of the logits ``[n_logits, vocab]`` fp32 after the last tokens, on the model's thread;
+            nothing if it was ``cancelled`` between two chunks.
+        """
+        *chunks, last = [ids[start : start + self.chunk_tokens] for start in range(0, len(ids), self.chunk_tokens)]
+        for chunk in chunks:
+            self._batcher.step(row, chunk, 1, _nothing)
+            if cancelled is not None and cancelled.is_set():
+                return []
+        return self._batcher.step(row, last, n_logits, choose)
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -142,7 +159,6 @@ class LanguageModel:
             finally:
                 self._batcher.leave()
 
-    @torch.inference_mode()
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> Iterator[int]:
         """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.
 
@@ -154,10 +170,15 @@ class LanguageModel:
             chunk = list(ids[start : start + self.chunk_tokens])
             positions = torch.arange(position + start, position + start + len(chunk), device=self.device)[None]
             input_ids = torch.tensor([chunk], device=self.device)
-            with self._builds, self._lock, suppress(LastLayerSeen):
-                attach(self.model)
-                self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            with self._building:
+                self._worker.run(partial(self._fill, input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra))
             yield len(chunk)
+
+    @torch.inference_mode()
+    def _fill(self, input_ids: Tensor, **inputs: Any) -> None:
+        with suppress(LastLayerSeen):
+            attach(self.model)
+            self.model.base_model(input_ids=input_ids, **inputs)
 
     def _compare_with_original(self) -> None:
         """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
@@ -167,7 +188,7 @@ class LanguageModel:
             theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
         row = Row((), 0, Tail())
         self.forward([row], [ids[:40].tolist()])
-        ours = self.forward([row], [ids[40:].tolist()], last_only=False)[0]
+        ours = self.forward([row], [ids[40:].tolist()], n_logits=8)[0]
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         if not difference <= 0.02 * largest:
             self.model.set_attn_implementation(original)
@@ -176,6 +197,10 @@ class LanguageModel:
                 f"(largest logit {largest:.3g})"
             )
         logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)
+
+
+def _nothing(logits: Tensor) -> list[int]:
+    return []
 
 
 def _check(model: PreTrainedModel) -> list[str]:

@@ -7,16 +7,19 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
-from kvzip_memory.generation import Answer, GenerationParams, decode
+from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, PromptBuilder
+from kvzip_memory.speculation import PromptLookup
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class _Turn:
     params: GenerationParams
     answer: Answer = field(default_factory=Answer)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    prefilled: float | None = None  # when its first token was there
     reply: Reply | None = None
 
 
@@ -132,7 +136,7 @@ class Session:
         self._start = context.n_tokens if context else 0
         self._recipe = context.recipe if context else prompts.free_recipe()
         self._tail = Tail()
-        self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
+        self._said: list[int] = []  # tokens after the context; the last may not be in the tail yet
         self._turns = 0
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
@@ -172,7 +176,7 @@ class Session:
         with self._lock:
             self._check_idle()
             twin = Session(self._model, self._prompts, self.context)
-            twin._tail, twin._pending, twin._turns = self._tail.copy(), list(self._pending), self._turns
+            twin._tail, twin._said, twin._turns = self._tail.copy(), list(self._said), self._turns
             return twin
 
     def reset(self) -> None:
@@ -180,12 +184,12 @@ class Session:
         with self._lock:
             self._check_idle()
             self._tail.crop(0)
-            self._pending, self._turns = [], 0
+            self._said, self._turns = [], 0
 
     @property
     def n_tokens(self) -> int:
         """Tokens the conversation takes in the window, context included."""
-        return self._start + self._tail.length + len(self._pending)
+        return self._start + len(self._said)
 
     def __repr__(self) -> str:
         return f"<Session over {self.context!r}: {self._turns} turns, {self._tail.length} tokens>"
@@ -200,7 +204,7 @@ class Session:
             return prompts.question(self.context.recipe if self.context else None, question)
         if not isinstance(question, str):
             raise InputError("a list of messages can only be the first question of a session; go on with strings")
-        return [*self._pending, *prompts.next_question(self._recipe, question)]
+        return [*self._said[self._tail.length :], *prompts.next_question(self._recipe, question)]
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
@@ -208,37 +212,53 @@ class Session:
         start, cached = tail.length, self._start + tail.length
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
         complete = False
+        began = time.perf_counter()
         try:
             with model.answering(), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                row = Row(lease.layers, self._start, tail)
-
-                def step(token: int) -> Tensor | None:
-                    return None if turn.cancelled.is_set() else model.feed(row, [token])
-
-                began = time.perf_counter()
-                logits = model.feed(row, turn.ids)
-                prefilled = time.perf_counter()
-                yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer)
+                tokens = self._tokens(turn, Row(lease.layers, self._start, tail), limit)
+                yield from decode(tokens, answer, turn.params.stops, limit, model.eos_ids, self._prompts.tokenizer)
             complete = answer.finish_reason != "cancelled"
+            prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.ids), len(answer.ids), cached)
             receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
             turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
         finally:
             if complete:
-                self._commit(start + len(turn.ids), answer)
+                self._commit(start, turn)
             else:
                 tail.crop(start)
             self._release(turn)
 
-    def _commit(self, prompt_end: int, answer: Answer) -> None:
+    def _tokens(self, turn: _Turn, row: Row, limit: int) -> Iterator[int]:
+        """An answer's tokens as they are sampled; ends when it is cancelled."""
+        model, sampler = self._model, Sampler(turn.params, self._model.device)
+        read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
+        lookup = PromptLookup(np.concatenate([read, self._said[: row.tail.length], turn.ids]))
+        chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
+        turn.prefilled = time.perf_counter()
+        left = limit
+        while chosen:
+            yield from chosen
+            if turn.cancelled.is_set():
+                return
+            left -= len(chosen)
+            lookup.append(chosen)
+            guess = lookup.guess(left - 1) if turn.params.speculate and model.alone else []
+            guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
+            length = row.tail.length
+            chosen = model.feed(row, [chosen[-1], *guess], partial(sampler.follow, guess), n_logits=len(guess) + 1)
+            row.tail.crop(length + len(chosen))
+            lookup.learn(len(guess), len(chosen) - 1)
+
+    def _commit(self, start: int, turn: _Turn) -> None:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
-        ids = list(answer.ids)
-        if answer.cut:
-            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
+        ids = list(turn.answer.ids)
+        if turn.answer.cut:
+            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(turn.answer.text):
                 ids.pop()
-        self._tail.crop(prompt_end + len(ids))
-        self._pending = ids[self._tail.length - prompt_end :]
+        self._said[start:] = [*turn.ids, *ids]
+        self._tail.crop(len(self._said))
         self._turns += 1
 
     def _release(self, turn: _Turn) -> None:

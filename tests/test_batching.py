@@ -12,7 +12,7 @@ import torch
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import KVzipEngine, QueueFullError
-from kvzip_memory.batching import Admission, FairLock
+from kvzip_memory.batching import Admission, Worker
 from kvzip_memory.cache import Row
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
@@ -41,9 +41,9 @@ def batch_sizes(engine: KVzipEngine) -> list[int]:
     sizes: list[int] = []
     forward = engine._model._batcher._forward
 
-    def counted(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def counted(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
         sizes.append(len(rows))
-        return forward(rows, ids)
+        return forward(rows, ids, n_logits)
 
     engine._model._batcher._forward = counted
     return sizes
@@ -96,10 +96,10 @@ def test_a_row_that_fails_fails_alone() -> None:
     expected = engine.generate(context, "Who?", max_new_tokens=20).text
     forward, poison = engine._model._batcher._forward, 299
 
-    def failing(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def failing(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
         if any(poison in row_ids for row_ids in ids):
             raise RuntimeError("a bad row")
-        return forward(rows, ids)
+        return forward(rows, ids, n_logits)
 
     engine._model._batcher._forward = failing
     answers, failed = [], []
@@ -110,7 +110,7 @@ def test_a_row_that_fails_fails_alone() -> None:
             with engine._model.answering():
                 for _ in range(10):
                     with pytest.raises(RuntimeError, match="a bad row"):
-                        engine._model.feed(row, [poison])
+                        engine._model.feed(row, [poison], lambda logits: [0])
                     failed.append(i)
         else:
             answers.append(engine.generate(context, "Who?", max_new_tokens=20).text)
@@ -126,10 +126,10 @@ def test_a_long_question_is_fed_in_chunks_between_the_steps_of_others(monkeypatc
     lengths: list[int] = []
     forward = engine._model._batcher._forward
 
-    def noted(rows: Sequence[Row], ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def noted(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
         lengths.append(max(len(row_ids) for row_ids in ids))
         time.sleep(0.002)
-        return forward(rows, ids)
+        return forward(rows, ids, n_logits)
 
     engine._model._batcher._forward = noted
     with engine.stream(None, "Go on.", max_new_tokens=400) as running:
@@ -180,21 +180,25 @@ def test_admission_is_first_come_first_served() -> None:
     assert order == list(range(5))
 
 
-def test_a_fair_lock_goes_to_who_has_waited_longest() -> None:
-    lock, order = FairLock(), []
+def test_the_worker_takes_work_in_order_and_hands_back_what_goes_wrong() -> None:
+    worker, order, begun, go = Worker(), [], threading.Event(), threading.Event()
 
-    def enter(i: int) -> None:
-        with lock:
-            order.append(i)
+    def first() -> None:
+        begun.set()
+        go.wait()
 
-    threads = []
-    with lock:
-        for i in range(5):
-            threads.append(threading.Thread(target=enter, args=(i,)))
-            threads[-1].start()
-            while len(lock._waiting) <= i:
-                time.sleep(0.001)
-    with lock:  # behind those who wait
-        assert order == list(range(5))
+    threads = [threading.Thread(target=worker.run, args=(first,))]
+    threads[0].start()
+    begun.wait()
+    for i in range(5):
+        threads.append(threading.Thread(target=worker.run, args=(lambda i=i: order.append((i, threading.get_ident())),)))
+        threads[-1].start()
+        while worker._pool._work_queue.qsize() <= i:
+            time.sleep(0.001)
+    go.set()
     for thread in threads:
         thread.join()
+    assert [i for i, _ in order] == list(range(5))
+    assert len({ident for _, ident in order}) == 1
+    with pytest.raises(ZeroDivisionError):
+        worker.run(lambda: 1 / 0)

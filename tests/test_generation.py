@@ -1,11 +1,13 @@
 """Sampling, stop strings and incremental text."""
 
+import numpy as np
 import pytest
 import torch
 
-from conftest import TEXT, tiny_tokenizer
+from conftest import TEXT, tiny_engine, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.generation import Detokenizer, GenerationParams, Sampler, StopMatcher
+from kvzip_memory.speculation import PromptLookup
 
 
 def test_pieces_join_to_the_text_and_never_split_a_character() -> None:
@@ -108,3 +110,39 @@ def test_a_seed_repeats_a_sample_and_none_does_not(engine: KVzipEngine) -> None:
 def test_parameters_out_of_range_name_the_value(engine: KVzipEngine, params: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(params)) if "stop" not in params else "stop string"):
         engine.generate(None, "Hello?", **params)
+
+
+def test_a_lookup_guesses_what_followed_and_learns() -> None:
+    lookup = PromptLookup(np.array([5, 1, 2, 3, 7, 8, 9, 1, 2]))
+    assert lookup.guess(10) == []
+    lookup.append([3])
+    assert lookup.guess(10) == [7, 8, 9, 1]
+    assert lookup.guess(2) == [7, 8]
+    assert lookup.guess(0) == []
+    lookup.learn(4, 4)
+    assert lookup.guess(10) == [7, 8, 9, 1, 2, 3]
+    for _ in range(5):
+        lookup.learn(4, 0)
+    assert lookup.guess(10) == [7]
+    lookup.append([7])  # the last place where 2, 3, 7 stood before
+    assert lookup.guess(10) == [8]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.3, "seed": 4}])
+def test_speculation_changes_nothing_but_the_number_of_steps(architecture: str, params: dict[str, float]) -> None:
+    engine = tiny_engine(architecture)
+    context = engine.load(TEXT * 2, ratio=0.4)
+    counts: list[int] = []
+    feed = engine._model.feed
+    engine._model.feed = lambda row, ids, *args, **options: counts.append(len(ids)) or feed(row, ids, *args, **options)
+    plain, spoken = engine.session(context), engine.session(context)
+    for question in ("Repeat it.", "Again: " + TEXT[:40], "And again."):  # a random model soon repeats itself
+        with_guesses = spoken.ask(question, max_new_tokens=60, **params)
+        steps, counts[:] = list(counts), []
+        without = plain.ask(question, max_new_tokens=60, speculate=False, **params)
+        assert with_guesses.text == without.text
+        assert with_guesses.usage == without.usage
+        assert spoken._said == plain._said
+        assert spoken._tail.length == plain._tail.length
+        assert len(steps) <= len(counts)
+        counts.clear()

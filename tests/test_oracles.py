@@ -42,8 +42,8 @@ def test_rows_of_a_batch_equal_each_row_alone(architecture: str, backend: str) -
     parts = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [3, 4], [14]]
     more = [[20], [21, 22], [23, 24, 25, 26], [27, 28]]
     rows = [row_over(context) for context in contexts]
-    before = engine._model.forward(rows, parts, last_only=False)
-    after = engine._model.forward(rows, more, last_only=False)
+    before = engine._model.forward(rows, parts, n_logits=99)
+    after = engine._model.forward(rows, more, n_logits=99)
     for context, a, b, logits_a, logits_b in zip(contexts, parts, more, before, after, strict=True):
         alone = masked_logits(engine, context, a + b) if context else own_tail_logits(engine, a + b)
         torch.testing.assert_close(torch.cat([logits_a, logits_b]), alone, atol=1e-4, rtol=0)

@@ -16,7 +16,7 @@ QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 def probe(session: Session) -> torch.Tensor:
     """Logits of the next token after a fixed text, without changing the session."""
     twin = session.fork()
-    return twin._model.feed(_row(twin), [*twin._pending, 40, 41, 42])
+    return twin._model.forward([_row(twin)], [[*twin._said[twin._tail.length :], 40, 41, 42]])[0][-1]
 
 
 def _row(session: Session) -> Row:
@@ -153,15 +153,15 @@ def test_later_turns_are_the_chat_templates_own_rendering(smollm2: KVzipEngine, 
     context = smollm2.load(text, ratio=1.0)
     fed: list[int] = []
     feed = smollm2._model.feed
-    monkeypatch.setattr(smollm2._model, "feed", lambda row, ids: (fed.extend(ids), feed(row, ids))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(smollm2._model, "feed", lambda row, ids, *args, **options: fed.extend(ids) or feed(row, ids, *args, **options))
     session = smollm2.session(context)
-    replies = [session.ask(question, max_new_tokens=8).text for question in questions]
+    replies = [session.ask(question, max_new_tokens=8, speculate=False).text for question in questions]
     turns = [("user", f"{text}\n\n{questions[0]}"), ("assistant", replies[0]), ("user", questions[1])]
     rendered = smollm2.tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
     )
     whole = smollm2.tokenizer(rendered + replies[1], add_special_tokens=False).input_ids
-    assert [*context.token_ids.tolist(), *fed, *session._pending] == whole
+    assert [*context.token_ids.tolist(), *fed, *session._said[session._tail.length :]] == whole
 
 
 def test_after_a_stop_string_a_session_remembers_the_text_before_it_and_no_more(
@@ -175,8 +175,8 @@ def test_after_a_stop_string_a_session_remembers_the_text_before_it_and_no_more(
     assert reply.text == free[: free.index(stop)]
     told = smollm2.session(excerpt_context)  # the same conversation, fed as text
     ids = [*smollm2.prompt_ids(excerpt_context, question), *smollm2._prompts.text_ids(reply.text)]
-    smollm2._model.feed(_row(told), ids)
-    assert session.n_tokens == told.n_tokens
+    smollm2._model.forward([_row(told)], [ids])
+    assert session.n_tokens == told._start + told._tail.length
     torch.testing.assert_close(probe(session), probe(told), atol=1e-3, rtol=1e-3)
 
 
@@ -231,7 +231,7 @@ def test_a_session_without_a_context_keeps_its_turns(engine: KVzipEngine) -> Non
     session = engine.session()
     session.ask("One?", max_new_tokens=4)
     session.ask("Two?", max_new_tokens=4)
-    assert session.n_tokens == session._tail.length + len(session._pending)
+    assert session.n_tokens == len(session._said)
     reply = session.ask("Three?", max_new_tokens=4)
     assert reply.usage.cached_tokens > 0
     assert reply.receipt.key is None

@@ -59,7 +59,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int 
     return out
 
 
-def _attend_rows(queries: Sequence[Tensor], rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
     """Attention of rows on one context, each with queries ``[H, G * n_new, D]``: of all of them, one behind another in dimension 1."""
     context = rows[0].context
     outs, lses = _joined([_attend_tail(q, row, scaling, window) for q, row in zip(queries, rows, strict=True)])
@@ -78,7 +78,7 @@ def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _cat(tensors: Sequence[Tensor]) -> Tensor:
+def _cat(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)
 
 

@@ -1,0 +1,57 @@
+"""Guessing the next tokens from what has been read (prompt lookup, Saxena 2023): answers often quote their context."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Tokens that must have occurred in this order before, for what followed to be a guess. transformers' candidate
+#: generator goes down to one token, which is nearly always found and seldom right.
+NGRAM = 3
+#: Longest guess.
+MOST = 16
+
+
+class PromptLookup:
+    """The tokens of one answer and of all it can see. Guesses grow while they are right and shrink while they are wrong.
+
+    Args:
+        ids: context, conversation and question.
+    """
+
+    def __init__(self, ids: NDArray[Any]) -> None:
+        self._ids = ids.astype(np.int64)
+        self._length = len(self._ids)
+        self._size = 4
+
+    def append(self, ids: Sequence[int]) -> None:
+        """What the answer has said since."""
+        end = self._length + len(ids)
+        if end > len(self._ids):
+            self._ids = np.concatenate([self._ids[: self._length], np.empty(end, dtype=np.int64)])
+        self._ids[self._length : end] = ids
+        self._length = end
+
+    def guess(self, limit: int) -> list[int]:
+        """What followed the last tokens where they last occurred before; often nothing."""
+        ids = self._ids[: self._length]
+        if len(ids) <= NGRAM:
+            return []
+        found = np.ones(len(ids) - NGRAM, dtype=bool)
+        for i in range(NGRAM):
+            found &= ids[i : len(ids) - NGRAM + i] == ids[len(ids) - NGRAM + i]
+        starts = found.nonzero()[0]
+        if not len(starts):
+            return []
+        start = int(starts[-1]) + NGRAM
+        return ids[start : start + min(self._size, limit)].tolist()
+
+    def learn(self, guessed: int, right: int) -> None:
+        """How many of the guessed tokens were right."""
+        if guessed and right == guessed:
+            self._size = min(2 * self._size, MOST)
+        elif guessed:
+            self._size = max(self._size // 2, 1)
