@@ -13,10 +13,15 @@ from numpy.typing import NDArray
 NGRAM = 3
 #: Longest guess.
 MOST = 16
+#: What a guessed token adds to the time of a step, and how much of the answer's time may be lost by wrong guesses.
+COST, RISK = 0.05, 0.05
 
 
 class PromptLookup:
-    """The tokens of one answer and of all it can see. Guesses grow while they are right and shrink while they are wrong.
+    """The tokens of one answer and of all it can see.
+
+    Guesses grow while they are right and shrink while they are wrong, and are made only as long as all of them together
+    have cost no more than they saved and a twentieth of the answer's steps.
 
     Args:
         ids: context, conversation and question.
@@ -26,6 +31,7 @@ class PromptLookup:
         self._ids = ids.astype(np.int64)
         self._length = len(self._ids)
         self._size = 4
+        self._credit = 0.0  # steps that may be spent
 
     def append(self, ids: Sequence[int]) -> None:
         """What the answer has said since."""
@@ -34,11 +40,13 @@ class PromptLookup:
             self._ids = np.concatenate([self._ids[: self._length], np.empty(end, dtype=np.int64)])
         self._ids[self._length : end] = ids
         self._length = end
+        self._credit += RISK * len(ids)
 
     def guess(self, limit: int) -> list[int]:
         """What followed the last tokens where they last occurred before; often nothing."""
+        size = min(self._size, limit, int(self._credit / COST + 1e-6))
         ids = self._ids[: self._length]
-        if len(ids) <= NGRAM:
+        if size < 1 or len(ids) <= NGRAM:
             return []
         found = np.ones(len(ids) - NGRAM, dtype=bool)
         for i in range(NGRAM):
@@ -47,10 +55,11 @@ class PromptLookup:
         if not len(starts):
             return []
         start = int(starts[-1]) + NGRAM
-        return ids[start : start + min(self._size, limit)].tolist()
+        return ids[start : start + size].tolist()
 
     def learn(self, guessed: int, right: int) -> None:
         """How many of the guessed tokens were right."""
+        self._credit += right - COST * guessed
         if guessed and right == guessed:
             self._size = min(2 * self._size, MOST)
         elif guessed:

@@ -113,9 +113,12 @@ def test_parameters_out_of_range_name_the_value(engine: KVzipEngine, params: dic
 
 
 def test_a_lookup_guesses_what_followed_and_learns() -> None:
-    lookup = PromptLookup(np.array([5, 1, 2, 3, 7, 8, 9, 1, 2]))
-    assert lookup.guess(10) == []
+    lookup = PromptLookup(np.array([5, 1, 2, 3, 7, 8, 9]))
+    lookup.append([1, 2])
+    assert lookup.guess(10) == []  # 9, 1, 2 has not occurred before
     lookup.append([3])
+    assert lookup.guess(10) == [7, 8, 9]  # a step in twenty may be lost, a guessed token costs a twentieth
+    lookup.learn(0, 3)
     assert lookup.guess(10) == [7, 8, 9, 1]
     assert lookup.guess(2) == [7, 8]
     assert lookup.guess(0) == []
@@ -124,6 +127,7 @@ def test_a_lookup_guesses_what_followed_and_learns() -> None:
     for _ in range(5):
         lookup.learn(4, 0)
     assert lookup.guess(10) == [7]
+    lookup.learn(0, 1)
     lookup.append([7])  # the last place where 2, 3, 7 stood before
     assert lookup.guess(10) == [8]
 
