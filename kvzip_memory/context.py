@@ -74,12 +74,16 @@ class Recipe:
         separator: plain text put before the first question.
         closing: ids that end a user's turn and open the assistant's.
         next_turn: ids that end an assistant's turn and open the user's.
+        role: whose turn the context ends in.
+        tools: digest of the tools that are described in the context, None without any.
     """
 
     opening: tuple[int, ...]
     separator: str
     closing: tuple[int, ...]
     next_turn: tuple[int, ...]
+    role: str = "user"
+    tools: str | None = None
 
 
 @dataclass(frozen=True)

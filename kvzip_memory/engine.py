@@ -40,6 +40,7 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.tools import Tool
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -194,6 +195,7 @@ class KVzipEngine:
         system: str | None = None,
         keep: str | Sequence[str] = (),
         tags: str | Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -210,6 +212,7 @@ class KVzipEngine:
             system: a system prompt, put first and never evicted.
             keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names.
             tags: free words to list it by; not part of the key.
+            tools: the tools of a conversation, in OpenAI's form; described where the template describes them.
 
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
@@ -220,7 +223,7 @@ class KVzipEngine:
         """
         ratio = self.ratio if ratio is None else _checked_ratio(ratio)
         began = time.perf_counter()
-        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep)
+        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep, tools)
         tokenized = time.perf_counter()
         identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
@@ -272,9 +275,13 @@ class KVzipEngine:
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         return replace(context, receipt=Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms))
 
-    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None) -> Prompt:
         documents, messages = read_source(source)
-        prompt = self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep)
+        if documents and tools:
+            raise InputError("tools belong to a conversation; give them with the question about these documents")
+        prompt = (
+            self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep, tools)
+        )
         tokens, limit = len(prompt.token_ids), self.window - FREE_TOKENS
         if tokens > limit:
             raise WindowError(
@@ -366,7 +373,7 @@ class KVzipEngine:
         """Answer one question from a context (None: without one); the question is forgotten afterwards.
 
         Args:
-            question: text, or chat messages of which the last is the user's.
+            question: text, or chat messages of which the last is the user's or a tool's.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None``, see
                 :class:`~kvzip_memory.generation.GenerationParams`.
 
@@ -384,9 +391,11 @@ class KVzipEngine:
         """The answer of :meth:`generate`, piece by piece."""
         return self.session(context).stream(question, **params)
 
-    def prompt_ids(self, context: CompressedContext | None, question: str | Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self, context: CompressedContext | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> list[int]:
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
-        return self._prompts.question(context.recipe if context else None, question)
+        return self._prompts.question(context.recipe if context else None, question, tools)
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:
         """Logits ``[len(ids), vocab]`` fp32 after each of ``ids``, fed behind the context. Nothing is kept.

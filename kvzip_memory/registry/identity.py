@@ -72,6 +72,7 @@ def context_identity(
         "tokens": hashlib.sha256(torch.tensor(prompt.token_ids, dtype=torch.int32).numpy().tobytes()).hexdigest(),
         "protected": prompt.protected,
         "recipe": digest(vars(prompt.recipe)),
+        "tools": prompt.recipe.tools,
     }
 
 
