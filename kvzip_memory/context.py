@@ -235,6 +235,10 @@ class CompressedContext:
         with self.lease() as lease:
             return write_context(replace(self, storage=Resident(lease.layers)), Path(path))
 
+    def as_block(self) -> dict[str, str]:
+        """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""
+        return {"type": "file", "file_id": self.key}
+
     def __repr__(self) -> str:
         kept = 100 * self.kept_pairs / self.total_pairs
         return (

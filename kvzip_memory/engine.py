@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,10 +24,12 @@ from kvzip_memory.compression import Prefilled, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
-from kvzip_memory.errors import InputError, WindowError
+from kvzip_memory.errors import InputError, KVzipError, WindowError
+from kvzip_memory.generation import GenerationParams
+from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import FEED_TOKENS, LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
-from kvzip_memory.registry import Build, ContextRegistry, Report, Wanted, parse_bytes
+from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
@@ -40,7 +43,9 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
-from kvzip_memory.tools import Tool
+from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+
+logger = logging.getLogger(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -118,6 +123,7 @@ class KVzipEngine:
             tenant=self._tenant,
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
     @classmethod
     def from_pretrained(
@@ -221,9 +227,32 @@ class KVzipEngine:
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        ratio = self.ratio if ratio is None else _checked_ratio(ratio)
+        _checked_ratio(self.ratio if ratio is None else ratio)
         began = time.perf_counter()
         prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep, tools)
+        return self._load(prompt, ratio, name, tags, began)
+
+    def load_marked(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, ratio: float | None = None
+    ) -> CompressedContext | None:
+        """The context of a prompt's beginning, up to the last block of text with ``cache_control``: found or built as by :meth:`load`.
+
+        None if no block has it, or if it ends within the first 256 tokens, where building would cost more than it saves.
+
+        Raises:
+            InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
+        """
+        began = time.perf_counter()
+        prompt = self._prompts.until_mark(messages, tools)
+        if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
+            if prompt is not None:
+                logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FREE_TOKENS)
+            return None
+        self._check_window(prompt)
+        return self._load(prompt, ratio, None, (), began)
+
+    def _load(self, prompt: Prompt, ratio: float | None, name: str | None, tags: str | Sequence[str], began: float) -> CompressedContext:
+        ratio = _checked_ratio(self.ratio if ratio is None else ratio)
         tokenized = time.perf_counter()
         identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
@@ -251,11 +280,18 @@ class KVzipEngine:
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
             raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
-        entry = usable[-1]
+        return self._handle(usable[-1])
+
+    def _handle(self, entry: Entry) -> CompressedContext:
+        """A stored context that nobody gave the text of.
+
+        Raises:
+            InputError: it is no longer stored.
+        """
         wanted = Wanted(entry.key, entry.identity, entry.group)
 
         def build(report: Report) -> CompressedContext:
-            raise InputError(f"context {reference!r} is no longer stored; load its text again")
+            raise InputError(f"context {entry.name or entry.key[:12]!r} is no longer stored; load its text again")
 
         with self.registry.lease(wanted, build) as (context, lease):
             storage = _Managed(self.registry, wanted, build, context.storage)
@@ -282,6 +318,10 @@ class KVzipEngine:
         prompt = (
             self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep, tools)
         )
+        self._check_window(prompt)
+        return prompt
+
+    def _check_window(self, prompt: Prompt) -> None:
         tokens, limit = len(prompt.token_ids), self.window - FREE_TOKENS
         if tokens > limit:
             raise WindowError(
@@ -291,7 +331,6 @@ class KVzipEngine:
                 tokens=tokens,
                 window=self.window,
             )
-        return prompt
 
     def _estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
         """Bytes the context will take, from the model's shape."""
@@ -362,6 +401,17 @@ class KVzipEngine:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
         self.registry.close()
 
+    def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:
+        """The stored context with the most tokens that a prompt's ids begin with, None if there is none."""
+        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity, ids)) is None:
+            return None
+        try:
+            context = self._handle(entry)
+        except KVzipError as error:  # lost meanwhile, or no room for it: the prompt is computed
+            logger.debug("a stored beginning of the prompt is not used: %s", error)
+            return None
+        return context if list(ids[: context.n_tokens]) == context.token_ids.tolist() else None
+
     # -- answers -------------------------------------------------------------------------------------------------
 
     def session(self, context: CompressedContext | None = None) -> Session:
@@ -370,32 +420,76 @@ class KVzipEngine:
         return Session(self._model, self._prompts, context)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
-        """Answer one question from a context (None: without one); the question is forgotten afterwards.
+        """Answer one question from a context; the question is forgotten afterwards.
 
         Args:
+            context: None answers without one, but for a stored context that the prompt's ids happen to begin with.
             question: text, or chat messages of which the last is the user's or a tool's.
+            tools: what the model may call, in OpenAI's form; :meth:`read_calls` finds the calls in the answer's text.
+            tool_choice: ``"auto"``, ``"none"``, ``"any"``, or the name of the tool to call. Kept to by guided decoding.
+            parallel_tool_calls: whether one answer may call several times; None allows it where the model chooses.
+            schema: a JSON schema; the answer is JSON that validates against it. With tools: or calls of them.
+            form: how calls are written, if not as :attr:`tool_form` says.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None``, see
                 :class:`~kvzip_memory.generation.GenerationParams`.
 
         Raises:
-            InputError: an empty question or a parameter outside its range.
+            InputError: an empty question, a parameter outside its range, or a schema with a keyword that cannot be kept to.
             WindowError: context and question fill the model's window.
+            UnfinishedError: the JSON or the call was cut by ``max_new_tokens`` or ``stop``.
         """
-        return self.session(context).ask(question, **params)
+        with self.stream(context, question, **params) as stream:
+            for _ in stream:
+                pass
+            return stream.reply
 
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """:meth:`generate` in a thread, so that an event loop goes on."""
         return await asyncio.to_thread(self.generate, context, question, **params)
 
-    def stream(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Stream:
+    def stream(
+        self,
+        context: CompressedContext | None,
+        question: str | Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: Any = None,
+        schema: Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        form: ToolForm | None = None,
+        **params: Any,
+    ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
-        return self.session(context).stream(question, **params)
+        tools = checked_tools(tools)
+        if tools:
+            rules = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
+            params["grammar"] = self.guidance.lark(rules)
+        elif schema is not None:
+            params["grammar"] = self.guidance.json(schema)
+        if context is not None:
+            return self.session(context).stream(question, tools, **params)
+        checked, ids = GenerationParams(**params), self.prompt_ids(None, question, tools)
+        context = self.stored_prefix(ids)
+        return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
+
+    @property
+    def tool_form(self) -> ToolForm:
+        """How the model writes tool calls, by its chat template."""
+        return self._prompts.form
+
+    def read_calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """An answer's text without its tool calls, and the calls: ``id``, ``name`` and ``arguments``."""
+        return read_calls(text, self.tool_form)
 
     def prompt_ids(
         self, context: CompressedContext | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None
     ) -> list[int]:
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
         return self._prompts.question(context.recipe if context else None, question, tools)
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
+        """Tokens of messages as a prompt."""
+        return self._prompts.count(messages, tools)
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:
         """Logits ``[len(ids), vocab]`` fp32 after each of ``ids``, fed behind the context. Nothing is kept.

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from kvzip_memory.context import Recipe, Source
 from kvzip_memory.errors import InputError
-from kvzip_memory.tools import Tool, checked_tools, describe, in_plain_turns
+from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns
 
 #: Used when a tokenizer has no chat template: plain text, the question on a line of its own, then ``Answer:``.
 PLAIN_TEMPLATE = (
@@ -48,6 +49,8 @@ _SEPARATOR = "\n\n"
 
 # What stands in a rendered template for a message's text, and for a string inside a tool or a call.
 _MARK = re.compile(r"\[\[kvzip (text|leaf) (\d+)\]\]")
+# Around a block of text up to which a prompt is loaded once. Made anew by each process, so that no text can hold it.
+_CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 _IDENTIFIER = re.compile(r"[A-Za-z_$][\w$-]*")
 
 logger = logging.getLogger(__name__)
@@ -115,7 +118,12 @@ class PromptBuilder:
         self._literals = re.compile("|".join(map(re.escape, literals))) if literals else None
         user = {"role": "user", "content": "a"}
         self._merges = not self._renders([user, user])
-        self._knows_tools = self._renders(
+        form = form_of(self.template)
+        self.form = form or FORMS["hermes"]
+        spelled = "".join([self.form.begin, self.form.open, self.form.close, self.form.end, self.form.prefix or ""])
+        #: Special tokens that calls are written with; they show in an answer's text.
+        self.call_ids = frozenset(i for i, token in added.items() if token.special and token.content in spelled)
+        self._knows_tools = form is not None and self._renders(
             [user, _call("probe_tool", {"a": "b c"}), {"role": "tool", "content": "d", "tool_call_id": None}],
             [{"type": "function", "function": {"name": "probe_tool", "description": "e f", "parameters": {}}}],
         )
@@ -253,15 +261,39 @@ class PromptBuilder:
             messages = [{"role": "system", "content": describe(tools)}, *messages]
         return self._behind(recipe, self._behind_turns(messages))
 
+    def until_mark(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> Prompt | None:
+        """The prefix of a prompt up to the last block of text that carries ``cache_control``; None without such a block.
+
+        In the system turn what stands before that block is protected, and it is not.
+        """
+        messages, tools = _as_messages(messages), checked_tools(tools)
+        if not any(_CUT in message["content"] for message in messages):
+            return None
+        turns = self._turns(messages, tools)
+        pieces, texts = self._laid_out(turns, tools if self._knows_tools else ())
+        last = max(i for i, text in enumerate(texts) if _CUT in text)
+        head, _, block = texts[last].rpartition(_CUT)[0].rpartition(_CUT)
+        first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+        protected = len(self._ids(pieces[: first + 1], texts[:first]))
+        before = [*self._ids(pieces[: last + 1], texts[:last]), *self.text_ids(head)]
+        ids = [*before, *self.text_ids(block)]
+        role = turns[last]["role"]
+        around, _ = self._laid_out([*_lead(role), {"role": "user", "content": ""}] if role != "user" else _lead(role))
+        opening = tuple(around[-2]) if role != "user" else ()
+        separator = "" if opening else _SEPARATOR
+        recipe = Recipe(opening, separator, tuple(around[-1]), self.free_recipe().next_turn, role, _digest([*tools]) if tools else None)
+        said = _digest([_said(turn) for turn in turns[:last]] + [head.replace(_CUT, ""), block])
+        return Prompt(tuple(ids), min(protected, len(before)) if last < first else protected, recipe, (), (), said, None)
+
+    def count(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
+        """Tokens of any messages as a prompt, the answer's header included."""
+        tools = checked_tools(tools)
+        turns = self._turns([turn for message in messages if (turn := as_message(message)) is not None], tools)
+        return len(self._ids(*self._laid_out(turns, tools if self._knows_tools else ())))
+
     def _behind(self, recipe: Recipe, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Ids of turns behind a context: rendered behind a stand-in that ends in the same role, and cut there."""
-        lead: list[Message] = [{"role": "user", "content": "a"}]
-        if recipe.role == "assistant":
-            lead.append({"role": "assistant", "content": "a"})
-        elif recipe.role == "tool":
-            lead += [_call("a", {}), {"role": "tool", "content": "a", "tool_call_id": None}]
-        elif recipe.role == "system":
-            lead = [{"role": "system", "content": "a"}]
+        lead = _lead(recipe.role)
         joins = bool(recipe.separator and turns and turns[0]["role"] == "user")
         pieces, texts = self._laid_out([*lead, *(turns[1:] if joins else turns)], tools)
         first = self.text_ids(recipe.separator + turns[0]["content"]) if joins else []
@@ -310,11 +342,14 @@ class PromptBuilder:
         return ids
 
     def _harmless(self, text: str) -> list[str]:
-        parts, start = [], 0
-        while self._literals and (found := self._literals.search(text, start)):
-            parts.append(text[start : found.start() + 1])
-            start = found.start() + 1
-        return [*parts, text[start:]] if text[start:] else parts
+        parts = []
+        for section in text.split(_CUT):
+            start = 0
+            while self._literals and (found := self._literals.search(section, start)):
+                parts.append(section[start : found.start() + 1])
+                start = found.start() + 1
+            parts.append(section[start:])
+        return [part for part in parts if part]
 
     def _template_ids(self, piece: str) -> list[int]:
         return list(self.tokenizer(piece, add_special_tokens=False).input_ids) if piece else []
@@ -514,7 +549,8 @@ def _plain(content: Any) -> str:
     for block in content:
         kind = "text" if isinstance(block, str) else block.get("type") if isinstance(block, Mapping) else type(block).__name__
         if kind == "text":
-            texts.append(block if isinstance(block, str) else block["text"])
+            text = block if isinstance(block, str) else block["text"]
+            texts.append(f"{_CUT}{text}{_CUT}" if isinstance(block, Mapping) and block.get("cache_control") else text)
         elif kind not in _SILENT_BLOCKS:
             raise InputError(f"content blocks of type {kind!r} are not supported; send text")
     return "".join(texts)
@@ -590,7 +626,7 @@ def _system(system: str | None) -> list[Message]:
 def _said(message: Message) -> list[Any]:
     """What a message says, without the ids of calls: frameworks make them up anew."""
     calls = [[call["name"], call["arguments"]] for call in message.get("tool_calls", ())]
-    return [message["role"], message["content"], *([calls] if calls else [])]
+    return [message["role"], message["content"].replace(_CUT, ""), *([calls] if calls else [])]
 
 
 def _merged(turns: Sequence[Message]) -> list[Message]:
@@ -603,6 +639,18 @@ def _merged(turns: Sequence[Message]) -> list[Message]:
         else:
             merged.append(turn)
     return merged
+
+
+def _lead(role: str) -> list[Message]:
+    """The shortest conversation that ends in a role."""
+    if role == "system":
+        return [{"role": "system", "content": "a"}]
+    turns: list[Message] = [{"role": "user", "content": "a"}]
+    if role == "assistant":
+        turns.append({"role": "assistant", "content": "a"})
+    elif role == "tool":
+        turns += [_call("a", {}), {"role": "tool", "content": "a", "tool_call_id": None}]
+    return turns
 
 
 def _call(name: str, arguments: Mapping[str, Any]) -> Message:

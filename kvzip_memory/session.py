@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, GenerationParams, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, PromptBuilder
+from kvzip_memory.tools import Tool
 
 
 @dataclass(frozen=True)
@@ -131,31 +132,41 @@ class Session:
         self.context = context
         self._start = context.n_tokens if context else 0
         self._recipe = context.recipe if context else prompts.free_recipe()
+        self._shown = prompts.call_ids
         self._tail = Tail()
         self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
         self._turns = 0
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
 
-    def ask(self, question: str | Sequence[Message], **params: Any) -> Reply:
+    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Reply:
         """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
+
+        The first question may be a list of messages with ``tools``. If it repeats the conversation that the context was made of,
+        what comes behind that is asked.
 
         Raises:
             InputError: an empty question or a parameter outside its range.
             WindowError: the conversation would not fit into the model's window.
             SessionBusyError: the session is still answering.
         """
-        with self.stream(question, **params) as stream:
+        with self.stream(question, tools, **params) as stream:
             for _ in stream:
                 pass
             return stream.reply
 
-    def stream(self, question: str | Sequence[Message], **params: Any) -> Stream:
+    def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        checked = GenerationParams(**params)
+        return self._stream(lambda: self._question_ids(question, tools), GenerationParams(**params))
+
+    def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
+        """Answer what ``ids`` ask, which go on behind all that the session holds."""
+        return self._stream(lambda: [*self._pending, *ids], params)
+
+    def _stream(self, question_ids: Callable[[], list[int]], checked: GenerationParams) -> Stream:
         with self._lock:
             self._check_idle()
-            ids = self._question_ids(question)
+            ids = question_ids()
             taken = self._start + self._tail.length
             if taken + len(ids) >= self._model.window:
                 raise WindowError(
@@ -194,12 +205,17 @@ class Session:
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
-    def _question_ids(self, question: str | Sequence[Message]) -> list[int]:
-        prompts = self._prompts
+    def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
+        prompts, context = self._prompts, self.context
         if self._turns == 0:
-            return prompts.question(self.context.recipe if self.context else None, question)
-        if not isinstance(question, str):
-            raise InputError("a list of messages can only be the first question of a session; go on with strings")
+            if context is not None and not isinstance(question, str):
+                with suppress(InputError):  # what does not stand alone does not repeat the context
+                    ids = prompts.question(None, question, tools)
+                    if len(ids) > self._start and ids[: self._start] == context.token_ids.tolist():
+                        return ids[self._start :]
+            return prompts.question(context.recipe if context else None, question, tools)
+        if not isinstance(question, str) or tools:
+            raise InputError("messages and tools can only be the first question of a session; go on with strings")
         return [*self._pending, *prompts.next_question(self._recipe, question)]
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
@@ -218,7 +234,7 @@ class Session:
                 began = time.perf_counter()
                 logits = model.feed(row, turn.ids)
                 prefilled = time.perf_counter()
-                yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer)
+                yield from decode(logits, step, answer, turn.params, limit, model.eos_ids, self._prompts.tokenizer, self._shown)
             complete = answer.finish_reason != "cancelled"
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.ids), len(answer.ids), cached)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ def context_identity(
         "scorer": dict(scorer) if ratio < 1.0 else None,
         "allocator": allocator if ratio < 1.0 else None,
         "tenant": tenant,
-        "tokens": hashlib.sha256(torch.tensor(prompt.token_ids, dtype=torch.int32).numpy().tobytes()).hexdigest(),
+        "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
         "recipe": digest(vars(prompt.recipe)),
         "tools": prompt.recipe.tools,
@@ -84,6 +85,16 @@ def tenant_digest(tenant: str | None) -> str | None:
 def group_of(identity: Mapping[str, Any]) -> str:
     """What the contexts of one text and tenant have in common, whatever model and ratio they were made with."""
     return digest([identity["tenant"], identity["text"]])
+
+
+def family_of(identity: Mapping[str, Any]) -> str:
+    """What the contexts that one model and tenant can use have in common."""
+    return digest([identity["tenant"], *(identity[field] for field in MODEL_FIELDS)])
+
+
+def tokens_digest(ids: Sequence[int]) -> str:
+    """Hash of a context's ids: the field ``tokens``."""
+    return hashlib.sha256(np.asarray(ids, dtype=np.int32).tobytes()).hexdigest()
 
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
