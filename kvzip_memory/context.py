@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -45,6 +46,18 @@ class RaggedLayer:
         """Keys and values of one KV head, each ``[lengths[index], D]``: views, nothing is copied."""
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.keys[rows], self.values[rows]
+
+    def heads(self) -> Tensor:
+        """``[sum(lengths)]``, the KV head of each pair."""
+        lengths = torch.tensor(self.lengths, device=self.positions.device)
+        return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
+
+    def dense_scores(self, n: int) -> Tensor:
+        """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone. The layer has scores."""
+        assert self.scores is not None
+        scores = torch.full((self.n_heads, n), float("-inf"), dtype=self.scores.dtype)
+        scores[self.heads().cpu(), self.positions.long().cpu()] = self.scores.cpu()
+        return scores
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors this layer owns."""

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from kvzip_memory import loading
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.compression import Prefilled, compress, prefill
+from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
@@ -251,18 +251,99 @@ class KVzipEngine:
         self._check_window(prompt)
         return self._load(prompt, ratio, None, (), began)
 
-    def _load(self, prompt: Prompt, ratio: float | None, name: str | None, tags: str | Sequence[str], began: float) -> CompressedContext:
-        ratio = _checked_ratio(self.ratio if ratio is None else ratio)
+    def extend(
+        self,
+        context: CompressedContext,
+        more: Any,
+        *,
+        name: str | None = None,
+        ratio: float | None = None,
+        keep: str | Sequence[str] = (),
+        tags: str | Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
+    ) -> CompressedContext:
+        """A context that goes on where another one ends. That one stays as it is, for whoever uses it.
+
+        Only what is new is read and ranked; its pairs then compete with those the parent has left, by the scores stored
+        beside them, for ``ratio`` of all pairs of both. What the parent has evicted cannot come back. Found, built once
+        and stored like any context; its key is made of the parent's and the new tokens.
+
+        Args:
+            context: the parent, of the same model; ``load`` or ``extend`` gave it.
+            more: chat messages. They may repeat the conversation the parent was made of, from its first message on; then
+                only what comes behind it is new. Or documents, behind a context of documents; each gets a header.
+            name: see :meth:`load`.
+            ratio: kept fraction of all pairs, the parent's ratio if None.
+            keep: strings of what is new whose pairs are never evicted. The parent's stay kept, but for a parent of ratio
+                1.0, which has ranked nothing.
+            tags: see :meth:`load`.
+            tools: as for a conversation in :meth:`load`; described anew only if the parent was made with others.
+
+        Raises:
+            InputError: as for :meth:`load`; documents behind a conversation; a parent whose pairs another scorer ranked.
+            WindowError, BudgetError, ModelError: see :meth:`load`.
+            IdentityMismatchError: the parent is another model's.
+        """
+        began = time.perf_counter()
+        self._check_parent(context)
+        documents, messages = read_source(more)
+        kept = [keep] if isinstance(keep, str) else keep
+        if documents and tools:
+            raise InputError("tools belong to a conversation; give them with the question about these documents")
+        prompt = (
+            self._prompts.more_documents(context, documents, kept)
+            if documents
+            else self._prompts.more_turns(context, messages, kept, tools)
+        )
+        self._check_window(prompt)
+        return self._load(prompt, ratio, name, tags, began, context)
+
+    async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
+        """:meth:`extend` in a thread, see :meth:`aload`."""
+        return await asyncio.to_thread(self.extend, context, more, **options)
+
+    def _folded(
+        self,
+        context: CompressedContext | None,
+        ids: Sequence[int],
+        protected: int,
+        pairs: DensePairs,
+        ratio: float | None,
+        name: str | None,
+    ) -> CompressedContext:
+        """The context of another one, or of none, and of turns whose pairs are there already."""
+        began = time.perf_counter()
+        if context is not None:
+            self._check_parent(context)
+        prompt = self._prompts.folded(context, ids, protected)
+        self._check_window(prompt)
+        return self._load(prompt, ratio, name, (), began, context, pairs)
+
+    def _load(
+        self,
+        prompt: Prompt,
+        ratio: float | None,
+        name: str | None,
+        tags: str | Sequence[str],
+        began: float,
+        parent: CompressedContext | None = None,
+        pairs: DensePairs | None = None,
+    ) -> CompressedContext:
+        """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given."""
+        ratio = _checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
-        identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant)
+        identity = context_identity(
+            self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant, parent.identity if parent else None
+        )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
-        build = partial(self._build, wanted, prompt, ratio)
-        with self._bar(name) as bar, self.registry.lease(wanted, build, bar.show) as (context, lease):
+        build = partial(self._build, wanted, prompt, ratio, parent)
+        now = build if pairs is None else partial(build, pairs=pairs)
+        with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
-            storage = _Managed(self.registry, wanted, build, context.storage)
+            storage = _Managed(self.registry, wanted, build, context.storage, parent)
         return replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
@@ -342,11 +423,19 @@ class KVzipEngine:
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    def _build(self, wanted: Wanted, prompt: Prompt, ratio: float, report: Report) -> CompressedContext:
-        n = len(prompt.token_ids)
-        total = n + (self._scorer.cost(n - prompt.protected) if ratio < 1.0 else 0)
-        done = 0
-        with self._bar(wanted.name) as bar:
+    def _build(
+        self,
+        wanted: Wanted,
+        prompt: Prompt,
+        ratio: float,
+        parent: CompressedContext | None,
+        report: Report,
+        pairs: DensePairs | None = None,
+    ) -> CompressedContext:
+        recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
+        done = total = 0
+        with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
+            layers = lease.layers if lease else ()
 
             def progress(stage: str, tokens: int) -> None:
                 nonlocal done
@@ -354,12 +443,19 @@ class KVzipEngine:
                 bar.show(stage, done, total)
                 report(stage, done, total)
 
+            first = start if parent and parent.identity["scorer"] else prompt.protected
+            total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
             began = time.perf_counter()
-            cache = prefill(self._model, prompt.token_ids, progress)
+            if pairs is not None:
+                progress("prefill", len(ids) - start)
+            elif layers:
+                pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
+            else:
+                pairs = prefill(self._model, ids, progress)
             ms = {"prefill": 1e3 * (time.perf_counter() - began)}
-            recipe, ids = prompt.recipe, prompt.token_ids
+            encode = self._prompts.text_ids
             prefilled = Prefilled(
-                self._model, cache, ids, prompt.protected, recipe.opening, recipe.closing, self._prompts.text_ids, prompt.keep
+                self._model, pairs, ids, prompt.protected, recipe.opening, recipe.closing, encode, prompt.keep, layers, start
             )
             compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
         return CompressedContext(
@@ -369,7 +465,7 @@ class KVzipEngine:
             storage=Resident(compressed.layers),
             protected=prompt.protected,
             ratio=ratio,
-            dense_nbytes=compressed.dense_nbytes,
+            dense_nbytes=compressed.dense_nbytes + (parent.dense_nbytes if parent else 0),
             recipe=recipe,
             sources=prompt.sources,
             receipt=Receipt(wanted.key, hit=False, tier="built", ms={**ms, **compressed.ms}),
@@ -417,7 +513,7 @@ class KVzipEngine:
     def session(self, context: CompressedContext | None = None) -> Session:
         """A conversation over a context, or over none."""
         self._check_context(context)
-        return Session(self._model, self._prompts, context)
+        return Session(self._model, self._prompts, context, self._folded)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context; the question is forgotten afterwards.
@@ -517,6 +613,15 @@ class KVzipEngine:
         if context is not None:
             check_same_model(context.identity, self._identity, repr(context))
 
+    def _check_parent(self, context: CompressedContext) -> None:
+        self._check_context(context)
+        scorer = context.identity["scorer"]
+        if scorer not in (None, self._scorer.identity()):
+            raise InputError(
+                f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._scorer.identity()} cannot be "
+                "compared; extend it with an engine of that scorer, or load the text again"
+            )
+
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
 
@@ -524,14 +629,30 @@ class KVzipEngine:
 class _Managed:
     """The storage of a loaded context: in the registry, which moves it as it sees fit and has it built if it was lost."""
 
-    def __init__(self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage) -> None:
-        self._registry, self._wanted, self._build = registry, replace(wanted, name=None, tags=()), build
+    def __init__(
+        self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage, parent: CompressedContext | None = None
+    ) -> None:
+        self._registry, self._wanted, self._build, self._parent = registry, replace(wanted, name=None, tags=()), build, parent
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
 
     @contextmanager
     def lease(self, key: str) -> Iterator[Lease]:
-        with self._registry.lease(self._wanted, self._build) as (_, lease):
+        with _leased(self._registry, self._wanted, self._build, self._parent) as (_, lease):
             yield lease
+
+
+@contextmanager
+def _leased(
+    registry: ContextRegistry, wanted: Wanted, build: Build, parent: CompressedContext | None, waiting: Report | None = None
+) -> Iterator[tuple[CompressedContext, Lease]]:
+    """A lease of a context. If it must be built, its parent is brought first, before the lock for building is taken.
+
+    Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built too.
+    """
+    with ExitStack() as stack:
+        with parent.lease() if parent and not registry.tiers(wanted.key) else nullcontext():
+            found = stack.enter_context(registry.lease(wanted, build, waiting))
+        yield found
 
 
 class _Bar:

@@ -109,6 +109,12 @@ class LanguageModel:
             row.tail.advance(count)
         return [logits[-1 if last_only else -count :].float() for logits, count in zip(output.logits, counts, strict=True)]
 
+    def append(self, row: Row, ids: Sequence[int]) -> None:
+        """Append the pairs of ``ids`` to a row's tail; no logits are computed."""
+        cache = SessionCache([row], [len(ids)], self.windows, self._backend)
+        self.fill(ids, row.length, cache, cache)
+        row.tail.advance(len(ids))
+
     def feed(self, row: Row, ids: Sequence[int]) -> Tensor:
         """Append tokens to one row, in chunks, together with the rows of other threads; logits ``[vocab]`` fp32 of the next."""
         for start in range(0, len(ids), FEED_TOKENS):

@@ -17,11 +17,12 @@ import logging
 import re
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvzip_memory.context import Recipe, Source
+from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.errors import InputError
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns
 
@@ -190,12 +191,90 @@ class PromptBuilder:
                 protected = len(ids)
             starts.append(len(ids))
             ids += self.text_ids(text)
-        opening = () if joins else tuple(pieces[-2])
-        separator, role = _SEPARATOR if joins else "", turns[-1]["role"]
-        recipe = Recipe(opening, separator, tuple(pieces[-1]), self._next_turn(turns), role, shown)
+        recipe = _recipe_behind(turns[-1]["role"], pieces, joins, self._next_turn(turns), shown)
         spans = self._kept_spans(texts[: len(turns)], starts, keep)
         said = _digest([_said(message) for message in messages[0 if system is None else 1 :]])
         return Prompt(tuple(ids), len(ids) if protected is None else protected, recipe, (), spans, said, _digest(system))
+
+    def more_documents(self, context: CompressedContext, documents: Sequence[Document], keep: Sequence[str] = ()) -> Prompt:
+        """The prefix of a context of documents and further ones, each with a header. ``keep`` may name their strings only.
+
+        Raises:
+            InputError: the context goes on after its documents.
+        """
+        if not context.sources or context.sources[-1].end != context.n_tokens:
+            raise InputError("documents cannot follow a conversation; extend it with messages, or put the text into one")
+        ids, sources = context.token_ids.tolist(), [*context.sources]
+        for number, document in enumerate(documents, len(sources) + 1):
+            name = document.name or f"document {number}"
+            ids += self.text_ids(f"\n\nDocument {number}: {name}\n\n")
+            sources.append(Source(name, _storable(document.metadata or {}), len(ids), len(ids) + len(text := self.text_ids(document.text))))
+            ids += text
+        added = sources[len(context.sources) :]
+        spans = self._kept_spans([document.text for document in documents], [source.start for source in added], keep)
+        return self._grown(context, ids, context.recipe, spans, tuple(sources))
+
+    def more_turns(
+        self,
+        context: CompressedContext,
+        messages: Sequence[Message],
+        keep: Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
+    ) -> Prompt:
+        """The prefix of a context and turns that follow it. ``keep`` may name strings of these turns only.
+
+        The messages may also repeat the conversation the context was made of; then it is what comes behind that.
+
+        Raises:
+            InputError: as for :meth:`conversation`, or the messages add nothing.
+        """
+        tools, n = checked_tools(tools), context.n_tokens
+        with suppress(InputError):  # what does not stand alone does not repeat the context
+            whole = self.conversation(messages, None, keep, tools)
+            if list(whole.token_ids[:n]) == context.token_ids.tolist():
+                if len(whole.token_ids) > n:
+                    spans = tuple(span for span in whole.keep if span[0] >= n)
+                    return self._grown(context, whole.token_ids, whole.recipe, spans, context.sources)
+                messages = []
+        if not messages or not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+            raise InputError("these messages add nothing to the context")
+        if messages[-1].get("tool_calls"):
+            raise InputError("the conversation ends in tool calls without their results; add the results or end before the calls")
+        if messages[0]["role"] == context.recipe.role == "assistant":
+            raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
+        shown = context.recipe.tools
+        if tools and _digest([*tools]) != shown:
+            shown, messages = _digest([*tools]), [{"role": "system", "content": describe(tools)}, *messages]
+        turns = self._behind_turns(messages)
+        joins = self._merges and turns[-1]["role"] == "user"
+        pieces, texts = self._behind(context.recipe, turns if joins else [*turns, {"role": "user", "content": ""}])
+        ids, starts = context.token_ids.tolist(), []
+        said = texts if joins else texts[:-1]
+        for piece, text in zip(pieces, said, strict=False):
+            ids += piece
+            starts.append(len(ids))
+            ids += self.text_ids(text)
+        recipe = _recipe_behind(turns[-1]["role"], pieces, joins, context.recipe.next_turn, shown)
+        return self._grown(context, ids, recipe, self._kept_spans(said, starts, keep), context.sources)
+
+    def folded(self, context: CompressedContext | None, ids: Sequence[int], protected: int) -> Prompt:
+        """The prefix of a context, or of none, and the ids of turns behind it that end in an answer's text."""
+        before = self.free_recipe() if context is None else context.recipe
+        recipe = replace(before, opening=before.next_turn, separator="", role="assistant")
+        if context is not None:
+            return self._grown(context, [*context.token_ids.tolist(), *ids], recipe, (), context.sources)
+        return Prompt(tuple(ids), protected, recipe, (), (), _digest([None, list(ids)]), None)
+
+    def _grown(
+        self,
+        context: CompressedContext,
+        ids: Sequence[int],
+        recipe: Recipe,
+        keep: tuple[tuple[int, int], ...],
+        sources: tuple[Source, ...],
+    ) -> Prompt:
+        text = _digest([context.identity["text"], list(ids[context.n_tokens :])])
+        return Prompt(tuple(ids), context.protected, recipe, sources, keep, text, context.identity["system"])
 
     def _kept_spans(self, texts: Sequence[str], starts: Sequence[int], keep: Sequence[str]) -> tuple[tuple[int, int], ...]:
         """Token spans of every occurrence of every string of ``keep`` in texts whose ids start at ``starts``."""
@@ -255,11 +334,11 @@ class PromptBuilder:
             raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
         if tools and _digest([*tools]) != recipe.tools:
             if self._knows_tools:
-                ids = self._behind(recipe, self._behind_turns(messages), tools)
-                if ids != self._behind(recipe, self._behind_turns(messages)):
+                ids = self._ids(*self._behind(recipe, self._behind_turns(messages), tools))
+                if ids != self._ids(*self._behind(recipe, self._behind_turns(messages))):
                     return ids  # the template puts tools near the end
             messages = [{"role": "system", "content": describe(tools)}, *messages]
-        return self._behind(recipe, self._behind_turns(messages))
+        return self._ids(*self._behind(recipe, self._behind_turns(messages)))
 
     def until_mark(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> Prompt | None:
         """The prefix of a prompt up to the last block of text that carries ``cache_control``; None without such a block.
@@ -291,13 +370,14 @@ class PromptBuilder:
         turns = self._turns([turn for message in messages if (turn := as_message(message)) is not None], tools)
         return len(self._ids(*self._laid_out(turns, tools if self._knows_tools else ())))
 
-    def _behind(self, recipe: Recipe, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """Ids of turns behind a context: rendered behind a stand-in that ends in the same role, and cut there."""
+    def _behind(self, recipe: Recipe, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[list[int]], list[str]]:
+        """Pieces and texts, as of :meth:`_laid_out`, of turns behind a context: rendered behind a stand-in that ends in
+        the same role, and cut there."""
         lead = _lead(recipe.role)
         joins = bool(recipe.separator and turns and turns[0]["role"] == "user")
         pieces, texts = self._laid_out([*lead, *(turns[1:] if joins else turns)], tools)
-        first = self.text_ids(recipe.separator + turns[0]["content"]) if joins else []
-        return [*first, *pieces[len(lead)], *self._ids([[], *pieces[len(lead) + 1 :]], texts[len(lead) :])]
+        pieces, texts = pieces[len(lead) :], texts[len(lead) :]
+        return ([[], *pieces], [recipe.separator + turns[0]["content"], *texts]) if joins else (pieces, texts)
 
     def _behind_turns(self, messages: Sequence[Message]) -> list[Message]:
         """Messages as turns, system messages as part of the user's turn they precede."""
@@ -314,6 +394,10 @@ class PromptBuilder:
                 said = []
                 turns.append(message)
         return self._turns(turns)
+
+    def head(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
+        """How many ids of a question without a context are template head and system prompt."""
+        return self.conversation(_as_messages(question), tools=tools).protected
 
     def next_question(self, recipe: Recipe, question: str) -> list[int]:
         """Ids of a later question, after the tokens of the answer before it."""
@@ -454,6 +538,12 @@ class PromptBuilder:
 
     def _control_spans(self, text: str) -> list[tuple[int, int]]:
         return [found.span() for found in self._literals.finditer(text)] if self._literals else []
+
+
+def _recipe_behind(role: str, pieces: Sequence[Sequence[int]], joins: bool, next_turn: tuple[int, ...], tools: str | None) -> Recipe:
+    """The recipe of a conversation that ends in a role, from the pieces of it and, unless that ``joins``, an empty user's turn."""
+    opening, separator = ((), _SEPARATOR) if joins else (tuple(pieces[-2]), "")
+    return Recipe(opening, separator, tuple(pieces[-1]), next_turn, role, tools)
 
 
 def read_source(source: Any) -> tuple[list[Document], list[Message]]:

@@ -59,6 +59,10 @@ class Reply:
         return self.text
 
 
+#: Builds the context of a parent, if any, and ids behind it: how many of them are head without a parent, their pairs,
+#: ratio and name follow.
+Fold = Callable[[CompressedContext | None, Sequence[int], int, list[tuple[Tensor, Tensor]], float | None, str | None], CompressedContext]
+
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 
 
@@ -127,15 +131,14 @@ class Session:
     used from different threads.
     """
 
-    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None = None) -> None:
-        self._model, self._prompts = model, prompts
-        self.context = context
-        self._start = context.n_tokens if context else 0
-        self._recipe = context.recipe if context else prompts.free_recipe()
+    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None, fold: Fold) -> None:
+        self._model, self._prompts, self._fold = model, prompts, fold
+        self._go_on(context)
         self._shown = prompts.call_ids
         self._tail = Tail()
-        self._pending: list[int] = []  # answered, but not yet in the tail: the last token is never fed
-        self._turns = 0
+        self._ids: list[int] = []  # of the tail, and of what is not yet in it: an answer's last token is never fed
+        self._ends: list[int] = []  # where in them each turn ends
+        self._first: tuple[str | Sequence[Message], Sequence[Tool] | None] = ("", None)  # what begins them
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
 
@@ -182,16 +185,48 @@ class Session:
         """A second session that has had the same conversation so far; the two go on independently."""
         with self._lock:
             self._check_idle()
-            twin = Session(self._model, self._prompts, self.context)
-            twin._tail, twin._pending, twin._turns = self._tail.copy(), list(self._pending), self._turns
+            twin = Session(self._model, self._prompts, self.context, self._fold)
+            twin._tail, twin._ids, twin._ends, twin._first = self._tail.copy(), list(self._ids), list(self._ends), self._first
             return twin
+
+    def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
+        """Compress the older turns: they become part of a context of their own, over which the session goes on.
+
+        Nothing is read again: the tail's pairs are ranked and join the context's. The context so far stays as it is for
+        whoever uses it; the new one is stored like any other, and :meth:`reset` goes back to it.
+
+        Args:
+            keep: turns, a question and its answer each, that stay as they are.
+            ratio: kept fraction of all pairs of the new context; None takes the context's, or the engine's.
+            name: an alias for the new context.
+
+        Raises:
+            InputError: fewer turns than that, or a negative number.
+            SessionBusyError: the session is still answering.
+            WindowError, BudgetError, ModelError: as for :meth:`KVzipEngine.extend`; the session is as it was.
+        """
+        with self._lock:
+            self._check_idle()
+            if keep < 0 or len(self._ends) <= keep:
+                raise InputError(f"keep is {keep}; there are {len(self._ends)} turns to fold, of which fewer can stay (0 or more)")
+            cut = self._ends[len(self._ends) - 1 - keep]
+            if cut > self._tail.length:
+                with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+                    self._model.append(Row(lease.layers, self._start, self._tail), self._pending)
+            pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
+            head = 0 if self.context else self._prompts.head(*self._first)
+            context = self._fold(self.context, self._ids[:cut], head, pairs, ratio, name)
+            self._go_on(context)
+            self._tail, self._ids = self._tail.copy(cut), self._ids[cut:]
+            self._ends = [end - cut for end in self._ends if end > cut]
+            return context
 
     def reset(self) -> None:
         """Forget the conversation; the context stays. Costs nothing."""
         with self._lock:
             self._check_idle()
             self._tail.crop(0)
-            self._pending, self._turns = [], 0
+            self._ids, self._ends = [], []
 
     @property
     def n_tokens(self) -> int:
@@ -199,7 +234,17 @@ class Session:
         return self._start + self._tail.length + len(self._pending)
 
     def __repr__(self) -> str:
-        return f"<Session over {self.context!r}: {self._turns} turns, {self._tail.length} tokens>"
+        return f"<Session over {self.context!r}: {len(self._ends)} turns, {self._tail.length} tokens>"
+
+    @property
+    def _pending(self) -> list[int]:
+        """Ids that are answered but not yet in the tail."""
+        return self._ids[self._tail.length :]
+
+    def _go_on(self, context: CompressedContext | None) -> None:
+        self.context = context
+        self._start = context.n_tokens if context else 0
+        self._recipe = context.recipe if context else self._prompts.free_recipe()
 
     def _check_idle(self) -> None:
         if self._turn is not None:
@@ -207,7 +252,8 @@ class Session:
 
     def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
         prompts, context = self._prompts, self.context
-        if self._turns == 0:
+        if not self._ends:
+            self._first = (question, tools)
             if context is not None and not isinstance(question, str):
                 with suppress(InputError):  # what does not stand alone does not repeat the context
                     ids = prompts.question(None, question, tools)
@@ -242,20 +288,20 @@ class Session:
             turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
         finally:
             if complete:
-                self._commit(start + len(turn.ids), answer)
+                self._commit(start, turn)
             else:
                 tail.crop(start)
             self._release(turn)
 
-    def _commit(self, prompt_end: int, answer: Answer) -> None:
+    def _commit(self, start: int, turn: _Turn) -> None:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
-        ids = list(answer.ids)
+        answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
             while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
                 ids.pop()
-        self._tail.crop(prompt_end + len(ids))
-        self._pending = ids[self._tail.length - prompt_end :]
-        self._turns += 1
+        self._ids = [*self._ids[:start], *turn.ids, *ids]
+        self._tail.crop(len(self._ids))
+        self._ends.append(len(self._ids))
 
     def _release(self, turn: _Turn) -> None:
         if self._turn is turn:

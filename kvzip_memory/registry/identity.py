@@ -29,6 +29,7 @@ _LABELS = {
     "keep": "the list of pinned spans",
     "system": "system prompt",
     "recipe": "what follows the context (template variables)",
+    "parent": "the context it was grown from",
 }
 _DERIVED = ("tokens", "protected", "recipe")
 
@@ -54,26 +55,35 @@ def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dic
 
 
 def context_identity(
-    model_fields: Mapping[str, Any], prompt: Prompt, ratio: float, scorer: Mapping[str, Any], allocator: str, tenant: str | None = None
+    model_fields: Mapping[str, Any],
+    prompt: Prompt,
+    ratio: float,
+    scorer: Mapping[str, Any],
+    allocator: str,
+    tenant: str | None = None,
+    parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All fields that determine a context's bytes, what may follow it, and who may use it.
 
     Args:
         tenant: a digest, see :func:`tenant_digest`.
+        parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
     """
+    scored = ratio < 1.0 or (parent is not None and parent["scorer"] is not None)
     return {
         **model_fields,
         "text": prompt.text_digest,
         "system": prompt.system_digest,
-        "keep": digest(prompt.keep) if prompt.keep and ratio < 1.0 else None,
+        "keep": digest(prompt.keep) if prompt.keep and scored else None,
         "ratio": ratio,
-        "scorer": dict(scorer) if ratio < 1.0 else None,
-        "allocator": allocator if ratio < 1.0 else None,
+        "scorer": dict(scorer) if scored else None,
+        "allocator": allocator if scored else None,
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
         "recipe": digest(vars(prompt.recipe)),
         "tools": prompt.recipe.tools,
+        "parent": None if parent is None else key_of(parent),
     }
 
 

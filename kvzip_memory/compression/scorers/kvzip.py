@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvzip_memory.attention import BACKENDS, RowKV
-from kvzip_memory.compression.evict import dense_layer
+from kvzip_memory.attention import BACKENDS
 from kvzip_memory.compression.prefill import Prefilled, Progress
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
@@ -62,13 +61,11 @@ class KVzipScorer:
         return n_tokens
 
     def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
-        first, n = prefilled.protected, len(prefilled.token_ids)
-        layers = prefilled.full_layers
-        n_heads = prefilled.cache.layers[layers[0]].keys.shape[1]
-        scores = torch.zeros(len(layers), n_heads, n, dtype=torch.float32)
-        for start, end in self._chunks(first, n, prefilled.model.window - n):
+        n, layers = len(prefilled.token_ids), prefilled.full_layers
+        scores = torch.zeros(len(layers), prefilled.dense[layers[0]][0].shape[0], n, dtype=torch.float32)
+        for start, end in self._chunks(prefilled.first, n, prefilled.model.window - n):
             repeat_ids = self._repeat_ids(prefilled, start, end)
-            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, first, start, end).cpu()
+            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, prefilled.protected, start, end).cpu()
             progress("score", end - start)
         return scores
 
@@ -116,25 +113,18 @@ class _RepeatCall(Cache):
         return query_length, self.get_seq_length()  # the mask made from it is not used
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        window = self._prefilled.model.windows[layer]
-        n = len(self._prefilled.token_ids)
+        prefilled, window = self._prefilled, self._prefilled.model.windows[layer]
         if window is not None:
-            context = dense_layer(self._prefilled.cache.layers[layer], n, window)
-            row = RowKV(context, key[0], value[0], query.shape[2], n)
-            return BACKENDS["cpu"](query, [row], scaling, window)
-        dense = self._prefilled.cache.layers[layer]
-        dense_keys, dense_values = dense.keys[0], dense.values[0]
-        columns = slice(self._start, self._end)
-        near_keys = torch.cat([dense_keys[:, : self._head], dense_keys[:, columns], key[0]], 1)
-        near_values = torch.cat([dense_values[:, : self._head], dense_values[:, columns], value[0]], 1)
+            return BACKENDS["cpu"](query, [prefilled.row(layer, key[0], value[0])], scaling, window)
+        head_keys, head_values = prefilled.pairs(layer, 0, self._head)
+        chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
+        near_keys = torch.cat([head_keys, chunk_keys, key[0]], 1)
         scored = slice(self._head, self._head + self._end - self._start)
         if self._scorer.repeat == "local":
-            out, scores = self._attend(query[0], near_keys, near_values, scaling, scored)
+            out, scores = self._attend(query[0], near_keys, torch.cat([head_values, chunk_values, value[0]], 1), scaling, scored)
         else:
             _, scores = self._attend(query[0], near_keys, None, scaling, scored)
-            all_keys = torch.cat([dense_keys, key[0]], 1)
-            all_values = torch.cat([dense_values, value[0]], 1)
-            out, _ = self._attend(query[0], all_keys, all_values, scaling, None)
+            out = BACKENDS["cpu"](query, [prefilled.row(layer, key[0], value[0])], scaling, None)[0]
         self.scores.append(scores)
         return out[None]
 
