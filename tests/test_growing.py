@@ -298,7 +298,7 @@ def talked(engine: KVzipEngine, context: CompressedContext | None, turns: int = 
 def probe(session: Session) -> torch.Tensor:
     """Logits of the next turn's tokens, without changing the session."""
     twin = session.fork()
-    ids = twin._question_ids(QUESTION)
+    ids = twin._question_ids(QUESTION, None)
     return twin._model.forward([row_over(twin.context, twin._tail)], [ids], last_only=False)[0][-10:]
 
 
@@ -332,7 +332,7 @@ def test_a_folded_session_equals_dense_attention_with_evicted_pairs_masked(archi
     session = talked(engine, parent)
     child = session.fold(1, ratio=0.4)
     kept_turn = session._ids[: session._tail.length]
-    ids = session._question_ids(QUESTION)
+    ids = session._question_ids(QUESTION, None)
     ours = session._model.forward([row_over(child, session._tail)], [ids], last_only=False)[0]
     theirs = masked_logits(engine, child, [*kept_turn, *ids], parent, folded_at=child.n_tokens + len(kept_turn))[len(kept_turn) :]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
