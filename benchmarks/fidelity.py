@@ -11,9 +11,9 @@ KL(full || compressed) and top-1 agreement. Methods are compared at the same kep
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,10 @@ def documents(data: list[dict[str, Any]], count: int, tokenizer: Any, tokens: in
 
 def context_at(prefilled: Prefilled, scores: torch.Tensor | None, ratio: float, base: CompressedContext) -> CompressedContext:
     """A context evicted to ``ratio`` from a dense cache that stays whole."""
-    twin = copy.copy(prefilled.cache)
-    twin.layers = [copy.copy(layer) for layer in prefilled.cache.layers]
-    n = len(prefilled.token_ids)
     half = scores.half()
     half[:, :, : prefilled.protected] = float("inf")
     keep = ALLOCATORS["global"](half, round(ratio * half.numel()))
-    layers = evict(twin, keep, None, prefilled.model.windows, n)
+    layers = evict(replace(prefilled, dense=[*prefilled.dense]), keep, None)
     fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
     return CompressedContext(**fields, storage=Resident(tuple(layers)), ratio=ratio)
 
@@ -107,9 +104,9 @@ def main() -> None:
                 questions.append({"kind": kind, "question": ids, "answer": answer})
         reference = [engine.logits(full, q["question"] + q["answer"][:-1])[-len(q["answer"]) :] for q in questions]
         job["contexts"].append({"ids": list(prompt.token_ids), "questions": questions})
-        cache = prefill(engine._model, prompt.token_ids, lambda *_: None)
+        pairs = prefill(engine._model, prompt.token_ids, lambda *_: None)
         prefilled = Prefilled(
-            engine._model, cache, prompt.token_ids, prompt.protected, prompt.recipe.opening, prompt.recipe.closing, engine._prompts.text_ids
+            engine._model, pairs, prompt.token_ids, prompt.protected, prompt.recipe.opening, prompt.recipe.closing, engine._prompts.text_ids
         )
         if paper is None:
             paper = kvpress_scores(prefilled)

@@ -11,6 +11,7 @@ from kvzip_memory.errors import (
     ModelError,
     QueueFullError,
     SessionBusyError,
+    UnfinishedError,
     UnsupportedModelError,
     WindowError,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "SessionBusyError",
     "Source",
     "Stream",
+    "UnfinishedError",
     "UnsupportedModelError",
     "Usage",
     "WindowError",

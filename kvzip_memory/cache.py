@@ -52,11 +52,15 @@ class Tail:
         """Forget everything after the first ``length`` entries."""
         self.length = min(self.length, length)
 
-    def copy(self) -> Tail:
-        """An independent tail with the same entries."""
+    def pairs(self, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Views of the first ``end`` entries, keys and values ``[H, end, D]`` of every layer."""
+        return [(keys[:, :end], values[:, :end]) for _, (keys, values) in sorted(self._layers.items())]
+
+    def copy(self, start: int = 0) -> Tail:
+        """An independent tail with the same entries from ``start`` on."""
         twin = Tail()
-        twin.length = self.length
-        twin._layers = {i: (keys.clone(), values.clone()) for i, (keys, values) in self._layers.items()}
+        twin.length = self.length - start
+        twin._layers = {i: (keys[:, start:].clone(), values[:, start:].clone()) for i, (keys, values) in self._layers.items()}
         return twin
 
 

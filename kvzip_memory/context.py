@@ -9,6 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -46,6 +47,18 @@ class RaggedLayer:
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.keys[rows], self.values[rows]
 
+    def heads(self) -> Tensor:
+        """``[sum(lengths)]``, the KV head of each pair."""
+        lengths = torch.tensor(self.lengths, device=self.positions.device)
+        return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
+
+    def dense_scores(self, n: int) -> Tensor:
+        """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone. The layer has scores."""
+        assert self.scores is not None
+        scores = torch.full((self.n_heads, n), float("-inf"), dtype=self.scores.dtype)
+        scores[self.heads().cpu(), self.positions.long().cpu()] = self.scores.cpu()
+        return scores
+
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors this layer owns."""
         scores = () if self.scores is None else (self.scores,)
@@ -74,12 +87,16 @@ class Recipe:
         separator: plain text put before the first question.
         closing: ids that end a user's turn and open the assistant's.
         next_turn: ids that end an assistant's turn and open the user's.
+        role: whose turn the context ends in.
+        tools: digest of the tools that are described in the context, None without any.
     """
 
     opening: tuple[int, ...]
     separator: str
     closing: tuple[int, ...]
     next_turn: tuple[int, ...]
+    role: str = "user"
+    tools: str | None = None
 
 
 @dataclass(frozen=True)
@@ -230,6 +247,10 @@ class CompressedContext:
 
         with self.lease() as lease:
             return write_context(replace(self, storage=Resident(lease.layers)), Path(path))
+
+    def as_block(self) -> dict[str, str]:
+        """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""
+        return {"type": "file", "file_id": self.key}
 
     def __repr__(self) -> str:
         kept = 100 * self.kept_pairs / self.total_pairs

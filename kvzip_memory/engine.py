@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,16 @@ from transformers import PreTrainedModel
 
 from kvzip_memory import loading
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.compression import Prefilled, compress, prefill
+from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
-from kvzip_memory.errors import InputError, WindowError
+from kvzip_memory.errors import InputError, KVzipError, WindowError
+from kvzip_memory.generation import GenerationParams
+from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
-from kvzip_memory.registry import Build, ContextRegistry, Report, Wanted, parse_bytes
+from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
@@ -40,6 +43,9 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+
+logger = logging.getLogger(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -117,6 +123,7 @@ class KVzipEngine:
             tenant=self._tenant,
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
     @classmethod
     def from_pretrained(
@@ -194,6 +201,7 @@ class KVzipEngine:
         system: str | None = None,
         keep: str | Sequence[str] = (),
         tags: str | Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -210,6 +218,7 @@ class KVzipEngine:
             system: a system prompt, put first and never evicted.
             keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names.
             tags: free words to list it by; not part of the key.
+            tools: the tools of a conversation, in OpenAI's form; described where the template describes them.
 
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
@@ -218,19 +227,123 @@ class KVzipEngine:
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        ratio = self.ratio if ratio is None else _checked_ratio(ratio)
+        _checked_ratio(self.ratio if ratio is None else ratio)
         began = time.perf_counter()
-        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep)
+        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep, tools)
+        return self._load(prompt, ratio, name, tags, began)
+
+    def load_marked(
+        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, ratio: float | None = None
+    ) -> CompressedContext | None:
+        """The context of a prompt's beginning, up to the last block of text with ``cache_control``: found or built as by :meth:`load`.
+
+        None if no block has it, or if it ends within the first 256 tokens, where building would cost more than it saves.
+
+        Raises:
+            InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
+        """
+        began = time.perf_counter()
+        prompt = self._prompts.until_mark(messages, tools)
+        if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
+            if prompt is not None:
+                logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FREE_TOKENS)
+            return None
+        self._check_window(prompt)
+        return self._load(prompt, ratio, None, (), began)
+
+    def extend(
+        self,
+        context: CompressedContext,
+        more: Any,
+        *,
+        name: str | None = None,
+        ratio: float | None = None,
+        keep: str | Sequence[str] = (),
+        tags: str | Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
+    ) -> CompressedContext:
+        """A context that goes on where another one ends. That one stays as it is, for whoever uses it.
+
+        Only what is new is read and ranked; its pairs then compete with those the parent has left, by the scores stored
+        beside them, for ``ratio`` of all pairs of both. What the parent has evicted cannot come back. Found, built once
+        and stored like any context; its key is made of the parent's and the new tokens.
+
+        Args:
+            context: the parent, of the same model; ``load`` or ``extend`` gave it.
+            more: chat messages. They may repeat the conversation the parent was made of, from its first message on; then
+                only what comes behind it is new. Or documents, behind a context of documents; each gets a header.
+            name: see :meth:`load`.
+            ratio: kept fraction of all pairs, the parent's ratio if None.
+            keep: strings of what is new whose pairs are never evicted. The parent's stay kept, but for a parent of ratio
+                1.0, which has ranked nothing.
+            tags: see :meth:`load`.
+            tools: as for a conversation in :meth:`load`; described anew only if the parent was made with others.
+
+        Raises:
+            InputError: as for :meth:`load`; documents behind a conversation; a parent whose pairs another scorer ranked.
+            WindowError, BudgetError, ModelError: see :meth:`load`.
+            IdentityMismatchError: the parent is another model's.
+        """
+        began = time.perf_counter()
+        self._check_parent(context)
+        documents, messages = read_source(more)
+        kept = [keep] if isinstance(keep, str) else keep
+        if documents and tools:
+            raise InputError("tools belong to a conversation; give them with the question about these documents")
+        prompt = (
+            self._prompts.more_documents(context, documents, kept)
+            if documents
+            else self._prompts.more_turns(context, messages, kept, tools)
+        )
+        self._check_window(prompt)
+        return self._load(prompt, ratio, name, tags, began, context)
+
+    async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
+        """:meth:`extend` in a thread, see :meth:`aload`."""
+        return await asyncio.to_thread(self.extend, context, more, **options)
+
+    def _folded(
+        self,
+        context: CompressedContext | None,
+        ids: Sequence[int],
+        protected: int,
+        pairs: DensePairs,
+        ratio: float | None,
+        name: str | None,
+    ) -> CompressedContext:
+        """The context of another one, or of none, and of turns whose pairs are there already."""
+        began = time.perf_counter()
+        if context is not None:
+            self._check_parent(context)
+        prompt = self._prompts.folded(context, ids, protected)
+        self._check_window(prompt)
+        return self._load(prompt, ratio, name, (), began, context, pairs)
+
+    def _load(
+        self,
+        prompt: Prompt,
+        ratio: float | None,
+        name: str | None,
+        tags: str | Sequence[str],
+        began: float,
+        parent: CompressedContext | None = None,
+        pairs: DensePairs | None = None,
+    ) -> CompressedContext:
+        """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given."""
+        ratio = _checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
-        identity = context_identity(self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant)
+        identity = context_identity(
+            self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant, parent.identity if parent else None
+        )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
-        build = partial(self._build, wanted, prompt, ratio)
-        with self._bar(name) as bar, self.registry.lease(wanted, build, bar.show) as (context, lease):
+        build = partial(self._build, wanted, prompt, ratio, parent)
+        now = build if pairs is None else partial(build, pairs=pairs)
+        with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
-            storage = _Managed(self.registry, wanted, build, context.storage)
+            storage = _Managed(self.registry, wanted, build, context.storage, parent)
         return replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
@@ -248,11 +361,18 @@ class KVzipEngine:
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
             raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
-        entry = usable[-1]
+        return self._handle(usable[-1])
+
+    def _handle(self, entry: Entry) -> CompressedContext:
+        """A stored context that nobody gave the text of.
+
+        Raises:
+            InputError: it is no longer stored.
+        """
         wanted = Wanted(entry.key, entry.identity, entry.group)
 
         def build(report: Report) -> CompressedContext:
-            raise InputError(f"context {reference!r} is no longer stored; load its text again")
+            raise InputError(f"context {entry.name or entry.key[:12]!r} is no longer stored; load its text again")
 
         with self.registry.lease(wanted, build) as (context, lease):
             storage = _Managed(self.registry, wanted, build, context.storage)
@@ -272,9 +392,17 @@ class KVzipEngine:
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         return replace(context, receipt=Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms))
 
-    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None) -> Prompt:
         documents, messages = read_source(source)
-        prompt = self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep)
+        if documents and tools:
+            raise InputError("tools belong to a conversation; give them with the question about these documents")
+        prompt = (
+            self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep, tools)
+        )
+        self._check_window(prompt)
+        return prompt
+
+    def _check_window(self, prompt: Prompt) -> None:
         tokens, limit = len(prompt.token_ids), self.window - FREE_TOKENS
         if tokens > limit:
             raise WindowError(
@@ -284,7 +412,6 @@ class KVzipEngine:
                 tokens=tokens,
                 window=self.window,
             )
-        return prompt
 
     def _estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
         """Bytes the context will take, from the model's shape."""
@@ -296,11 +423,19 @@ class KVzipEngine:
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    def _build(self, wanted: Wanted, prompt: Prompt, ratio: float, report: Report) -> CompressedContext:
-        n = len(prompt.token_ids)
-        total = n + (self._scorer.cost(n - prompt.protected) if ratio < 1.0 else 0)
-        done = 0
-        with self._bar(wanted.name) as bar:
+    def _build(
+        self,
+        wanted: Wanted,
+        prompt: Prompt,
+        ratio: float,
+        parent: CompressedContext | None,
+        report: Report,
+        pairs: DensePairs | None = None,
+    ) -> CompressedContext:
+        recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
+        done = total = 0
+        with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
+            layers = lease.layers if lease else ()
 
             def progress(stage: str, tokens: int) -> None:
                 nonlocal done
@@ -308,12 +443,19 @@ class KVzipEngine:
                 bar.show(stage, done, total)
                 report(stage, done, total)
 
+            first = start if parent and parent.identity["scorer"] else prompt.protected
+            total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
             began = time.perf_counter()
-            cache = prefill(self._model, prompt.token_ids, progress)
+            if pairs is not None:
+                progress("prefill", len(ids) - start)
+            elif layers:
+                pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
+            else:
+                pairs = prefill(self._model, ids, progress)
             ms = {"prefill": 1e3 * (time.perf_counter() - began)}
-            recipe, ids = prompt.recipe, prompt.token_ids
+            encode = self._prompts.text_ids
             prefilled = Prefilled(
-                self._model, cache, ids, prompt.protected, recipe.opening, recipe.closing, self._prompts.text_ids, prompt.keep
+                self._model, pairs, ids, prompt.protected, recipe.opening, recipe.closing, encode, prompt.keep, layers, start
             )
             compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
         return CompressedContext(
@@ -323,7 +465,7 @@ class KVzipEngine:
             storage=Resident(compressed.layers),
             protected=prompt.protected,
             ratio=ratio,
-            dense_nbytes=compressed.dense_nbytes,
+            dense_nbytes=compressed.dense_nbytes + (parent.dense_nbytes if parent else 0),
             recipe=recipe,
             sources=prompt.sources,
             receipt=Receipt(wanted.key, hit=False, tier="built", ms={**ms, **compressed.ms}),
@@ -355,38 +497,95 @@ class KVzipEngine:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
         self.registry.close()
 
+    def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:
+        """The stored context with the most tokens that a prompt's ids begin with, None if there is none."""
+        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity, ids)) is None:
+            return None
+        try:
+            context = self._handle(entry)
+        except KVzipError as error:  # lost meanwhile, or no room for it: the prompt is computed
+            logger.debug("a stored beginning of the prompt is not used: %s", error)
+            return None
+        return context if list(ids[: context.n_tokens]) == context.token_ids.tolist() else None
+
     # -- answers -------------------------------------------------------------------------------------------------
 
     def session(self, context: CompressedContext | None = None) -> Session:
         """A conversation over a context, or over none."""
         self._check_context(context)
-        return Session(self._model, self._prompts, context)
+        return Session(self._model, self._prompts, context, self._folded)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
-        """Answer one question from a context (None: without one); the question is forgotten afterwards.
+        """Answer one question from a context; the question is forgotten afterwards.
 
         Args:
-            question: text, or chat messages of which the last is the user's.
+            context: None answers without one, but for a stored context that the prompt's ids happen to begin with.
+            question: text, or chat messages of which the last is the user's or a tool's.
+            tools: what the model may call, in OpenAI's form; :meth:`read_calls` finds the calls in the answer's text.
+            tool_choice: ``"auto"``, ``"none"``, ``"any"``, or the name of the tool to call. Kept to by guided decoding.
+            parallel_tool_calls: whether one answer may call several times; None allows it where the model chooses.
+            schema: a JSON schema; the answer is JSON that validates against it. With tools: or calls of them.
+            form: how calls are written, if not as :attr:`tool_form` says.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None``, see
                 :class:`~kvzip_memory.generation.GenerationParams`.
 
         Raises:
-            InputError: an empty question or a parameter outside its range.
+            InputError: an empty question, a parameter outside its range, or a schema with a keyword that cannot be kept to.
             WindowError: context and question fill the model's window.
+            UnfinishedError: the JSON or the call was cut by ``max_new_tokens`` or ``stop``.
         """
-        return self.session(context).ask(question, **params)
+        with self.stream(context, question, **params) as stream:
+            for _ in stream:
+                pass
+            return stream.reply
 
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """:meth:`generate` in a thread, so that an event loop goes on."""
         return await asyncio.to_thread(self.generate, context, question, **params)
 
-    def stream(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Stream:
+    def stream(
+        self,
+        context: CompressedContext | None,
+        question: str | Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        tool_choice: Any = None,
+        schema: Mapping[str, Any] | None = None,
+        parallel_tool_calls: bool | None = None,
+        form: ToolForm | None = None,
+        **params: Any,
+    ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
-        return self.session(context).stream(question, **params)
+        tools = checked_tools(tools)
+        if tools:
+            rules = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
+            params["grammar"] = self.guidance.lark(rules)
+        elif schema is not None:
+            params["grammar"] = self.guidance.json(schema)
+        if context is not None:
+            return self.session(context).stream(question, tools, **params)
+        checked, ids = GenerationParams(**params), self.prompt_ids(None, question, tools)
+        context = self.stored_prefix(ids)
+        return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
-    def prompt_ids(self, context: CompressedContext | None, question: str | Sequence[Message]) -> list[int]:
+    @property
+    def tool_form(self) -> ToolForm:
+        """How the model writes tool calls, by its chat template."""
+        return self._prompts.form
+
+    def read_calls(self, text: str) -> tuple[str, list[dict[str, Any]]]:
+        """An answer's text without its tool calls, and the calls: ``id``, ``name`` and ``arguments``."""
+        return read_calls(text, self.tool_form)
+
+    def prompt_ids(
+        self, context: CompressedContext | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> list[int]:
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
-        return self._prompts.question(context.recipe if context else None, question)
+        return self._prompts.question(context.recipe if context else None, question, tools)
+
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
+        """Tokens of messages as a prompt."""
+        return self._prompts.count(messages, tools)
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:
         """Logits ``[len(ids), vocab]`` fp32 after each of ``ids``, fed behind the context. Nothing is kept.
@@ -415,6 +614,15 @@ class KVzipEngine:
         if context is not None:
             check_same_model(context.identity, self._identity, repr(context))
 
+    def _check_parent(self, context: CompressedContext) -> None:
+        self._check_context(context)
+        scorer = context.identity["scorer"]
+        if scorer not in (None, self._scorer.identity()):
+            raise InputError(
+                f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._scorer.identity()} cannot be "
+                "compared; extend it with an engine of that scorer, or load the text again"
+            )
+
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
 
@@ -422,14 +630,30 @@ class KVzipEngine:
 class _Managed:
     """The storage of a loaded context: in the registry, which moves it as it sees fit and has it built if it was lost."""
 
-    def __init__(self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage) -> None:
-        self._registry, self._wanted, self._build = registry, replace(wanted, name=None, tags=()), build
+    def __init__(
+        self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage, parent: CompressedContext | None = None
+    ) -> None:
+        self._registry, self._wanted, self._build, self._parent = registry, replace(wanted, name=None, tags=()), build, parent
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
 
     @contextmanager
     def lease(self, key: str) -> Iterator[Lease]:
-        with self._registry.lease(self._wanted, self._build) as (_, lease):
+        with _leased(self._registry, self._wanted, self._build, self._parent) as (_, lease):
             yield lease
+
+
+@contextmanager
+def _leased(
+    registry: ContextRegistry, wanted: Wanted, build: Build, parent: CompressedContext | None, waiting: Report | None = None
+) -> Iterator[tuple[CompressedContext, Lease]]:
+    """A lease of a context. If it must be built, its parent is brought first, before the lock for building is taken.
+
+    Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built too.
+    """
+    with ExitStack() as stack:
+        with parent.lease() if parent and not registry.tiers(wanted.key) else nullcontext():
+            found = stack.enter_context(registry.lease(wanted, build, waiting))
+        yield found
 
 
 class _Bar:

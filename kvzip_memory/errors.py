@@ -57,3 +57,7 @@ class IdentityMismatchError(KVzipError, ValueError):
     def __init__(self, message: str, *, fields: tuple[str, ...]) -> None:
         super().__init__(message)
         self.fields = fields
+
+
+class UnfinishedError(KVzipError, RuntimeError):
+    """An answer that was cut before its JSON or its tool call was complete."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kvzip_memory.errors import InputError, ModelError
+from kvzip_memory.errors import InputError, ModelError, UnfinishedError
+from kvzip_memory.guidance import Grammar, Guide
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class GenerationParams:
         top_k: sample from the k likeliest tokens.
         seed: makes sampling repeatable; None draws one.
         stop: texts that end the answer; they are not part of it.
+        grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
         speculate: guess tokens by prompt lookup and check several in one step while no other answer runs. The answer
             is the same, sooner where it quotes the context.
 
@@ -37,6 +39,7 @@ class GenerationParams:
     top_k: int | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
+    grammar: Grammar | None = None
     speculate: bool = True
 
     def __post_init__(self) -> None:
@@ -57,9 +60,10 @@ class GenerationParams:
 
 
 class Sampler:
-    """Picks the next token of one row with transformers' logits processors."""
+    """Picks the next token of one row with transformers' logits processors, among those that the grammar allows."""
 
     def __init__(self, params: GenerationParams, device: torch.device) -> None:
+        self.guide = params.grammar.start() if params.grammar else None
         self._greedy = params.temperature == 0
         if self._greedy:
             return
@@ -82,6 +86,14 @@ class Sampler:
         Raises:
             ModelError: a logit is not a number.
         """
+        if self.guide is not None:
+            logits = self.guide.mask(logits)
+        token = self._pick(logits)
+        if self.guide is not None:
+            self.guide.take(token)
+        return token
+
+    def _pick(self, logits: Tensor) -> int:
         highest, token = logits.max(-1)
         if highest.isnan():
             raise ModelError("the model computed logits that are not numbers (usually float16 overflow); load it in bfloat16 or float32")
@@ -101,16 +113,25 @@ class Sampler:
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; a character is held back until all its bytes are there."""
+    """Text of a growing list of tokens, piece by piece; a character is held back until all its bytes are there.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    Args:
+        tokenizer: of the model.
+        shown: special tokens whose spelling belongs to the text; others do not show.
+    """
+
+    def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
         self._ids: list[int] = []
         self._start = 0  # decoding starts here, a token or more before what is new: decoders look at neighbours
         self._done = 0  # tokens whose text has been given out
 
     def push(self, token: int) -> str:
         """The text the token completes, often its own, sometimes nothing."""
+        if token in self._shown:
+            text = self.flush() + self._tokenizer.convert_ids_to_tokens(token)
+            self._ids, self._start, self._done = [], 0, 0
+            return text
         self._ids.append(token)
         return self._advance(complete=False)
 
@@ -171,15 +192,27 @@ class Answer:
 
 
 def decode(
-    tokens: Iterable[int], answer: Answer, stops: Sequence[str], limit: int, eos_ids: frozenset[int], tokenizer: Any
+    tokens: Iterable[int],
+    answer: Answer,
+    stops: Sequence[str],
+    limit: int,
+    eos_ids: frozenset[int],
+    tokenizer: Any,
+    shown: frozenset[int] = frozenset(),
+    guide: Guide | None = None,
 ) -> Iterator[str]:
     """Pieces of an answer's text as they come; ``answer`` is filled in on the way.
 
     Args:
         tokens: sampled tokens; where they end by themselves the answer was cancelled.
         limit: at most so many tokens.
+        shown: special tokens that are part of the text.
+        guide: of a grammar the answer must keep to.
+
+    Raises:
+        UnfinishedError: cut before the grammar lets it end.
     """
-    detokenizer, matcher = Detokenizer(tokenizer), StopMatcher(stops)
+    detokenizer, matcher = Detokenizer(tokenizer, shown), StopMatcher(stops)
     for token in tokens:
         if token in eos_ids:
             answer.finish_reason = "stop"
@@ -187,8 +220,9 @@ def decode(
         else:
             answer.ids.append(token)
             piece = detokenizer.push(token)
-            if len(answer.ids) == limit:
-                answer.finish_reason = "length"
+            ended = guide is not None and guide.ended
+            if ended or len(answer.ids) == limit:
+                answer.finish_reason = "stop" if ended else "length"
                 piece += detokenizer.flush()
         piece, answer.cut = matcher.push(piece)
         if answer.cut:
@@ -198,6 +232,10 @@ def decode(
         answer.text += piece
         if piece:
             yield piece
-        if answer.finish_reason is not None:
-            return
+        if answer.finish_reason is None:
+            continue
+        if guide is not None and not guide.complete:
+            why = "a stop string" if answer.cut else f"its limit of {limit} tokens"
+            raise UnfinishedError(f"the answer was cut by {why} before its JSON was complete; allow more tokens, or ask for less")
+        return
     answer.finish_reason = "cancelled"

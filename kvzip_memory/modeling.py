@@ -132,6 +132,14 @@ class LanguageModel:
             row.tail.advance(count)
         return [logits[-min(n_logits, count) :].float() for logits, count in zip(output.logits, counts, strict=True)]
 
+    def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
+        """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
+        for start in range(0, len(ids), self.chunk_tokens):
+            chunk = ids[start : start + self.chunk_tokens]
+            cache = SessionCache([row], [len(chunk)], self.windows, self._backend)
+            yield from self.fill(chunk, row.length, cache, cache)
+            row.tail.advance(len(chunk))
+
     def feed(self, row: Row, ids: Sequence[int], choose: Choose, n_logits: int = 1, cancelled: threading.Event | None = None) -> list[int]:
         """Append tokens to one row, in chunks, together with the rows of other threads.
 

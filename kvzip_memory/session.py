@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -14,12 +15,14 @@ from typing import Any
 import numpy as np
 
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, PromptBuilder
 from kvzip_memory.speculation import PromptLookup
+from kvzip_memory.tools import Tool
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,10 @@ class Reply:
     def __str__(self) -> str:
         return self.text
 
+
+#: Builds the context of a parent, if any, and ids behind it: how many of them are head without a parent, their pairs,
+#: ratio and name follow.
+Fold = Callable[[CompressedContext | None, Sequence[int], int, DensePairs, float | None, str | None], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 
@@ -130,36 +137,45 @@ class Session:
     used from different threads.
     """
 
-    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None = None) -> None:
-        self._model, self._prompts = model, prompts
-        self.context = context
-        self._start = context.n_tokens if context else 0
-        self._recipe = context.recipe if context else prompts.free_recipe()
+    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None, fold: Fold) -> None:
+        self._model, self._prompts, self._fold = model, prompts, fold
+        self._go_on(context)
+        self._shown = prompts.call_ids
         self._tail = Tail()
-        self._said: list[int] = []  # tokens after the context; the last may not be in the tail yet
-        self._turns = 0
+        self._ids: list[int] = []  # of the tail, and of what is not yet in it: an answer's last token is never fed
+        self._ends: list[int] = []  # where in them each turn ends
+        self._first: tuple[str | Sequence[Message], Sequence[Tool] | None] = ("", None)  # what begins them
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
 
-    def ask(self, question: str | Sequence[Message], **params: Any) -> Reply:
+    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Reply:
         """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
+
+        The first question may be a list of messages with ``tools``. If it repeats the conversation that the context was made of,
+        what comes behind that is asked.
 
         Raises:
             InputError: an empty question or a parameter outside its range.
             WindowError: the conversation would not fit into the model's window.
             SessionBusyError: the session is still answering.
         """
-        with self.stream(question, **params) as stream:
+        with self.stream(question, tools, **params) as stream:
             for _ in stream:
                 pass
             return stream.reply
 
-    def stream(self, question: str | Sequence[Message], **params: Any) -> Stream:
+    def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        checked = GenerationParams(**params)
+        return self._stream(lambda: self._question_ids(question, tools), GenerationParams(**params))
+
+    def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
+        """Answer what ``ids`` ask, which go on behind all that the session holds."""
+        return self._stream(lambda: [*self._pending, *ids], params)
+
+    def _stream(self, question_ids: Callable[[], list[int]], checked: GenerationParams) -> Stream:
         with self._lock:
             self._check_idle()
-            ids = self._question_ids(question)
+            ids = question_ids()
             taken = self._start + self._tail.length
             if taken + len(ids) >= self._model.window:
                 raise WindowError(
@@ -175,48 +191,98 @@ class Session:
         """A second session that has had the same conversation so far; the two go on independently."""
         with self._lock:
             self._check_idle()
-            twin = Session(self._model, self._prompts, self.context)
-            twin._tail, twin._said, twin._turns = self._tail.copy(), list(self._said), self._turns
+            twin = Session(self._model, self._prompts, self.context, self._fold)
+            twin._tail, twin._ids, twin._ends, twin._first = self._tail.copy(), list(self._ids), list(self._ends), self._first
             return twin
+
+    def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
+        """Compress the older turns: they become part of a context of their own, over which the session goes on.
+
+        Nothing is read again: the tail's pairs are ranked and join the context's. The context so far stays as it is for
+        whoever uses it; the new one is stored like any other, and :meth:`reset` goes back to it.
+
+        Args:
+            keep: turns, a question and its answer each, that stay as they are.
+            ratio: kept fraction of all pairs of the new context; None takes the context's, or the engine's.
+            name: an alias for the new context.
+
+        Raises:
+            InputError: fewer turns than that, or a negative number.
+            SessionBusyError: the session is still answering.
+            WindowError, BudgetError, ModelError: as for :meth:`KVzipEngine.extend`; the session is as it was.
+        """
+        with self._lock:
+            self._check_idle()
+            if keep < 0 or len(self._ends) <= keep:
+                raise InputError(f"keep is {keep}; there are {len(self._ends)} turns to fold, of which fewer can stay (0 or more)")
+            cut = self._ends[len(self._ends) - 1 - keep]
+            if cut > self._tail.length:
+                with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+                    deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
+            pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
+            head = 0 if self.context else self._prompts.head(*self._first)
+            context = self._fold(self.context, self._ids[:cut], head, pairs, ratio, name)
+            self._go_on(context)
+            self._tail, self._ids = self._tail.copy(cut), self._ids[cut:]
+            self._ends = [end - cut for end in self._ends if end > cut]
+            return context
 
     def reset(self) -> None:
         """Forget the conversation; the context stays. Costs nothing."""
         with self._lock:
             self._check_idle()
             self._tail.crop(0)
-            self._said, self._turns = [], 0
+            self._ids, self._ends = [], []
 
     @property
     def n_tokens(self) -> int:
         """Tokens the conversation takes in the window, context included."""
-        return self._start + len(self._said)
+        return self._start + len(self._ids)
 
     def __repr__(self) -> str:
-        return f"<Session over {self.context!r}: {self._turns} turns, {self._tail.length} tokens>"
+        return f"<Session over {self.context!r}: {len(self._ends)} turns, {self._tail.length} tokens>"
+
+    @property
+    def _pending(self) -> list[int]:
+        """Ids that are answered but not yet in the tail."""
+        return self._ids[self._tail.length :]
+
+    def _go_on(self, context: CompressedContext | None) -> None:
+        self.context = context
+        self._start = context.n_tokens if context else 0
+        self._recipe = context.recipe if context else self._prompts.free_recipe()
 
     def _check_idle(self) -> None:
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
-    def _question_ids(self, question: str | Sequence[Message]) -> list[int]:
-        prompts = self._prompts
-        if self._turns == 0:
-            return prompts.question(self.context.recipe if self.context else None, question)
-        if not isinstance(question, str):
-            raise InputError("a list of messages can only be the first question of a session; go on with strings")
-        return [*self._said[self._tail.length :], *prompts.next_question(self._recipe, question)]
+    def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
+        prompts, context = self._prompts, self.context
+        if not self._ends:
+            self._first = (question, tools)
+            if context is not None and not isinstance(question, str):
+                with suppress(InputError):  # what does not stand alone does not repeat the context
+                    ids = prompts.question(None, question, tools)
+                    if len(ids) > self._start and ids[: self._start] == context.token_ids.tolist():
+                        return ids[self._start :]
+            return prompts.question(context.recipe if context else None, question, tools)
+        if not isinstance(question, str) or tools:
+            raise InputError("messages and tools can only be the first question of a session; go on with strings")
+        return [*self._pending, *prompts.next_question(self._recipe, question)]
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = tail.length, self._start + tail.length
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
+        sampler = Sampler(turn.params, model.device)
         complete = False
         began = time.perf_counter()
         try:
             with model.answering(), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                tokens = self._tokens(turn, Row(lease.layers, self._start, tail), limit)
-                yield from decode(tokens, answer, turn.params.stops, limit, model.eos_ids, self._prompts.tokenizer)
+                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
+                stops, tokenizer = turn.params.stops, self._prompts.tokenizer
+                yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, sampler.guide)
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
@@ -230,11 +296,12 @@ class Session:
                 tail.crop(start)
             self._release(turn)
 
-    def _tokens(self, turn: _Turn, row: Row, limit: int) -> Iterator[int]:
+    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
-        model, sampler = self._model, Sampler(turn.params, self._model.device)
+        model = self._model
+        speculate = turn.params.speculate and sampler.guide is None  # the guide is to be where the shown text is
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
-        lookup = PromptLookup(np.concatenate([read, self._said[: row.tail.length], turn.ids]))
+        lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]))
         chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit
@@ -244,7 +311,7 @@ class Session:
                 return
             left -= len(chosen)
             lookup.append(chosen)
-            guess = lookup.guess(left - 1) if turn.params.speculate and model.alone else []
+            guess = lookup.guess(left - 1) if speculate and model.alone else []
             guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
             length = row.tail.length
             chosen = model.feed(row, [chosen[-1], *guess], partial(sampler.follow, guess), n_logits=len(guess) + 1)
@@ -253,13 +320,13 @@ class Session:
 
     def _commit(self, start: int, turn: _Turn) -> None:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
-        ids = list(turn.answer.ids)
-        if turn.answer.cut:
-            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(turn.answer.text):
+        answer, ids = turn.answer, list(turn.answer.ids)
+        if answer.cut:
+            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
                 ids.pop()
-        self._said[start:] = [*turn.ids, *ids]
-        self._tail.crop(len(self._said))
-        self._turns += 1
+        self._ids[start:] = [*turn.ids, *ids]
+        self._tail.crop(len(self._ids))
+        self._ends.append(len(self._ids))
 
     def _release(self, turn: _Turn) -> None:
         if self._turn is turn:

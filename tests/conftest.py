@@ -135,22 +135,30 @@ def row_over(context: CompressedContext | None, tail: Tail | None = None) -> Row
     return Row(context.layers if context else (), context.n_tokens if context else 0, tail or Tail())
 
 
-def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:
+def kept_positions(context: CompressedContext) -> list[torch.Tensor]:
+    """``[H, n]`` bool a layer; all true in sliding layers, which evict nothing that a later token could see."""
+    kept = []
+    for layer in context.layers:
+        mask = torch.ones(layer.n_heads, context.n_tokens, dtype=torch.bool)
+        if layer.window is None:
+            mask = torch.zeros(layer.n_heads, context.n_tokens, dtype=torch.bool)
+            mask[layer.heads(), layer.positions.long()] = True
+        kept.append(mask)
+    return kept
+
+
+def masked_logits(
+    engine: KVzipEngine, context: CompressedContext, ids: list[int], *ancestors: CompressedContext, folded_at: int | None = None
+) -> torch.Tensor:
     """The oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
 
     Shares nothing with our attention: it rebuilds the masks from the kept positions and runs the model's forward on
-    context and ids at once, each layer and head with a mask of its own.
+    context and ids at once, each layer and head with a mask of its own. What comes behind a context does not see what that
+    has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors. What was there before the
+    last one was folded, up to position ``folded_at``, has seen all.
     """
     n = context.n_tokens
-    kept = []
-    for layer in context.layers:
-        mask = torch.ones(layer.n_heads, n, dtype=torch.bool)
-        if layer.window is None:
-            mask = torch.zeros(layer.n_heads, n, dtype=torch.bool)
-            for head in range(layer.n_heads):
-                start, end = layer.offsets[head : head + 2]
-                mask[head, layer.positions[start:end].long()] = True
-        kept.append(mask)
+    kept = [(folded_at or n, n, kept_positions(context)), *((c.n_tokens, c.n_tokens, kept_positions(c)) for c in ancestors)]
 
     def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
@@ -163,8 +171,8 @@ def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int
         if window:
             hidden = hidden | (positions[None] <= positions[:, None] - window)
         hidden = hidden.expand(query.shape[1], total, total).clone()
-        evicted = ~kept[module.layer_idx].repeat_interleave(groups, 0)  # [query heads, n]
-        hidden[:, n:, :n] |= evicted[:, None]  # the context itself was prefilled with all pairs
+        for seen_from, end, masks in kept:  # the tokens of a context itself were prefilled with all its pairs
+            hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
         return (logits.masked_fill(hidden[None], float("-inf")).softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", eager)
@@ -173,3 +181,10 @@ def masked_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int
     with torch.inference_mode():
         everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
         return twin(input_ids=everything[None]).logits[0, n:].float()
+
+
+def own_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:
+    """Logits of ``ids`` behind the context's tokens, by transformers alone."""
+    with torch.inference_mode():
+        everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
+        return engine.model(input_ids=everything[None]).logits[0, context.n_tokens :].float()

@@ -20,9 +20,9 @@ def silent(stage: str, tokens: int) -> None:
 
 def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
     prompt = engine._prompt(text, None)
-    cache = prefill(engine._model, prompt.token_ids, silent)
+    pairs = prefill(engine._model, prompt.token_ids, silent)
     recipe = prompt.recipe
-    return Prefilled(engine._model, cache, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids)
+    return Prefilled(engine._model, pairs, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids)
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
@@ -112,7 +112,7 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
 
     def attend(self, layer, query, key, value, scaling):  # type: ignore[no-untyped-def]
         if prefilled.model.windows[layer] is None:
-            seen.append(formula(query, key, prefilled.cache.layers[layer].keys, scaling))
+            seen.append(formula(query, key, prefilled.dense[layer][0][None], scaling))
         return original(self, layer, query, key, value, scaling)
 
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
@@ -146,9 +146,8 @@ def test_a_repeat_fed_in_pieces_scores_as_in_one(architecture: str, repeat: str)
     engine._model.chunk_tokens = 7
     in_pieces = KVzipScorer(repeat=repeat).score_chunk(prefilled, ids, head, head, n)
     torch.testing.assert_close(in_pieces, at_once, atol=1e-5, rtol=1e-4)
-    assert torch.equal(
-        prefill(engine._model, prefilled.token_ids, lambda stage, tokens: None).layers[0].keys, prefilled.cache.layers[0].keys
-    )
+    for (keys, _), (other, _) in zip(prefilled_of(engine).dense, prefilled.dense, strict=True):
+        torch.testing.assert_close(keys, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("n", "room"), [(5013, 4000), (2000, 4000), (2001, 4000), (700, 300), (30, 4000)])
@@ -162,13 +161,13 @@ def test_chunks_are_equal_and_fit_behind_the_context(n: int, room: int) -> None:
     assert all(a[1] == b[0] for a, b in pairwise(chunks))
 
 
-def test_scoring_leaves_the_dense_cache_as_it_was(architecture: str) -> None:
+def test_scoring_leaves_the_pairs_as_they_were(architecture: str) -> None:
     prefilled = prefilled_of(tiny_engine(architecture))
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in prefilled.cache.layers]
+    before = [(keys.clone(), values.clone()) for keys, values in prefilled.dense]
     KVzipScorer(chunk_tokens=80).score(prefilled, silent)
-    for (keys, values), layer in zip(before, prefilled.cache.layers, strict=True):
-        assert torch.equal(keys, layer.keys)
-        assert torch.equal(values, layer.values)
+    for (keys, values), (keys_now, values_now) in zip(before, prefilled.dense, strict=True):
+        assert torch.equal(keys, keys_now)
+        assert torch.equal(values, values_now)
 
 
 def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Path) -> None:

@@ -3,17 +3,11 @@
 import pytest
 import torch
 
-from conftest import TEXT, masked_logits, row_over, tiny_engine, tiny_model
+from conftest import TEXT, masked_logits, own_logits, row_over, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.attention import BACKENDS, RowKV
 
 QUESTION = "Which day does the donkey carry oil?"
-
-
-def own_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
-        return engine.model(input_ids=everything[None]).logits[0, context.n_tokens :].float()
 
 
 def test_at_ratio_1_logits_equal_transformers_own(architecture: str) -> None:

@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
-from langchain_core.language_models import LangSmithParams
-from langchain_core.language_models.chat_models import BaseChatModel, generate_from_stream
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.document_loaders import BaseLoader
+from langchain_core.documents import Document
+from langchain_core.exceptions import ContextOverflowError
+from langchain_core.language_models import LangSmithParams, LanguageModelInput
+from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
+from langchain_core.language_models.model_profile import ModelProfile
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.base import OutputParserLike
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from transformers import PreTrainedConfig
 
-from kvzip_memory import CompressedContext, KVzipEngine, Reply
-from kvzip_memory.errors import InputError
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
+from kvzip_memory.prompt import as_message
+from kvzip_memory.tools import FORMS, CallReader
 
 # One engine for all copies of a chat model (with_context, bind, ...), made by whichever answers first.
 _ENGINE_LOCK = threading.Lock()
+
+# Options of a call that say nothing to a local model.
+_IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
 
 
 class _LazyEngine:
@@ -27,27 +48,108 @@ class _LazyEngine:
 
 
 class KVzipChatModel(BaseChatModel):
-    """Chat model over a local transformers model and, if one is attached, a compressed context.
+    """Chat model over a local transformers model that reads documents and conversations from compressed contexts.
 
     Setup:
-        ``pip install "kvzip-memory[langchain]"``
+        ```bash
+        pip install "kvzip-memory[langchain]"
+        ```
 
     Instantiate:
-        .. code-block:: python
+        Weights load on first use. Other fields are options of every call, too: ``llm.invoke(..., temperature=1.0)``.
 
-            llm = KVzipChatModel(model="HuggingFaceTB/SmolLM2-135M-Instruct", ratio=0.3)  # weights load on first use
-            llm = KVzipChatModel(engine=engine)  # share an engine
+        ```python
+        from langchain_kvzip import KVzipChatModel
 
-    Ask a document:
-        .. code-block:: python
+        llm = KVzipChatModel(model="HuggingFaceTB/SmolLM2-135M-Instruct", ratio=0.3, temperature=0, max_tokens=48)
+        ```
 
-            handbook = llm.engine.load(Path("handbook.md"), name="handbook")
-            chain = prompt | llm.with_context(handbook) | StrOutputParser()
-            chain.invoke({"question": "Who approves travel?"})
+    Invoke:
+        ```python
+        messages = [("system", "You translate English to French."), ("human", "I love programming.")]
+        reply = llm.invoke(messages)
+        reply.text
+        reply.usage_metadata
+        ```
+
+    Stream:
+        ```python
+        for chunk in llm.stream(messages):
+            print(chunk.text, end="")
+        ```
+
+    Async:
+        The event loop goes on while the model computes. Calls made at one time are decoded together.
+
+        ```python
+        await llm.ainvoke(messages)
+        await llm.abatch([messages, messages])
+        async for chunk in llm.astream(messages):
+            print(chunk.text, end="")
+        ```
+
+    Contexts:
+        A text is read once and kept as a compressed KV cache, on disk too with ``cache_dir``. There are three ways to
+        bring it. A prompt whose tokens begin with a loaded context finds it by itself.
+
+        ```python
+        from langchain_core.documents import Document
+        from langchain_core.prompts import ChatPromptTemplate
+
+        handbook = llm.load_documents([Document("Travel is approved by Ms Ito. " * 40)], name="handbook")
+
+        # 1. a model that answers from it
+        llm.with_context(handbook).invoke("Who approves travel?").usage_metadata["input_token_details"]["cache_read"]
+
+        # 2. a block of a prompt; survives prompt templates, agents and checkpoints
+        prompt = ChatPromptTemplate.from_messages([("system", [handbook.as_block()]), ("human", "{question}")])
+        (prompt | llm).invoke({"question": "Who approves travel?"})
+
+        # 3. a mark: everything up to it is loaded once
+        text = {"type": "text", "text": "Travel is approved by Ms Ito. " * 40, "cache_control": {"type": "ephemeral"}}
+        llm.invoke([("system", [text]), ("human", "Who approves travel?")])
+        ```
+
+    Tools:
+        Calls are guided: they are valid JSON for the tool's schema. ``tool_choice`` may be ``"auto"``, ``"any"``, ``"none"`` or
+        a tool's name, and is kept to.
+
+        ```python
+        from langchain_core.tools import tool
+
+        @tool
+        def multiply(a: int, b: int) -> int:
+            "Multiply two numbers."
+            return a * b
+
+        llm.bind_tools([multiply], tool_choice="any").invoke("How much is 6 times 7?").tool_calls
+        ```
+
+    Structured output:
+        ```python
+        from typing import Literal
+
+        from pydantic import BaseModel
+
+        class Approval(BaseModel):
+            "Who approves what."
+            what: Literal["travel", "books"]
+            approved: bool
+
+        llm.with_context(handbook).with_structured_output(Approval).invoke("May Ms Ito approve travel?")
+        ```
 
     Usage:
-        ``usage_metadata`` counts the whole context as input; ``input_token_details["cache_read"]`` is the part that was
-        reused. Bytes, ratio and milliseconds are in ``response_metadata["kvzip"]``.
+        ``usage_metadata`` counts the whole context as input. ``input_token_details`` tells how much of it was read
+        (``cache_read``) or built in this very call (``cache_creation``). Tier, bytes, and milliseconds are in
+        ``response_metadata["kvzip"]``. ``model_provider`` is left out of an answer that used a context: with it LangChain's
+        SummarizationMiddleware would count the context's tokens as messages and summarise the history away.
+
+        ```python
+        reply = llm.with_context(handbook).invoke("Who approves travel?")
+        reply.usage_metadata["input_token_details"]
+        reply.response_metadata["kvzip"]["tier"]
+        ```
     """
 
     model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
@@ -55,16 +157,23 @@ class KVzipChatModel(BaseChatModel):
     model_name: str = Field(default="", alias="model")
     """Hub id, local folder or ``.gguf`` file; not needed with an ``engine``."""
     given_engine: KVzipEngine | None = Field(default=None, alias="engine", exclude=True, repr=False)
+    """Share an engine; its ratio and cache folder apply."""
     context: CompressedContext | None = Field(default=None, exclude=True)
     """What is answered from; set it with :meth:`with_context`."""
-    ratio: float = 0.3
+    ratio: float | None = None
+    """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
     cache_dir: str | None = None
+    """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
-    max_tokens: int = 256
+    max_tokens: int = 1024
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    streaming: bool = False
+    """Whether :meth:`invoke` streams to callbacks."""
+    tool_call_parser: str = "auto"
+    """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, or ``"auto"``, what its chat template says."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
@@ -74,8 +183,16 @@ class KVzipChatModel(BaseChatModel):
     def _check_model(self) -> KVzipChatModel:
         if not self.model_name and self.given_engine is None:
             raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
+        if self.tool_call_parser not in ("auto", *FORMS):
+            raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
-            self.model_name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
+            name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
+            self.model_name = Path(name).name if Path(name).is_dir() else name
+        return self
+
+    @model_validator(mode="after")
+    def _add_kvzip_version(self) -> KVzipChatModel:
+        self._add_version("kvzip-memory", __version__)
         return self
 
     @property
@@ -85,14 +202,66 @@ class KVzipChatModel(BaseChatModel):
             return self.given_engine
         with _ENGINE_LOCK:
             if self._lazy.engine is None:
-                self._lazy.engine = KVzipEngine.from_pretrained(
-                    self.model_name, ratio=self.ratio, cache_dir=self.cache_dir, **self.model_kwargs
-                )
+                options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
+                self._lazy.engine = KVzipEngine.from_pretrained(self.model_name, **options)
             return self._lazy.engine
 
-    def with_context(self, context: CompressedContext | None) -> KVzipChatModel:
-        """This model answering from ``context``; both share the engine and its weights."""
-        return self.model_copy(update={"context": context})
+    # -- contexts ------------------------------------------------------------------------------------------------
+
+    def load_documents(self, documents: BaseLoader | Document | Iterable[Document], **options: Any) -> CompressedContext:
+        """One context of documents or of all that a loader yields, with a progress bar while it is built.
+
+        Args:
+            documents: documents, or a document loader.
+            options: ``name``, ``ratio``, ``system``, ``keep``, ``tags``, see :meth:`KVzipEngine.load`, which tells the errors too.
+        """
+        if isinstance(documents, BaseLoader):
+            documents = documents.lazy_load()
+        loaded = [documents] if isinstance(documents, Document) else list(documents)
+        return self.engine.load(loaded, **{"ratio": self.ratio, **options})
+
+    async def aload_documents(self, documents: BaseLoader | Document | Iterable[Document], **options: Any) -> CompressedContext:
+        """:meth:`load_documents` in a thread, so that an event loop goes on."""
+        return await asyncio.to_thread(self.load_documents, documents, **options)
+
+    def with_context(self, context: CompressedContext | str | None) -> KVzipChatModel:
+        """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
+
+        Raises:
+            InputError: nothing is stored under the name.
+        """
+        if isinstance(context, str):
+            context = self.engine.get(context)
+        given = self.profile != self._resolve_model_profile()
+        copy = self.model_copy(update={"context": context})
+        if not given:
+            copy.profile = copy._resolve_model_profile()
+        return copy
+
+    def _resolve_model_profile(self) -> ModelProfile:
+        profile = ModelProfile(
+            name=self.model_name,
+            open_weights=True,
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            audio_inputs=False,
+            video_inputs=False,
+            tool_calling=True,
+            tool_choice=True,
+            tool_call_streaming=True,
+            structured_output=True,
+        )
+        engine, window = self.given_engine or self._lazy.engine, None
+        if engine is not None:
+            window = engine.window
+        else:
+            with suppress(OSError, ValueError):  # not on this machine yet, or a .gguf file
+                window = PreTrainedConfig.get_config_dict(self.model_name, local_files_only=True)[0].get("max_position_embeddings")
+        if window is not None:
+            profile["max_input_tokens"] = window - (self.context.n_tokens if self.context else 0)
+            profile["max_output_tokens"] = self.max_tokens
+        return profile
 
     # -- BaseChatModel -------------------------------------------------------------------------------------------
 
@@ -103,26 +272,67 @@ class KVzipChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        params = {
-            "max_new_tokens": kwargs.get("max_tokens", self.max_tokens),
-            "temperature": kwargs.get("temperature", self.temperature),
-            "top_p": kwargs.get("top_p", self.top_p),
-            "top_k": kwargs.get("top_k", self.top_k),
-            "seed": kwargs.get("seed", self.seed),
-            "stop": stop if stop is not None else self.stop,
-        }
-        with self.engine.stream(self.context, [_plain(m) for m in messages], **params) as pieces:
+        try:
+            yield from self._answer(messages, stop, kwargs)
+        except WindowError as error:
+            raise ContextOverflowError(str(error)) from error
+
+    def _answer(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
+        engine = self.engine
+        options = self._options(stop, kwargs)
+        turns, file_ids = _plain(messages)
+        context = self._one_context([engine.get(file_id) for file_id in file_ids])
+        created = 0
+        if context is None:
+            context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
+            if context is not None and context.receipt is not None and not context.receipt.hit:
+                created = context.n_tokens
+        reader = CallReader(options["form"]) if options["tools"] and options["tool_choice"] != "none" else None
+        called = False
+        with engine.stream(context, turns, **options) as pieces:
             for piece in pieces:
-                yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                text, deltas = reader.push(piece) if reader else (piece, [])
+                called |= bool(deltas)
+                calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]
+                if text or calls:
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=calls))
             reply = pieces.reply
         yield ChatGenerationChunk(
             message=AIMessageChunk(
-                content="",
-                usage_metadata=_usage(reply),
-                response_metadata=self._metadata(reply),
+                content=reader.flush() if reader else "",
+                usage_metadata=_usage(reply, created),
+                response_metadata=self._metadata(reply, called),
                 chunk_position="last",
             )
         )
+
+    def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of :meth:`KVzipEngine.stream` for a call."""
+        given = {name: value for name, value in kwargs.items() if name not in _IGNORED}
+        if (model := given.pop("model", self.model_name)) != self.model_name:
+            raise InputError(f"model={model!r} was asked of a chat model over {self.model_name!r}; make another one with the same engine")
+        fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed")}
+        options = {
+            **fields,
+            "max_new_tokens": given.pop("max_tokens", self.max_tokens),
+            "stop": stop if stop is not None else self.stop,
+            "tools": given.pop("tools", None),
+            "tool_choice": given.pop("tool_choice", None),
+            "parallel_tool_calls": given.pop("parallel_tool_calls", None),
+            "schema": _response_schema(given.pop("response_format", None)),
+            "form": self.engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser],
+        }
+        if given:
+            raise InputError(
+                f"options {sorted(given)} are unknown; known are {sorted({*fields, 'max_tokens', 'stop', 'tools', 'tool_choice'})}"
+            )
+        return options
+
+    def _one_context(self, contexts: Sequence[CompressedContext]) -> CompressedContext | None:
+        found = {context.key: context for context in [*filter(None, [self.context]), *contexts]}
+        if len(found) > 1:
+            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
+        return next(iter(found.values()), None)
 
     def _generate(
         self,
@@ -133,21 +343,59 @@ class KVzipChatModel(BaseChatModel):
     ) -> ChatResult:
         return generate_from_stream(self._stream(messages, stop, run_manager, **kwargs))
 
-    # _agenerate and _astream are inherited: they run the two methods above in a thread, off the event loop.
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        # A thread an answer. The loop's own pool has a handful of threads, which would be the limit of what is decoded together.
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[ChatGenerationChunk | BaseException | None]()
+        left = threading.Event()
 
-    def _metadata(self, reply: Reply) -> dict[str, Any]:
-        # No "model_provider" while a context is attached: SummarizationMiddleware would then count the context's
-        # tokens as messages and summarise the history away.
+        def tell(item: ChatGenerationChunk | BaseException | None) -> None:
+            if not left.is_set():
+                with suppress(RuntimeError):  # the loop was closed
+                    loop.call_soon_threadsafe(queue.put_nowait, item)
+
+        def answer() -> None:
+            try:
+                with closing(self._stream(messages, stop, **kwargs)) as chunks:  # type: ignore[type-var]
+                    for chunk in chunks:
+                        if left.is_set():
+                            return
+                        tell(chunk)
+                tell(None)
+            except BaseException as error:
+                tell(error)
+
+        threading.Thread(target=contextvars.copy_context().run, args=(answer,), name="kvzip-answer", daemon=True).start()
+        try:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            left.set()  # a cancelled answer ends after the token being computed
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
+
+    def _metadata(self, reply: Reply, called: bool) -> dict[str, Any]:
         receipt = reply.receipt
         facts: dict[str, Any] = {"tier": receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
-        if self.context is not None:
-            facts |= {
-                "context": self.context.key,
-                "tokens": self.context.n_tokens,
-                "kept_pairs": self.context.kept_pairs,
-                "nbytes": self.context.nbytes,
-            }
-        return {"model_name": self.model_name, "finish_reason": reply.finish_reason, "kvzip": facts}
+        metadata = {"model_name": self.model_name, "finish_reason": "tool_calls" if called else reply.finish_reason, "kvzip": facts}
+        if receipt.key is None:
+            return metadata | {"model_provider": "kvzip"}
+        facts |= {"context": receipt.key, "tokens": reply.usage.cached_tokens, "nbytes": receipt.nbytes}
+        return metadata
 
     @property
     def _llm_type(self) -> str:
@@ -162,43 +410,135 @@ class KVzipChatModel(BaseChatModel):
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
             "engine": self.given_engine.fingerprint if self.given_engine else None,
             "context": self.context.key if self.context else None,
+            "ratio": self.ratio,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "seed": self.seed,
             "stop": self.stop,
+            "tool_call_parser": self.tool_call_parser,
         }
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         return super()._get_ls_params(stop=stop, **kwargs) | {"ls_provider": "kvzip"}
 
-    def get_num_tokens(self, text: str) -> int:
-        """Tokens of a text by the model's own tokenizer."""
-        return len(self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+    def get_token_ids(self, text: str) -> list[int]:
+        """Ids of a text by the model's own tokenizer."""
+        return list(self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Tokens of messages by the model's own template and tokenizer; those of contexts are not counted."""
+        turns, _ = _plain(messages)
+        return self.engine.count_tokens(turns, [convert_to_openai_tool(tool) for tool in tools or ()])
+
+    # -- tools and structured output -----------------------------------------------------------------------------
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | bool | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """This model with tools it may call.
+
+        Args:
+            tools: functions, tools, Pydantic classes, typed dictionaries or OpenAI's mappings.
+            tool_choice: ``"auto"`` or None lets the model choose, ``"any"``, ``"required"`` or True makes it call one, a name or
+                ``{"type": "function", "function": {"name": ...}}`` that one, ``"none"`` none. Kept to by guided decoding.
+            kwargs: options of the call, such as ``parallel_tool_calls=True`` (several forced calls in one answer) or ``response_format``.
+        """
+        if tool_choice is not None:
+            kwargs["tool_choice"] = tool_choice
+        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type,
+        *,
+        method: str = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+        """This model answering with what validates against a schema.
+
+        Decoding is guided by the schema whatever the method: the answer always validates, unless ``max_tokens`` cuts it, which is an
+        :class:`~kvzip_memory.UnfinishedError`.
+
+        Args:
+            schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
+            method: ``"json_schema"`` and ``"json_mode"``: the model sees the names of the schema as they are written, nothing else
+                of it. ``"function_calling"``: it is shown the schema as a tool, descriptions included.
+            include_raw: give ``{"raw", "parsed", "parsing_error"}``.
+            strict: accepted; answers are always strict.
+        """
+        if method not in ("json_schema", "json_mode", "function_calling"):
+            raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
+        if method == "function_calling":
+            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
+        if kwargs:
+            raise InputError(f"options {sorted(kwargs)} are unknown")
+        json_schema = convert_to_json_schema(schema)
+        llm = self.bind(
+            response_format={"type": "json_schema", "json_schema": {"name": json_schema.get("title", "answer"), "schema": json_schema}},
+            ls_structured_output_format={"kwargs": {"method": method}, "schema": json_schema},
+        )
+        parser: OutputParserLike[Any] = JsonOutputParser()
+        if isinstance(schema, type) and is_basemodel_subclass(schema):
+            parser = PydanticOutputParser(pydantic_object=schema)
+        if not include_raw:
+            return llm | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
 
 ChatKVzip = KVzipChatModel
 
-_ROLES: dict[type[BaseMessage], str] = {HumanMessage: "user", AIMessage: "assistant", SystemMessage: "system"}
+
+def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
+    turns, file_ids = [], []
+    for message in messages:
+        if isinstance(message.content, list):
+            files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
+            if files:
+                file_ids += [str(block["file_id"]) for block in files]
+                rest = [block for block in message.content if block not in files]
+                if not rest and message.type == "system":
+                    continue
+                message = message.model_copy(update={"content": rest})
+        turn = as_message(message)
+        if turn is None:
+            raise InputError(f"messages of type {message.type!r} are not supported; send human, ai, system and tool messages")
+        turns.append(turn)
+    return turns, file_ids
 
 
-def _plain(message: BaseMessage) -> dict[str, str]:
-    role = next((role for kind, role in _ROLES.items() if isinstance(message, kind)), None)
-    if role is None or getattr(message, "tool_calls", None):
-        raise InputError(f"messages of type {message.type!r} and tool calls are not supported; send human, ai and system messages")
-    if isinstance(message.content, list):
-        foreign = sorted({b.get("type", "?") for b in message.content if isinstance(b, dict)} - {"text"})
-        if foreign:
-            raise InputError(f"content blocks of type {foreign} are not supported; send text")
-    return {"role": role, "content": str(message.text)}
+def _response_schema(response_format: Any) -> dict[str, Any] | None:
+    """The schema of OpenAI's ``response_format``, of a class, or of a JSON schema."""
+    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
+    if response_format is None or kind == "text":
+        return None
+    if kind == "json_object" and "properties" not in response_format:
+        return {"type": "object"}
+    if kind == "json_schema":
+        schema: dict[str, Any] = response_format["json_schema"]["schema"]
+        return schema
+    return convert_to_json_schema(response_format)
 
 
-def _usage(reply: Reply) -> UsageMetadata:
+def _usage(reply: Reply, created: int) -> UsageMetadata:
     usage = reply.usage
     return UsageMetadata(
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
         total_tokens=usage.total_tokens,
-        input_token_details={"cache_read": usage.cached_tokens},
+        input_token_details={"cache_read": usage.cached_tokens - created, "cache_creation": created},
     )

@@ -1,4 +1,4 @@
-"""Step 4 of a build: gather the kept pairs and free the dense cache, layer by layer."""
+"""Step 4 of a build: gather the kept pairs and free the dense ones, layer by layer."""
 
 from __future__ import annotations
 
@@ -6,61 +6,82 @@ import ctypes
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from kvzip_memory.compression.prefill import Prefilled
 from kvzip_memory.context import RaggedLayer
 
 
-def evict(cache: DynamicCache, keep: Tensor, scores: Tensor | None, windows: tuple[int | None, ...], n: int) -> list[RaggedLayer]:
-    """Ragged layers of the kept pairs. The dense cache is emptied on the way: at most one layer exists twice.
+def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[RaggedLayer]:
+    """Ragged layers of the kept pairs. The dense ones are freed on the way: at most one layer exists twice.
 
     Args:
-        cache: dense, ``[1, H, n, D]`` a layer.
-        keep: ``[L, H, n]`` bool, over the layers with full attention.
+        prefilled: its ``dense`` is empty afterwards.
+        keep: ``[L, H, n]`` bool, over the layers with full attention; false where the parent's pair is gone.
         scores: ``[L, H, n]`` fp16 to be stored beside the pairs, or None.
-        windows: sliding window of each layer, None for full attention.
-        n: tokens of the context.
     """
     layers, full = [], 0
-    for layer, window in zip(cache.layers, windows, strict=True):
+    for i, window in enumerate(prefilled.model.windows):
+        keys, values = prefilled.dense.pop(0)
+        parent = prefilled.parent[i] if prefilled.parent else None
         if window is not None:
-            layers.append(dense_layer(layer, n, window))
-        elif bool(keep[full].all()):
-            layers.append(dense_layer(layer, n, None, None if scores is None else scores[full]))
-            full += 1
+            layers.append(_visible(parent, keys, values, window, len(prefilled.token_ids)))
+            continue
+        layer_scores = None if scores is None else scores[full].to(keys.device)
+        if parent is None and bool(keep[full].all()):
+            layers.append(_whole(keys, values, layer_scores))
         else:
-            layers.append(_gather(layer, keep[full], None if scores is None else scores[full]))
-            full += 1
-        layer.keys = layer.values = None
+            layers.append(_gathered(parent, keys, values, keep[full].to(keys.device), layer_scores))
+        full += 1
+    del keys, values
     _return_freed_pages()
     return layers
 
 
-def dense_layer(layer: DynamicLayer, n: int, window: int | None, scores: Tensor | None = None) -> RaggedLayer:
-    """All pairs of a dense layer (of a sliding one: those the next token can see), without copying them if possible."""
-    keys, values = layer.keys[0], layer.values[0]
-    n_heads, n_kept, dim = keys.shape
+def _whole(keys: Tensor, values: Tensor, scores: Tensor | None) -> RaggedLayer:
+    """All pairs ``[H, n, D]``, without copying them if possible."""
+    n_heads, n, dim = keys.shape
     return RaggedLayer(
         keys=keys.reshape(-1, dim),
         values=values.reshape(-1, dim),
+        lengths=(n,) * n_heads,
+        positions=torch.arange(n, dtype=torch.int32, device=keys.device).repeat(n_heads),
+        scores=None if scores is None else scores.flatten(),
+    )
+
+
+def _visible(parent: RaggedLayer | None, keys: Tensor, values: Tensor, window: int, n: int) -> RaggedLayer:
+    """The pairs of a sliding layer that the next token can still see."""
+    if parent is not None:
+        keys = torch.cat([parent.keys.unflatten(0, (parent.n_heads, -1)), keys], 1)
+        values = torch.cat([parent.values.unflatten(0, (parent.n_heads, -1)), values], 1)
+    keys, values = keys[:, 1 - window :].contiguous(), values[:, 1 - window :].contiguous()
+    n_heads, n_kept, dim = keys.shape
+    return RaggedLayer(
+        keys=keys.view(-1, dim),
+        values=values.view(-1, dim),
         lengths=(n_kept,) * n_heads,
         positions=torch.arange(n - n_kept, n, dtype=torch.int32, device=keys.device).repeat(n_heads),
-        scores=None if scores is None else scores.flatten().to(keys.device),
         window=window,
     )
 
 
-def _gather(layer: DynamicLayer, keep: Tensor, scores: Tensor | None) -> RaggedLayer:
-    keys, values = layer.keys[0], layer.values[0]
-    keep = keep.to(keys.device)
-    heads, positions = keep.nonzero(as_tuple=True)
+def _gathered(parent: RaggedLayer | None, keys: Tensor, values: Tensor, keep: Tensor, scores: Tensor | None) -> RaggedLayer:
+    """The kept pairs ``keep [H, n]`` of a layer, the parent's of each head before the dense ones."""
+    start = keep.shape[1] - keys.shape[1]
+    heads, columns = keep[:, start:].nonzero(as_tuple=True)
+    keys, values, positions = keys[heads, columns], values[heads, columns], columns + start
+    if parent is not None:
+        rows = keep[parent.heads(), parent.positions.long()].nonzero().squeeze(1)
+        heads, order = torch.cat([parent.heads()[rows], heads]).sort(stable=True)
+        keys = torch.cat([parent.keys[rows], keys])[order]
+        values = torch.cat([parent.values[rows], values])[order]
+        positions = torch.cat([parent.positions[rows].long(), positions])[order]
     return RaggedLayer(
-        keys=keys[heads, positions],
-        values=values[heads, positions],
+        keys=keys,
+        values=values,
         lengths=tuple(keep.sum(1).tolist()),
         positions=positions.to(torch.int32),
-        scores=None if scores is None else scores.to(keys.device)[heads, positions],
+        scores=None if scores is None else scores[heads, positions],
     )
 
 

@@ -1,4 +1,4 @@
-"""Step 1 of a build: the dense cache, by the model's own attention, in chunks."""
+"""Step 1 of a build: dense pairs in chunks, of a whole prefix or of what follows a compressed one."""
 
 from __future__ import annotations
 
@@ -10,39 +10,76 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from kvzip_memory.attention import RowKV
+from kvzip_memory.cache import Row, Tail
+from kvzip_memory.context import RaggedLayer
 from kvzip_memory.modeling import LanguageModel, LastLayerSeen
 
 Progress = Callable[[str, int], None]
+#: Keys and values ``[H, m, D]`` of every layer (a sliding layer: of its last ``window - 1`` tokens at least).
+DensePairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prefix and its dense cache, ready to be scored.
+    """A prefix and its pairs, ready to be scored: dense, but for a compressed parent it may begin with.
 
     Attributes:
         model: the model.
-        cache: dense, ``[1, H, n, D]`` a layer (a sliding layer: its last ``window - 1`` tokens).
-        token_ids: the prefix, n ids.
+        dense: pairs of the tokens behind the parent, of all without one. Eviction empties it.
+        token_ids: the prefix, n ids, the parent's included.
         protected: the first so many positions are never evicted and need no score.
-        keep: spans ``[start, end)`` that are never evicted either.
         opening: ids that open a user's turn after the prefix.
         closing: ids that end a user's turn and open the assistant's.
         encode: tokenises plain text.
+        keep: spans ``[start, end)`` that are never evicted either.
+        parent: the parent's layers, empty without one.
+        start: tokens the parent stands for.
     """
 
     model: LanguageModel
-    cache: DynamicCache
+    dense: DensePairs
     token_ids: tuple[int, ...]
     protected: int
     opening: tuple[int, ...]
     closing: tuple[int, ...]
     encode: Callable[[str], list[int]]
     keep: tuple[tuple[int, int], ...] = ()
+    parent: tuple[RaggedLayer, ...] = ()
+    start: int = 0
 
     @property
     def full_layers(self) -> tuple[int, ...]:
         """Indices of the layers with full attention, the ones that are compressed."""
         return tuple(i for i, window in enumerate(self.model.windows) if window is None)
+
+    @property
+    def scored_parent(self) -> bool:
+        """Whether the parent's pairs have scores; without them it has all its pairs."""
+        return any(layer.scores is not None for layer in self.parent)
+
+    @property
+    def first(self) -> int:
+        """The first position that needs a score."""
+        return self.start if self.scored_parent else self.protected
+
+    def pairs(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H, end - start, D]`` of a full layer at positions of which none was evicted."""
+        keys, values = self.dense[layer]
+        dense = slice(max(start - self.start, 0), max(end - self.start, 0))
+        if start >= self.start:
+            return keys[:, dense], values[:, dense]
+        parent, end = self.parent[layer], min(end, self.start)
+        rows = [slice(offset + start, offset + end) for offset in parent.offsets[:-1]]  # none is missing before them
+        old_keys, old_values = (torch.stack([x[r] for r in rows]) for x in (parent.keys, parent.values))
+        return torch.cat([old_keys, keys[:, dense]], 1), torch.cat([old_values, values[:, dense]], 1)
+
+    def row(self, layer: int, key: Tensor, value: Tensor, n_new: int) -> RowKV:
+        """What tokens behind the prefix see in a layer; ``key`` and ``value`` ``[H, t, D]`` are their own, the last ``n_new`` new."""
+        keys, values = self.dense[layer]
+        position = len(self.token_ids) - keys.shape[1]
+        parent = self.parent[layer] if self.parent else None
+        return RowKV(parent, torch.cat([keys, key], 1), torch.cat([values, value], 1), n_new, position)
 
 
 class _PairsOnly(DynamicCache):
@@ -55,12 +92,23 @@ class _PairsOnly(DynamicCache):
         return pairs
 
 
-def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DynamicCache:
-    """The dense cache of ``token_ids``."""
+def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DensePairs:
+    """The pairs of ``token_ids``, by the model's own attention."""
     cache = _PairsOnly(config=model.model.config)
     for count in model.fill(token_ids, 0, cache):
         progress("prefill", count)
-    for layer, window in zip(cache.layers, model.windows, strict=True):
+    pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    for i, window in enumerate(model.windows):
         if window is not None:  # a slice of all it has seen; keep no more than the window
-            layer.keys, layer.values = (t.clone(memory_format=torch.contiguous_format) for t in (layer.keys, layer.values))
-    return cache
+            pairs[i] = (pairs[i][0].clone(), pairs[i][1].clone())
+    return pairs
+
+
+def prefill_behind(
+    model: LanguageModel, parent: tuple[RaggedLayer, ...], start: int, token_ids: Sequence[int], progress: Progress
+) -> DensePairs:
+    """The pairs of ``token_ids`` behind a compressed parent of ``start`` tokens, which is only read."""
+    row = Row(parent, start, Tail())
+    for count in model.append(row, token_ids):
+        progress("prefill", count)
+    return row.tail.pairs(len(token_ids))

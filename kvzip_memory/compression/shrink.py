@@ -26,7 +26,7 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     if any(layers[i].scores is None for i in full):
         return None
     n = context.n_tokens
-    scores = torch.stack([_dense_scores(layers[i], n) for i in full])
+    scores = torch.stack([layers[i].dense_scores(n) for i in full])
     keep = ALLOCATORS[identity["allocator"]](scores, round(identity["ratio"] * scores.numel()))
     if bool((keep & scores.isneginf()).any()):
         return None
@@ -35,21 +35,9 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     return replace(context, key=key, identity=dict(identity), ratio=identity["ratio"], storage=Resident(cut), receipt=None)
 
 
-def _dense_scores(layer: RaggedLayer, n: int) -> Tensor:
-    """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone."""
-    assert layer.scores is not None
-    scores = torch.full((layer.n_heads, n), float("-inf"), dtype=layer.scores.dtype)
-    scores[_heads(layer), layer.positions.long().cpu()] = layer.scores.cpu()
-    return scores
-
-
-def _heads(layer: RaggedLayer) -> Tensor:
-    return torch.repeat_interleave(torch.arange(layer.n_heads), torch.tensor(layer.lengths))
-
-
 def _cut(layer: RaggedLayer, keep: Tensor) -> RaggedLayer:
     """The pairs of ``keep`` ``[H, n]``, copied so that the rest can be freed."""
-    rows = keep[_heads(layer), layer.positions.long().cpu()].nonzero().squeeze(1).to(layer.keys.device)
+    rows = keep[layer.heads().cpu(), layer.positions.long().cpu()].nonzero().squeeze(1).to(layer.keys.device)
     assert layer.scores is not None
     return RaggedLayer(layer.keys[rows], layer.values[rows], tuple(keep.sum(1).tolist()), layer.positions[rows], layer.scores[rows])
 

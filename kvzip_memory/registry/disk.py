@@ -36,16 +36,18 @@ from filelock import FileLock, Timeout
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
+from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import Index, IndexDamagedError, IndexUnavailableError
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = 1
-_CONTEXT, _GROUP, _NAME, _BAD = "context:", "group:", "name:", "bad:"
+_CONTEXT, _GROUP, _NAME, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "name:", "bad:", "tokens:", "lengths:"
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text, or of one name, that are remembered as such
+_LENGTHS_SIZE = 4096  # contexts of one model that are found by the tokens they begin a prompt with, the latest
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,9 @@ class DiskTier:
     def _add(self, index: Index, entry: Entry) -> None:
         index.move_to_end(_CONTEXT + entry.key, asdict(entry))
         _list_add(index, _GROUP + entry.group, entry.key)
+        family, tokens = family_of(entry.identity), entry.identity["tokens"]
+        _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
+        _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
         if entry.name:
             _list_add(index, _named(entry.tenant, entry.name), entry.key)
 
@@ -310,6 +315,9 @@ class DiskTier:
         self._unlink(entry.key)
         index.delete(_CONTEXT + entry.key)
         _list_remove(index, _GROUP + entry.group, entry.key)
+        family, tokens = family_of(entry.identity), entry.identity["tokens"]
+        if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
+            _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
         if entry.name:
             _list_remove(index, _named(entry.tenant, entry.name), entry.key)
         usage, writing = self._totals(index)
@@ -377,6 +385,18 @@ class DiskTier:
     def named(self, name: str, tenant: str | None = None) -> list[Entry]:
         """Stored contexts a tenant loaded under a name, the latest last."""
         return self._listed(_named(tenant, name))
+
+    @_needs_index
+    def lengths(self, family: str) -> set[tuple[int, str]]:
+        """Tokens, and the beginning of their digest, of the contexts of one model and tenant."""
+        row = self._opened().get(_LENGTHS + family)
+        pairs = (item.split(":") for item in (row["keys"] if row else ()))
+        return {(int(n), start) for n, start in pairs}
+
+    @_needs_index
+    def with_tokens(self, family: str, tokens: str) -> list[Entry]:
+        """Stored contexts of exactly these tokens."""
+        return self._listed(f"{_TOKENS}{family}:{tokens}")
 
     def _listed(self, key: str) -> list[Entry]:
         row = self._opened().get(key)
@@ -715,18 +735,20 @@ def _named(tenant: str | None, name: str) -> str:
     return f"{_NAME}{tenant or ''}:{name}"
 
 
-def _list_add(index: Index, key: str, item: str) -> None:
+def _list_add(index: Index, key: str, item: str, size: int = _GROUP_SIZE) -> None:
     keys = (index.get(key) or {"keys": []})["keys"]
     if not keys or keys[-1] != item:
-        index.set(key, {"keys": [*(k for k in keys if k != item), item][-_GROUP_SIZE:]})
+        index.set(key, {"keys": [*(k for k in keys if k != item), item][-size:]})
 
 
-def _list_remove(index: Index, key: str, item: str) -> None:
+def _list_remove(index: Index, key: str, item: str) -> bool:
+    """Whether the list has other items."""
     keys = [k for k in (index.get(key) or {"keys": []})["keys"] if k != item]
     if keys:
         index.set(key, {"keys": keys})
     else:
         index.delete(key)
+    return bool(keys)
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -292,7 +292,7 @@ def _context(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: to
                 window=layer["window"],
             )
         )
-    recipe = facts["recipe"]
+    recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
     return CompressedContext(
         key=key_of(facts["identity"]),
         identity=facts["identity"],
@@ -301,7 +301,7 @@ def _context(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: to
         protected=facts["protected"],
         ratio=facts["ratio"],
         dense_nbytes=facts["dense_nbytes"],
-        recipe=Recipe(tuple(recipe["opening"]), recipe["separator"], tuple(recipe["closing"]), tuple(recipe["next_turn"])),
+        recipe=Recipe(**recipe),
         sources=tuple(Source(**source) for source in facts["sources"]),
         name=facts["name"],
     )

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -28,6 +29,7 @@ _LABELS = {
     "keep": "the list of pinned spans",
     "system": "system prompt",
     "recipe": "what follows the context (template variables)",
+    "parent": "the context it was grown from",
 }
 _DERIVED = ("tokens", "protected", "recipe")
 
@@ -53,25 +55,35 @@ def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dic
 
 
 def context_identity(
-    model_fields: Mapping[str, Any], prompt: Prompt, ratio: float, scorer: Mapping[str, Any], allocator: str, tenant: str | None = None
+    model_fields: Mapping[str, Any],
+    prompt: Prompt,
+    ratio: float,
+    scorer: Mapping[str, Any],
+    allocator: str,
+    tenant: str | None = None,
+    parent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All fields that determine a context's bytes, what may follow it, and who may use it.
 
     Args:
         tenant: a digest, see :func:`tenant_digest`.
+        parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
     """
+    scored = ratio < 1.0 or (parent is not None and parent["scorer"] is not None)
     return {
         **model_fields,
         "text": prompt.text_digest,
         "system": prompt.system_digest,
-        "keep": digest(prompt.keep) if prompt.keep and ratio < 1.0 else None,
+        "keep": digest(prompt.keep) if prompt.keep and scored else None,
         "ratio": ratio,
-        "scorer": dict(scorer) if ratio < 1.0 else None,
-        "allocator": allocator if ratio < 1.0 else None,
+        "scorer": dict(scorer) if scored else None,
+        "allocator": allocator if scored else None,
         "tenant": tenant,
-        "tokens": hashlib.sha256(torch.tensor(prompt.token_ids, dtype=torch.int32).numpy().tobytes()).hexdigest(),
+        "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
         "recipe": digest(vars(prompt.recipe)),
+        "tools": prompt.recipe.tools,
+        "parent": None if parent is None else key_of(parent),
     }
 
 
@@ -83,6 +95,16 @@ def tenant_digest(tenant: str | None) -> str | None:
 def group_of(identity: Mapping[str, Any]) -> str:
     """What the contexts of one text and tenant have in common, whatever model and ratio they were made with."""
     return digest([identity["tenant"], identity["text"]])
+
+
+def family_of(identity: Mapping[str, Any]) -> str:
+    """What the contexts that one model and tenant can use have in common."""
+    return digest([identity["tenant"], *(identity[field] for field in MODEL_FIELDS)])
+
+
+def tokens_digest(ids: Sequence[int]) -> str:
+    """Hash of a context's ids: the field ``tokens``."""
+    return hashlib.sha256(np.asarray(ids, dtype=np.int32).tobytes()).hexdigest()
 
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:

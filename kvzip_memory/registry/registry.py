@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
@@ -21,7 +24,7 @@ from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError
-from kvzip_memory.registry.identity import explain, only_ratio_differs
+from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
 
 logger = logging.getLogger(__name__)
@@ -557,6 +560,37 @@ class ContextRegistry:
 
     def _mine(self, entry: Entry) -> bool:
         return self.tenant in (EVERYONE, entry.tenant)
+
+    def longest_prefix(self, model_fields: Mapping[str, Any], ids: Sequence[int]) -> Entry | None:
+        """The context of a model with the most tokens that ``ids`` begin with, and go on after; the largest ratio of it.
+
+        On disk the latest 4,096 contexts of a model are looked at.
+        """
+        with self._changed:
+            held = [_entry(h) for tier in (self._device, self._host) for h in tier.held.values() if h.context.n_tokens < len(ids)]
+        family = family_of({**model_fields, "tenant": self.tenant})
+        held = [entry for entry in held if family_of(entry.identity) == family]
+        known = {(entry.n_tokens, entry.identity["tokens"][:8]) for entry in held}
+        known |= self._try("search", lambda disk: disk.lengths(family)) or set()
+        tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []
+        for n in sorted({n for n, _ in known if n < len(ids)}):
+            hasher.update(tokens[done:n].tobytes())
+            done = n
+            if (n, hasher.hexdigest()[:8]) in known:
+                found.append(hasher.hexdigest())
+        for digest in reversed(found):
+            entries = [entry for entry in held if entry.identity["tokens"] == digest]
+            entries += self._try("search", partial(DiskTier.with_tokens, family=family, tokens=digest)) or []
+            if usable := [entry for entry in entries if not entry.expired]:
+                return max(usable, key=lambda entry: entry.ratio)
+        return None
+
+    def is_empty(self) -> bool:
+        """Whether no tier holds anything."""
+        with self._changed:
+            if self._device.held or self._host.held:
+                return False
+        return not self._try("count", lambda disk: disk.count())
 
     def one(self, reference: str) -> Entry:
         """The latest context of a name or key.

@@ -23,6 +23,7 @@ class Scorer(Protocol):
     def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
         """Scores ``[L, H, n]`` fp32 of the L layers with full attention, higher means keep.
 
-        The dense cache is the same after the call as before. Protected positions may hold anything.
+        The pairs are the same after the call as before. Positions before ``prefilled.first`` may hold anything: they
+        are protected, or a parent's, which have their scores.
         """
         ...

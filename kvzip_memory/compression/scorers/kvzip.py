@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -17,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvzip_memory.attention import BACKENDS, RowKV
-from kvzip_memory.compression.evict import dense_layer
+from kvzip_memory.attention import BACKENDS
 from kvzip_memory.compression.prefill import Prefilled, Progress
 from kvzip_memory.modeling import LastLayerSeen
 
@@ -64,13 +64,11 @@ class KVzipScorer:
         return n_tokens
 
     def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
-        first, n = prefilled.protected, len(prefilled.token_ids)
-        layers = prefilled.full_layers
-        n_heads = prefilled.cache.layers[layers[0]].keys.shape[1]
-        scores = torch.zeros(len(layers), n_heads, n, dtype=torch.float32)
-        for start, end in self._chunks(first, n, prefilled.model.window - n):
+        n, layers = len(prefilled.token_ids), prefilled.full_layers
+        scores = torch.zeros(len(layers), prefilled.dense[layers[0]][0].shape[0], n, dtype=torch.float32)
+        for start, end in self._chunks(prefilled.first, n, prefilled.model.window - n):
             repeat_ids = self._repeat_ids(prefilled, start, end)
-            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, first, start, end).cpu()
+            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, prefilled.protected, start, end).cpu()
             progress("score", end - start)
         return scores
 
@@ -121,31 +119,30 @@ class _RepeatCall(Cache):
         return len(self._prefilled.token_ids)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        window, last = self._prefilled.model.windows[layer], layer == len(self._prefilled.model.windows) - 1
+        prefilled, window = self._prefilled, self._prefilled.model.windows[layer]
+        last = layer == len(prefilled.model.windows) - 1
         own_keys, own_values = key[0], value[0]
         if layer in self._own:
             own_keys, own_values = (torch.cat(pair, 1) for pair in zip(self._own[layer], (own_keys, own_values), strict=True))
         self._own[layer] = own_keys, own_values
-        dense = self._prefilled.cache.layers[layer]
+        row = partial(prefilled.row, layer, own_keys, own_values, query.shape[2])
         if window is not None:
             if last:
                 raise LastLayerSeen
-            n = len(self._prefilled.token_ids)
-            row = RowKV(dense_layer(dense, n, window), own_keys, own_values, query.shape[2], n)
-            return BACKENDS["cpu"](query, [row], scaling, window)
-        near = slice(0, self._head), slice(self._start, self._end)
-        near_keys = torch.cat([*(dense.keys[0, :, part] for part in near), own_keys], 1)
+            return BACKENDS["cpu"](query, [row()], scaling, window)
+        head_keys, head_values = prefilled.pairs(layer, 0, self._head)
+        chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
+        near_keys = torch.cat([head_keys, chunk_keys, own_keys], 1)
         scored = slice(self._head, self._head + self._end - self._start)
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
         if last:
             self._attend(query[0], near_keys, None, scaling, scored, scores)
             raise LastLayerSeen
         if self._scorer.repeat == "local":
-            near_values = torch.cat([*(dense.values[0, :, part] for part in near), own_values], 1)
+            near_values = torch.cat([head_values, chunk_values, own_values], 1)
             return self._attend(query[0], near_keys, near_values, scaling, scored, scores)[None]
         self._attend(query[0], near_keys, None, scaling, scored, scores)
-        all_keys, all_values = torch.cat([dense.keys[0], own_keys], 1), torch.cat([dense.values[0], own_values], 1)
-        return self._attend(query[0], all_keys, all_values, scaling)[None]
+        return BACKENDS["cpu"](query, [row()], scaling, None)
 
     def _attend(
         self,
@@ -153,8 +150,8 @@ class _RepeatCall(Cache):
         keys: Tensor,
         values: Tensor | None,
         scaling: float,
-        scored: slice = slice(0, 0),
-        scores: Tensor | None = None,
+        scored: slice,
+        scores: Tensor,
     ) -> Tensor:
         """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own.
 
@@ -174,8 +171,7 @@ class _RepeatCall(Cache):
             corner = logits.view(n_heads, group, end - start, -1)[..., past + start :]
             corner.masked_fill_(_above_diagonal(end - start, query.device), float("-inf"))
             probabilities = logits.softmax(-1)
-            if scores is not None:
-                self._aggregate(scores, probabilities[:, :, scored])
+            self._aggregate(scores, probabilities[:, :, scored])
             if values is not None:
                 part = torch.bmm(probabilities.to(values.dtype), values[:, : past + end])
                 out[start:end] = part.unflatten(1, (group, -1)).flatten(0, 1).transpose(0, 1)

@@ -1,0 +1,148 @@
+"""Guided decoding: answers that keep to a JSON schema or another grammar, by masking logits. llguidance does the work.
+
+Why llguidance, among three libraries, is measured in ``benchmarks/guidance.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+
+from kvzip_memory.errors import InputError
+
+# One way to write each value: a model cannot lose itself in whitespace.
+_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Grammar:
+    """What an answer may be; compiled, and used by any number of answers at a time."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def start(self) -> Guide:
+        """The guide of one answer."""
+        return Guide(self._matcher.deep_copy())
+
+
+class Guide:
+    """Where in its grammar one answer is."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """``logits [vocab]`` with minus infinity where a token cannot follow."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = torch.from_numpy(np.unpackbits(bits, count=logits.numel(), bitorder="little").view(bool))
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+    def take(self, token: int) -> None:
+        """The answer goes on with ``token``, one that the mask allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def ended(self) -> bool:
+        """Whether the answer must end here."""
+        return bool(self._matcher.is_stopped())
+
+
+class Guidance:
+    """Makes grammars for one tokenizer. Safe for threads; the vocabulary is prepared when first needed (0.3 to 5 s).
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        vocab_size: of the model, which may be larger than the tokenizer's.
+        eos_ids: ids that end an answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer, self._eos_ids = tokenizer, sorted(eos_ids)
+        self._size = max(vocab_size, len(tokenizer))
+        self._lock = threading.Lock()
+        self._prepared: LLTokenizer | None = None
+        self.added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._plain_added = sorted(set(self.added.values()) - special)
+        self._added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or r"(?!)")
+
+    def json(self, schema: Mapping[str, Any]) -> Grammar:
+        """JSON that validates against a schema, properties in its order, no others than it names.
+
+        Raises:
+            InputError: not a schema, or one with a keyword that cannot be kept to; names it.
+        """
+        return self.lark(f"start: {json_rule(schema)}")
+
+    def lark(self, grammar: str) -> Grammar:
+        """A grammar in llguidance's variant of Lark.
+
+        Raises:
+            InputError: what is wrong with it.
+        """
+        with self._lock:
+            if self._prepared is None:
+                try:
+                    self._prepared = from_tokenizer(self._tokenizer, n_vocab=self._size, eos_token=self._eos_ids)
+                except ValueError as error:
+                    raise InputError(f"guided decoding cannot use this tokenizer ({error}); use its fast version") from error
+        matcher = LLMatcher(self._prepared, LLMatcher.grammar_from_lark(grammar), log_level=0)
+        if matcher.is_error():
+            raise InputError(f"answers cannot be guided by this schema: {matcher.get_error().strip().splitlines()[0]}")
+        return Grammar(matcher)
+
+    def literal(self, text: str) -> str:
+        """A grammar's expression for a text that may spell control tokens, which are addressed by their ids."""
+        parts, start = [], 0
+        for found in self._added_pattern.finditer(text):
+            parts += [json.dumps(text[start : found.start()]), f"<[{self.added[found[0]]}]>"]
+            start = found.end()
+        parts.append(json.dumps(text[start:]))
+        return " ".join(part for part in parts if part != '""') or '""'
+
+    def free_text(self, without: str | None) -> str:
+        """The rules ``free``, any text without a given spelling or token, and ``TEXT``."""
+        tokens = [i for i in self._plain_added if without is None or i != self.added.get(without)]
+        unspelled = "" if without is None or without in self.added else f" & ~/(?s:.*){_in_regex(without)}(?s:.*)/"
+        others = f" | <[{','.join(map(str, tokens))}]>" if tokens else ""
+        return f"free: (TEXT{others})*\nTEXT: /(?s:.+)/{unspelled}"
+
+
+def _in_regex(text: str) -> str:
+    return re.escape(text).replace("/", "\\/")
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """A grammar's expression for the JSON of a schema."""
+    return "%json " + json.dumps({**closed(schema), "x-guidance": _LAYOUT})
+
+
+def closed(schema: Any) -> Any:
+    """The schema with no other properties than it names, where it does not say otherwise."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            made[key] = {name: closed(item) for name, item in value.items()}
+        else:  # parts of an allOf see each other's properties: none can forbid what it does not name; a value is no schema
+            made[key] = value if key in ("allOf", "enum", "const", "default", "examples") else closed(value)
+    if isinstance(schema.get("properties"), Mapping) and not {"additionalProperties", "patternProperties", "allOf"} & schema.keys():
+        made["additionalProperties"] = False
+    return made

@@ -1,0 +1,356 @@
+"""Tools: how they are described to a model, how its calls are written, guided and read.
+
+Families of models write calls in forms of their own (:data:`FORMS`). A model whose template knows no tools, or a form that we
+do not know, is told Hermes' form in words.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvzip_memory.errors import InputError
+from kvzip_memory.guidance import Guidance, json_rule
+
+#: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
+Tool = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToolForm:
+    """How a family of models writes its calls: ``begin (open JSON close) between (open JSON close) ... end``.
+
+    Attributes:
+        name: what users call it.
+        begin, open, close, between, end: the texts around the JSON of each call.
+        arguments: the JSON's key for the arguments, beside ``name``.
+        prefix: a token that may stand before everything.
+    """
+
+    name: str
+    begin: str
+    open: str
+    close: str
+    between: str
+    end: str
+    arguments: str = "arguments"
+    prefix: str | None = None
+
+    @property
+    def trigger(self) -> str:
+        """What tells a call from other text; empty if a call is known by its being JSON."""
+        return (self.begin + self.open).split()[0] if self.begin + self.open else ""
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        ToolForm("hermes", "", "<tool_call>\n", "\n</tool_call>", "\n", ""),
+        ToolForm("llama3", "", "", "", "; ", "", arguments="parameters", prefix="<|python_tag|>"),
+        ToolForm("mistral", "[TOOL_CALLS] [", "", "", ", ", "]"),
+    )
+}
+
+
+def form_of(template: str) -> ToolForm | None:
+    """The form in which a chat template writes calls; None if it knows no tools or writes them in a form we do not know."""
+    if "[TOOL_CALLS]" in template and "[ARGS]" not in template:
+        return FORMS["mistral"]
+    if "<tool_call>" in template and "<function=" not in template:
+        return FORMS["hermes"]
+    if '"parameters": ' in template and "<|eot_id|>" in template:
+        return FORMS["llama3"]
+    return None
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """A piece of a call as it is read.
+
+    Attributes:
+        index: number of the call in its answer.
+        arguments: the next characters of its arguments' JSON.
+        id, name: in the first piece of a call only; a call without a name is none that can be made.
+    """
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+def checked_tools(tools: Sequence[Tool] | None) -> list[Tool]:
+    """Raises:
+    InputError: a tool that is no mapping of OpenAI's form, or two of one name.
+    """
+    checked = list(tools or ())
+    for tool in checked:
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise InputError(f'a tool is {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}, not {str(tool)[:80]!r}')
+    names = [tool["function"]["name"] for tool in checked]
+    if len(set(names)) < len(names):
+        raise InputError(f"two tools have one name among {names}; rename one")
+    return checked
+
+
+def describe(tools: Sequence[Tool]) -> str:
+    """Text that tells a model which tools there are and how to call them (Hermes' form)."""
+    signatures = "\n".join(_json(tool) for tool in tools)
+    return (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{signatures}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:\n"
+        '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+    )
+
+
+def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> list[Mapping[str, Any]]:
+    """The same conversation for a template that knows only texts: tools in the system turn, calls and results as tagged JSON."""
+    turns: list[Mapping[str, Any]] = []
+    if tools:
+        first = messages[0] if messages and messages[0]["role"] == "system" else None
+        turns.append({"role": "system", "content": f"{first['content']}\n\n{describe(tools)}" if first else describe(tools)})
+        messages = messages[1 if first else 0 :]
+    before = None
+    for message in messages:
+        role, text = message["role"], message["content"]
+        if role == "tool":
+            text = f"<tool_response>\n{text}\n</tool_response>"
+            if before == "tool":  # results of one answer's calls share a turn
+                text = f"{turns.pop()['content']}\n{text}"
+        for call in message.get("tool_calls", ()):
+            shown = _json({"name": call["name"], "arguments": call["arguments"]})
+            text += f"{chr(10) if text else ''}<tool_call>\n{shown}\n</tool_call>"
+        turns.append({"role": "user" if role == "tool" else role, "content": text})
+        before = role
+    return turns
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+_NAME = '{"name": '
+
+# -- guiding -----------------------------------------------------------------------------------------------------
+
+
+def calls_grammar(
+    guidance: Guidance,
+    form: ToolForm,
+    tools: Sequence[Tool],
+    choice: Any = "auto",
+    schema: Mapping[str, Any] | None = None,
+    parallel: bool | None = None,
+) -> str:
+    """A grammar for answers that may, must or must not call tools.
+
+    Args:
+        choice: ``"auto"``, ``"none"``, ``"any"``, ``"required"`` or True, a tool's name, or OpenAI's mapping with one.
+        schema: what an answer without calls is; None for any text.
+        parallel: whether an answer may hold several calls; None allows them where the model chooses.
+
+    Raises:
+        InputError: a choice that is none of these, or names no tool.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    if isinstance(choice, Mapping):
+        choice = (choice.get("function") or choice).get("name")
+    choice = "auto" if choice in (None, False) else "any" if choice is True or choice == "required" else choice
+    if choice not in ("auto", "any", "none"):
+        if choice not in names:
+            raise InputError(f"tool_choice is {choice!r}; it is 'auto', 'any', 'none' or one of the tools {names}")
+        tools = [tool for tool in tools if tool["function"]["name"] == choice]
+    said = "free" if schema is None else "json"
+    several = parallel if parallel is not None else choice == "auto"
+    more = f" ({guidance.literal(form.between + form.open)} call {guidance.literal(form.close)})*" if several else ""
+    rest = f"call {guidance.literal(form.close)}{more} {guidance.literal(form.end)}"
+    lines = []
+    if choice == "none":
+        lines.append(f"start: {said}")
+    elif choice != "auto":
+        lines.append(f"start: {guidance.literal(form.begin + form.open)} {rest}")
+    elif not form.trigger:
+        prefix = f"{guidance.literal(form.prefix)}? " if form.prefix and form.prefix in guidance.added else ""
+        lines.append(f"start: {prefix}{rest} | {said}")
+    else:
+        head = form.begin + form.open
+        after = guidance.literal(head[len(form.trigger) :])
+        before = "free" if schema is None else ""
+        if form.trigger in guidance.added:
+            lines.append(f"start: {said} | {before} {guidance.literal(form.trigger)} {after} {rest}")
+        else:
+            lines += [f"start: {said} | head {after} {rest}", f"head[lazy]: {'TEXT?' if before else ''} {json.dumps(form.trigger)}"]
+    if said == "json":
+        lines.append(f"json: {json_rule(schema or {})}")
+    elif form.trigger:
+        lines.append(guidance.free_text(form.trigger if choice == "none" or form.trigger in guidance.added else None))
+    else:
+        lines.append("free: TEXT?\nTEXT: /(?s:[^{].*)/")
+    if choice != "none":
+        one = [f"{json.dumps(_json(tool['function']['name']) + f', {_json(form.arguments)}: ')} a{i}" for i, tool in enumerate(tools)]
+        lines.append(f"call: {json.dumps(_NAME)} ({' | '.join(one)}) {json.dumps('}')}")
+        lines += [f"a{i}: {json_rule(_parameters(tool))}" for i, tool in enumerate(tools)]
+    return "\n".join(lines)
+
+
+def _parameters(tool: Tool) -> Mapping[str, Any]:
+    return tool["function"].get("parameters") or {"type": "object", "properties": {}}
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+class CallReader:
+    """Tells calls from text while an answer arrives.
+
+    What is no call in this form, in whole or in part, stays text.
+    """
+
+    def __init__(self, form: ToolForm) -> None:
+        self._form = form
+        self._held = ""  # may be the beginning of a call
+        self._started = False  # something other than whitespace was said
+        self._json: _JsonReader | None = None
+        self._inside = False  # between the first call and the end
+        self._calls = 0
+
+    def push(self, piece: str) -> tuple[str, list[CallDelta]]:
+        """The text to show, and pieces of calls."""
+        self._held += piece
+        shown = ""
+        deltas: list[CallDelta] = []
+        while self._held:
+            if self._json is not None:
+                self._held = self._json.push(self._held, deltas)
+                if self._json.done:
+                    shown += self._json.said
+                    self._inside, self._calls = self._inside and not self._json.said, self._calls + 1
+                    self._json = None
+                continue
+            at, ready = self._next_call()
+            if not self._inside:
+                shown += self._held[:at]
+                self._started |= bool(self._held[:at].strip())
+            self._held = self._held[at:]
+            if not ready:
+                break
+            self._inside = True
+            self._held = self._held[self._held.index("{") :]
+            self._json = _JsonReader(self._form, self._calls)
+        return shown, deltas
+
+    def flush(self) -> str:
+        """Text that was held back because a call could have begun with it."""
+        held, self._held = self._held, ""
+        return "" if self._inside else held
+
+    def _next_call(self) -> tuple[int, bool]:
+        """Where text ends in what is held, and whether a call's JSON begins behind that."""
+        held, form = self._held, self._form
+        brace = held.find("{")
+        if self._inside:  # whatever stands between two calls is of no interest
+            return (brace, True) if brace >= 0 else (len(held), False)
+        if not form.trigger:
+            bare = held.strip().removeprefix(form.prefix or "").lstrip()
+            if self._started or (bare and not bare.startswith("{") and not (form.prefix or "").startswith(held.strip())):
+                return len(held), False
+            return 0, bare.startswith("{")
+        at = held.find(form.trigger)
+        if at >= 0:
+            return at, "{" in held[at:]
+        keep = max((n for n in range(1, len(form.trigger)) if held.endswith(form.trigger[:n])), default=0)
+        return len(held) - keep, False
+
+
+class _JsonReader:
+    """One call's JSON, character by character; its arguments are passed on as soon as its name is known."""
+
+    def __init__(self, form: ToolForm, index: int) -> None:
+        self._form, self._index = form, index
+        self._id = f"call_{uuid.uuid4().hex[:24]}"
+        self._text = ""
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._complete = False  # the arguments are
+        self._arguments_at: int | None = None  # where the arguments begin
+        self.done = False
+        self.said = ""  # what turned out to be no call
+
+    def push(self, text: str, deltas: list[CallDelta]) -> str:
+        """Takes what belongs to it and gives the rest back."""
+        sent = len(self._text)
+        for at, char in enumerate(text):
+            self._text += char
+            if self._in_string:
+                self._in_string = self._escaped or char != '"'
+                self._escaped = char == "\\" and not self._escaped
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+                if self._depth == 2 and self._arguments_at is None and (name := self._name()):
+                    self._arguments_at = sent = len(self._text) - 1
+                    deltas.append(CallDelta(self._index, "", self._id, name))
+            elif char in "}]":
+                self._depth -= 1
+                if self._depth == 1 and self._arguments_at is not None and not self._complete:
+                    self._complete = True
+                    _append(deltas, CallDelta(self._index, self._text[sent:]))
+                elif self._depth == 0:
+                    self.done = True
+                    if self._arguments_at is None:
+                        deltas += self._whole()
+                    return text[at + 1 :]
+        if self._arguments_at is not None and not self._complete and self._text[sent:]:
+            _append(deltas, CallDelta(self._index, self._text[sent:]))
+        return ""
+
+    def _name(self) -> str | None:
+        """The name, if all that stands before an opening brace is the name and the key of the arguments."""
+        try:
+            before = json.loads(self._text[:-1] + "null}")
+        except ValueError:
+            return None
+        keys = {"arguments", "parameters"} & before.keys()
+        name = before.get("name")
+        return name if isinstance(name, str) and keys and before[keys.pop()] is None else None
+
+    def _whole(self) -> list[CallDelta]:
+        """A call whose name came last, or that is none."""
+        try:
+            call = json.loads(self._text)
+        except ValueError:
+            call = {}
+        arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
+        if isinstance(call.get("name"), str) and isinstance(arguments, dict):
+            return [CallDelta(self._index, _json(arguments), self._id, call["name"])]
+        if not self._form.trigger:
+            self.said = self._text
+            return []
+        return [CallDelta(self._index, self._text, self._id)]
+
+
+def _append(deltas: list[CallDelta], more: CallDelta) -> None:
+    """Frameworks expect one piece of a call at a time."""
+    if deltas and deltas[-1].index == more.index:
+        deltas[-1] = replace(deltas[-1], arguments=deltas[-1].arguments + more.arguments)
+    else:
+        deltas.append(more)
+
+
+def read_calls(text: str, form: ToolForm) -> tuple[str, list[dict[str, Any]]]:
+    """A whole answer's text, and its calls as ``id``, ``name`` and ``arguments``; calls that cannot be made are left out."""
+    reader = CallReader(form)
+    shown, deltas = reader.push(text)
+    calls = []
+    for delta in deltas:  # one a call, since all of it came at once
+        try:
+            calls.append({"id": delta.id, "name": delta.name, "arguments": json.loads(delta.arguments)})
+        except ValueError:
+            continue
+    return shown + reader.flush(), [call for call in calls if call["name"]]
