@@ -299,7 +299,7 @@ def probe(session: Session) -> torch.Tensor:
     """Logits of the next turn's tokens, without changing the session."""
     twin = session.fork()
     ids = twin._question_ids(QUESTION, None)
-    return twin._model.forward([row_over(twin.context, twin._tail)], [ids], last_only=False)[0][-10:]
+    return twin._model.forward([row_over(twin.context, twin._tail)], [ids], n_logits=len(ids))[0][-10:]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2])
@@ -333,7 +333,7 @@ def test_a_folded_session_equals_dense_attention_with_evicted_pairs_masked(archi
     child = session.fold(1, ratio=0.4)
     kept_turn = session._ids[: session._tail.length]
     ids = session._question_ids(QUESTION, None)
-    ours = session._model.forward([row_over(child, session._tail)], [ids], last_only=False)[0]
+    ours = session._model.forward([row_over(child, session._tail)], [ids], n_logits=len(ids))[0]
     theirs = masked_logits(engine, child, [*kept_turn, *ids], parent, folded_at=child.n_tokens + len(kept_turn))[len(kept_turn) :]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
