@@ -20,11 +20,13 @@ from transformers import DynamicCache
 
 from common import PROBE, articles, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
+from kvzip_memory.context import storage_nbytes
 
 
-def measure(text: str, repeats: int) -> dict[str, Any]:
+def measure(text: str, repeats: int, every: int | None) -> dict[str, Any]:
     """Plain prefill by transformers and our build, in turn; medians of the times and of their ratio pair by pair."""
-    engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
+    engine = KVzipEngine.from_pretrained(smollm2(), progress=False, compress_every=every)
+    weights = storage_nbytes([*engine.model.parameters(), *engine.model.buffers()])
     ids = torch.tensor([engine._prompt(text, None).token_ids])
     context = engine.load(text, ratio=0.3)  # first, and alone: transformers' whole prefill in one piece needs more memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -47,6 +49,7 @@ def measure(text: str, repeats: int) -> dict[str, Any]:
         "evict_s": round(statistics.median(r[2]["evict"] for r in rows) / 1e3, 3),
         "dense_nbytes": context.dense_nbytes,
         "nbytes": context.nbytes,
+        "weights_nbytes": weights,
         "peak_rss_nbytes": peak,
     }
 
@@ -75,20 +78,25 @@ def main() -> None:
     parser.add_argument("--kvpress-python")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compress-every", type=int, default=500, help="a second row, built in pieces")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pieces", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(measure(text_of(args.squad, args.one), args.repeats) if args.one else baseline_rss()))
+        text = text_of(args.squad, args.one)
+        print(json.dumps(measure(text, args.repeats, args.pieces) if args.one else baseline_rss()))
         return
     common = ["--squad", str(args.squad), "--repeats", str(args.repeats), "--one"]
     baseline = in_subprocess(*common, "0")
     table = []
     for tokens in args.tokens:
-        row = in_subprocess(*common, str(tokens))
-        extra = row.pop("peak_rss_nbytes") - baseline
-        row |= {"method": "kvzip_memory", "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / row["dense_nbytes"], 2)}
-        table.append(row)
-        print(row, flush=True)
+        for name, pieces in {"kvzip_memory": [], f"in pieces of {args.compress_every}": ["--pieces", str(args.compress_every)]}.items():
+            row = in_subprocess(*common, str(tokens), *pieces)
+            extra, dense, weights = row.pop("peak_rss_nbytes") - baseline, row["dense_nbytes"], row["weights_nbytes"]
+            row |= {"method": name, "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / dense, 2)}
+            row["peak_over_weights_and_dense"] = round((weights + extra) / (weights + dense), 2)
+            table.append(row)
+            print(row, flush=True)
     if args.kvpress_python:
         engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
         for tokens in args.tokens:

@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
     parser.add_argument("--articles", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--compress-every", type=int, nargs="*", default=[500, 1000])
     parser.add_argument("--scorers", nargs="+", choices=list(SCORERS), default=list(SCORERS))
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3())
@@ -117,6 +118,14 @@ def main() -> None:
                 for q, expected in zip(questions, reference, strict=True):
                     logits = engine.logits(context, q["question"] + q["answer"][:-1])[-len(q["answer"]) :]
                     results.append({"method": name, "ratio": ratio, "kind": q["kind"]} | divergence(expected, logits))
+        for every in args.compress_every:
+            twin = KVzipEngine(engine.model, engine.tokenizer, compress_every=every)
+            for ratio in RATIOS:
+                context = twin.load(doc["text"], ratio=ratio)
+                for q, expected in zip(questions, reference, strict=True):
+                    logits = twin.logits(context, q["question"] + q["answer"][:-1])[-len(q["answer"]) :]
+                    row = {"method": f"default in pieces of {every}", "ratio": ratio, "kind": q["kind"]}
+                    results.append(row | divergence(expected, logits))
     if args.kvpress_python:
         job |= {"model": str(engine.model.config.name_or_path), "probe": PROBE}
         job["probe_ids"] = engine.tokenizer(PROBE, add_special_tokens=False).input_ids

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -71,6 +73,9 @@ class KVzipEngine:
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
         progress: show progress bars; None shows them on a terminal only.
+        compress_every: compress after so many tokens, before more are read. A build then never holds the whole dense
+            cache, only so many tokens of it above what is kept, and is a little less faithful (``docs/benchmarks.md``).
+            None reads everything first.
         scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
         allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``.
@@ -95,17 +100,20 @@ class KVzipEngine:
         max_running: int = 32,
         max_waiting: int = 1024,
         progress: bool | None = None,
+        compress_every: int | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = _checked_ratio(ratio)
         _check_allocator(allocator)
+        _check_every(compress_every)
         self._model = LanguageModel(model, tokenizer, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, template_kwargs)
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
+        self._compress_every = compress_every
         self._progress = progress
         self._tenant = tenant_digest(tenant)
         device = self._model.device
@@ -142,6 +150,7 @@ class KVzipEngine:
         max_running: int = 32,
         max_waiting: int = 1024,
         progress: bool | None = None,
+        compress_every: int | None = None,
         scorer: Scorer | None = None,
         allocator: str = "global",
         template_kwargs: Mapping[str, Any] | None = None,
@@ -159,6 +168,7 @@ class KVzipEngine:
         """
         _checked_ratio(ratio)
         _check_allocator(allocator)
+        _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         folder = None if cache_dir is None else Path(cache_dir).expanduser()
@@ -176,6 +186,7 @@ class KVzipEngine:
             max_running=max_running,
             max_waiting=max_waiting,
             progress=progress,
+            compress_every=compress_every,
             scorer=scorer,
             allocator=allocator,
             template_kwargs=template_kwargs,
@@ -332,8 +343,18 @@ class KVzipEngine:
         """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given."""
         ratio = _checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
+        every = self._compress_every if pairs is None and ratio < 1.0 else None
+        if every is not None and len(prompt.token_ids) - max(prompt.protected, parent.n_tokens if parent else 0) <= every:
+            every = None  # all in one piece
         identity = context_identity(
-            self._identity, prompt, ratio, self._scorer.identity(), self._allocator, self._tenant, parent.identity if parent else None
+            self._identity,
+            prompt,
+            ratio,
+            self._scorer.identity(),
+            self._allocator,
+            self._tenant,
+            parent.identity if parent else None,
+            every,
         )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
@@ -445,30 +466,35 @@ class KVzipEngine:
 
             first = start if parent and parent.identity["scorer"] else prompt.protected
             total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
-            began = time.perf_counter()
-            if pairs is not None:
-                progress("prefill", len(ids) - start)
-            elif layers:
-                pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
-            else:
-                pairs = prefill(self._model, ids, progress)
-            ms = {"prefill": 1e3 * (time.perf_counter() - began)}
-            encode = self._prompts.text_ids
-            prefilled = Prefilled(
-                self._model, pairs, ids, prompt.protected, recipe.opening, recipe.closing, encode, prompt.keep, layers, start
-            )
-            compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
+            ms: Counter[str] = Counter()
+            dense_nbytes = parent.dense_nbytes if parent else 0
+            for end in _ends(max(start, prompt.protected), len(ids), wanted.identity["compress_every"]):
+                began = time.perf_counter()
+                if pairs is not None:
+                    progress("prefill", end - start)
+                elif layers:
+                    pairs = prefill_behind(self._model, layers, start, ids[start:end], progress)
+                else:
+                    pairs = prefill(self._model, ids[:end], progress)
+                ms["prefill"] += 1e3 * (time.perf_counter() - began)  # type: ignore[assignment]
+                keep = tuple((first, min(last, end)) for first, last in prompt.keep if first < end)
+                opening, closing, encode = recipe.opening, recipe.closing, self._prompts.text_ids
+                prefilled = Prefilled(self._model, pairs, ids[:end], prompt.protected, opening, closing, encode, keep, layers, start)
+                compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
+                ms.update(compressed.ms)
+                dense_nbytes += compressed.dense_nbytes
+                layers, start, pairs = compressed.layers, end, None
         return CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
             token_ids=torch.tensor(prompt.token_ids, dtype=torch.int32),
-            storage=Resident(compressed.layers),
+            storage=Resident(layers),
             protected=prompt.protected,
             ratio=ratio,
-            dense_nbytes=compressed.dense_nbytes + (parent.dense_nbytes if parent else 0),
+            dense_nbytes=dense_nbytes,
             recipe=recipe,
             sources=prompt.sources,
-            receipt=Receipt(wanted.key, hit=False, tier="built", ms={**ms, **compressed.ms}),
+            receipt=Receipt(wanted.key, hit=False, tier="built", ms=dict(ms)),
         )
 
     def _bar(self, name: str | None) -> _Bar:
@@ -679,6 +705,12 @@ class _Bar:
         self._bar.update(done - self._bar.n)
 
 
+def _ends(first: int, n: int, every: int | None) -> list[int]:
+    """Ends of the equal pieces, of at most ``every`` tokens, in which ``[first, n)`` is read and compressed."""
+    count = 1 if every is None else max(1, math.ceil((n - first) / every))
+    return [first + round((i + 1) * (n - first) / count) for i in range(count)]
+
+
 def _memory_nbytes(device: torch.device) -> int:
     """Memory of a device; of the host for one that shares it."""
     if device.type == "cuda":
@@ -689,6 +721,11 @@ def _memory_nbytes(device: torch.device) -> int:
 def _check_allocator(allocator: str) -> None:
     if allocator not in ALLOCATORS:
         raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
+
+
+def _check_every(compress_every: int | None) -> None:
+    if compress_every is not None and compress_every < 64:
+        raise InputError(f"compress_every is {compress_every} tokens; pairs cannot be ranked among fewer than 64")
 
 
 def _checked_ratio(ratio: float) -> float:

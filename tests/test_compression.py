@@ -1,17 +1,20 @@
 """Scores, budgets and eviction."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from conftest import TEXT, tiny_engine
-from kvzip_memory import KVzipEngine, ModelError
-from kvzip_memory.compression import Prefilled, prefill
+from conftest import TEXT, kept_positions, masked_logits, tiny_engine
+from kvzip_memory import InputError, KVzipEngine, ModelError
+from kvzip_memory.compression import Compressed, Prefilled, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.compression.scorers import kvzip as kvzip_module
+from kvzip_memory.context import Resident
 
 
 def silent(stage: str, tokens: int) -> None:
@@ -177,3 +180,36 @@ def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Pat
     with pytest.raises(ModelError, match="bfloat16 or float32"):
         engine.load(TEXT)
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_masked(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(architecture, compress_every=100)
+    pieces: list[tuple[int, Compressed]] = []
+
+    def noted(prefilled: Prefilled, *args: Any) -> Compressed:
+        pieces.append((len(prefilled.token_ids), compress(prefilled, *args)))
+        return pieces[-1][1]
+
+    monkeypatch.setattr("kvzip_memory.engine.compress", noted)
+    context = engine.load(TEXT, ratio=0.4, keep="8306")
+    assert [b - a for (a, _), (b, _) in pairwise(pieces)] == [96, 96]  # 312 tokens, 24 of them head
+    assert context.kept_pairs == round(0.4 * context.total_pairs)
+    ancestors = [replace(context, token_ids=context.token_ids[:end], storage=Resident(part.layers)) for end, part in pieces[:-1]]
+    ids = engine.prompt_ids(context, "Who carries the oil?")
+    torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids, *ancestors), atol=1e-4, rtol=0)
+    for start, end in engine._prompt(TEXT, None, ["8306"]).keep:
+        assert all(kept[:, start:end].all() for kept in kept_positions(context))
+
+
+def test_pieces_are_part_of_the_key_and_are_not_cut_down(tmp_path: Path) -> None:
+    whole, pieces = tiny_engine(cache_dir=tmp_path), tiny_engine(cache_dir=tmp_path, compress_every=100)
+    assert pieces.load(TEXT[:60], ratio=0.4).key == whole.load(TEXT[:60], ratio=0.4).key  # one piece
+    assert pieces.load(TEXT, ratio=1.0).key == whole.load(TEXT, ratio=1.0).key
+    half = pieces.load(TEXT, ratio=0.5)
+    assert half.key != whole.load(TEXT, ratio=0.5).key
+    assert pieces.load(TEXT, ratio=0.5).receipt.hit  # type: ignore[union-attr]
+    assert pieces.load(TEXT, ratio=0.3).receipt.tier == "built"  # type: ignore[union-attr]
+    with pytest.raises(InputError, match="compress_every is 8 tokens"):
+        tiny_engine(compress_every=8)

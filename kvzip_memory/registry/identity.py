@@ -62,11 +62,13 @@ def context_identity(
     allocator: str,
     tenant: str | None = None,
     parent: Mapping[str, Any] | None = None,
+    compress_every: int | None = None,
 ) -> dict[str, Any]:
     """All fields that determine a context's bytes, what may follow it, and who may use it.
 
     Args:
         tenant: a digest, see :func:`tenant_digest`.
+        compress_every: size of the pieces it is built in, None if in one.
         parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
     """
     scored = ratio < 1.0 or (parent is not None and parent["scorer"] is not None)
@@ -78,6 +80,7 @@ def context_identity(
         "ratio": ratio,
         "scorer": dict(scorer) if scored else None,
         "allocator": allocator if scored else None,
+        "compress_every": compress_every,
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
