@@ -456,7 +456,7 @@ class KVzipEngine:
         recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
         done = total = 0
         with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
-            layers = lease.layers if lease else ()
+            layers = list(lease.layers) if lease else []
 
             def progress(stage: str, tokens: int) -> None:
                 nonlocal done
@@ -483,12 +483,13 @@ class KVzipEngine:
                 compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
                 ms.update(compressed.ms)
                 dense_nbytes += compressed.dense_nbytes
-                layers, start, pairs = compressed.layers, end, None
+                layers, start, pairs = list(compressed.layers), end, None
+                del compressed, prefilled  # they hold on to what the next piece frees
         return CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
             token_ids=torch.tensor(prompt.token_ids, dtype=torch.int32),
-            storage=Resident(layers),
+            storage=Resident(tuple(layers)),
             protected=prompt.protected,
             ratio=ratio,
             dense_nbytes=dense_nbytes,

@@ -15,14 +15,14 @@ def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[Rag
     """Ragged layers of the kept pairs. The dense ones are freed on the way: at most one layer exists twice.
 
     Args:
-        prefilled: its ``dense`` is empty afterwards.
+        prefilled: its ``dense`` and ``parent`` are empty afterwards.
         keep: ``[L, H, n]`` bool, over the layers with full attention; false where the parent's pair is gone.
         scores: ``[L, H, n]`` fp16 to be stored beside the pairs, or None.
     """
     layers, full = [], 0
-    for i, window in enumerate(prefilled.model.windows):
+    for window in prefilled.model.windows:
         keys, values = prefilled.dense.pop(0)
-        parent = prefilled.parent[i] if prefilled.parent else None
+        parent = prefilled.parent.pop(0) if prefilled.parent else None
         if window is not None:
             layers.append(_visible(parent, keys, values, window, len(prefilled.token_ids)))
             continue
@@ -32,7 +32,7 @@ def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[Rag
         else:
             layers.append(_gathered(parent, keys, values, keep[full].to(keys.device), layer_scores))
         full += 1
-    del keys, values
+    del keys, values, parent
     _return_freed_pages()
     return layers
 

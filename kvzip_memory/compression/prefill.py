@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
 from kvzip_memory.cache import Row, Tail
@@ -33,7 +34,7 @@ class Prefilled:
         closing: ids that end a user's turn and open the assistant's.
         encode: tokenises plain text.
         keep: spans ``[start, end)`` that are never evicted either.
-        parent: the parent's layers, empty without one.
+        parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
         start: tokens the parent stands for.
     """
 
@@ -45,7 +46,7 @@ class Prefilled:
     closing: tuple[int, ...]
     encode: Callable[[str], list[int]]
     keep: tuple[tuple[int, int], ...] = ()
-    parent: tuple[RaggedLayer, ...] = ()
+    parent: list[RaggedLayer] = field(default_factory=list)
     start: int = 0
 
     @property
@@ -82,6 +83,29 @@ class Prefilled:
         return RowKV(parent, torch.cat([keys, key], 1), torch.cat([values, value], 1), n_new, position)
 
 
+class _Preallocated(DynamicLayer):
+    """A layer with room for all its tokens from the start: nothing is copied when it grows."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self._n = n
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        shape = (*key_states.shape[:2], self._n, key_states.shape[3])
+        self._buffers = key_states.new_empty(shape), value_states.new_empty(shape)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self._buffers)
+        return self.keys, self.values
+
+
 class _PairsOnly(DynamicCache):
     """Ends the forward when the last layer's pairs are there: nobody needs what would be made of them."""
 
@@ -95,6 +119,9 @@ class _PairsOnly(DynamicCache):
 def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DensePairs:
     """The pairs of ``token_ids``, by the model's own attention."""
     cache = _PairsOnly(config=model.model.config)
+    cache.layers = [
+        _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=True)
+    ]
     for count in model.fill(token_ids, 0, cache):
         progress("prefill", count)
     pairs = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
@@ -105,10 +132,10 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
 
 
 def prefill_behind(
-    model: LanguageModel, parent: tuple[RaggedLayer, ...], start: int, token_ids: Sequence[int], progress: Progress
+    model: LanguageModel, parent: Sequence[RaggedLayer], start: int, token_ids: Sequence[int], progress: Progress
 ) -> DensePairs:
     """The pairs of ``token_ids`` behind a compressed parent of ``start`` tokens, which is only read."""
-    row = Row(parent, start, Tail())
+    row = Row(tuple(parent), start, Tail())
     for count in model.append(row, token_ids):
         progress("prefill", count)
     return row.tail.pairs(len(token_ids))
