@@ -6,9 +6,11 @@ python benchmarks/agents.py --squad squad.json
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,34 @@ def ours(engine: KVzipEngine, context: CompressedContext, agents: int, tokens: i
     return sum(counts) / (time.perf_counter() - began), sessions
 
 
+def live_nbytes() -> int:
+    """Bytes of all tensors' storages in the process, each counted once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at some objects warns
+        return storage_nbytes([x for x in gc.get_objects() if isinstance(x, torch.Tensor)])
+
+
+def tail_nbytes(session: Session) -> int:
+    return storage_nbytes([t for pair in session._tail._layers.values() for t in pair])
+
+
+def memory(engine: KVzipEngine, text: str) -> dict[str, Any]:
+    """What a context, eight agents on it and a ninth add to the process, beside what they should."""
+    before = live_nbytes()
+    context = engine.load(text, ratio=0.3)
+    sessions = ours(engine, context, 8, 16)[1]
+    eight = live_nbytes()
+    ninth = ours(engine, context, 1, 16)[1][0]
+    expected = context.nbytes + sum(map(tail_nbytes, sessions))
+    return {
+        "context_nbytes": context.nbytes,
+        "tail_nbytes": [tail_nbytes(session) for session in sessions],
+        "measured_over_context_and_tails": round((eight - before) / expected, 3),
+        "ninth_over_its_tail": round((live_nbytes() - eight) / tail_nbytes(ninth), 3),
+    }
+
+
 @torch.inference_mode()
 def dense(engine: KVzipEngine, context: CompressedContext, agents: int, tokens: int) -> float:
     """Tokens a second of transformers' greedy steps over a batch of dense caches of the same context."""
@@ -77,15 +107,13 @@ def main() -> None:
     engine.model.generation_config.eos_token_id = None  # every answer has the same length
     engine._model.eos_ids = frozenset()
     text = "\n\n".join(p["context"] for a in articles(args.squad) for p in a["paragraphs"])[: args.characters]
+    rows: dict[str, Any] = memory(engine, text)
     context = engine.load(text, ratio=0.3)
-    ours(engine, context, 1, 8)
-    rows: dict[str, Any] = {"tokens": context.n_tokens}
+    rows["tokens"] = context.n_tokens
     rates: dict[int, list[float]] = {1: [], 8: []}
     for _ in range(3):
         for agents in rates:
-            rate, sessions = ours(engine, context, agents, args.new_tokens)
-            rates[agents].append(rate)
-    tails = [storage_nbytes([t for pair in s._tail._layers.values() for t in pair]) for s in sessions]
+            rates[agents].append(ours(engine, context, agents, args.new_tokens)[0])
     one, eight = statistics.median(rates[1]), statistics.median(rates[8])
     theirs = dense(engine, context, 8, 24)
     rows |= {
@@ -94,8 +122,6 @@ def main() -> None:
         "dense_batch_of_8_tokens_per_s": round(theirs, 1),
         "eight_over_one": round(eight / one, 2),
         "eight_over_dense": round(eight / theirs, 2),
-        "context_nbytes": context.nbytes,
-        "tail_nbytes": tails,
         "dense_8_nbytes": 8 * context.dense_nbytes,
     }
     print(rows)
