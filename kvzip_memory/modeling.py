@@ -117,19 +117,22 @@ class LanguageModel:
     def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
         attach(self.model)  # again, should somebody have switched the model's attention since
         counts = [len(row_ids) for row_ids in ids]
+        logits = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
+        if logits is None:
+            logits = self._eager(rows, ids, counts, n_logits)
+        for row, count in zip(rows, counts, strict=True):
+            row.tail.advance(count)
+        return [row_logits[-min(n_logits, count) :].float() for row_logits, count in zip(logits, counts, strict=True)]
+
+    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], counts: list[int], n_logits: int) -> Tensor:
         width = max(counts)
-        found = self._steps.run(rows, [row_ids[0] for row_ids in ids]) if self._steps is not None and width == 1 else None
-        if found is not None:
-            for row in rows:
-                row.tail.advance(1)
-            return list(found[:, None])
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         positions = torch.zeros(len(rows), width, dtype=torch.long)
         for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         cache = SessionCache(rows, counts, self.windows, self._backend)
-        output = self.model(
+        logits: Tensor = self.model(
             input_ids=input_ids.to(self.device),
             position_ids=positions.to(self.device),
             attention_mask=_NO_MASK,
@@ -137,10 +140,8 @@ class LanguageModel:
             use_cache=True,
             logits_to_keep=n_logits,
             kvzip=cache,
-        )
-        for row, count in zip(rows, counts, strict=True):
-            row.tail.advance(count)
-        return [logits[-min(n_logits, count) :].float() for logits, count in zip(output.logits, counts, strict=True)]
+        ).logits
+        return logits
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""

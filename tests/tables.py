@@ -21,13 +21,15 @@ def floats(address: int, count: int) -> Any:
     return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32)
 
 
-def append(key: torch.Tensor, value: torch.Tensor, tails: torch.Tensor, lengths: torch.Tensor) -> None:
-    batch, n_heads, _, dim = key.shape
+def append(key: torch.Tensor, value: torch.Tensor, tails: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> None:
+    batch, n_heads, n, dim = key.shape
     for b in range(batch):
         *addresses, capacity = tails[b].tolist()
+        count, length = int(counts[b]), int(lengths[b])
         for address, new in zip(addresses, (key, value), strict=True):
-            if address:
-                floats(address, n_heads * capacity * dim).reshape(n_heads, capacity, dim)[:, int(lengths[b]) - 1] = new[b, :, 0].numpy()
+            if count:
+                tail = floats(address, n_heads * capacity * dim).reshape(n_heads, capacity, dim)
+                tail[:, length - count : length] = new[b, :, n - count :].numpy()
 
 
 def attend(

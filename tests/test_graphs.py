@@ -52,7 +52,27 @@ def test_static_steps_compute_what_eager_ones_do(engines: tuple[KVzipEngine, KVz
         tokens = [[int(torch.randint(3, 250, ()))] for _ in present]
         got, expected = feed(one, [rows[b] for b in present], tokens), feed(other, [twins[b] for b in present], tokens)
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
-    assert steps.captured == [1, 4, 8]
+    assert steps.captured == [(1, 1), (4, 1), (8, 1)]
+
+
+def test_static_steps_of_several_tokens(engines: tuple[KVzipEngine, KVzipEngine, list[CompressedContext]]) -> None:
+    """Guesses that are checked, a different number in each row, and taken back as far as they were wrong."""
+    one, other, (first, second) = engines
+    contexts = [first, second, None, first]
+    rows, twins = ([row_over(context) for context in contexts] for _ in range(2))
+    feed(one, rows, [[5]] * 4)
+    feed(other, twins, [[5]] * 4)
+    steps = static(one)
+    for counts in ([2, 1, 5, 1], [1, 1, 1, 1], [7, 8, 1, 3], [1, 16, 2, 4]):
+        ids = [torch.randint(3, 250, (count,)).tolist() for count in counts]
+        for got, expected in zip(one._model.forward(rows, ids, 4), other._model.forward(twins, ids, 4), strict=True):
+            torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+        for row, count in zip([*rows, *twins], counts * 2, strict=True):
+            row.tail.crop(row.tail.length - count // 2)
+    assert steps.captured == [(4, 1), (4, 8), (4, 16)]
+    ids = [[7] * 17] * 4  # too many for a step
+    torch.testing.assert_close(feed(one, rows, ids), feed(other, twins, ids), atol=2e-5, rtol=1e-4)
+    assert steps.captured == [(4, 1), (4, 8), (4, 16)]
 
 
 def test_in_tritons_interpreter() -> None:
@@ -62,10 +82,10 @@ def test_in_tritons_interpreter() -> None:
     assert one.stats()["attention"] == "triton"
     context = other.load(TEXT)
     rows, twins = ([row_over(context), row_over(None), row_over(context)] for _ in range(2))
-    for ids in ([[5, 6], [7], [8]], [[9], [10], [11]], [[12], [13], [14]]):
+    for ids in ([[5, 6], [7], [8]], [[9], [10], [11]], [[12, 15], [13], [14]]):
         torch.testing.assert_close(feed(one, rows, ids), feed(other, twins, ids), atol=2e-5, rtol=1e-4)
     assert one._model._steps is not None
-    assert one._model._steps.captured == [4]
+    assert one._model._steps.captured == [(4, 1), (4, 2)]
 
 
 def test_a_thousand_tokens_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +102,7 @@ def test_a_thousand_tokens_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(3, 250, (1000,)).tolist()
     for token in ids:
         last = feed(engine, [row], [[token]])
-    assert steps.captured == [1]
+    assert steps.captured == [(1, 1)]
     assert written == [64, 128, 256, 512, 1024]
     engine._model._steps = None
     torch.testing.assert_close(last, feed(engine, [twin], [ids]), atol=1e-4, rtol=1e-3)
@@ -109,11 +129,11 @@ def test_weights_that_were_replaced_are_seen() -> None:
     steps = static(engine)
     feed(engine, [row], [[5, 6]])
     feed(engine, [row], [[7]])
-    before = steps._batches[1]
+    before = steps._batches[1, 1]
     engine.model.model.embed_tokens.weight = torch.nn.Parameter(engine.model.model.embed_tokens.weight * 2)
     feed(engine, [twin], [[5, 6]])
     feed(engine, [twin], [[7]])
-    assert steps._batches[1] is not before
+    assert steps._batches[1, 1] is not before
 
 
 def test_a_tail_never_written_is_fed_without_a_step() -> None:
@@ -123,7 +143,7 @@ def test_a_tail_never_written_is_fed_without_a_step() -> None:
     feed(engine, [row], [[5]])
     assert (steps.captured, row.tail.length) == ([], 1)
     feed(engine, [row], [[6]])
-    assert (steps.captured, row.tail.length) == ([1], 2)
+    assert (steps.captured, row.tail.length) == ([(1, 1)], 2)
 
 
 def test_answers_through_static_steps_are_the_same(engines: tuple[KVzipEngine, KVzipEngine, list[CompressedContext]]) -> None:

@@ -87,7 +87,7 @@ def compiled(kernel, types, constants, capability, **options):
     return compile(ASTSource(kernel, signature, values, aligned), target=GPUTarget("cuda", capability, 32), options=options)
 
 strides = {f"{prefix}stride_{axis}": "i32" for prefix in ("", "key_", "value_") for axis in "bhn"}
-tables = {"items": "*i64", "entries": "*i32", "parts": "*i32", "tails": "*i64", "lengths": "*i64", "positions": "*i64"}
+tables = {"items": "*i64", "entries": "*i32", "parts": "*i32", "tails": "*i64", "lengths": "*i64", "positions": "*i64", "counts": "*i64"}
 scalars = {"scale": "fp32", "n": "i32", "window": "i32", "heads": "i32"}
 for capability, limit, calls in (
     (80, 163 << 10, [(8, 128, False)]),
@@ -112,7 +112,7 @@ for capability, limit, calls in (
     if capability == 90:
         types = tables | scalars | {"parts_out": "*fp32", "parts_lse": "*fp32", "out": "*bf16"}
         compiled(kernels.merge, types, {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16}, capability)
-        compiled(kernels.append, tables | strides | {"key": "*bf16", "value": "*bf16"}, {"DIM": 128, "BLOCK_D": 128}, capability)
+        compiled(kernels.append, tables | strides | scalars | {"key": "*bf16", "value": "*bf16"}, {"DIM": 128, "BLOCK_D": 128}, capability)
 print("compiled")
 """
 

@@ -151,28 +151,33 @@ def merge(
 
 @triton.jit
 def append(
-    key,  # [B, H, 1, DIM], any strides but the last
+    key,  # [B, H, n, DIM], any strides but the last
     value,
-    tails,  # [B, 3] int64: keys, values, capacity; zeros where there is no row
-    lengths,  # [B] int64, the new pair included
+    tails,  # [B, 3] int64: keys, values, capacity
+    lengths,  # [B] int64, the new pairs included
+    counts,  # [B] int64, how many of the last columns are new pairs; 0 where there is no row
+    n,
     key_stride_b,
     key_stride_h,
+    key_stride_n,
     value_stride_b,
     value_stride_h,
+    value_stride_n,
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row and KV head: its new pair, written behind those of its tail."""
+    """One row, KV head and column: its new pair, written behind those of its tail."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    fields = tails + row * 3
-    address = tl.load(fields)
-    if address != 0:
+    column = tl.program_id(2)
+    behind = n - 1 - column
+    if behind < tl.load(counts + row):
+        fields = tails + row * 3
         offset_d = tl.arange(0, BLOCK_D)
         mask = offset_d < DIM
-        dtype = key.dtype.element_ty
-        at = (head * tl.load(fields + 2) + tl.load(lengths + row) - 1) * DIM + offset_d
-        new_key = tl.load(key + row * key_stride_b + head * key_stride_h + offset_d, mask=mask)
-        new_value = tl.load(value + row * value_stride_b + head * value_stride_h + offset_d, mask=mask)
-        tl.store(address.to(tl.pointer_type(dtype)) + at, new_key, mask=mask)
-        tl.store(tl.load(fields + 1).to(tl.pointer_type(dtype)) + at, new_value, mask=mask)
+        pointer = tl.pointer_type(key.dtype.element_ty)
+        at = (head * tl.load(fields + 2) + tl.load(lengths + row) - 1 - behind) * DIM + offset_d
+        new_key = tl.load(key + row * key_stride_b + head * key_stride_h + column * key_stride_n + offset_d, mask=mask)
+        new_value = tl.load(value + row * value_stride_b + head * value_stride_h + column * value_stride_n + offset_d, mask=mask)
+        tl.store(tl.load(fields).to(pointer) + at, new_key, mask=mask)
+        tl.store(tl.load(fields + 1).to(pointer) + at, new_value, mask=mask)

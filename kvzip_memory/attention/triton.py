@@ -275,17 +275,19 @@ def attend(
     return out
 
 
-def append(key: Tensor, value: Tensor, tails: Tensor, lengths: Tensor) -> None:
-    """Write each row's new pair, ``[B, H, 1, D]``, to the end of its tail.
+def append(key: Tensor, value: Tensor, tails: Tensor, lengths: Tensor, counts: Tensor) -> None:
+    """Write each row's new pairs, the last of ``[B, H, n, D]``, to the end of its tail.
 
     Args:
-        tails: ``[B, 3]`` int64, addresses of a layer's keys and values and their capacity; zeros for no row.
-        lengths: ``[B]`` int64, the new pair included.
+        tails: ``[B, 3]`` int64, addresses of a layer's keys and values and their capacity.
+        lengths: ``[B]`` int64, the new pairs included.
+        counts: ``[B]`` int64, new pairs of each row, 0 where there is no row.
     """
-    batch, n_heads, _, dim = key.shape
+    batch, n_heads, n, dim = key.shape
     with torch.cuda.device_of(key):
-        strides = (*key.stride()[:2], *value.stride()[:2])
-        kernels.append[(batch, n_heads)](key, value, tails, lengths, *strides, DIM=dim, BLOCK_D=max(16, 1 << (dim - 1).bit_length()))
+        strides = (*key.stride()[:3], *value.stride()[:3])
+        block = max(16, 1 << (dim - 1).bit_length())
+        kernels.append[(batch, n_heads, n)](key, value, tails, lengths, counts, n, *strides, DIM=dim, BLOCK_D=block)
 
 
 def warps(size: Blocks) -> int:
