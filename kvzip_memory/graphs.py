@@ -162,7 +162,7 @@ class _Batch:
     def holds(self, rows: Sequence[Row]) -> bool:
         """Whether the tables are those of these rows, and no tail has grown."""
         return len(rows) == len(self._placed) and all(
-            tail() is row.tail and capacity == row.tail.capacity and (context() if context else None) is _context(row)
+            tail() is row.tail and capacity == row.tail.capacity and (context is None if not row.layers else _is(context, row.layers[0]))
             for row, (tail, capacity, context) in zip(rows, self._placed, strict=True)
         )
 
@@ -243,6 +243,10 @@ class _Call(Cache):
 
 def _context(row: Row) -> object:
     return row.layers[0] if row.layers else None
+
+
+def _is(reference: weakref.ref[object] | None, thing: object) -> bool:
+    return reference is not None and reference() is thing
 
 
 def _power(n: int) -> int:
