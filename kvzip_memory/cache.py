@@ -16,10 +16,15 @@ class Tail:
     """Private dense pairs of one session: per layer keys and values ``[H, capacity, D]``, of which ``length`` count.
 
     Buffers double when full, so a token costs no copy of the earlier ones; :meth:`crop` is O(1).
+
+    Attributes:
+        length: pairs a head that count.
+        capacity: pairs a head there is room for, the same in every layer.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, capacity: int = 0) -> None:
         self.length = 0
+        self.capacity = capacity
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,21 +33,26 @@ class Tail:
         The entries count only after :meth:`advance`: a forward that fails half way leaves the tail as it was.
         """
         end = self.length + keys.shape[1]
-        if layer not in self._layers or self._layers[layer][0].shape[1] < end:
-            self._layers[layer] = self._grown(layer, keys, end)
+        self.reserve(end)
+        if layer not in self._layers:
+            n_heads, _, dim = keys.shape
+            self._layers[layer] = (keys.new_empty(n_heads, self.capacity, dim), keys.new_empty(n_heads, self.capacity, dim))
         tail_keys, tail_values = self._layers[layer]
         tail_keys[:, self.length : end] = keys
         tail_values[:, self.length : end] = values
         return tail_keys[:, :end], tail_values[:, :end]
 
-    def _grown(self, layer: int, like: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        capacity = max(64, 1 << (end - 1).bit_length())
-        keys, values = (like.new_empty(like.shape[0], capacity, like.shape[2]) for _ in range(2))
-        if self.length:
-            old_keys, old_values = self._layers[layer]
-            keys[:, : self.length] = old_keys[:, : self.length]
-            values[:, : self.length] = old_values[:, : self.length]
-        return keys, values
+    def reserve(self, entries: int) -> None:
+        """Make room for so many entries in every layer."""
+        if entries > self.capacity:
+            capacity = max(64, 1 << (entries - 1).bit_length())
+            self._layers = {i: (self._grown(keys, capacity), self._grown(values, capacity)) for i, (keys, values) in self._layers.items()}
+            self.capacity = capacity
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_empty(old.shape[0], capacity, old.shape[2])
+        new[:, : self.length] = old[:, : self.length]
+        return new
 
     def advance(self, n: int) -> None:
         """Count the ``n`` entries every layer has just been given."""
@@ -59,7 +69,7 @@ class Tail:
     def copy(self, start: int = 0) -> Tail:
         """An independent tail with the same entries from ``start`` on."""
         twin = Tail()
-        twin.length = self.length - start
+        twin.length, twin.capacity = self.length - start, self.capacity - start
         twin._layers = {i: (keys[:, start:].clone(), values[:, start:].clone()) for i, (keys, values) in self._layers.items()}
         return twin
 

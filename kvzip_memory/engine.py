@@ -72,6 +72,8 @@ class KVzipEngine:
         tenant: a salt for every key: engines of different tenants never use each other's contexts.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
+        attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
+            ``"reference"``, see :func:`kvzip_memory.attention.choose`; :meth:`stats` names what was chosen.
         progress: show progress bars; None shows them on a terminal only.
         compress_every: compress after so many tokens, before more are read. A build then never holds the whole dense
             cache, only so many tokens of it above what is kept, and is a little less faithful (``docs/benchmarks.md``).
@@ -82,7 +84,7 @@ class KVzipEngine:
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1] or an unknown allocator.
+        InputError: a ratio outside (0, 1], an unknown allocator, an attention that cannot compute on the model's device.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class KVzipEngine:
         tenant: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
+        attention: str = "auto",
         progress: bool | None = None,
         compress_every: int | None = None,
         scorer: Scorer | None = None,
@@ -108,7 +111,7 @@ class KVzipEngine:
         self.ratio = _checked_ratio(ratio)
         _check_allocator(allocator)
         _check_every(compress_every)
-        self._model = LanguageModel(model, tokenizer, max_running=max_running, max_waiting=max_waiting)
+        self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._prompts = PromptBuilder(tokenizer, template_kwargs)
         self._scorer: Scorer = scorer or KVzipScorer()
@@ -149,6 +152,7 @@ class KVzipEngine:
         tenant: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
+        attention: str = "auto",
         progress: bool | None = None,
         compress_every: int | None = None,
         scorer: Scorer | None = None,
@@ -185,6 +189,7 @@ class KVzipEngine:
             tenant=tenant,
             max_running=max_running,
             max_waiting=max_waiting,
+            attention=attention,
             progress=progress,
             compress_every=compress_every,
             scorer=scorer,
@@ -517,8 +522,8 @@ class KVzipEngine:
         return digest(self._identity)
 
     def stats(self) -> dict[str, Any]:
-        """Bytes and budgets of the tiers, hits, builds and evictions: see :meth:`ContextRegistry.stats`."""
-        return self.registry.stats()
+        """Bytes and budgets of the tiers, hits, builds and evictions, see :meth:`ContextRegistry.stats`; and the attention's name."""
+        return {**self.registry.stats(), "attention": self._model.backend}
 
     def close(self) -> None:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""

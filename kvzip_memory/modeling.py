@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvzip_memory.attention import BACKENDS, AttentionCall, attach
+from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Worker
 from kvzip_memory.cache import Row, SessionCache, Tail
 from kvzip_memory.errors import UnsupportedModelError
+from kvzip_memory.graphs import DecodeSteps
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class LanguageModel:
     Args:
         model: a transformers causal language model; it goes on working for others.
         tokenizer: its tokenizer.
-        backend: attention, a key of :data:`~kvzip_memory.attention.BACKENDS`.
+        backend: attention, one of :data:`~kvzip_memory.attention.NAMES`.
         max_running: answers decoded together.
         max_waiting: answers that may wait for their turn.
 
@@ -56,13 +57,15 @@ class LanguageModel:
         windows: sliding window of each layer, None for full attention.
         eos_ids: ids that end an answer.
         chunk_tokens: tokens of one forward at most.
+        backend: the attention that was chosen.
 
     Raises:
         UnsupportedModelError: naming the property of the model that stands in the way.
+        InputError: an attention that is unknown or cannot compute on the model's device.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, backend: str = "cpu", max_running: int = 32, max_waiting: int = 1024
+        self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
     ) -> None:
         config = model.config
         layer_types = _check(model)
@@ -78,7 +81,9 @@ class LanguageModel:
             )
         self.eos_ids = _eos_ids(model, tokenizer)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
-        self._backend = BACKENDS[backend]
+        chosen = choose(backend, self.device, model.dtype)
+        self.backend, self._backend = chosen.name, chosen.attend
+        self._steps = None if chosen.kernels is None else DecodeSteps(model, self.windows, chosen.kernels)
         self._worker = Worker()
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
@@ -110,7 +115,16 @@ class LanguageModel:
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
+        attach(self.model)  # again, should somebody have switched the model's attention since
         counts = [len(row_ids) for row_ids in ids]
+        logits = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
+        if logits is None:
+            logits = self._eager(rows, ids, counts, n_logits)
+        for row, count in zip(rows, counts, strict=True):
+            row.tail.advance(count)
+        return [row_logits[-min(n_logits, count) :].float() for row_logits, count in zip(logits, counts, strict=True)]
+
+    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], counts: list[int], n_logits: int) -> Tensor:
         width = max(counts)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         positions = torch.zeros(len(rows), width, dtype=torch.long)
@@ -118,8 +132,7 @@ class LanguageModel:
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         cache = SessionCache(rows, counts, self.windows, self._backend)
-        attach(self.model)  # again, should somebody have switched the model's attention since
-        output = self.model(
+        logits: Tensor = self.model(
             input_ids=input_ids.to(self.device),
             position_ids=positions.to(self.device),
             attention_mask=_NO_MASK,
@@ -127,10 +140,8 @@ class LanguageModel:
             use_cache=True,
             logits_to_keep=n_logits,
             kvzip=cache,
-        )
-        for row, count in zip(rows, counts, strict=True):
-            row.tail.advance(count)
-        return [logits[-min(n_logits, count) :].float() for logits, count in zip(output.logits, counts, strict=True)]
+        ).logits
+        return logits
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""

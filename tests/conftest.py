@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import os
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels on the CPU; read when they are imported
 
 import pytest
 import torch

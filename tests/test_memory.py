@@ -86,8 +86,10 @@ def test_decoding_copies_no_pair_of_the_context(architecture: str) -> None:
     session = engine.session(context)
     with session.stream("Go on.", max_new_tokens=65) as stream:
         next(stream)  # the question itself is prefilled
-        with Allocations() as allocations:
-            list(stream)
+        allocations, worker = Allocations(), engine._model._worker
+        worker.run(allocations.__enter__)  # modes belong to a thread
+        list(stream)
+        worker.run(lambda: allocations.__exit__(None, None, None))
     assert stream.reply.usage.output_tokens == 65
     assert 0 < allocations.largest < layer_nbytes
     assert [t.data_ptr() for layer in context.layers for t in layer.tensors()] == addresses

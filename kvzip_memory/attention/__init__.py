@@ -9,19 +9,28 @@ without, it is the attention the model came with, so the model goes on working f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from kvzip_memory.attention import cpu, reference
+from kvzip_memory.attention import cpu, flash, reference
 from kvzip_memory.attention.base import AttentionBackend, RowKV
+from kvzip_memory.errors import InputError
 
-__all__ = ["BACKENDS", "AttentionBackend", "AttentionCall", "RowKV", "attach"]
+__all__ = ["BACKENDS", "NAMES", "AttentionBackend", "AttentionCall", "Chosen", "RowKV", "attach", "choose"]
 
+#: Those in plain torch; they compute on every device.
 BACKENDS: dict[str, AttentionBackend] = {"cpu": cpu.attention, "reference": reference.attention}
+#: What :func:`choose` knows.
+NAMES = ("auto", *BACKENDS, "flash", "triton")
+#: Question tokens up to which the ``triton`` kernel, which cuts a context into many parts, is used before a flash attention library.
+FEW_TOKENS = 16
 
 _PREFIX = "kvzip:"
 
@@ -42,6 +51,72 @@ class AttentionCall(Protocol):
             ``[B, n, H * G, D]``.
         """
         ...
+
+
+class Chosen(NamedTuple):
+    """An attention backend.
+
+    Attributes:
+        name: what computes, such as ``"triton, flash_attn"``.
+        attend: the backend.
+        kernels: :mod:`kvzip_memory.attention.triton` if it decodes, for steps that are captured as CUDA graphs.
+    """
+
+    name: str
+    attend: AttentionBackend
+    kernels: ModuleType | None = None
+
+
+def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chosen:
+    """The attention for a model's device and dtype.
+
+    Args:
+        name: one of :data:`NAMES`. ``"auto"`` is ``"cpu"`` but on NVIDIA GPUs, where ``"triton"`` decodes and
+            ``"flash"`` reads long questions, as far as there are.
+
+    Raises:
+        InputError: an unknown name, or one that cannot compute on this device or in this dtype.
+    """
+    if name not in NAMES:
+        raise InputError(f"attention {name!r} is unknown; use one of {', '.join(NAMES)}")
+    if name in BACKENDS:
+        return Chosen(name, BACKENDS[name])
+    if name == "triton":
+        kernels = _kernels(device)
+        if kernels is None:
+            raise InputError(f"attention 'triton' needs a CUDA GPU and the package triton; the model is on {device}. Use 'auto'")
+        return Chosen(name, kernels.attention, kernels)
+    library = flash.load(device) if dtype in (torch.float16, torch.bfloat16) else None
+    if name == "flash":
+        if library is None:
+            raise InputError(
+                f"attention 'flash' needs an NVIDIA GPU (Ampere or later), float16 or bfloat16, and flash-attn or torch 2.10; "
+                f"the model is {dtype} on {device}. Use 'auto', or pip install 'kvzip-memory[flash]'"
+            )
+        return Chosen(library[0], flash.backend(library[1]))
+    kernels = _kernels(device) if device.type == "cuda" else None
+    decode = Chosen("cpu", cpu.attention) if kernels is None else Chosen("triton", kernels.attention, kernels)
+    if library is None:
+        return decode
+    return Chosen(f"{decode.name}, {library[0]}", _by_length(decode.attend, flash.backend(library[1])), decode.kernels)
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The ``triton`` backend where it can run: on GPUs, and on CPUs in Triton's interpreter."""
+    try:
+        kernels = import_module("kvzip_memory.attention.triton")
+    except ImportError:
+        return None
+    return kernels if device.type == "cuda" or (kernels.INTERPRETED and device.type == "cpu") else None
+
+
+def _by_length(decode: AttentionBackend, read: AttentionBackend) -> AttentionBackend:
+    def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+        tokens, dim = query.shape[2:]
+        backend = read if tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 else decode
+        return backend(query, rows, scaling, window)
+
+    return attention
 
 
 def attach(model: PreTrainedModel) -> None:

@@ -41,3 +41,11 @@ class AttentionBackend(Protocol):
             ``[B, n, H * G, D]`` in the dtype of ``query``; zero where a row has no query.
         """
         ...
+
+
+def rows_by_context(contexts: Sequence[object]) -> list[list[int]]:
+    """Indices of the rows on the same context, a list each, in the order in which the contexts come."""
+    groups: dict[int, list[int]] = {}
+    for b, context in enumerate(contexts):
+        groups.setdefault(id(context), []).append(b)
+    return list(groups.values())

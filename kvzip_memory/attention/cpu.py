@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV
+from kvzip_memory.attention.base import RowKV, rows_by_context
 from kvzip_memory.context import RaggedLayer
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
@@ -49,7 +49,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int 
         merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, scaling, window)
         return merged.view(1, query_heads, n, dim).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, dim)
-    for members in _rows_by_context(rows):
+    for members in rows_by_context([row.context for row in rows]):
         counts = [rows[b].n_new for b in members]
         n_heads = rows[members[0]].keys.shape[0]
         queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
@@ -69,13 +69,6 @@ def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], scaling: float, w
         outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
     merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
     return merged.to(queries[0].dtype)
-
-
-def _rows_by_context(rows: Sequence[RowKV]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for b, row in enumerate(rows):
-        groups.setdefault(id(row.context), []).append(b)
-    return list(groups.values())
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:

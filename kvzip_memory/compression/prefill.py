@@ -135,7 +135,7 @@ def prefill_behind(
     model: LanguageModel, parent: Sequence[RaggedLayer], start: int, token_ids: Sequence[int], progress: Progress
 ) -> DensePairs:
     """The pairs of ``token_ids`` behind a compressed parent of ``start`` tokens, which is only read."""
-    row = Row(tuple(parent), start, Tail())
+    row = Row(tuple(parent), start, Tail(len(token_ids)))
     for count in model.append(row, token_ids):
         progress("prefill", count)
     return row.tail.pairs(len(token_ids))

@@ -22,6 +22,7 @@ import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,7 @@ from torch import Tensor
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import FORMAT, key_of
+from kvzip_memory.upload import upload
 
 ALIGNMENT = 4096
 #: Threads that read one file.
@@ -112,8 +114,8 @@ def read_context(
         facts = read_header(file, path)
         if admit is not None:
             admit(facts["nbytes"])
-        tensors = _read_extents(file, facts["extents"], path)
-    return _context(facts, tensors, device)
+        layers, token_ids = _read_layers(file, facts, path, device)
+    return _context(facts, layers, token_ids)
 
 
 def open_context(path: Path, follow_links: bool) -> BinaryIO:
@@ -233,24 +235,37 @@ def _sync_directory(folder: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_extents(file: BinaryIO, extents: Sequence[Mapping[str, Any]], path: Path) -> dict[str, Tensor]:
-    """Read and check all extents, into one buffer, by a few threads: neither reading nor hashing holds Python's lock."""
+def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device) -> tuple[tuple[RaggedLayer, ...], Tensor]:
+    """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
+
+    Layers go on to the device as they come, while the next ones are read. The token ids come last.
+    """
+    extents = facts["extents"]
     tensors = _laid_out(extents)
     starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
-    runs: list[list[int]] = [[] for _ in range(READERS)]
-    for i in range(len(extents)):
-        runs[(starts[i] - starts[0]) * READERS // max(1, starts[-1] - starts[0])].append(i)
+    parts: dict[str, list[int]] = {}
+    for i, extent in enumerate(extents):
+        parts.setdefault(extent["name"].rpartition(".")[0], []).append(i)
 
-    def read(run: list[int]) -> None:
-        for i in run:
+    def read(part: list[int]) -> None:
+        for i in part:
             _read_extent(file.fileno(), extents[i], starts[i], _bytes(tensors[extents[i]["name"]]), path)
 
-    if starts[-1] - starts[0] < _SMALL:
-        list(map(read, runs))
-    else:
-        with ThreadPoolExecutor(READERS) as pool:
-            list(pool.map(read, runs))
-    return tensors
+    with ThreadPoolExecutor(READERS) as pool:
+        small = starts[-1] - starts[0] < _SMALL
+        done: dict[str, Callable[[], None]] = {
+            name: partial(read, part) if small else pool.submit(read, part).result for name, part in parts.items()
+        }
+
+        def layers() -> Iterator[RaggedLayer]:
+            for i, layer in enumerate(facts["layers"]):
+                done[f"layer.{i}"]()
+                keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
+                yield RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+
+        arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
+        done[""]()
+    return arrived, tensors["token_ids"]
 
 
 def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -278,26 +293,13 @@ def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: m
         raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
 
 
-def _context(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> CompressedContext:
-    layers = []
-    for i, layer in enumerate(facts["layers"]):
-        scores = tensors.get(f"layer.{i}.score")
-        layers.append(
-            RaggedLayer(
-                keys=tensors[f"layer.{i}.key"].to(device),
-                values=tensors[f"layer.{i}.value"].to(device),
-                lengths=tuple(layer["lengths"]),
-                positions=tensors[f"layer.{i}.position"].to(device),
-                scores=None if scores is None else scores.to(device),
-                window=layer["window"],
-            )
-        )
+def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_ids: Tensor) -> CompressedContext:
     recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
     return CompressedContext(
         key=key_of(facts["identity"]),
         identity=facts["identity"],
-        token_ids=tensors["token_ids"],
-        storage=Resident(tuple(layers)),
+        token_ids=token_ids,
+        storage=Resident(layers),
         protected=facts["protected"],
         ratio=facts["ratio"],
         dense_nbytes=facts["dense_nbytes"],

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.upload import upload
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,11 @@ class MemoryTier:
 
 def to_device(context: CompressedContext, device: torch.device) -> CompressedContext:
     """The context with its layers on ``device``; the same object if they are there."""
-    return context if _device(context) == device else _moved(context, lambda tensor: tensor.to(device, non_blocking=True), device)
+    if _device(context) == device:
+        return context
+    layers = tuple(arrival.wait() for arrival in upload(_layers(context), device))
+    _synchronize(device)  # whoever gives the context may free it
+    return replace(context, storage=Resident(layers))
 
 
 def to_host(context: CompressedContext) -> CompressedContext:
@@ -112,7 +117,22 @@ def packed(context: CompressedContext) -> CompressedContext:
     for tensor in sorted(tensors, key=lambda t: -t.element_size()):  # so that no gaps are needed
         views[id(tensor)] = buffer[start : start + sizes[id(tensor)]].view(tensor.dtype).view(tensor.shape)
         start += sizes[id(tensor)]
-    return _moved(context, lambda tensor: views[id(tensor)].copy_(tensor, non_blocking=True), _device(context))
+    for tensor in tensors:
+        views[id(tensor)].copy_(tensor, non_blocking=True)
+    _synchronize(_device(context))
+    layers = tuple(_with(layer, [views[id(tensor)] for tensor in layer.tensors()]) for layer in _layers(context))
+    return replace(context, storage=Resident(layers))
+
+
+def _with(layer: RaggedLayer, tensors: list[Tensor]) -> RaggedLayer:
+    """The layer with its tensors elsewhere."""
+    keys, values, positions, *scores = tensors
+    return replace(layer, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _layers(context: CompressedContext) -> tuple[RaggedLayer, ...]:
@@ -122,23 +142,6 @@ def _layers(context: CompressedContext) -> tuple[RaggedLayer, ...]:
 
 def _device(context: CompressedContext) -> torch.device:
     return _layers(context)[0].keys.device
-
-
-def _moved(context: CompressedContext, move: Callable[[Tensor], Tensor], synchronize: torch.device) -> CompressedContext:
-    layers = tuple(
-        RaggedLayer(
-            move(layer.keys),
-            move(layer.values),
-            layer.lengths,
-            move(layer.positions),
-            None if layer.scores is None else move(layer.scores),
-            layer.window,
-        )
-        for layer in _layers(context)
-    )
-    if synchronize.type == "cuda":
-        torch.cuda.synchronize(synchronize)
-    return replace(context, storage=Resident(layers))
 
 
 def _page_locked(nbytes: int) -> Tensor:
