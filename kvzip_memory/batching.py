@@ -2,8 +2,7 @@
 
 Everything a model computes is computed by one thread of its own, first come first served: steps of answers, a forward for
 all of them that wait, and chunks of builds in turn. Two forwards at once would only fight for the same cores, and every
-thread that computes brings a pool of threads with it: with the work going round among the askers steps took two to
-three times as long.
+thread that computes has threads of its own, see :mod:`kvzip_memory.threads`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from kvzip_memory.cache import Row
 from kvzip_memory.errors import QueueFullError
+from kvzip_memory.threads import release
 
 T = TypeVar("T")
 
@@ -40,6 +40,7 @@ class Worker:
 
     def run(self, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises. An interrupted caller waits until what has begun has ended."""
+        release()
         future = self._pool.submit(work)
         try:
             return future.result()
@@ -137,6 +138,7 @@ class Batcher:
     def step(self, row: Row, ids: Sequence[int], n_logits: int, choose: Choose) -> list[int]:
         """Feed a row its next tokens, together with whoever else waits; what ``choose`` makes of its logits."""
         request = _Request(row, ids, n_logits, choose)
+        release()
         with self._changed:
             self._waiting.append(request)
             self._expected -= 1

@@ -45,6 +45,7 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ class KVzipEngine:
             tenant=self._tenant,
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
     @classmethod
@@ -370,6 +372,7 @@ class KVzipEngine:
         with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
             storage = _Managed(self.registry, wanted, build, context.storage, parent)
+        release()
         return replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import KVzipEngine, QueueFullError
+from kvzip_memory import KVzipEngine, QueueFullError, threads
 from kvzip_memory.batching import Admission, Worker
 from kvzip_memory.cache import Row
 
@@ -202,3 +203,31 @@ def test_the_worker_takes_work_in_order_and_hands_back_what_goes_wrong() -> None
     assert len({ident for _, ident in order}) == 1
     with pytest.raises(ZeroDivisionError):
         worker.run(lambda: 1 / 0)
+
+
+@pytest.mark.skipif(threads._openmp() is None, reason="torch does not use GNU OpenMP here")
+def test_an_asking_thread_lets_its_openmp_threads_go_and_gets_them_back() -> None:
+    def native_threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    counts = []
+
+    def compute() -> None:
+        threads.release()
+        torch.set_num_threads(4)
+        before = native_threads()
+        for _ in range(2):
+            torch.ones(1 << 20).exp_()
+            counts.append(native_threads() - before)
+            threads.release()
+            deadline = time.monotonic() + 10
+            while native_threads() > before and time.monotonic() < deadline:  # they end by themselves
+                time.sleep(0.001)
+            counts.append(native_threads() - before)
+
+    number = torch.get_num_threads()
+    try:
+        in_threads(1, lambda i: compute())
+    finally:
+        torch.set_num_threads(number)
+    assert counts == [3, 0, 3, 0]
