@@ -247,6 +247,8 @@ class CallReader:
     def flush(self) -> str:
         """Text that was held back because a call could have begun with it."""
         held, self._held = self._held, ""
+        if self._json is not None:
+            return self._json.untold
         return "" if self._inside else held
 
     def _next_call(self) -> tuple[int, bool]:
@@ -309,6 +311,11 @@ class _JsonReader:
         if self._arguments_at is not None and not self._complete and self._text[sent:]:
             _append(deltas, CallDelta(self._index, self._text[sent:]))
         return ""
+
+    @property
+    def untold(self) -> str:
+        """What has been read and not passed on."""
+        return self._text if self._arguments_at is None else ""
 
     def _name(self) -> str | None:
         """The name, if all that stands before an opening brace is the name and the key of the arguments."""

@@ -33,7 +33,7 @@ def babble(engine: KVzipEngine, grammar: Grammar, seed: int, limit: int) -> Answ
     logits, rng, answer = random_logits(engine.tokenizer, engine.model.config.vocab_size), random.Random(seed), Answer()
     params = GenerationParams(max_new_tokens=limit, grammar=grammar)
     step = lambda token: logits[rng.randrange(len(logits))]  # noqa: E731
-    for _ in decode(step(0), step, answer, params, limit, engine._model.eos_ids, engine.tokenizer):
+    for _ in decode(step(0), step, answer, params, limit, engine._model.eos_ids, engine.tokenizer, engine._prompts.call_ids):
         pass
     return answer
 
