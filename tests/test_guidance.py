@@ -44,8 +44,7 @@ def test_answers_validate_against_200_random_schemas_or_say_that_they_were_cut(s
         schema = random_schema(rng)
         try:
             answer = babble(smollm2, smollm2.guidance.json(schema), number, limit=50)
-        except UnfinishedError as error:
-            assert "limit of 50 tokens" in str(error)
+        except UnfinishedError:
             cut += 1
             continue
         assert answer.finish_reason == "stop"

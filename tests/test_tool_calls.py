@@ -18,7 +18,9 @@ from templates import CONTROL, HERMES, LLAMA3, MISTRAL
 from test_guidance import babble
 
 PARAMETERS = {"type": "object", "properties": {"town": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}}}
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": {**PARAMETERS, "required": ["town"]}}} for name in ("weather", "größe")]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {**PARAMETERS, "required": ["town"]}}} for name in ("weather", "größe")
+]
 TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
 
 
@@ -75,7 +77,12 @@ def test_a_model_that_may_call_says_something_or_calls_validly(engine: KVzipEngi
     for _, calls in answers(engine, "auto"):
         assert all(map(valid, calls))
     grammar = engine.guidance.lark(calls_grammar(engine.guidance, engine.tool_form, TOOLS, "auto"))
-    for text in ("Hello {world} <b>.", "", written(engine, [("weather", {"town": "Oslo"})]), written(engine, [("größe", {"town": "Rome"})] * 2)):
+    for text in (
+        "Hello {world} <b>.",
+        "",
+        written(engine, [("weather", {"town": "Oslo"})]),
+        written(engine, [("größe", {"town": "Rome"})] * 2),
+    ):
         assert allows(engine, grammar, text), text
     if engine.tool_form.name != "llama3":
         assert allows(engine, grammar, "Well: " + written(engine, [("weather", {"town": "Oslo", "days": 3})]))
@@ -130,10 +137,11 @@ def test_calls_of_random_schemas_are_read_back(smollm2: KVzipEngine) -> None:
     assert calls > 15
 
 
+FIRST = '"name": "f", "arguments": {"a": "}<b>\\"{", "b": [1, {}]}'
 ANSWERS = {
-    "hermes": 'I look. <tool_call>\n{"name": "f", "arguments": {"a": "}<b>\\"{", "b": [1, {}]}}\n</tool_call>\n<tool_call>{"arguments": {}, "name": "g"}</tool_call>',
-    "llama3": '<|python_tag|>{"name": "f", "parameters": {"a": "}<b>\\"{", "b": [1, {}]}}; {"parameters": {}, "name": "g"}',
-    "mistral": 'I look. [TOOL_CALLS] [{"name": "f", "arguments": {"a": "}<b>\\"{", "b": [1, {}]}, "id": "123456789"}, {"arguments": {}, "name": "g"}]',
+    "hermes": f'I look. <tool_call>\n{{{FIRST}}}\n</tool_call>\n<tool_call>{{"arguments": {{}}, "name": "g"}}</tool_call>',
+    "llama3": f'<|python_tag|>{{{FIRST.replace("arguments", "parameters")}}}; {{"parameters": {{}}, "name": "g"}}',
+    "mistral": f'I look. [TOOL_CALLS] [{{{FIRST}, "id": "123456789"}}, {{"arguments": {{}}, "name": "g"}}]',
 }
 
 
