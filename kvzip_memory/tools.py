@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.guidance import Guidance, json_rule
+from kvzip_memory.guidance import Grammar, Guidance, json_rule
 
 #: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 Tool = Mapping[str, Any]
@@ -146,7 +146,7 @@ def calls_grammar(
     choice: Any = "auto",
     schema: Mapping[str, Any] | None = None,
     parallel: bool | None = None,
-) -> str:
+) -> Grammar:
     """A grammar for answers that may, must or must not call tools.
 
     Args:
@@ -195,7 +195,8 @@ def calls_grammar(
         one = [f"{json.dumps(_json(tool['function']['name']) + f', {_json(form.arguments)}: ')} a{i}" for i, tool in enumerate(tools)]
         lines.append(f"call: {json.dumps(_NAME)} ({' | '.join(one)}) {json.dumps('}')}")
         lines += [f"a{i}: {json_rule(_parameters(tool))}" for i, tool in enumerate(tools)]
-    return "\n".join(lines)
+    # Text may be cut within a character, which has up to four bytes and so tokens.
+    return guidance.lark("\n".join(lines), slack=3 if said == "free" and choice in ("auto", "none") else 0)
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:

@@ -41,7 +41,7 @@ def engine(request: pytest.FixtureRequest) -> KVzipEngine:
 
 def answers(engine: KVzipEngine, choice: Any, schema: Any = None, parallel: bool | None = None) -> list[tuple[str, list[dict[str, Any]]]]:
     """Texts and calls of what twenty random models answer, if it is short."""
-    grammar = engine.guidance.lark(calls_grammar(engine.guidance, engine.tool_form, TOOLS, choice, schema, parallel))
+    grammar = calls_grammar(engine.guidance, engine.tool_form, TOOLS, choice, schema, parallel)
     found = []
     for seed in range(20):
         try:
@@ -76,7 +76,7 @@ def test_a_model_that_must_not_call_does_not(engine: KVzipEngine) -> None:
 def test_a_model_that_may_call_says_something_or_calls_validly(engine: KVzipEngine) -> None:
     for _, calls in answers(engine, "auto"):
         assert all(map(valid, calls))
-    grammar = engine.guidance.lark(calls_grammar(engine.guidance, engine.tool_form, TOOLS, "auto"))
+    grammar = calls_grammar(engine.guidance, engine.tool_form, TOOLS, "auto")
     for text in (
         "Hello {world} <b>.",
         "",
@@ -99,8 +99,8 @@ def test_calls_or_an_answer_by_a_schema(engine: KVzipEngine) -> None:
 def test_several_forced_calls_only_where_they_are_asked_for(engine: KVzipEngine) -> None:
     two = written(engine, [("weather", {"town": "Oslo"}), ("weather", {"town": "Rome"})])
     for parallel in (None, False, True):
-        rules = calls_grammar(engine.guidance, engine.tool_form, TOOLS, "any", None, parallel)
-        assert allows(engine, engine.guidance.lark(rules), two) == bool(parallel)
+        grammar = calls_grammar(engine.guidance, engine.tool_form, TOOLS, "any", None, parallel)
+        assert allows(engine, grammar, two) == bool(parallel)
 
 
 def written(engine: KVzipEngine, calls: list[tuple[str, dict[str, Any]]]) -> str:
@@ -126,7 +126,7 @@ def test_calls_of_random_schemas_are_read_back(smollm2: KVzipEngine) -> None:
     for seed in range(30):
         parameters = random_schema(rng, depth=2)
         tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
-        grammar = smollm2.guidance.lark(calls_grammar(smollm2.guidance, smollm2.tool_form, tools, "f"))
+        grammar = calls_grammar(smollm2.guidance, smollm2.tool_form, tools, "f")
         try:
             answer = babble(smollm2, grammar, seed, limit=90)
         except UnfinishedError:

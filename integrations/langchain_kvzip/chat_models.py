@@ -244,7 +244,6 @@ class KVzipChatModel(BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile:
         profile = ModelProfile(
-            name=self.model_name,
             open_weights=True,
             text_inputs=True,
             text_outputs=True,
