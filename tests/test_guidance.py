@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from conftest import tiny_engine
 from kvzip_memory import InputError, KVzipEngine, UnfinishedError
-from kvzip_memory.generation import Answer, GenerationParams, decode
+from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.guidance import Grammar, closed
 from schemas import random_schema
 
@@ -31,9 +32,9 @@ def random_logits(tokenizer: Any, vocabulary: int) -> torch.Tensor:
 def babble(engine: KVzipEngine, grammar: Grammar, seed: int, limit: int) -> Answer:
     """An answer by the decode loop from random logits: a model that says anything, so that what validates does so by guidance alone."""
     logits, rng, answer = random_logits(engine.tokenizer, engine.model.config.vocab_size), random.Random(seed), Answer()
-    params = GenerationParams(max_new_tokens=limit, grammar=grammar)
-    step = lambda token: logits[rng.randrange(len(logits))]  # noqa: E731
-    for _ in decode(step(0), step, answer, params, limit, engine._model.eos_ids, engine.tokenizer, engine._prompts.call_ids):
+    sampler = Sampler(GenerationParams(grammar=grammar), engine.model.device)
+    tokens = (sampler(logits[rng.randrange(len(logits))]) for _ in itertools.count())
+    for _ in decode(tokens, answer, (), limit, engine._model.eos_ids, engine.tokenizer, engine._prompts.call_ids, sampler.guide):
         pass
     return answer
 

@@ -196,7 +196,7 @@ def test_t1_a_cache_of_answers_knows_contexts_blocks_and_options(
         assert two.response_metadata["kvzip"]["context"] == other.key
     assert isinstance(cached.with_context(context)._identifying_params["context"], str)
     again = cached.with_context(engine.load(LONG, ratio=0.4)).invoke("Who?")
-    assert again.usage_metadata.get("total_cost") == 0 or again.id  # type: ignore[union-attr] # the same context is a hit
+    assert again.usage_metadata["total_cost"] == 0  # type: ignore[typeddict-item, index] # LangChain's mark of a hit
     assert engine.stats()["built"] == 2
 
 
