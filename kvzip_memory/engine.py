@@ -593,8 +593,7 @@ class KVzipEngine:
         """The answer of :meth:`generate`, piece by piece."""
         tools = checked_tools(tools)
         if tools:
-            rules = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
-            params["grammar"] = self.guidance.lark(rules)
+            params["grammar"] = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
         elif schema is not None:
             params["grammar"] = self.guidance.json(schema)
         if context is not None:

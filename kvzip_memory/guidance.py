@@ -24,21 +24,27 @@ _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 
 
 class Grammar:
-    """What an answer may be; compiled, and used by any number of answers at a time."""
+    """What an answer may be; compiled, and used by any number of answers at a time.
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    Args:
+        matcher: at the beginning.
+        slack: an answer that could have ended so many tokens ago may end, too.
+    """
+
+    def __init__(self, matcher: LLMatcher, slack: int = 0) -> None:
+        self._matcher, self._slack = matcher, slack
 
     def start(self) -> Guide:
         """The guide of one answer."""
-        return Guide(self._matcher.deep_copy())
+        return Guide(self._matcher.deep_copy(), self._slack)
 
 
 class Guide:
     """Where in its grammar one answer is."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, slack: int) -> None:
+        self._matcher, self._slack = matcher, slack
+        self._owed = 0  # tokens since the answer could have ended
 
     def mask(self, logits: Tensor) -> Tensor:
         """``logits [vocab]`` with minus infinity where a token cannot follow."""
@@ -49,11 +55,12 @@ class Guide:
     def take(self, token: int) -> None:
         """The answer goes on with ``token``, one that the mask allowed."""
         self._matcher.consume_token(token)
+        self._owed = 0 if self._matcher.is_accepting() else self._owed + 1
 
     @property
     def complete(self) -> bool:
         """Whether the answer may end here."""
-        return bool(self._matcher.is_accepting())
+        return self._owed <= self._slack
 
     @property
     def ended(self) -> bool:
@@ -88,8 +95,8 @@ class Guidance:
         """
         return self.lark(f"start: {json_rule(schema)}")
 
-    def lark(self, grammar: str) -> Grammar:
-        """A grammar in llguidance's variant of Lark.
+    def lark(self, grammar: str, slack: int = 0) -> Grammar:
+        """A grammar in llguidance's variant of Lark. ``slack`` as for :class:`Grammar`.
 
         Raises:
             InputError: what is wrong with it.
@@ -103,7 +110,7 @@ class Guidance:
         matcher = LLMatcher(self._prepared, LLMatcher.grammar_from_lark(grammar), log_level=0)
         if matcher.is_error():
             raise InputError(f"answers cannot be guided by this schema: {matcher.get_error().strip().splitlines()[0]}")
-        return Grammar(matcher)
+        return Grammar(matcher, slack)
 
     def literal(self, text: str) -> str:
         """A grammar's expression for a text that may spell control tokens, which are addressed by their ids."""

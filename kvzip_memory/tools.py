@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.guidance import Guidance, json_rule
+from kvzip_memory.guidance import Grammar, Guidance, json_rule
 
 #: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 Tool = Mapping[str, Any]
@@ -146,7 +146,7 @@ def calls_grammar(
     choice: Any = "auto",
     schema: Mapping[str, Any] | None = None,
     parallel: bool | None = None,
-) -> str:
+) -> Grammar:
     """A grammar for answers that may, must or must not call tools.
 
     Args:
@@ -195,7 +195,8 @@ def calls_grammar(
         one = [f"{json.dumps(_json(tool['function']['name']) + f', {_json(form.arguments)}: ')} a{i}" for i, tool in enumerate(tools)]
         lines.append(f"call: {json.dumps(_NAME)} ({' | '.join(one)}) {json.dumps('}')}")
         lines += [f"a{i}: {json_rule(_parameters(tool))}" for i, tool in enumerate(tools)]
-    return "\n".join(lines)
+    # Text may be cut within a character, which has up to four bytes and so tokens.
+    return guidance.lark("\n".join(lines), slack=3 if said == "free" and choice in ("auto", "none") else 0)
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
@@ -247,6 +248,8 @@ class CallReader:
     def flush(self) -> str:
         """Text that was held back because a call could have begun with it."""
         held, self._held = self._held, ""
+        if self._json is not None:
+            return self._json.untold
         return "" if self._inside else held
 
     def _next_call(self) -> tuple[int, bool]:
@@ -309,6 +312,11 @@ class _JsonReader:
         if self._arguments_at is not None and not self._complete and self._text[sent:]:
             _append(deltas, CallDelta(self._index, self._text[sent:]))
         return ""
+
+    @property
+    def untold(self) -> str:
+        """What has been read and not passed on."""
+        return self._text if self._arguments_at is None else ""
 
     def _name(self) -> str | None:
         """The name, if all that stands before an opening brace is the name and the key of the arguments."""

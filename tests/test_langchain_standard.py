@@ -40,7 +40,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine}  # type: ignore[attr-defined]
+        return {"engine": self.engine, "max_tokens": 80}  # type: ignore[attr-defined]
 
     @property
     def supports_model_override(self) -> bool:
@@ -88,8 +88,8 @@ class TestIntegration(ChatModelIntegrationTests):
 
 class TestIntegrationWithContext(TestIntegration):
     @pytest.fixture(autouse=True)
-    def _attach_a_context(self, excerpt_context: CompressedContext) -> None:
-        type(self).context = excerpt_context
+    def _attach_a_context(self, smollm2: KVzipEngine) -> None:
+        type(self).context = smollm2.load("The lamp is wound at dusk. The cat of the house sleeps on the log book. " * 8, ratio=0.5)
 
     @property
     def chat_model_params(self) -> dict[str, Any]:

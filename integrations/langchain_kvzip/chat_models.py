@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -37,6 +38,9 @@ from kvzip_memory.tools import FORMS, CallReader
 
 # One engine for all copies of a chat model (with_context, bind, ...), made by whichever answers first.
 _ENGINE_LOCK = threading.Lock()
+
+# A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.
+_ASKED = "Answer with one JSON object that validates against this JSON schema: {}"
 
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
@@ -240,7 +244,6 @@ class KVzipChatModel(BaseChatModel):
 
     def _resolve_model_profile(self) -> ModelProfile:
         profile = ModelProfile(
-            name=self.model_name,
             open_weights=True,
             text_inputs=True,
             text_outputs=True,
@@ -287,7 +290,13 @@ class KVzipChatModel(BaseChatModel):
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
-        reader = CallReader(options["form"]) if options["tools"] and options["tool_choice"] != "none" else None
+        form, shown = options["form"], options.pop("shown")
+        if shown and options["schema"] is not None and turns and turns[-1]["role"] == "user":
+            turns[-1] = {
+                **turns[-1],
+                "content": f"{turns[-1]['content']}\n\n{_ASKED.format(json.dumps(options['schema'], ensure_ascii=False))}",
+            }
+        reader = CallReader(form) if options["tools"] and options["tool_choice"] != "none" else None
         called = False
         with engine.stream(context, turns, **options) as pieces:
             for piece in pieces:
@@ -319,7 +328,8 @@ class KVzipChatModel(BaseChatModel):
             "tools": given.pop("tools", None),
             "tool_choice": given.pop("tool_choice", None),
             "parallel_tool_calls": given.pop("parallel_tool_calls", None),
-            "schema": _response_schema(given.pop("response_format", None)),
+            "schema": _response_schema(response_format := given.pop("response_format", None)),
+            "shown": not _is_json_mode(response_format),
             "form": self.engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser],
         }
         if given:
@@ -473,8 +483,8 @@ class KVzipChatModel(BaseChatModel):
 
         Args:
             schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
-            method: ``"json_schema"`` and ``"json_mode"``: the model sees the names of the schema as they are written, nothing else
-                of it. ``"function_calling"``: it is shown the schema as a tool, descriptions included.
+            method: how the model is told. ``"json_schema"`` puts the schema behind what the user says last, ``"function_calling"``
+                shows it as a tool, ``"json_mode"`` leaves it to your prompt.
             include_raw: give ``{"raw", "parsed", "parsing_error"}``.
             strict: accepted; answers are always strict.
         """
@@ -485,8 +495,9 @@ class KVzipChatModel(BaseChatModel):
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
         json_schema = convert_to_json_schema(schema)
+        named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
         llm = self.bind(
-            response_format={"type": "json_schema", "json_schema": {"name": json_schema.get("title", "answer"), "schema": json_schema}},
+            response_format={"type": "json_schema" if method == "json_schema" else "json_object", "json_schema": named},
             ls_structured_output_format={"kwargs": {"method": method}, "schema": json_schema},
         )
         parser: OutputParserLike[Any] = JsonOutputParser()
@@ -523,15 +534,16 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:
     """The schema of OpenAI's ``response_format``, of a class, or of a JSON schema."""
-    kind = response_format.get("type") if isinstance(response_format, Mapping) else None
-    if response_format is None or kind == "text":
+    if response_format is None or response_format == {"type": "text"}:
         return None
-    if kind == "json_object" and "properties" not in response_format:
-        return {"type": "object"}
-    if kind == "json_schema":
+    if isinstance(response_format, Mapping) and "json_schema" in response_format:
         schema: dict[str, Any] = response_format["json_schema"]["schema"]
         return schema
-    return convert_to_json_schema(response_format)
+    return {"type": "object"} if _is_json_mode(response_format) else convert_to_json_schema(response_format)
+
+
+def _is_json_mode(response_format: Any) -> bool:
+    return isinstance(response_format, Mapping) and response_format.get("type") == "json_object"
 
 
 def _usage(reply: Reply, created: int) -> UsageMetadata:
