@@ -243,7 +243,7 @@ class PromptBuilder:
         if messages[0]["role"] == context.recipe.role == "assistant":
             raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
         shown = context.recipe.tools
-        if tools and _digest([*tools]) != shown:
+        if tools and _digest([*tools]) != shown and not self._ends_in_tools(context.recipe, messages, tools):
             shown, messages = _digest([*tools]), [{"role": "system", "content": describe(tools)}, *messages]
         turns = self._behind_turns(messages)
         joins = self._merges and turns[-1]["role"] == "user"
@@ -256,6 +256,11 @@ class PromptBuilder:
             ids += self.text_ids(text)
         recipe = _recipe_behind(turns[-1]["role"], pieces, joins, context.recipe.next_turn, shown)
         return self._grown(context, ids, recipe, self._kept_spans(said, starts, keep), context.sources)
+
+    def _ends_in_tools(self, recipe: Recipe, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
+        """Whether the template describes tools near the end of a prompt, not in what comes before the last question."""
+        turns = self._behind_turns([*messages, {"role": "user", "content": "a"}])
+        return self._knows_tools and self._behind(recipe, turns, tools) != self._behind(recipe, turns)
 
     def folded(self, context: CompressedContext | None, ids: Sequence[int], protected: int) -> Prompt:
         """The prefix of a context, or of none, and the ids of turns behind it that end in an answer's text."""

@@ -1,5 +1,20 @@
 """KVzip-compressed contexts for LangChain."""
 
+from typing import TYPE_CHECKING, Any
+
 from langchain_kvzip.chat_models import ChatKVzip, KVzipChatModel
 
-__all__ = ["ChatKVzip", "KVzipChatModel"]
+if TYPE_CHECKING:
+    from langchain_kvzip.middleware import KVzipMemoryMiddleware
+
+__all__ = ["ChatKVzip", "KVzipChatModel", "KVzipMemoryMiddleware"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "KVzipMemoryMiddleware":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from langchain_kvzip.middleware import KVzipMemoryMiddleware
+    except ModuleNotFoundError as error:
+        raise ImportError("KVzipMemoryMiddleware works with LangChain's agents: pip install 'kvzip-memory[agents]'") from error
+    return KVzipMemoryMiddleware

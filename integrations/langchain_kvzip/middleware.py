@@ -1,0 +1,130 @@
+"""Agents that remember their whole conversation: older turns live on in a compressed context."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, NotRequired
+
+from langchain.agents.middleware.types import (
+    AgentMiddleware,
+    AgentState,
+    ExtendedModelResponse,
+    ModelRequest,
+    ModelResponse,
+    PrivateStateAttr,
+)
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from langgraph.types import Command, TracePolicy, omit_payload
+
+from kvzip_memory.memory import Memory, Recalled, Size, Trigger
+from langchain_kvzip.chat_models import KVzipChatModel, _plain
+
+
+class KVzipMemoryState(AgentState[Any]):
+    """State of an agent with memory: all messages, and the handle of the context of the older ones."""
+
+    kvzip_memory: NotRequired[Annotated[dict[str, Any] | None, PrivateStateAttr]]
+
+
+class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
+    """Memory for :func:`langchain.agents.create_agent` that never summarises.
+
+    When what has come behind the folded messages passes ``trigger``, the older part of it is read once more, compressed and
+    added to the agent's context; the newest messages stay as they are. So a call reads no more than that tail. The state keeps
+    every message, and beside them only the context's key. Contexts lie in the engine's registry: with a ``cache_dir`` another
+    process goes on from there. A context that is lost or no longer fits, since a message was edited or the thread was forked
+    or rewound, is made anew.
+
+    Args:
+        trigger: ``("tokens", n)``, ``("messages", n)``, ``("fraction", x)`` of the model's window; a dictionary of several that
+            must all be reached, or a list of which one must.
+        keep: how much is never folded.
+        ratio: fraction of key-value pairs kept; None is the chat model's.
+        unsupported_model_behavior: what to do with another chat model than :class:`KVzipChatModel`: it is called
+            as if there were no memory, with a warning (``"warn"``) or without (``"ignore"``), or a ``TypeError`` is raised.
+
+    Raises:
+        InputError: a size that is none, or ``keep`` not below ``trigger``.
+
+    Example:
+        ```python
+        from langchain.agents import create_agent
+        from langchain_kvzip import KVzipMemoryMiddleware
+
+        agent = create_agent(llm, tools=[], middleware=[KVzipMemoryMiddleware(trigger=("tokens", 3000), keep=("messages", 6))])
+        agent.invoke({"messages": [("user", "Hello, I am Ana.")]})
+        ```
+    """
+
+    state_schema = KVzipMemoryState
+    trace_policy = TracePolicy(process_inputs=omit_payload)  # the model's own run shows what it was sent
+
+    def __init__(
+        self,
+        *,
+        trigger: Trigger = ("tokens", 6000),
+        keep: Size = ("messages", 6),
+        ratio: float | None = None,
+        unsupported_model_behavior: Literal["ignore", "warn", "raise"] = "warn",
+    ) -> None:
+        super().__init__()
+        self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+        """Call the model with the newest messages, over the context of the others."""
+        if not self._supports(request.model):
+            return handler(request)
+        recalled, shorter = self._recalled(request)
+        return self._with_handle(handler(shorter), request, recalled)
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+        """:meth:`wrap_model_call`; the event loop goes on while a context is built."""
+        if not self._supports(request.model):
+            return await handler(request)
+        recalled, shorter = await asyncio.to_thread(self._recalled, request)
+        return self._with_handle(await handler(shorter), request, recalled)
+
+    def _supports(self, model: Any) -> bool:
+        if isinstance(model, KVzipChatModel):
+            return True
+        message = f"KVzipMemoryMiddleware does nothing for a {type(model).__name__}; its memory is a KVzipChatModel's"
+        if self._unsupported == "raise":
+            raise TypeError(message)
+        if self._unsupported == "warn":
+            warnings.warn(message, stacklevel=3)
+        return False
+
+    def _recalled(self, request: ModelRequest[Any]) -> tuple[Recalled, ModelRequest[Any]]:
+        """The context, and the request with the messages behind it."""
+        model: Any = request.model
+        system = [request.system_message] if request.system_message else []
+        turns, file_ids = _plain([*system, *request.messages])
+        base = model._one_context([model.engine.get(file_id) for file_id in file_ids])
+        tools = [convert_to_openai_tool(tool) for tool in request.tools]
+        handle: Any = request.state.get("kvzip_memory")
+        recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
+        if recalled.context is None:
+            return recalled, request
+        rest = request.messages[recalled.messages - (len(turns) - len(request.messages)) :]
+        if file_ids:  # the context they bring is part of the one recalled
+            rest = [_without_files(message) for message in rest]
+        return recalled, request.override(model=model.with_context(recalled.context), messages=rest, system_message=None)
+
+    def _with_handle(
+        self, response: ModelResponse[Any], request: ModelRequest[Any], recalled: Recalled
+    ) -> ModelResponse[Any] | ExtendedModelResponse[Any]:
+        if recalled.handle == request.state.get("kvzip_memory"):
+            return response
+        return ExtendedModelResponse(response, Command(update={"kvzip_memory": recalled.handle}))
+
+
+def _without_files(message: Any) -> Any:
+    if not isinstance(message.content, list):
+        return message
+    return message.model_copy(update={"content": [b for b in message.content if not (isinstance(b, dict) and "file_id" in b)]})

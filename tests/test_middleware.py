@@ -1,0 +1,220 @@
+"""Agents with memory: what the model reads at each call, what the state holds, and what survives."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, ModelRequest
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.tools import tool
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.checkpoint.sqlite import SqliteSaver
+
+from conftest import TEXT, tiny_engine
+from kvzip_memory import InputError, KVzipEngine
+from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
+
+THREAD: Any = {"configurable": {"thread_id": "ana"}}
+PERSONA = "You are a lighthouse keeper's assistant."
+
+
+@tool
+def wind(lamp: Literal["north", "south"]) -> str:
+    """Wind a lamp."""
+    return f"The {lamp} lamp is wound."
+
+
+class Call(AgentMiddleware[Any, Any, Any]):
+    """A model of this size cannot choose: call the tool when the user says "wind", else answer."""
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        last = request.messages[-1]
+        wants = isinstance(last, HumanMessage) and "wind" in last.text
+        return handler(request.override(tool_choice="wind" if wants else "none"))
+
+
+class Watch(AgentMiddleware[Any, Any, Any]):
+    """What reaches the model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[ModelRequest[Any]] = []
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        self.requests.append(request)
+        return handler(request)
+
+    async def awrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        self.requests.append(request)
+        return await handler(request)
+
+
+def memory(**options: Any) -> KVzipMemoryMiddleware:
+    return KVzipMemoryMiddleware(**{"trigger": ("messages", 6), "keep": ("messages", 2), "ratio": 0.6, **options})
+
+
+def agent_of(engine: KVzipEngine, *middleware: Any, tools: Any = (), checkpointer: Any = None, **options: Any) -> Any:
+    llm = KVzipChatModel(engine=engine, **{"max_tokens": 6, **options})
+    return create_agent(llm, tools=tools, system_prompt=PERSONA, middleware=middleware, checkpointer=checkpointer or InMemorySaver())
+
+
+def talk(agent: Any, turns: int, first: int = 0) -> list[AIMessage]:
+    replies = []
+    for turn in range(first, first + turns):
+        state = agent.invoke({"messages": [("user", f"Fact {turn}: lamp {turn} is wound at {turn} o'clock.")]}, THREAD)
+        replies.append(state["messages"][-1])
+    return replies
+
+
+def test_the_model_reads_the_newest_messages_and_the_state_keeps_all() -> None:
+    engine, watch = tiny_engine(), Watch()
+    agent = agent_of(engine, memory(), watch)
+    replies = talk(agent, 8)
+    state = agent.get_state(THREAD).values
+    assert len(state["messages"]) == 16
+    handle = state["kvzip_memory"]
+    assert json.loads(json.dumps(handle)) == handle
+    assert "kvzip_memory" not in agent.invoke({"messages": [("user", "Hello.")]}, THREAD)
+    sent = [len(request.messages) for request in watch.requests]
+    assert max(sent) < 6
+    assert watch.requests[-1].model.context is not None
+    assert watch.requests[-1].system_message is None  # it is in the context
+    for reply in replies[4:]:
+        usage = reply.usage_metadata
+        assert usage is not None
+        assert usage["input_tokens"] - usage["input_token_details"]["cache_read"] < 400
+    # every prompt was that of the whole conversation
+    last = watch.requests[-1].model.context
+    plain = [SystemMessage(PERSONA), *state["messages"]]
+    ids = engine.prompt_ids(None, [*plain, HumanMessage("Hello.")])
+    assert ids[: last.n_tokens] == last.token_ids.tolist()
+
+
+def test_at_ratio_1_an_agent_with_memory_says_what_one_without_says() -> None:
+    with_memory = talk(agent_of(tiny_engine(), memory(ratio=1.0)), 7)
+    without = talk(agent_of(tiny_engine()), 7)
+    assert [reply.text for reply in with_memory] == [reply.text for reply in without]
+
+
+async def test_async_agents_remember_the_same() -> None:
+    watch = Watch()
+    agent = agent_of(tiny_engine(), memory(), watch)
+    for turn in range(6):
+        await agent.ainvoke({"messages": [("user", f"Fact {turn}: lamp {turn} is wound at {turn} o'clock.")]}, THREAD)
+    assert len(agent.get_state(THREAD).values["messages"]) == 12
+    assert agent.get_state(THREAD).values["kvzip_memory"]["messages"] > 6
+    sync = agent_of(tiny_engine(), memory())
+    talk(sync, 6)
+    assert agent.get_state(THREAD).values["kvzip_memory"] == sync.get_state(THREAD).values["kvzip_memory"]
+
+
+def test_forks_and_time_travel_go_on_from_what_fits() -> None:
+    engine, watch = tiny_engine(), Watch()
+    agent = agent_of(engine, memory(), watch)
+    talk(agent, 8)
+    built = engine.stats()["built"]
+    early = next(s for s in agent.get_state_history(THREAD) if len(s.values["messages"]) == 10 and not s.next)
+    agent.invoke({"messages": [("user", "And what if we go back?")]}, early.config)
+    context = watch.requests[-1].model.context
+    assert context is not None
+    assert context.n_tokens < engine.count_tokens([SystemMessage(PERSONA), *early.values["messages"]])
+    assert engine.stats()["built"] == built
+
+
+def test_a_document_in_the_system_prompt_stays_in_front() -> None:
+    engine, watch = tiny_engine(), Watch()
+    page = engine.load(TEXT, ratio=0.6)
+    llm = KVzipChatModel(engine=engine, max_tokens=6)
+    agent = create_agent(
+        llm, tools=[], system_prompt=SystemMessage([page.as_block()]), middleware=[memory(), watch], checkpointer=InMemorySaver()
+    )
+    talk(agent, 6)
+    context = watch.requests[-1].model.context
+    assert context.token_ids.tolist()[: page.n_tokens] == page.token_ids.tolist()
+    assert context.identity["parent"]
+    attached = create_agent(llm.with_context(page), tools=[], middleware=[memory()], checkpointer=InMemorySaver())
+    talk(attached, 6)
+    assert attached.get_state(THREAD).values["kvzip_memory"] == agent.get_state(THREAD).values["kvzip_memory"]
+
+
+def test_other_models_are_called_as_if_there_were_no_memory() -> None:
+    fake = FakeListChatModel(responses=["Yes."])
+
+    def ask(**options: Any) -> Any:
+        return create_agent(fake, tools=[], middleware=[memory(**options)]).invoke({"messages": [("user", "Well?")]})
+
+    with pytest.warns(UserWarning, match="FakeListChatModel"):
+        assert ask()["messages"][-1].text == "Yes."
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask(unsupported_model_behavior="ignore")["messages"][-1].text == "Yes."
+    with pytest.raises(TypeError, match="KVzipChatModel"):
+        ask(unsupported_model_behavior="raise")
+
+
+def test_a_wrong_size_is_an_error_when_the_middleware_is_made() -> None:
+    with pytest.raises(InputError, match="keep"):
+        memory(trigger=("messages", 2), keep=("messages", 2))
+
+
+def test_without_langchain_the_error_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['langchain'] = None; import langchain_kvzip\n"
+        "try:\n    langchain_kvzip.KVzipMemoryMiddleware\nexcept ImportError as error:\n    print(error)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "kvzip-memory[agents]" in found
+
+
+def converse(folder: Path, texts: list[str]) -> dict[str, Any]:
+    """Turns of an agent with tools and a SQLite checkpointer; run in processes of their own."""
+    engine, watch = tiny_engine(cache_dir=folder), Watch()
+    spelled = engine.tokenizer.convert_ids_to_tokens(range(engine.model.config.vocab_size))
+    with torch.no_grad():  # a random model's answer could end within a character, which guided decoding takes for cut
+        engine.model.lm_head.weight[[i for i, token in enumerate(spelled) if not (token and token.isascii())]] = 0
+    middleware = [KVzipMemoryMiddleware(trigger=("messages", 8), keep=("messages", 3), ratio=0.5), Call(), watch]
+    with sqlite3.connect(folder / "agent.db", check_same_thread=False) as database:
+        agent = agent_of(engine, *middleware, tools=[wind], checkpointer=SqliteSaver(database), max_tokens=110)
+        for text in texts:
+            agent.invoke({"messages": [("user", text)]}, THREAD)
+        values = agent.get_state(THREAD).values
+    engine.registry.flush()  # what a process has time for before it is killed
+    types = [message.type for message in values["messages"]]
+    sent = [len(request.messages) for request in watch.requests]
+    return {"messages": types, "sent": sent, "handle": values.get("kvzip_memory"), "stats": engine.stats()}
+
+
+def test_a_killed_agent_goes_on_from_disk_without_reading_again(tmp_path: Path) -> None:
+    script = (
+        "import json, os, signal, sys\nfrom pathlib import Path\nfrom test_middleware import converse\n"
+        "found = converse(Path(sys.argv[1]), sys.argv[2:])\n"
+        "print(json.dumps(found), flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+
+    def process(*texts: str) -> dict[str, Any]:
+        command = [sys.executable, "-c", script, str(tmp_path), *texts]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    before = process("Please wind a lamp.", "My name is Ana.", "Please wind another.", "I like tea.")
+    after = process("Who am I?")
+    assert before["stats"]["built"] > 0
+    assert before["messages"].count("tool") == 2
+    assert len(after["messages"]) == len(before["messages"]) + 2
+    assert after["handle"] == before["handle"]
+    assert after["stats"]["built"] == 0
+    assert after["stats"]["hits"]["disk"] == 1
+    assert max(after["sent"]) < len(before["messages"])
