@@ -24,7 +24,7 @@ RATIOS = (1.0, 0.5, 0.3, 0.1)
 
 
 def dense_step(engine: KVzipEngine, ids: list[int]) -> Callable[[], None]:
-    """One more token by the model's own attention over a dense cache of ``ids``."""
+    """One more token by the model's own attention over a dense cache of ``ids``; on our thread, as two that compute slow each other."""
     cache = DynamicCache(config=engine.model.config)
     with torch.inference_mode():
         for start in range(0, len(ids), 2048):
@@ -34,7 +34,7 @@ def dense_step(engine: KVzipEngine, ids: list[int]) -> Callable[[], None]:
     def step() -> None:
         engine.model(input_ids=torch.tensor([[17]]), past_key_values=cache)
 
-    return step
+    return lambda: engine._model._worker.run(step)
 
 
 def our_step(engine: KVzipEngine, context: CompressedContext | None) -> Callable[[], None]:
