@@ -88,7 +88,7 @@ class Memory:
             messages: the whole conversation; it ends with what is to be answered.
             tools: the tools of the prompt.
             base: the context the conversation is over, if any.
-            handle: what was recalled at the call before; without it the longest stored beginning is looked for.
+            handle: what was recalled at the call before; without it the longest stored beginning of no smaller ratio is looked for.
             ratio: kept fraction of the pairs of what is folded; None is that of the context before, or the engine's.
 
         Raises:
@@ -100,7 +100,7 @@ class Memory:
         except InputError as error:  # whoever asks it will say so
             logger.debug("nothing is recalled: %s", error)
             return Recalled()
-        found = talk.stored(handle)
+        found = talk.stored(handle, engine.ratio if ratio is None else ratio)
         cut = self._cut(talk, found) if self._due(talk, found) else None
         if cut is None:
             return found
@@ -151,8 +151,8 @@ class _Talk:
             i for i in range(said + 1, len(self.messages)) if messages[i]["role"] != "tool" and not messages[i - 1].get("tool_calls")
         ]
 
-    def stored(self, handle: Mapping[str, Any] | None) -> Recalled:
-        """The context of a handle if the conversation begins with it, else the longest one that is stored."""
+    def stored(self, handle: Mapping[str, Any] | None, ratio: float) -> Recalled:
+        """The context of a handle if the conversation begins with it, else the longest one stored, if it keeps as much."""
         context, count = None, 0
         if handle is not None:
             try:
@@ -162,7 +162,7 @@ class _Talk:
         if context is not None and self._begins(context.token_ids.tolist(), context.recipe, count):
             return Recalled(context, count)
         context = self.engine.stored_prefix(self.ids)
-        if context is None or (self.base and context.n_tokens <= self.base.n_tokens):
+        if context is None or context.ratio < ratio or (self.base and context.n_tokens <= self.base.n_tokens):
             return Recalled()
         at = bisect_left(self.borders, context.n_tokens, key=self.length)
         if at < len(self.borders) and self._begins(context.token_ids.tolist(), context.recipe, self.borders[at]):

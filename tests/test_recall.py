@@ -100,13 +100,13 @@ def test_an_edited_or_rewound_conversation_goes_on_from_what_still_fits() -> Non
 
     half = next(i for i, message in enumerate(messages) if message["content"].startswith("Fact 6"))
     edited = [*messages[:half], {"role": "user", "content": "Fact 6: none."}, *messages[half + 1 :]]
-    found = memory.recall(engine, edited, TOOLS, handle=last.handle)
+    found = memory.recall(engine, edited, TOOLS, handle=last.handle, ratio=0.6)
     assert found.context is not None
     assert 0 < found.messages <= half
     assert found.context.token_ids.tolist() + rest_ids(engine, found, edited, TOOLS) == engine.prompt_ids(None, edited, TOOLS)
 
     rewound = messages[: half + 1]
-    again = memory.recall(engine, rewound, TOOLS, handle=last.handle)
+    again = memory.recall(engine, rewound, TOOLS, handle=last.handle, ratio=0.6)
     assert again.context is not None
     assert again.context.key in [context.key for context in chain if context]
     assert engine.stats()["built"] == built  # nothing was read anew
@@ -142,7 +142,7 @@ def test_the_handle_only_saves_a_search() -> None:
     engine, messages = tiny_engine(), conversation(8)
     last = walked(engine, messages)
     assert last.context is not None
-    found = Memory(("messages", 60), ("messages", 2)).recall(engine, messages, TOOLS)
+    found = Memory(("messages", 60), ("messages", 2)).recall(engine, messages, TOOLS, ratio=0.6)
     assert (found.context and found.context.key, found.messages) == (last.context.key, last.messages)
 
 
