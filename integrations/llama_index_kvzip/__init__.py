@@ -1,5 +1,6 @@
 """KVzip-compressed contexts for LlamaIndex."""
 
+from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 
-__all__ = ["KVzipQueryEngine"]
+__all__ = ["KVzipLLM", "KVzipQueryEngine"]
