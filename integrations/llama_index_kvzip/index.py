@@ -9,6 +9,7 @@ from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
 from llama_index.core.llms.utils import LLMType
@@ -18,6 +19,7 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.engine import FREE_TOKENS
+from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.query_engine import KVzipQueryEngine, Part, sources
 
@@ -213,10 +215,35 @@ class KVzipIndex(BaseManagedIndex):
         Raises:
             InputError: another engine's model, which cannot read these contexts.
         """
+        return KVzipQueryEngine(self._checked(llm), self.parts, **kwargs)
+
+    def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **kwargs: Any) -> BaseChatEngine:
+        """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
+
+        Args:
+            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one that condenses questions.
+            llm: as for :meth:`as_query_engine`.
+            kwargs: ``memory``, ``chat_history``, ``system_prompt``.
+
+        Raises:
+            InputError: several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
+        """
+        model = self._checked(llm)
+        if chat_mode != ChatMode.BEST:
+            return super().as_chat_engine(chat_mode, model, **kwargs)
+        parts = self.parts()
+        if len(parts) != 1:
+            raise InputError(
+                f"the documents lie in {len(parts)} contexts and a conversation has one; use chat_mode=ChatMode.CONDENSE_QUESTION, "
+                "or a model with a longer window"
+            )
+        return KVzipChatEngine._over(parts[0], model, **kwargs)
+
+    def _checked(self, llm: LLMType | None) -> KVzipLLM:
         llm = llm or self._llm
         if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
-        return KVzipQueryEngine(llm, self.parts, **kwargs)
+        return llm
 
 
 class _AllDocuments(BaseRetriever):

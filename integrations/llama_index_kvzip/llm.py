@@ -196,7 +196,7 @@ class KVzipLLM(FunctionCallingLLM):
     def _answer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseGen:
         engine = self.engine
         options = self._options(kwargs)
-        turns, keys = _plain(messages)
+        turns, keys = plain_messages(messages)
         context = self._one_context([engine.get(key) for key in keys])
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
@@ -326,7 +326,7 @@ def usage_of(reply: Reply) -> dict[str, int]:
     }
 
 
-def _plain(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
+def plain_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
     """Messages for the engine, and the keys of the contexts that some of them stand for."""
     turns: list[Message] = []
     keys: list[str] = []
