@@ -21,7 +21,7 @@ from llama_index.core import Document as LlamaIndexDocument
 
 from kvzip_memory import CompressedContext, KVzipEngine
 from langchain_kvzip import KVzipChatModel
-from llama_index_kvzip import KVzipQueryEngine
+from llama_index_kvzip import KVzipLLM, KVzipQueryEngine
 
 HERE = Path(__file__).parent
 RATIO = 0.3
@@ -46,7 +46,7 @@ def ask_langchain(engine: KVzipEngine, context: CompressedContext, questions: li
 
 def ask_llama_index(engine: KVzipEngine, context: CompressedContext, questions: list[str]) -> list[str]:
     documents = [LlamaIndexDocument(text=(HERE / "handbook.md").read_text(), metadata={"file_name": "handbook.md"})]
-    query_engine = KVzipQueryEngine(engine, context, documents, max_new_tokens=MAX_NEW_TOKENS)
+    query_engine = KVzipQueryEngine.from_context(context, documents, llm=KVzipLLM(engine=engine, max_tokens=MAX_NEW_TOKENS))
     return [str(query_engine.query(question)) for question in questions]
 
 

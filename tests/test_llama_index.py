@@ -1,55 +1,170 @@
-"""KVzipQueryEngine: same answers as the engine, sources, streaming, async, tools."""
+"""KVzipQueryEngine and KVzipIndex: the engine's answers, sources, streaming, async, tools, several contexts, changes, restarts."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
-from llama_index.core import Document
-from llama_index.core.base.response.schema import StreamingResponse
+from llama_index.core import Document, StorageContext
+from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.tools import QueryEngineTool
 
-from conftest import TEXT
-from kvzip_memory import KVzipEngine
-from llama_index_kvzip import KVzipQueryEngine
+from conftest import TEXT, tiny_engine
+from kvzip_memory import InputError, KVzipEngine, WindowError
+from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipQueryEngine
 
 DOCUMENTS = [
-    Document(text="The keeper is Oriel. " * 6, metadata={"file_name": "a.txt"}),
-    Document(text=TEXT, metadata={"file_name": "b.txt", "page": 2}),
+    Document(text="The keeper is Oriel. " * 6, metadata={"file_name": "a.txt"}, doc_id="a"),
+    Document(text=TEXT, metadata={"file_name": "b.txt", "page": 2}, doc_id="b"),
 ]
+THIRD = Document(text="The boat is green. " * 8, metadata={"file_name": "c.txt"}, doc_id="c")
 
 
 @pytest.fixture
-def query_engine(engine: KVzipEngine) -> KVzipQueryEngine:
-    return KVzipQueryEngine.from_documents(DOCUMENTS, engine=engine, name="pages", ratio=0.4, max_new_tokens=12)
+def llm(engine: KVzipEngine) -> KVzipLLM:
+    return KVzipLLM(engine=engine, ratio=0.4, max_tokens=12)
+
+
+@pytest.fixture
+def query_engine(llm: KVzipLLM) -> KVzipQueryEngine:
+    return KVzipQueryEngine.from_documents(DOCUMENTS, llm=llm, name="pages")
 
 
 def test_a_query_gives_the_engines_answer_and_the_documents_as_sources(query_engine: KVzipQueryEngine, engine: KVzipEngine) -> None:
-    response = query_engine.query("Who?")
-    assert str(response) == engine.generate(query_engine.context, "Who?", max_new_tokens=12).text
-    assert [node.node.ref_doc_id or node.node.node_id for node in response.source_nodes] == [d.doc_id for d in DOCUMENTS]
+    response, context = query_engine.query("Who?"), engine.get("pages")
+    assert str(response) == engine.generate(context, "Who?", max_new_tokens=12).text
+    assert [node.node.ref_doc_id for node in response.source_nodes] == ["a", "b"]
     assert [node.node.get_content() for node in response.source_nodes] == [d.text for d in DOCUMENTS]
     assert [node.node.metadata["file_name"] for node in response.source_nodes] == ["a.txt", "b.txt"]
     start, end = response.source_nodes[1].node.metadata["kvzip_tokens"]
-    assert engine.tokenizer.decode(query_engine.context.token_ids[start:end]) == TEXT
-    assert response.metadata["usage"]["cached_tokens"] == query_engine.context.n_tokens
+    assert engine.tokenizer.decode(context.token_ids[start:end]) == TEXT
+    assert response.metadata["usage"]["cached_tokens"] == context.n_tokens
 
 
-def test_async_and_streaming_give_the_same(query_engine: KVzipQueryEngine, engine: KVzipEngine) -> None:
+async def test_async_and_streaming_give_the_same(query_engine: KVzipQueryEngine, llm: KVzipLLM) -> None:
     expected = str(query_engine.query("When?"))
-    assert str(asyncio.run(query_engine.aquery("When?"))) == expected
-    streaming = KVzipQueryEngine(engine, query_engine.context, DOCUMENTS, streaming=True, max_new_tokens=12)
+    assert str(await query_engine.aquery("When?")) == expected
+    streaming = KVzipQueryEngine.from_documents(DOCUMENTS, llm=llm, streaming=True)
     response = streaming.query("When?")
     assert isinstance(response, StreamingResponse)
     assert "".join(response.response_gen) == expected
     assert len(response.source_nodes) == 2
-
-
-def test_the_same_documents_again_are_found_not_built(query_engine: KVzipQueryEngine, engine: KVzipEngine) -> None:
-    again = KVzipQueryEngine.from_documents(DOCUMENTS, engine=engine, ratio=0.4)
-    assert again.context.key == query_engine.context.key
-    assert again.context.receipt is not None
-    assert again.context.receipt.hit
+    aresponse = await streaming.aquery("When?")
+    assert isinstance(aresponse, AsyncStreamingResponse)
+    assert "".join([piece async for piece in aresponse.async_response_gen()]) == expected
 
 
 def test_it_serves_as_a_tool(query_engine: KVzipQueryEngine) -> None:
     tool = QueryEngineTool.from_defaults(query_engine, name="pages", description="the pages")
     assert tool.call("Who?").content == str(query_engine.query("Who?"))
+
+
+# -- KVzipIndex --------------------------------------------------------------------------------------------------
+
+
+def test_an_index_holds_its_documents_in_one_context_and_asks_once(llm: KVzipLLM, query_engine: KVzipQueryEngine) -> None:
+    counter = TokenCountingHandler()
+    llm.callback_manager = CallbackManager([counter])
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    response = index.as_query_engine().query("Who?")
+    assert str(response) == str(query_engine.query("Who?"))
+    assert len(counter.llm_token_counts) == 2  # one for each of the two
+    assert [node.node.ref_doc_id for node in index.as_retriever().retrieve("Who?")] == ["a", "b"]
+    assert list(index.ref_doc_info) == ["a", "b"]
+
+
+async def test_documents_beyond_a_context_go_into_several_asked_together(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
+    response = index.as_query_engine().query("Who?")
+    parts = response.metadata["parts"]
+    assert [part["ref_doc_ids"] for part in parts] == [["a", "c"], ["b"]]
+    assert [part["answer"] for part in parts] == [engine.generate(engine.get(p["context"]), "Who?", max_new_tokens=12).text for p in parts]
+    assert response.metadata["usage"]["completion_tokens"] == 36
+    assert [node.node.ref_doc_id for node in response.source_nodes] == ["a", "c", "b"]
+    again = await index.as_query_engine().aquery("Who?")
+    assert (str(again), again.metadata["parts"]) == (str(response), parts)
+    assert str(index.as_query_engine(streaming=True).query("Who?")) == str(response)
+
+
+def test_changes_show_in_the_next_answer_and_rebuild_no_other_context(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=450)
+    query_engine = index.as_query_engine()
+
+    def present() -> dict[str, str]:
+        return {n.node.ref_doc_id: n.node.get_content() for n in query_engine.query("Who?").source_nodes}
+
+    def read() -> list[str]:
+        return [engine.tokenizer.decode(part.context.token_ids) for part in index.parts()]
+
+    assert engine.stats()["built"] == len(read()) == 2
+    index.insert(THIRD)
+    assert list(present()) == ["a", "c", "b"]
+    assert engine.stats()["built"] == 3  # a with c; b stayed
+    index.update_ref_doc(Document(text="The boat is red. " * 8, metadata={"file_name": "c.txt"}, doc_id="c"))
+    assert "red" in present()["c"]
+    assert sum("The boat is red" in text for text in read()) == 1
+    assert not any("green" in text for text in read())
+    assert engine.stats()["built"] == 4
+    index.delete_ref_doc("c", delete_from_docstore=True)
+    assert present() == {d.doc_id: d.text for d in DOCUMENTS}
+    assert engine.stats()["built"] == 4  # a alone was there before
+    assert index.refresh_ref_docs([*DOCUMENTS, THIRD]) == [False, False, True]
+    assert present()["c"] == THIRD.text
+    index.delete_ref_doc("b", delete_from_docstore=True)
+    assert list(present()) == ["a", "c"]
+
+
+async def test_async_changes_leave_the_same_index(llm: KVzipLLM) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    await index.ainsert(THIRD)
+    await index.aupdate_ref_doc(Document(text="The boat is red. " * 8, doc_id="c"))
+    await index.adelete_ref_doc("a")
+    assert list(index.ref_doc_info) == ["b", "c"]
+    assert "red" in index.docstore.get_node("c/whole").get_content()
+
+
+def test_a_restart_rebuilds_nothing(tmp_path: Path) -> None:
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
+    expected = str(index.as_query_engine().query("Who?"))
+    index.storage_context.persist(tmp_path / "index")
+    llm.engine.close()
+    later = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    storage = StorageContext.from_defaults(persist_dir=str(tmp_path / "index"))
+    again = KVzipIndex.from_storage(storage, llm=later, context_tokens=450)
+    assert str(again.as_query_engine().query("Who?")) == expected
+    assert later.engine.stats()["built"] == 0
+    assert again.index_id == index.index_id
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=450)
+    with pytest.raises(WindowError, match=r"'long' has about [0-9,]+ tokens"):
+        index.insert(Document(text="word " * 200, doc_id="long"))
+    with pytest.raises(WindowError, match="'a' has about"):
+        index.update_ref_doc(Document(text="word " * 200, doc_id="a"))
+    assert list(index.ref_doc_info) == ["a", "b"]
+    assert index.docstore.get_node("a/whole").get_content() == DOCUMENTS[0].text
+    with pytest.raises(InputError, match="context_tokens is 5,000"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=5000)
+    with pytest.raises(InputError, match="same engine"):
+        index.as_query_engine(KVzipLLM(engine=tiny_engine()))
+    with pytest.raises(InputError, match="no documents"):
+        KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
+    with pytest.raises(InputError, match="0 indices"):
+        KVzipIndex.from_storage(StorageContext.from_defaults(), llm=llm)
+
+
+def test_threads_ask_while_the_index_changes(llm: KVzipLLM) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    query_engine = index.as_query_engine(max_tokens=3)
+
+    async def main() -> list[list[str]]:
+        async def ask() -> list[str]:
+            return [node.node.ref_doc_id for node in (await query_engine.aquery("Who?")).source_nodes]
+
+        answers = await asyncio.gather(*(ask() for _ in range(3)), index.ainsert(THIRD), *(ask() for _ in range(3)))
+        return [answer for answer in answers if answer is not None]
+
+    assert all(answer in (["a", "b"], ["a", "b", "c"]) for answer in asyncio.run(main()))
+    assert [node.node.ref_doc_id for node in query_engine.query("Who?").source_nodes] == ["a", "b", "c"]

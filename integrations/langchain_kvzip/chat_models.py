@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import json
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,25 +27,17 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
-from transformers import PreTrainedConfig
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
+from kvzip_memory.integration import LazyEngine, configured_window, in_thread
 from kvzip_memory.prompt import as_message
 from kvzip_memory.tools import FORMS, CallReader
-
-# One engine for all copies of a chat model (with_context, bind, ...), made by whichever answers first.
-_ENGINE_LOCK = threading.Lock()
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.
 _ASKED = "Answer with one JSON object that validates against this JSON schema: {}"
 
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
-
-
-class _LazyEngine:
-    def __init__(self) -> None:
-        self.engine: KVzipEngine | None = None
 
 
 class KVzipChatModel(BaseChatModel):
@@ -181,7 +170,7 @@ class KVzipChatModel(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
-    _lazy: _LazyEngine = PrivateAttr(default_factory=_LazyEngine)
+    _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
 
     @model_validator(mode="after")
     def _check_model(self) -> KVzipChatModel:
@@ -204,11 +193,8 @@ class KVzipChatModel(BaseChatModel):
         """The engine; loads the weights when first asked for."""
         if self.given_engine is not None:
             return self.given_engine
-        with _ENGINE_LOCK:
-            if self._lazy.engine is None:
-                options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
-                self._lazy.engine = KVzipEngine.from_pretrained(self.model_name, **options)
-            return self._lazy.engine
+        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
+        return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model_name, **options))
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
@@ -255,12 +241,8 @@ class KVzipChatModel(BaseChatModel):
             tool_call_streaming=True,
             structured_output=True,
         )
-        engine, window = self.given_engine or self._lazy.engine, None
-        if engine is not None:
-            window = engine.window
-        else:
-            with suppress(OSError, ValueError):  # not on this machine yet, or a .gguf file
-                window = PreTrainedConfig.get_config_dict(self.model_name, local_files_only=True)[0].get("max_position_embeddings")
+        engine = self.given_engine or self._lazy.engine
+        window = engine.window if engine is not None else configured_window(self.model_name)
         if window is not None:
             profile["max_input_tokens"] = window - (self.context.n_tokens if self.context else 0)
             profile["max_output_tokens"] = self.max_tokens
@@ -274,7 +256,7 @@ class KVzipChatModel(BaseChatModel):
         stop: list[str] | None = None,
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
-    ) -> Iterator[ChatGenerationChunk]:
+    ) -> Generator[ChatGenerationChunk, None, None]:
         try:
             yield from self._answer(messages, stop, kwargs)
         except WindowError as error:
@@ -360,34 +342,8 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        # A thread an answer. The loop's own pool has a handful of threads, which would be the limit of what is decoded together.
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[ChatGenerationChunk | BaseException | None]()
-        left = threading.Event()
-
-        def tell(item: ChatGenerationChunk | BaseException | None) -> None:
-            if not left.is_set():
-                with suppress(RuntimeError):  # the loop was closed
-                    loop.call_soon_threadsafe(queue.put_nowait, item)
-
-        def answer() -> None:
-            try:
-                with closing(self._stream(messages, stop, **kwargs)) as chunks:  # type: ignore[type-var]
-                    for chunk in chunks:
-                        if left.is_set():
-                            return
-                        tell(chunk)
-                tell(None)
-            except BaseException as error:
-                tell(error)
-
-        threading.Thread(target=contextvars.copy_context().run, args=(answer,), name="kvzip-answer", daemon=True).start()
-        try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            left.set()  # a cancelled answer ends after the token being computed
+        async for chunk in in_thread(lambda: self._stream(messages, stop, **kwargs)):
+            yield chunk
 
     async def _agenerate(
         self,

@@ -1,0 +1,100 @@
+"""A LlamaIndex chat engine over whole documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
+from llama_index.core.llms import ChatMessage
+from llama_index.core.memory import BaseMemory, Memory
+from llama_index.core.schema import BaseNode
+
+from kvzip_memory import CompressedContext
+from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.query_engine import Part, sources
+
+
+class KVzipChatEngine(SimpleChatEngine):
+    """A conversation over documents in one compressed context: one model call a turn, no question is rewritten.
+
+    .. code-block:: python
+
+        chat_engine = KVzipChatEngine.from_context(context, documents, llm=llm)
+        print(chat_engine.chat("Who signed the lease?"))
+        print(chat_engine.chat("And when?"))
+
+    Its documents are the ``source_nodes`` of every answer. Make one with :meth:`from_context` or ``KVzipIndex.as_chat_engine``.
+    """
+
+    _part: Part
+
+    @classmethod
+    def from_context(
+        cls,
+        context: CompressedContext,
+        documents: Sequence[BaseNode] = (),
+        *,
+        llm: KVzipLLM,
+        memory: BaseMemory | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        system_prompt: str | None = None,
+    ) -> KVzipChatEngine:
+        """Converse over a context that was made of these documents.
+
+        Args:
+            context: what is answered from.
+            documents: the ``source_nodes``.
+            llm: what answers.
+            memory: the conversation's; None keeps as much of it as the window has room for.
+            chat_history: what was said before.
+            system_prompt: put before the conversation, behind the documents.
+        """
+        return cls._over(Part(context, sources(context, documents)), llm, memory, chat_history, system_prompt)
+
+    @classmethod
+    def _over(
+        cls,
+        part: Part,
+        llm: KVzipLLM,
+        memory: BaseMemory | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        system_prompt: str | None = None,
+    ) -> KVzipChatEngine:
+        model = llm.with_context(part.context)
+        if memory is None:
+            # Half of what is free: the template's own tokens are not counted by LlamaIndex.
+            limit = (model.metadata.context_window - model.max_tokens) // 2
+            tokenizer: Any = model.engine.tokenizer
+            memory = Memory.from_defaults(
+                chat_history=chat_history, token_limit=limit, token_flush_size=limit // 4, tokenizer_fn=tokenizer.tokenize
+            )
+        prefix = [ChatMessage(system_prompt, role="system")] if system_prompt else []
+        engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
+        engine._part = part
+        return engine
+
+    def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
+        """Answer the next message; ``chat_history`` replaces what was said so far."""
+        response = super().chat(message, chat_history)
+        response.source_nodes = list(self._part.nodes)
+        return response
+
+    async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
+        """:meth:`chat` in a thread."""
+        response = await super().achat(message, chat_history)
+        response.source_nodes = list(self._part.nodes)
+        return response
+
+    def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
+        """:meth:`chat`, piece by piece."""
+        response = super().stream_chat(message, chat_history)
+        response.source_nodes = list(self._part.nodes)
+        return response
+
+    async def astream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
+        """:meth:`stream_chat` in a thread."""
+        response = await super().astream_chat(message, chat_history)
+        response.source_nodes = list(self._part.nodes)
+        return response

@@ -1,0 +1,258 @@
+"""A LlamaIndex index whose documents lie whole in compressed contexts."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
+from llama_index.core.data_structs.data_structs import IndexDict
+from llama_index.core.indices.managed.base import BaseManagedIndex
+from llama_index.core.llms.utils import LLMType
+from llama_index.core.schema import BaseNode, Document, NodeRelationship, NodeWithScore, QueryBundle, TextNode, TransformComponent
+from llama_index.core.storage.docstore.types import RefDocInfo
+from llama_index.core.storage.storage_context import StorageContext
+
+from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory.engine import FREE_TOKENS
+from llama_index_kvzip.chat_engine import KVzipChatEngine
+from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.query_engine import KVzipQueryEngine, Part, sources
+
+# Tokens that a document's header may take, and the template around all documents.
+_HEADER, _HEAD = 48, 64
+
+
+class _WholeDocuments(TransformComponent):
+    """A node a document, whole."""
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
+        whole = []
+        for document in nodes:
+            # An id of its own: under the document's the docstore keeps the hash by which changes are told.
+            node = TextNode(text=document.get_content(), id_=f"{document.node_id}/whole", metadata=dict(document.metadata))
+            node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
+            whole.append(node)
+        return whole
+
+
+class KVzipIndex(BaseManagedIndex):
+    """Documents in as few compressed contexts as the model's window allows; every question is answered from all of them.
+
+    .. code-block:: python
+
+        index = KVzipIndex.from_documents(SimpleDirectoryReader("contracts").load_data(), llm=llm)
+        print(index.as_query_engine().query("Which contracts renew automatically?"))
+
+        index.storage_context.persist("contracts.index")
+        index = KVzipIndex.from_storage(StorageContext.from_defaults(persist_dir="contracts.index"), llm=llm)
+
+    Texts and the split into contexts are persisted by the ``StorageContext``; the contexts lie in the registry of the model's
+    engine, on disk if it has a ``cache_dir``, and are built again only if they are found nowhere. A change rebuilds the contexts
+    that the changed document leaves and joins, no others. Query engines and retrievers made before a change see it.
+
+    Args:
+        llm: what reads the documents and answers.
+        system: a system prompt that is put first and never evicted.
+        context_tokens: at most so many tokens of documents in one context. None is what the window leaves beside a question and
+            an answer of ``llm.max_tokens``.
+
+    Raises:
+        InputError: ``context_tokens`` outside the window.
+        WindowError: a document that is too long for a context; nothing was changed.
+        BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
+    """
+
+    index_struct_cls = IndexDict
+
+    def __init__(
+        self,
+        nodes: Sequence[BaseNode] | None = None,
+        *,
+        llm: KVzipLLM,
+        system: str | None = None,
+        context_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._llm, self._system = llm, system
+        most = llm.engine.window - FREE_TOKENS - llm.max_tokens
+        if context_tokens is not None and not 0 < context_tokens <= most:
+            raise InputError(f"context_tokens is {context_tokens:,}; the window leaves 1 to {most:,} beside a question and its answer")
+        self._limit = (context_tokens or most) - _HEAD - (self._n_tokens(system) if system else 0)
+        self._contexts: dict[tuple[str, ...], CompressedContext] = {}
+        self._lock = threading.RLock()
+        kwargs["transformations"] = [_WholeDocuments()]
+        super().__init__(nodes, **kwargs)
+
+    @classmethod
+    def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
+        """An index of documents; arguments and errors as for the class."""
+        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": [_WholeDocuments()]})
+
+    @classmethod
+    def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
+        """The index that was persisted in a storage context.
+
+        Raises:
+            InputError: it holds none, or several and no ``index_id``.
+        """
+        structs = [struct for struct in storage_context.index_store.index_structs() if index_id in (None, struct.index_id)]
+        if len(structs) != 1:
+            raise InputError(f"{len(structs)} indices in the storage context; give the index_id of one")
+        return cls(index_struct=structs[0], storage_context=storage_context, llm=llm, **kwargs)
+
+    # -- what is in which context --------------------------------------------------------------------------------
+
+    def parts(self) -> list[Part]:
+        """The contexts and their documents; built where they are found nowhere."""
+        with self._lock:
+            parts, used = [], {}
+            for node_ids in self._groups().values():
+                nodes = self.docstore.get_nodes(node_ids)
+                key = (*node_ids, *(node.hash for node in nodes))
+                used[key] = self._contexts.get(key) or self._llm.engine.load(nodes, ratio=self._llm.ratio, system=self._system)
+                parts.append(Part(used[key], sources(used[key], nodes)))
+            self._contexts = used
+            return parts
+
+    def _groups(self) -> dict[str, list[str]]:
+        groups: dict[str, list[str]] = {}
+        for node_id, group in self._index_struct.nodes_dict.items():
+            groups.setdefault(group, []).append(node_id)
+        return groups
+
+    def _n_tokens(self, text: str) -> int:
+        return len(self._llm.engine.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _size(self, node: BaseNode) -> int:
+        return _HEADER + self._n_tokens(node.get_content())
+
+    def _place(self, struct: IndexDict, nodes: Sequence[BaseNode]) -> None:
+        """Give each node to the first context with room for it."""
+        taken: dict[str, int] = {}
+        for node_id, group in struct.nodes_dict.items():
+            taken[group] = taken.get(group, 0) + self._size(self.docstore.get_node(node_id))
+        for node in nodes:
+            size = self._size(node)
+            new = str(max(map(int, taken), default=-1) + 1)
+            group = next((group for group, tokens in taken.items() if tokens + size <= self._limit), new)
+            taken[group] = taken.get(group, 0) + size
+            struct.nodes_dict[node.node_id] = group
+
+    def _check_lengths(self, nodes: Sequence[BaseNode]) -> None:
+        for node in nodes:
+            if (tokens := self._size(node)) > self._limit:
+                raise WindowError(
+                    f"document {node.ref_doc_id or node.node_id!r} has about {tokens:,} tokens; a context of this index may have "
+                    f"{self._limit:,}: split the document, or use a model with a longer window",
+                    tokens=tokens,
+                    window=self._llm.engine.window,
+                )
+
+    # -- BaseIndex -----------------------------------------------------------------------------------------------
+
+    def build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> IndexDict:
+        self._check_lengths(nodes)
+        self._docstore.add_documents(nodes, allow_update=True)
+        self._index_struct = IndexDict()
+        self._place(self._index_struct, nodes)
+        self.parts()
+        return self._index_struct
+
+    def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
+        """Add documents; the contexts they join are built again."""
+        with self._lock:
+            self._check_lengths(nodes)
+            super().insert_nodes(nodes, **insert_kwargs)
+
+    async def ainsert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
+        """:meth:`insert_nodes` in a thread."""
+        await asyncio.to_thread(self.insert_nodes, nodes, **insert_kwargs)
+
+    def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
+        self._place(self._index_struct, nodes)
+        self.parts()
+
+    def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:
+        with self._lock:
+            self._index_struct.delete(node_id)
+
+    def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """Remove a document; the context it was in is built again when it is next asked."""
+        super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+
+    def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """Replace a document by its new version.
+
+        Raises:
+            WindowError: that is too long; the old version stays.
+        """
+        with self._lock:
+            self._check_lengths([document])
+            super(BaseManagedIndex, self).update_ref_doc(document, **update_kwargs)
+
+    @property
+    def ref_doc_info(self) -> dict[str, RefDocInfo]:
+        """The documents in the index."""
+        nodes = self.docstore.get_nodes(list(self._index_struct.nodes_dict))
+        return {node.ref_doc_id or node.node_id: RefDocInfo([node.node_id], node.metadata) for node in nodes}
+
+    def as_retriever(self, **kwargs: Any) -> BaseRetriever:
+        """Gives all documents for every question, without scores."""
+        return _AllDocuments(self)
+
+    def as_query_engine(self, llm: LLMType | None = None, **kwargs: Any) -> BaseQueryEngine:
+        """A :class:`KVzipQueryEngine` over all documents.
+
+        Args:
+            llm: a :class:`KVzipLLM` over the same engine; None is the index's own.
+            kwargs: ``streaming``, and options of every call such as ``max_tokens``.
+
+        Raises:
+            InputError: another engine's model, which cannot read these contexts.
+        """
+        return KVzipQueryEngine(self._checked(llm), self.parts, **kwargs)
+
+    def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **kwargs: Any) -> BaseChatEngine:
+        """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
+
+        Args:
+            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one that condenses questions.
+            llm: as for :meth:`as_query_engine`.
+            kwargs: ``memory``, ``chat_history``, ``system_prompt``.
+
+        Raises:
+            InputError: several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
+        """
+        model = self._checked(llm)
+        if chat_mode != ChatMode.BEST:
+            return super().as_chat_engine(chat_mode, model, **kwargs)
+        parts = self.parts()
+        if len(parts) != 1:
+            raise InputError(
+                f"the documents lie in {len(parts)} contexts and a conversation has one; use chat_mode=ChatMode.CONDENSE_QUESTION, "
+                "or a model with a longer window"
+            )
+        return KVzipChatEngine._over(parts[0], model, **kwargs)
+
+    def _checked(self, llm: LLMType | None) -> KVzipLLM:
+        llm = llm or self._llm
+        if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
+            raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
+        return llm
+
+
+class _AllDocuments(BaseRetriever):
+    def __init__(self, index: KVzipIndex) -> None:
+        super().__init__()
+        self._index = index
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [node for part in self._index.parts() for node in part.nodes]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)

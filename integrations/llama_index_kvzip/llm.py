@@ -1,0 +1,399 @@
+"""A LlamaIndex LLM that answers from a compressed context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.llms.types import (
+    CachePoint,
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    ContentBlock,
+    LLMMetadata,
+    MessageRole,
+    TextBlock,
+    ThinkingBlock,
+    ToolCallBlock,
+)
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.utils import parse_partial_json
+from llama_index.core.program.function_program import get_function_tool
+from llama_index.core.program.utils import process_streaming_objects
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import BaseTool
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
+from kvzip_memory.integration import LazyEngine, configured_window, in_thread
+from kvzip_memory.prompt import Message, as_message
+from kvzip_memory.tools import CallReader
+
+#: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
+CONTEXT_KEY = "kvzip_context"
+
+_ROLES = {
+    MessageRole.DEVELOPER: MessageRole.SYSTEM,
+    MessageRole.FUNCTION: MessageRole.TOOL,
+    MessageRole.CHATBOT: MessageRole.ASSISTANT,
+    MessageRole.MODEL: MessageRole.ASSISTANT,
+}
+
+
+class KVzipLLM(FunctionCallingLLM):
+    """LLM over a local transformers model that reads documents and conversations from compressed contexts.
+
+    Weights load on first use. ``temperature``, ``max_tokens``, ``top_p``, ``top_k``, ``seed`` and ``stop`` are options of every call, too.
+
+    .. code-block:: python
+
+        from llama_index.core.llms import ChatMessage
+        from llama_index_kvzip import KVzipLLM
+
+        llm = KVzipLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct", ratio=0.3, max_tokens=48)
+        print(llm.chat([ChatMessage("Name a colour.")]).message.content)
+
+        handbook = llm.engine.load("Travel is approved by Ms Ito. " * 40, name="handbook")
+        print(llm.with_context(handbook).complete("Who approves travel?"))
+
+    Tool calls and structured outputs are guided: they are valid JSON for the tool or the class. A message with a ``CachePoint``
+    has everything up to it loaded once. ``raw`` holds ``usage``, ``finish_reason`` and, under ``kvzip``, what was reused.
+
+    The async methods compute in threads: the event loop goes on, and calls made at one time are decoded together. May be used
+    from any number of threads.
+
+    Raises:
+        InputError: by every call: unknown options, messages that are not text or that the template refuses.
+        WindowError: by every call: context and messages fill the model's window.
+        UnfinishedError: by every call: JSON or a tool call was cut by ``max_tokens`` or ``stop``.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    model: str = ""
+    """Hub id, local folder or ``.gguf`` file; not needed with an ``engine``."""
+    given_engine: KVzipEngine | None = Field(default=None, alias="engine", exclude=True, repr=False)
+    """Share an engine; its ratio and cache folder apply."""
+    context: CompressedContext | None = Field(default=None, exclude=True)
+    """What is answered from; set it with :meth:`with_context`."""
+    ratio: float | None = None
+    """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
+    cache_dir: str | None = None
+    """Contexts are stored there and found again by later processes."""
+    temperature: float = 0.0
+    max_tokens: int = 256
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
+
+    _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+
+    @model_validator(mode="after")
+    def _check_model(self) -> KVzipLLM:
+        if not self.model:
+            if self.given_engine is None:
+                raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
+            name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
+            self.model = Path(name).name if Path(name).is_dir() else name
+        return self
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "KVzipLLM"
+
+    @property
+    def engine(self) -> KVzipEngine:
+        """The engine; loads the weights when first asked for."""
+        if self.given_engine is not None:
+            return self.given_engine
+        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
+        return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model, **options))
+
+    def with_context(self, context: CompressedContext | str | None) -> KVzipLLM:
+        """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
+
+        Raises:
+            InputError: nothing is stored under the name.
+        """
+        if isinstance(context, str):
+            context = self.engine.get(context)
+        return self.model_copy(update={"context": context})
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What is left of the model's window beside the context, and what the model can do."""
+        engine = self.given_engine or self._lazy.engine
+        window = engine.window if engine else configured_window(self.model) or self.engine.window
+        return LLMMetadata(
+            context_window=window - (self.context.n_tokens if self.context else 0),
+            num_output=self.max_tokens,
+            is_chat_model=True,
+            is_function_calling_model=True,
+            model_name=self.model,
+        )
+
+    # -- answers -------------------------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages, of which the last is the user's or a tool's."""
+        return _last(self._answer(messages, kwargs))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """:meth:`chat`, piece by piece."""
+        return self._answer(messages, kwargs)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """:meth:`chat` in a thread."""
+        return await _alast(self._aanswer(messages, kwargs))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """:meth:`stream_chat` in a thread."""
+        return self._aanswer(messages, kwargs)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a prompt, which is what the user says, also where it is ``formatted``: control tokens come from the template only."""
+        return _completion(_last(self._answer(_said(prompt), kwargs)))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """:meth:`complete`, piece by piece."""
+        return (_completion(response) for response in self._answer(_said(prompt), kwargs))
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """:meth:`complete` in a thread."""
+        return _completion(await _alast(self._aanswer(_said(prompt), kwargs)))
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """:meth:`stream_complete` in a thread."""
+
+        async def completions() -> CompletionResponseAsyncGen:
+            async with aclosing(self._aanswer(_said(prompt), kwargs)) as responses:
+                async for response in responses:
+                    yield _completion(response)
+
+        return completions()
+
+    def _answer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseGen:
+        engine = self.engine
+        options = self._options(kwargs)
+        turns, keys = plain_messages(messages)
+        context = self._one_context([engine.get(key) for key in keys])
+        if context is None:
+            context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
+        reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
+        said, calls = "", list[ToolCallBlock]()
+        with engine.stream(context, turns, **options) as pieces:
+            for piece in pieces:
+                text, deltas = reader.push(piece) if reader else (piece, [])
+                said += text
+                for delta in deltas:
+                    if delta.name:
+                        calls.append(ToolCallBlock(tool_call_id=delta.id, tool_name=delta.name, tool_kwargs=""))
+                    if calls:
+                        calls[-1] = calls[-1].model_copy(update={"tool_kwargs": f"{calls[-1].tool_kwargs}{delta.arguments}"})
+                if text or deltas:
+                    yield _response(said, calls, text)
+            rest = reader.flush() if reader else ""
+            yield _response(said + rest, [_finished(call) for call in calls], rest, self._raw(pieces.reply, bool(calls)))
+
+    async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
+        async with aclosing(in_thread(lambda: self._answer(messages, kwargs))) as responses:
+            async for response in responses:
+                yield response
+
+    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of :meth:`KVzipEngine.stream` for a call."""
+        given = dict(kwargs)
+        fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed", "stop")}
+        options = {name: given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}
+        limit = given.pop("max_tokens", self.max_tokens)
+        if given:
+            raise InputError(f"options {sorted(given)} are unknown; known are {sorted([*fields, *options, 'max_tokens'])}")
+        return {**fields, **options, "max_new_tokens": limit}
+
+    def _one_context(self, contexts: Sequence[CompressedContext]) -> CompressedContext | None:
+        found = {context.key: context for context in [*filter(None, [self.context]), *contexts]}
+        if len(found) > 1:
+            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
+        return next(iter(found.values()), None)
+
+    def _raw(self, reply: Reply, called: bool) -> dict[str, Any]:
+        receipt = reply.receipt
+        return {
+            "model": self.model,
+            "finish_reason": "tool_calls" if called else reply.finish_reason,
+            "usage": usage_of(reply),
+            "kvzip": {"context": receipt.key, "tier": receipt.tier, "nbytes": receipt.nbytes, "ms": dict(receipt.ms)},
+        }
+
+    # -- tools and structured output -----------------------------------------------------------------------------
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        tool_choice: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        messages = list(chat_history or [])
+        if user_msg is not None:
+            messages.append(ChatMessage(user_msg) if isinstance(user_msg, str) else user_msg)
+        # None: several where the model chooses. A model that is made to call more than once seldom knows when to end.
+        several = None if allow_parallel_tool_calls and not tool_required else allow_parallel_tool_calls
+        return {
+            "messages": messages,
+            "tools": [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools],
+            "tool_choice": tool_choice or ("any" if tool_required else "auto"),
+            "parallel_tool_calls": several,
+            **kwargs,
+        }
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls of an answer; of an unfinished one with what there is of their arguments.
+
+        Raises:
+            ValueError: there is none, and ``error_on_no_tool_call``.
+        """
+        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if not calls and error_on_no_tool_call:
+            raise ValueError(f"the answer calls no tool: {response.message.content!r}")
+        return [ToolSelection(tool_id=c.tool_call_id or "", tool_name=c.tool_name, tool_kwargs=_arguments(c)) for c in calls]
+
+    # Streamed objects would otherwise come from calls that the model is free not to make.
+
+    def _structured_stream_call(
+        self, output_cls: type[BaseModel], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> Generator[Any, None, None]:
+        asked, parsed = self._asked_for(output_cls, prompt, prompt_args)
+        for response in self.stream_chat_with_tools(**asked, **(llm_kwargs or {})):
+            yield parsed(response)
+
+    async def _structured_astream_call(
+        self, output_cls: type[BaseModel], prompt: PromptTemplate, llm_kwargs: dict[str, Any] | None = None, **prompt_args: Any
+    ) -> AsyncGenerator[Any, None]:
+        asked, parsed = self._asked_for(output_cls, prompt, prompt_args)
+        responses = await self.astream_chat_with_tools(**asked, **(llm_kwargs or {}))
+        return (parsed(response) async for response in responses)
+
+    def _asked_for(
+        self, output_cls: type[BaseModel], prompt: PromptTemplate, prompt_args: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[ChatResponse], Any]]:
+        """How an object is asked for, and what makes it of the answer so far."""
+        before: list[Any] = []
+
+        def parsed(response: ChatResponse) -> Any:
+            before[:] = [process_streaming_objects(response, output_cls, cur_objects=list(before) or None, llm=self)]
+            return before[0]
+
+        messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
+        return {"tools": [get_function_tool(output_cls)], "chat_history": messages, "tool_required": True}, parsed
+
+
+def usage_of(reply: Reply) -> dict[str, int]:
+    """Tokens of an answer under OpenAI's names, which LlamaIndex' counters read; ``cached_tokens`` are those that were reused."""
+    usage = reply.usage
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.total_tokens,
+        "cached_tokens": usage.cached_tokens,
+    }
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
+    """Messages for the engine, and the keys of the contexts that some of them stand for."""
+    turns: list[Message] = []
+    keys: list[str] = []
+    for message in messages:
+        if key := message.additional_kwargs.get(CONTEXT_KEY):
+            keys.append(str(key))
+            if not message.content:
+                continue
+        said = {"role": _ROLES.get(message.role, message.role).value, "content": _content(message.blocks)}
+        calls = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
+        if calls:
+            said["tool_calls"] = [{"id": call.tool_call_id, "name": call.tool_name, "arguments": _arguments(call)} for call in calls]
+        turn = as_message({**said, "tool_call_id": message.additional_kwargs.get("tool_call_id")})
+        assert turn is not None
+        turns.append(turn)
+    return turns, keys
+
+
+def _content(blocks: Sequence[ContentBlock]) -> list[dict[str, Any]]:
+    """Blocks of text in OpenAI's form; one before a ``CachePoint`` carries its ``cache_control``."""
+    content: list[dict[str, Any]] = []
+    for block in blocks:
+        if isinstance(block, TextBlock):
+            gap = "\n" if content else ""  # as in ChatMessage.content
+            content.append({"type": "text", "text": gap + block.text})
+        elif isinstance(block, CachePoint) and content:
+            content[-1]["cache_control"] = block.cache_control.model_dump()
+        elif not isinstance(block, CachePoint | ThinkingBlock | ToolCallBlock):
+            raise InputError(f"blocks of type {block.block_type!r} are not supported; send text")
+    return content
+
+
+def _arguments(call: ToolCallBlock) -> dict[str, Any]:
+    """A call's arguments; those that have come so far, if they are still written."""
+    if isinstance(call.tool_kwargs, dict):
+        return call.tool_kwargs
+    try:
+        arguments = parse_partial_json(call.tool_kwargs)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _finished(call: ToolCallBlock) -> ToolCallBlock:
+    return call.model_copy(update={"tool_kwargs": json.loads(str(call.tool_kwargs) or "{}")})
+
+
+def _response(said: str, calls: Sequence[ToolCallBlock], delta: str, raw: dict[str, Any] | None = None) -> ChatResponse:
+    blocks: list[ContentBlock] = [TextBlock(text=said), *calls] if said or not calls else [*calls]
+    # Where LlamaIndex looks for whether there are calls; what they are is in the blocks.
+    told = {"tool_calls": [call.model_dump() for call in calls]} if calls else {}
+    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=told), delta=delta, raw=raw)
+
+
+def _completion(response: ChatResponse) -> CompletionResponse:
+    return CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
+
+
+def _said(prompt: str) -> list[ChatMessage]:
+    return [ChatMessage(prompt)]
+
+
+def _last(responses: ChatResponseGen) -> ChatResponse:
+    *_, last = responses
+    return last.model_copy(update={"delta": None})
+
+
+async def _alast(responses: ChatResponseAsyncGen) -> ChatResponse:
+    *_, last = [response async for response in responses]
+    return last.model_copy(update={"delta": None})

@@ -1,0 +1,325 @@
+"""A contract for LlamaIndex LLMs, run on KVzipLLM: parity, events, usage, tools, stop, structured output, a free event loop."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
+from llama_index.core.base.llms.types import CacheControl, CachePoint, ImageBlock, ThinkingBlock, ToolCallBlock
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
+from llama_index.core.llms import ChatMessage, TextBlock
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.tools import FunctionTool
+from pydantic import BaseModel
+
+from conftest import TEXT, tiny_engine
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError, WindowError
+from llama_index_kvzip import KVzipLLM
+from test_batching import batch_sizes
+
+MESSAGES = [ChatMessage("Be brief.", role="system"), ChatMessage("Who?"), ChatMessage("He.", role="assistant"), ChatMessage("When?")]
+
+
+class Approval(BaseModel):
+    """Who approves what."""
+
+    what: Literal["travel", "books"]
+    approved: bool
+
+
+def paint(colour: Literal["red", "blue"]) -> str:
+    """Paint the wall."""
+    return f"painted {colour}"
+
+
+PAINT = FunctionTool.from_defaults(paint)
+
+
+@pytest.fixture
+def llm(engine: KVzipEngine) -> KVzipLLM:
+    return KVzipLLM(engine=engine, max_tokens=12)
+
+
+@pytest.fixture
+def context(engine: KVzipEngine) -> CompressedContext:
+    return engine.load(TEXT, ratio=0.4)
+
+
+class Events(BaseEventHandler):
+    names: list[str]
+
+    def handle(self, event: BaseEvent, **kwargs: Any) -> None:
+        self.names.append(event.class_name())
+
+
+@pytest.fixture
+def events() -> Any:
+    handler, dispatcher = Events(names=[]), get_dispatcher()
+    dispatcher.add_event_handler(handler)
+    yield handler.names
+    dispatcher.event_handlers.remove(handler)
+
+
+def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": message.role.value, "content": str(message.content)} for message in messages]
+
+
+# -- parity ------------------------------------------------------------------------------------------------------
+
+
+async def test_all_eight_ways_give_the_engines_answer(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
+    for model, source in ((llm, None), (llm.with_context(context), context)):
+        said = engine.generate(source, plain(MESSAGES), max_new_tokens=12)
+        chunks = list(model.stream_chat(MESSAGES))
+        achunks = [chunk async for chunk in await model.astream_chat(MESSAGES)]
+        for streamed in (chunks, achunks):
+            assert "".join(chunk.delta for chunk in streamed) == streamed[-1].message.content == said.text
+            assert len(streamed) > 2
+            assert [chunk.raw for chunk in streamed[:-1]] == [None] * (len(streamed) - 1)
+        for response in (model.chat(MESSAGES), await model.achat(MESSAGES), chunks[-1], achunks[-1]):
+            assert response.message.content == said.text
+            assert response.message.role == "assistant"
+            assert response.raw["usage"]["prompt_tokens"] == said.usage.input_tokens
+        asked = engine.generate(source, "Who?", max_new_tokens=12).text
+        pieces = list(model.stream_complete("Who?"))
+        apieces = [piece async for piece in await model.astream_complete("Who?")]
+        for streamed in (pieces, apieces):
+            assert "".join(piece.delta for piece in streamed) == streamed[-1].text == asked
+        assert model.complete("Who?").text == (await model.acomplete("Who?")).text == asked
+        assert model.predict(PromptTemplate("{q}?"), q="Who") == asked
+
+
+def test_usage_and_what_was_reused_are_in_raw_and_counted(llm: KVzipLLM, context: CompressedContext) -> None:
+    counter = TokenCountingHandler()
+    model = llm.with_context(context)
+    model.callback_manager = CallbackManager([counter])
+    raw = model.chat(MESSAGES).raw
+    assert raw["usage"]["cached_tokens"] == context.n_tokens
+    assert raw["usage"]["completion_tokens"] == 12
+    assert raw["finish_reason"] == "length"
+    assert raw["kvzip"] == {"context": context.key, "tier": "device", "nbytes": raw["kvzip"]["nbytes"], "ms": raw["kvzip"]["ms"]}
+    assert counter.prompt_llm_token_count == raw["usage"]["prompt_tokens"]
+    list(model.stream_chat(MESSAGES))
+    assert counter.total_llm_token_count == 2 * raw["usage"]["total_tokens"]
+
+
+def test_the_window_it_tells_is_what_the_context_leaves(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
+    assert llm.metadata.context_window == engine.window
+    assert llm.with_context(context).metadata.context_window == engine.window - context.n_tokens
+    assert llm.metadata.is_chat_model
+    assert llm.metadata.is_function_calling_model
+    assert llm.metadata.num_output == 12
+    with pytest.raises(WindowError, match="do not fit"):
+        llm.complete("word " * engine.window)
+
+
+def test_call_options_override_fields(llm: KVzipLLM) -> None:
+    whole = str(llm.chat(MESSAGES).message.content)
+    assert llm.chat(MESSAGES, stop=[whole[4:7]]).message.content == whole[: whole.index(whole[4:7])]
+    assert llm.chat(MESSAGES, max_tokens=3).raw["usage"]["completion_tokens"] == 3
+    warm = llm.model_copy(update={"temperature": 1.0, "seed": 5})
+    assert warm.chat(MESSAGES).message.content == llm.chat(MESSAGES, temperature=1.0, seed=5).message.content != whole
+    with pytest.raises(InputError, match=r"options \['beams'\] are unknown"):
+        llm.chat(MESSAGES, beams=2)
+
+
+# -- events ------------------------------------------------------------------------------------------------------
+
+
+async def test_events_fire_once_a_call_sync_async_and_streamed(llm: KVzipLLM, events: list[str]) -> None:
+    chat = ["LLMChatStartEvent", "LLMChatEndEvent"]
+    completion = ["LLMCompletionStartEvent", "LLMCompletionEndEvent"]
+    calls = [
+        (lambda: llm.chat(MESSAGES), chat),
+        (lambda: llm.achat(MESSAGES), chat),
+        (lambda: llm.complete("Who?"), completion),
+        (lambda: llm.acomplete("Who?"), completion),
+    ]
+    for call, expected in calls:
+        events.clear()
+        result = call()
+        if asyncio.iscoroutine(result):
+            await result
+        assert events == expected
+    events.clear()
+    chunks = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
+    assert events == [chat[0], *["LLMChatInProgressEvent"] * len(chunks), chat[1]]
+    events.clear()
+    pieces = list(llm.stream_complete("Who?"))
+    assert events == [completion[0], *["LLMCompletionInProgressEvent"] * len(pieces), completion[1]]
+
+
+# -- the event loop ----------------------------------------------------------------------------------------------
+
+
+async def test_the_loop_goes_on_while_the_model_answers(smollm2: KVzipEngine) -> None:
+    llm, ticks = KVzipLLM(engine=smollm2, max_tokens=60), 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.05)
+            ticks += 1
+
+    task, began = asyncio.create_task(tick()), time.perf_counter()
+    await llm.achat([ChatMessage("Tell me a long story about a lighthouse.")])
+    seconds = time.perf_counter() - began
+    task.cancel()
+    assert ticks >= 0.625 * seconds / 0.05 - 1  # 100 in 8 s
+
+
+async def test_concurrent_calls_share_a_batch_and_answer_as_alone(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
+    model = llm.with_context(context).model_copy(update={"max_tokens": 40})
+    questions = [[ChatMessage(f"Question {i}?")] for i in range(4)]
+    alone = [model.chat(question).message.content for question in questions]
+    sizes = batch_sizes(engine)
+    together = await asyncio.gather(*(model.achat(question) for question in questions))
+    assert [response.message.content for response in together] == alone
+    assert max(sizes) == 4
+
+
+async def test_an_error_arrives_and_a_stream_that_is_left_ends(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    with pytest.raises(InputError, match="unknown"):
+        await llm.achat(MESSAGES, beams=2)
+    stream = await llm.astream_chat(MESSAGES, max_tokens=400)
+    await anext(stream)
+    await stream.aclose()
+    for _ in range(100):
+        if engine._model._admission._running == 0:
+            break
+        await asyncio.sleep(0.05)
+    assert engine._model._admission._running == 0
+    assert (await llm.achat(MESSAGES)).message.content
+
+
+# -- tools -------------------------------------------------------------------------------------------------------
+
+
+def test_required_tools_are_called_and_run(llm: KVzipLLM) -> None:
+    model = llm.model_copy(update={"max_tokens": 200})
+    response = model.chat_with_tools([PAINT], "Paint it.", tool_required=True)
+    [call] = model.get_tool_calls_from_response(response)
+    assert call.tool_name == "paint"
+    assert call.tool_kwargs["colour"] in ("red", "blue")
+    assert call.tool_id
+    assert response.raw["finish_reason"] == "tool_calls"
+    assert isinstance(response.message.blocks[0], ToolCallBlock)
+    assert str(model.predict_and_call([PAINT], "Paint it.", tool_required=True)).startswith("painted ")
+    chunks = list(model.stream_chat_with_tools([PAINT], "Paint it.", tool_required=True))
+    [streamed] = model.get_tool_calls_from_response(chunks[-1])
+    assert streamed.tool_kwargs == call.tool_kwargs
+    for chunk in chunks:
+        assert all(isinstance(c.tool_kwargs, dict) for c in model.get_tool_calls_from_response(chunk, error_on_no_tool_call=False))
+
+
+def test_tool_choice_is_kept_to_and_a_cut_call_is_an_error(llm: KVzipLLM) -> None:
+    other = FunctionTool.from_defaults(paint, name="varnish")
+    model = llm.model_copy(update={"max_tokens": 200})
+    response = model.chat_with_tools([PAINT, other], "Do it.", tool_choice="varnish")
+    assert [call.tool_name for call in model.get_tool_calls_from_response(response)] == ["varnish"]
+    none = llm.chat_with_tools([PAINT], "Do it.", tool_choice="none")
+    with pytest.raises(ValueError, match="calls no tool"):
+        llm.get_tool_calls_from_response(none)
+    with pytest.raises(UnfinishedError):
+        llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=3)
+
+
+def test_calls_and_results_are_told_as_by_openais_messages(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    made = ToolCallBlock(tool_call_id="a", tool_name="paint", tool_kwargs={"colour": "red"})
+    messages = [
+        ChatMessage("Paint it."),
+        ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), made]),
+        ChatMessage("painted red", role="tool", additional_kwargs={"tool_call_id": "a"}),
+    ]
+    told = [
+        {"role": "user", "content": "Paint it."},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "a", "name": "paint", "arguments": {"colour": "red"}}]},
+        {"role": "tool", "content": "painted red", "tool_call_id": "a"},
+    ]
+    tools = [PAINT.metadata.to_openai_tool()]
+    expected = engine.generate(None, told, tools=tools, tool_choice="paint", max_new_tokens=200)
+    response = llm.chat(messages, tools=tools, tool_choice="paint", max_tokens=200)
+    [call] = llm.get_tool_calls_from_response(response)
+    assert call.tool_kwargs == engine.read_calls(expected.text)[1][0]["arguments"]
+    assert response.raw["usage"]["prompt_tokens"] == expected.usage.input_tokens
+
+
+async def test_a_function_agent_calls_and_answers(llm: KVzipLLM) -> None:
+    agent = FunctionAgent(tools=[PAINT], llm=llm.model_copy(update={"max_tokens": 200, "stop": ["\n\n\n"]}), initial_tool_choice="paint")
+    handler = agent.run("Paint it.", max_iterations=3, early_stopping_method="generate")
+    called = [event async for event in handler.stream_events() if isinstance(event, ToolCallResult)]
+    await handler
+    assert called[0].tool_name == "paint"
+    assert called[0].tool_output.content.startswith("painted ")
+
+
+# -- structured output -------------------------------------------------------------------------------------------
+
+
+async def test_structured_answers_validate_all_ways(llm: KVzipLLM, events: list[str]) -> None:
+    model, prompt = llm.model_copy(update={"max_tokens": 200}), PromptTemplate("May {who} approve?")
+    one = model.structured_predict(Approval, prompt, who="she")
+    assert isinstance(one, Approval)
+    assert await model.astructured_predict(Approval, prompt, who="she") == one
+    assert list(model.stream_structured_predict(Approval, prompt, who="she"))[-1] == one
+    streamed = [part async for part in await model.astream_structured_predict(Approval, prompt, who="she")]
+    assert streamed[-1] == one
+    assert events.count("LLMStructuredPredictStartEvent") == 4
+    structured = model.as_structured_llm(Approval)
+    response = structured.chat([ChatMessage("May she approve?")])
+    assert response.raw == one == (await structured.achat([ChatMessage("May she approve?")])).raw
+
+
+# -- messages ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_point_loads_what_is_before_it_once(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    point = CachePoint(cache_control=CacheControl(type="ephemeral"))
+    marked = ChatMessage(role="system", blocks=[TextBlock(text=TEXT * 2), point, TextBlock(text="Be brief.")])
+    first, second = (llm.chat([marked, ChatMessage(question)]).raw for question in ("Who?", "When?"))
+    assert first["kvzip"]["context"] == second["kvzip"]["context"] is not None
+    assert second["usage"]["cached_tokens"] > len(TEXT)
+    assert first["kvzip"]["tier"] == second["kvzip"]["tier"] == "device"
+
+
+def test_a_message_may_stand_for_a_context(llm: KVzipLLM, context: CompressedContext) -> None:
+    handle = ChatMessage("", role="system", additional_kwargs={"kvzip_context": context.key})
+    assert llm.chat([handle, *MESSAGES]).message.content == llm.with_context(context).chat(MESSAGES).message.content
+
+
+def test_what_cannot_be_sent_is_refused(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
+    with pytest.raises(InputError, match="'image'"):
+        llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="http://x/y.png")])])
+    other = engine.load("Another page. " * 9, ratio=0.4)
+    with pytest.raises(InputError, match="2 contexts"):
+        llm.with_context(other).chat([ChatMessage("", role="system", additional_kwargs={"kvzip_context": context.key}), *MESSAGES])
+    with pytest.raises(ValueError, match="model="):
+        KVzipLLM()
+
+
+def test_weights_load_on_first_use_once_for_all_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def from_pretrained(model: str, **options: object) -> KVzipEngine:
+        made.append((model, options))
+        return tiny_engine()
+
+    monkeypatch.setattr(KVzipEngine, "from_pretrained", from_pretrained)
+    llm = KVzipLLM(model="some/model", ratio=0.5, max_tokens=3)
+    copies = [llm.with_context(None), llm.model_copy(), llm.as_structured_llm(Approval).llm]
+    assert not made
+    for copy in [llm, *copies]:
+        assert copy.complete("Who?").text
+    assert made == [("some/model", {"cache_dir": None, "ratio": 0.5})]
+
+
+def test_it_is_serialised_without_engine_and_context(llm: KVzipLLM, context: CompressedContext) -> None:
+    facts = llm.with_context(context).to_dict()
+    assert facts["class_name"] == "KVzipLLM"
+    assert "given_engine" not in facts
+    assert "context" not in facts
