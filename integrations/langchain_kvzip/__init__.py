@@ -3,11 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from langchain_kvzip.chat_models import ChatKVzip, KVzipChatModel
+from langchain_kvzip.memory_tools import create_memory_tools
 
 if TYPE_CHECKING:
     from langchain_kvzip.middleware import KVzipMemoryMiddleware
 
-__all__ = ["ChatKVzip", "KVzipChatModel", "KVzipMemoryMiddleware"]
+__all__ = ["ChatKVzip", "KVzipChatModel", "KVzipMemoryMiddleware", "create_memory_tools"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,81 @@
+"""Tools with which an agent keeps documents of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from langchain_core.tools import BaseTool, StructuredTool, ToolException
+
+from kvzip_memory import KVzipEngine
+from kvzip_memory.errors import KVzipError
+from kvzip_memory.registry import Entry
+
+
+def create_memory_tools(
+    engine: KVzipEngine, *, folder: str | Path | None = None, namespace: str = "agent", max_tokens: int = 256
+) -> list[BaseTool]:
+    """Tools to load, list, ask and forget documents: ``load_document``, ``list_documents``, ``ask_document``, ``forget_document``.
+
+    An agent sees and forgets only what it has loaded itself, in its namespace. What goes wrong is told to the model as the
+    tool's result.
+
+    Args:
+        engine: holds the documents and answers from them.
+        folder: the agent loads text files from inside this folder, by their relative paths. None: it loads texts it gives itself.
+        namespace: kept apart from the documents of other namespaces.
+        max_tokens: of an answer of ``ask_document``.
+    """
+    tag = f"memory:{namespace}"
+    root = None if folder is None else Path(folder).resolve()
+
+    def mine() -> dict[str, Entry]:
+        return {entry.name: entry for entry in engine.registry.contexts() if entry.name and tag in entry.tags}
+
+    def entry_of(name: str) -> Entry:
+        found = mine()
+        if name not in found:
+            raise ToolException(f"no document {name!r}; there are {sorted(found)}")
+        return found[name]
+
+    def load_document(name: str, text: str) -> str:
+        """Keep a text under a name, to ask questions about it later."""
+        return loaded(name, text)
+
+    def load_file(path: str) -> str:
+        """Keep a text file under its path, to ask questions about it later."""
+        assert root is not None
+        file = (root / path).resolve()
+        if not file.is_relative_to(root) or not file.is_file():
+            raise ToolException(f"there is no file {path!r}")
+        return loaded(path, file)
+
+    def loaded(name: str, source: str | Path) -> str:
+        try:
+            context = engine.load(source, name=name, tags=tag)
+        except KVzipError as error:
+            raise ToolException(str(error)) from error
+        return f"{name!r} is kept: {context.n_tokens:,} tokens"
+
+    def list_documents() -> str:
+        """The names of all documents that are kept."""
+        return "\n".join(f"{name}: {entry.n_tokens:,} tokens" for name, entry in sorted(mine().items())) or "no documents"
+
+    def ask_document(name: str, question: str) -> str:
+        """Answer a question from a document that is kept."""
+        key = entry_of(name).key
+        try:
+            return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
+        except KVzipError as error:
+            raise ToolException(str(error)) from error
+
+    def forget_document(name: str) -> str:
+        """Delete a document that is kept."""
+        entry = entry_of(name)
+        if set(entry.tags) != {tag}:
+            raise ToolException(f"{name!r} is used by others, too, and stays")
+        engine.registry.remove(entry.key)
+        return f"{name!r} is forgotten"
+
+    load = (load_document, "load_document") if root is None else (load_file, "load_document")
+    functions = [load, (list_documents, "list_documents"), (ask_document, "ask_document"), (forget_document, "forget_document")]
+    return [StructuredTool.from_function(function, name=name, handle_tool_error=True) for function, name in functions]
