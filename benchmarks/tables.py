@@ -48,7 +48,24 @@ def registry() -> str:
     return "\n".join([*lines, "", str(result["small"])])
 
 
+def guidance() -> str:
+    result = json.loads((RESULTS / "guidance.json").read_text())
+    lines = [
+        "| library | vocabulary | schemas compiled | valid value refused | compile ms median / p99 | mask ms median / p99 |",
+        "|---" * 6 + "|",
+    ]
+    for row in result["table"]:
+        ms = [f"{row[field]['median']} / {row[field]['p99']}" if row[field] else "" for field in ("compile_ms", "mask_ms")]
+        compiled = f"{row['schemas'] - row['not_compiled']} of {row['schemas']}"
+        cells = [f"{row['library']} {row['version']}", f"{row['vocabulary']:,}", compiled, str(row["refused_a_valid_value"]), *ms]
+        lines.append("| " + " | ".join(cells) + " |")
+    for library, found in result["coverage"].items():
+        others = {keyword: how for keyword, how in found.items() if how != "kept"}
+        lines.append(f"\n{library}: {len(found) - len(others)} of {len(found)} keywords kept; {others or 'none else'}")
+    return "\n".join([*lines, "", str(result["whole_cost"])])
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    print(f"build\n\n{build()}\n\nregistry\n\n{registry()}")
+    print(f"build\n\n{build()}\n\nregistry\n\n{registry()}\n\nguidance\n\n{guidance()}")
