@@ -24,7 +24,7 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     with context.lease() as lease:
         layers = lease.layers
     full = [i for i, layer in enumerate(layers) if layer.window is None]
-    if identity["compress_every"] is not None or any(layers[i].scores is None for i in full):
+    if identity.get("compress_every") is not None or any(layers[i].scores is None for i in full):
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])

@@ -304,7 +304,7 @@ class DiskTier:
     def _add(self, index: Index, entry: Entry) -> None:
         index.move_to_end(_CONTEXT + entry.key, asdict(entry))
         _list_add(index, _GROUP + entry.group, entry.key)
-        family, tokens = family_of(entry.identity), entry.identity["tokens"]
+        family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
         _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
         if entry.name:
@@ -315,7 +315,7 @@ class DiskTier:
         self._unlink(entry.key)
         index.delete(_CONTEXT + entry.key)
         _list_remove(index, _GROUP + entry.group, entry.key)
-        family, tokens = family_of(entry.identity), entry.identity["tokens"]
+        family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
             _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
         if entry.name:

@@ -101,8 +101,8 @@ def group_of(identity: Mapping[str, Any]) -> str:
 
 
 def family_of(identity: Mapping[str, Any]) -> str:
-    """What the contexts that one model and tenant can use have in common."""
-    return digest([identity["tenant"], *(identity[field] for field in MODEL_FIELDS)])
+    """What the contexts that one model and tenant can use have in common. Identities of older versions may lack fields."""
+    return digest([identity.get("tenant"), *(identity.get(field) for field in MODEL_FIELDS)])
 
 
 def tokens_digest(ids: Sequence[int]) -> str:

@@ -570,7 +570,7 @@ class ContextRegistry:
             held = [_entry(h) for tier in (self._device, self._host) for h in tier.held.values() if h.context.n_tokens < len(ids)]
         family = family_of({**model_fields, "tenant": self.tenant})
         held = [entry for entry in held if family_of(entry.identity) == family]
-        known = {(entry.n_tokens, entry.identity["tokens"][:8]) for entry in held}
+        known = {(entry.n_tokens, entry.identity.get("tokens", "")[:8]) for entry in held}
         known |= self._try("search", lambda disk: disk.lengths(family)) or set()
         tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []
         for n in sorted({n for n, _ in known if n < len(ids)}):
@@ -579,7 +579,7 @@ class ContextRegistry:
             if (n, hasher.hexdigest()[:8]) in known:
                 found.append(hasher.hexdigest())
         for digest in reversed(found):
-            entries = [entry for entry in held if entry.identity["tokens"] == digest]
+            entries = [entry for entry in held if entry.identity.get("tokens") == digest]
             entries += self._try("search", partial(DiskTier.with_tokens, family=family, tokens=digest)) or []
             if usable := [entry for entry in entries if not entry.expired]:
                 return max(usable, key=lambda entry: entry.ratio)
