@@ -16,6 +16,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def folding(engine: KVzipEngine, ratio: float, folds: int) -> Method:
     told = history()
     edges = [1 + 2 * round(30 * fold / folds) for fold in range(folds + 1)]
     context = engine.load(told[: edges[1]], ratio=ratio)
-    for start, end in zip(edges[1:], edges[2:], strict=False):
+    for start, end in pairwise(edges[1:]):
         context = engine.extend(context, told[start:end])
     return lambda messages: (context, messages[len(told) :])
 
