@@ -65,7 +65,32 @@ def guidance() -> str:
     return "\n".join([*lines, "", str(result["whole_cost"])])
 
 
+def memory() -> str:
+    result = json.loads((RESULTS / "memory.json").read_text())
+    lines = ["| sent | KL | top-1 | same answer | right | of those the full history gets right | tokens read |", "|---" * 7 + "|"]
+    for row in result["recall"]:
+        share = f"{100 * row['of_full_right']:.0f} %"
+        cells = [row["method"], row["kl"], row["top1"], row["same_answer"], row["right"], share, row["tokens_behind_context"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    turns = result["turns"]
+    lines += [
+        "",
+        f"the full history: {result['recall'][0]['full_right']} right",
+        "",
+        "| turn | prompts | read | folded |",
+        "|---" * 4 + "|",
+    ]
+    shown = [row for row in turns if row["turn"] in (1, 2) or row["turn"] % 5 == 0]
+    lines += [f"| {row['turn']} | {row['prompts']:,} | {row['read']:,} | {row['folded'] or ''} |" for row in shown]
+    sums = {name: sum(row[name] for row in turns) for name in ("prompts", "read", "folded")}
+    lines.append(f"| all | {sums['prompts']:,} | {sums['read']:,} | {sums['folded']:,} |")
+    calls = sum(row["calls"] for row in turns)
+    return "\n".join([*lines, "", f"most read in a turn: {max(row['read'] for row in turns):,}; {calls} calls of the model"])
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
     print(f"build\n\n{build()}\n\nregistry\n\n{registry()}\n\nguidance\n\n{guidance()}")
+    if (RESULTS / "memory.json").exists():
+        print(f"\nmemory\n\n{memory()}")

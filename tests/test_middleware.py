@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import sqlite3
@@ -218,3 +219,17 @@ def test_a_killed_agent_goes_on_from_disk_without_reading_again(tmp_path: Path) 
     assert after["stats"]["built"] == 0
     assert after["stats"]["hits"]["disk"] == 1
     assert max(after["sent"]) < len(before["messages"])
+
+
+def test_the_example_goes_on_in_its_second_run(smollm2: KVzipEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    example = importlib.import_module("agent_memory")
+    engine = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
+    llm = KVzipChatModel(engine=engine, ratio=0.5, max_tokens=24)
+    first = example.main(llm, tmp_path, example.DIALOGUE[:3])
+    again = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
+    second = example.main(KVzipChatModel(engine=again, ratio=0.5, max_tokens=24), tmp_path, ["Thank you."])
+    assert first[-1]["folded"] > 0
+    assert second[0]["seen"] > first[-1]["seen"]
+    assert second[0]["read"] < 400 < second[0]["seen"]
+    assert second[0]["reply"].strip()
