@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ async def run(snippet: str, names: dict[str, Any]) -> None:
 
 
 def snippets(text: str) -> list[str]:
-    return [inspect.cleandoc(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    return [textwrap.dedent(block) for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.mark.parametrize("name", [n for n in langchain_kvzip.__all__ if inspect.isclass(getattr(langchain_kvzip, n)) and n in SECTIONS])
