@@ -225,10 +225,10 @@ def test_the_example_goes_on_in_its_second_run(smollm2: KVzipEngine, tmp_path: P
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     example = importlib.import_module("agent_memory")
     engine = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
-    llm = KVzipChatModel(engine=engine, ratio=0.5, max_tokens=24)
+    llm = KVzipChatModel(engine=engine, ratio=0.5, max_tokens=48)
     first = example.main(llm, tmp_path, example.DIALOGUE[:3])
     again = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
-    second = example.main(KVzipChatModel(engine=again, ratio=0.5, max_tokens=24), tmp_path, ["Thank you."])
+    second = example.main(KVzipChatModel(engine=again, ratio=0.5, max_tokens=48), tmp_path, ["Thank you."])
     assert first[-1]["folded"] > 0
     assert second[0]["seen"] > first[-1]["seen"]
     assert second[0]["read"] < 400 < second[0]["seen"]
