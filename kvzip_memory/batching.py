@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from kvzip_memory.cache import Row
+from kvzip_memory.cache import Row, Tail
 from kvzip_memory.errors import QueueFullError
 from kvzip_memory.threads import release
 
@@ -131,9 +131,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._waiting: list[_Request] = []
         self._scheduled = False
-        self._expected = 0  # rows of the last step that have not come back
+        self._expected: set[Tail] = set()  # of the rows of the last forwards, those that have not come back
         self._patience = GATHER_S
-        self._questions_turn = True
 
     def step(self, row: Row, ids: Sequence[int], n_logits: int, choose: Choose) -> list[int]:
         """Feed a row its next tokens, together with whoever else waits; what ``choose`` makes of its logits."""
@@ -141,7 +140,7 @@ class Batcher:
         release()
         with self._changed:
             self._waiting.append(request)
-            self._expected -= 1
+            self._expected.discard(row.tail)
             self._schedule()
             self._changed.notify()
         try:
@@ -155,58 +154,68 @@ class Batcher:
                 wait([request.chosen])
             raise
 
-    def leave(self) -> None:
+    def leave(self, tail: Tail) -> None:
         """An answer has ended: its row will not come back, nobody need wait for it."""
         with self._changed:
-            self._expected -= 1
+            self._expected.discard(tail)
             self._changed.notify()
 
     def _schedule(self) -> None:
-        """Have one step computed if any row waits. With the lock held."""
+        """Have what waits computed. With the lock held."""
         if self._waiting and not self._scheduled:
             self._scheduled = True
             self._worker.submit(self._work)
 
     def _work(self) -> None:
-        """One step, on the worker."""
+        """One step of all answers and then as many questions as fit into one forward, on the worker.
+
+        In this order rows have the time of the questions to come back for the next step. Between two steps there is at most
+        one forward of questions and, in the worker's queue, one chunk of a build.
+        """
         with self._changed:
             self._gather()
-            batch = self._taken()
+            self._expected.clear()
+            answers = self._taken([request for request in self._waiting if request.decodes])
         began = time.monotonic()
+        self._compute(answers)
+        with self._changed:
+            questions = self._taken(self._fitting([request for request in self._waiting if not request.decodes]))
+        self._compute(questions)
+        with self._changed:
+            self._patience = max(GATHER_S, GATHER_FRACTION * (time.monotonic() - began))
+            self._scheduled = False
+            self._schedule()
+
+    def _gather(self) -> None:
+        """Give the rows of the last forwards a moment to come back. With the lock held."""
+        deadline = time.monotonic() + self._patience
+        while self._expected and (remaining := deadline - time.monotonic()) > 0:
+            self._changed.wait(remaining)
+
+    def _taken(self, batch: list[_Request]) -> list[_Request]:
+        """The batch, which waits no longer. With the lock held."""
+        self._waiting = [request for request in self._waiting if request not in batch]
+        return batch
+
+    def _fitting(self, questions: list[_Request]) -> list[_Request]:
+        """Those that came first, as many as fit."""
+        width = 0
+        for n, request in enumerate(questions):
+            width = max(width, len(request.ids))
+            if n and width * (n + 1) > self._padded_tokens:
+                return questions[:n]
+        return questions
+
+    def _compute(self, batch: list[_Request]) -> None:
+        """One forward for a batch, whose threads go on with what comes of it."""
         results = self._computed(batch)
         with self._changed:
-            self._expected, self._scheduled = len(batch), False
-            self._patience = max(GATHER_S, GATHER_FRACTION * (time.monotonic() - began))
-            self._schedule()
+            self._expected.update(request.row.tail for request in batch)
         for request, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 request.chosen.set_exception(result)
             else:
                 request.chosen.set_result(result)
-
-    def _gather(self) -> None:
-        """Give the rows of the last step a moment to come back. With the lock held."""
-        deadline = time.monotonic() + self._patience
-        while self._expected > 0 and (remaining := deadline - time.monotonic()) > 0:
-            self._changed.wait(remaining)
-
-    def _taken(self) -> list[_Request]:
-        """The next batch: all rows that decode, or questions, in turn. With the lock held."""
-        decoding = [r for r in self._waiting if r.decodes]
-        questions = [r for r in self._waiting if not r.decodes]
-        batch: list[_Request] = []
-        if questions and (self._questions_turn or not decoding):
-            width = 0
-            for request in questions:  # in the order they came
-                width = max(width, len(request.ids))
-                if batch and width * (len(batch) + 1) > self._padded_tokens:
-                    break
-                batch.append(request)
-        else:
-            batch = decoding
-        self._questions_turn = batch is decoding
-        self._waiting = [request for request in self._waiting if request not in batch]
-        return batch
 
     def _computed(self, batch: list[_Request]) -> list[list[int] | Exception]:
         """Next tokens of each row, or what went wrong with it."""

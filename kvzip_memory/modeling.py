@@ -166,8 +166,8 @@ class LanguageModel:
         return self._batcher.step(row, last, n_logits, choose)
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Around an answer, from its question to its last token.
+    def answering(self, tail: Tail) -> Iterator[None]:
+        """Around an answer into a tail, from its question to its last token.
 
         Raises:
             QueueFullError: more answers run and wait than the engine allows.
@@ -176,7 +176,7 @@ class LanguageModel:
             try:
                 yield
             finally:
-                self._batcher.leave()
+                self._batcher.leave(tail)
 
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> Iterator[int]:
         """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.

@@ -279,7 +279,7 @@ class Session:
         complete = False
         began = time.perf_counter()
         try:
-            with model.answering(), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+            with model.answering(tail), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, sampler.guide)

@@ -108,7 +108,7 @@ def test_a_row_that_fails_fails_alone() -> None:
     def work(i: int) -> None:
         if i == 0:
             row = Row((), 0, engine.session()._tail)
-            with engine._model.answering():
+            with engine._model.answering(row.tail):
                 for _ in range(10):
                     with pytest.raises(RuntimeError, match="a bad row"):
                         engine._model.feed(row, [poison], lambda logits: [0])
