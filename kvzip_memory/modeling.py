@@ -26,7 +26,7 @@ TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"}
 
 
 #: Tokens of one forward of a question, a prefill or a repeat. It bounds the memory of activations and how long running
-#: answers wait: 256 tokens of SmolLM2 over 4,096 take 0.9 s on two cores. Larger chunks were no faster there.
+#: answers wait: while answers run chunks of builds are half as long. Larger chunks were no faster there.
 CHUNK_TOKENS = 256
 #: The same on a GPU, which small chunks would leave idle.
 GPU_CHUNK_TOKENS = 2048
@@ -145,11 +145,11 @@ class LanguageModel:
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
-        for start in range(0, len(ids), self.chunk_tokens):
-            chunk = ids[start : start + self.chunk_tokens]
+        for chunk in self._chunks(ids):
             cache = SessionCache([row], [len(chunk)], self.windows, self._backend)
-            yield from self.fill(chunk, row.length, cache, cache)
+            self._fill(chunk, row.length, cache, cache)
             row.tail.advance(len(chunk))
+            yield len(chunk)
 
     def feed(self, row: Row, ids: Sequence[int], choose: Choose, n_logits: int = 1, cancelled: threading.Event | None = None) -> list[int]:
         """Append tokens to one row, in chunks, together with the rows of other threads.
@@ -184,20 +184,32 @@ class LanguageModel:
         With a ``call`` attention is what that object says, else it is the model's own. No logits are computed, and
         nothing of the last layer once ``cache`` or ``call`` has seen its pairs and raised :class:`LastLayerSeen`.
         """
-        extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
-        for start in range(0, len(ids), self.chunk_tokens):
-            chunk = list(ids[start : start + self.chunk_tokens])
-            positions = torch.arange(position + start, position + start + len(chunk), device=self.device)[None]
-            input_ids = torch.tensor([chunk], device=self.device)
-            with self._building:
-                self._worker.run(partial(self._fill, input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra))
+        for chunk in self._chunks(ids):
+            self._fill(chunk, position, cache, call)
+            position += len(chunk)
             yield len(chunk)
 
-    @torch.inference_mode()
-    def _fill(self, input_ids: Tensor, **inputs: Any) -> None:
-        with suppress(LastLayerSeen):
-            attach(self.model)
-            self.model.base_model(input_ids=input_ids, **inputs)
+    def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Pieces of ``ids`` for one forward each, half as long while answers run, which wait for them."""
+        start = 0
+        while start < len(ids):
+            size = self.chunk_tokens // (2 if self._admission.running else 1)
+            yield ids[start : start + size]
+            start += size
+
+    def _fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None) -> None:
+        extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
+        positions = torch.arange(position, position + len(ids), device=self.device)[None]
+        input_ids = torch.tensor([ids], device=self.device)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            with suppress(LastLayerSeen):
+                attach(self.model)
+                self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+
+        with self._building:
+            self._worker.run(forward)
 
     def _compare_with_original(self) -> None:
         """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
