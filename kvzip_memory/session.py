@@ -301,7 +301,7 @@ class Session:
         model = self._model
         speculate = turn.params.speculate and sampler.guide is None  # the guide is to be where the shown text is
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
-        lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]))
+        lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]), model.device.type)
         chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit

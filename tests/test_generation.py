@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, tiny_engine, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.generation import Detokenizer, GenerationParams, Sampler, StopMatcher
-from kvzip_memory.speculation import PromptLookup
+from kvzip_memory.speculation import COST, GPU_COST, PromptLookup
 
 
 def test_pieces_join_to_the_text_and_never_split_a_character() -> None:
@@ -113,23 +113,30 @@ def test_parameters_out_of_range_name_the_value(engine: KVzipEngine, params: dic
 
 
 def test_a_lookup_guesses_what_followed_and_learns() -> None:
-    lookup = PromptLookup(np.array([5, 1, 2, 3, 7, 8, 9]))
+    lookup = PromptLookup(np.array([5, 1, 2, 3, 7, 8, 9, 4]), "cpu")
     lookup.append([1, 2])
-    assert lookup.guess(10) == []  # 9, 1, 2 has not occurred before
+    assert lookup.guess(10) == []  # 4, 1, 2 has not occurred before
     lookup.append([3])
-    assert lookup.guess(10) == [7, 8, 9]  # a step in twenty may be lost, a guessed token costs a twentieth
-    lookup.learn(0, 3)
-    assert lookup.guess(10) == [7, 8, 9, 1]
+    assert lookup.guess(10) == [7]  # 3 twentieths of a step may be lost, and a guessed token costs 0.12
+    lookup.learn(1, 1)
+    assert lookup.guess(10) == [7, 8, 9, 4, 1, 2, 3]
     assert lookup.guess(2) == [7, 8]
     assert lookup.guess(0) == []
-    lookup.learn(4, 4)
-    assert lookup.guess(10) == [7, 8, 9, 1, 2, 3]
-    for _ in range(5):
-        lookup.learn(4, 0)
-    assert lookup.guess(10) == [7]
-    lookup.learn(0, 1)
+    lookup.learn(7, 0)
+    assert lookup.guess(10) == [7]  # little is left to be spent
     lookup.append([7])  # the last place where 2, 3, 7 stood before
-    assert lookup.guess(10) == [8]
+    assert lookup.guess(10) == [8, 9]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_wrong_guesses_lose_a_twentieth_of_the_steps(device: str) -> None:
+    lookup, lost, steps = PromptLookup(np.array([1, 2, 3, 4] * 5), device), 0.0, 400
+    for token in [1, 2, 3, 5] * (steps // 4):  # 1, 2, 3 is followed by something else than before
+        lookup.append([token])
+        guessed = len(lookup.guess(20))
+        lost += (COST["cpu"] if device == "cpu" else GPU_COST) * guessed
+        lookup.learn(guessed, 0)
+    assert 0 < lost <= 0.05 * steps
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.3, "seed": 4}])
