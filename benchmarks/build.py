@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--kvpress-python")
     parser.add_argument("--tokens", type=int, nargs="+", default=[2000, 6000])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--compress-every", type=int, default=500, help="a second row, built in pieces")
+    parser.add_argument("--compress-every", type=int, nargs="*", default=[256, 500], help="more rows, built in pieces")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pieces", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -94,7 +94,8 @@ def main() -> None:
     baseline = in_subprocess(*common, "0")
     table = []
     for tokens in args.tokens:
-        for name, pieces in {"kvzip_memory": [], f"in pieces of {args.compress_every}": ["--pieces", str(args.compress_every)]}.items():
+        pieces_of = {f"in pieces of {n}": ["--pieces", str(n)] for n in args.compress_every}
+        for name, pieces in {"kvzip_memory": [], **pieces_of}.items():
             row = in_subprocess(*common, str(tokens), *pieces)
             extra, dense, weights = row.pop("peak_rss_nbytes") - baseline, row["dense_nbytes"], row["weights_nbytes"]
             row |= {"method": name, "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / dense, 2)}

@@ -277,7 +277,7 @@ class ContextRegistry:
             reserved = nbytes
 
         try:
-            context = self._disk.get(wanted.key, torch.device("cpu"), admit)
+            context = self._disk.get(wanted.key, self.device, admit)  # layer by layer, each uploaded while the next is read
         except BaseException as error:
             self._unreserve(self._device, reserved)
             if not isinstance(error, NotStoredError):
