@@ -35,6 +35,7 @@ SCORERS = {
     for aggregation in ("max", "sum_of_squares")
     for repeat in ("whole", "local")
 }
+SCORERS |= {f"sum_of_squares/local/{n}": KVzipScorer(chunk_tokens=n) for n in (250, 500)}
 SCORERS |= {
     f"{aggregation}/whole/2000": KVzipScorer(aggregation=aggregation, repeat="whole", chunk_tokens=2000)
     for aggregation in ("max", "sum_of_squares")

@@ -93,16 +93,28 @@ class Row(NamedTuple):
         return self.start + self.tail.length
 
 
+class LastLayerSeen(Exception):
+    """Ends a forward where what follows would be computed for nobody."""
+
+
 class SessionCache(Cache):
     """The cache of one forward: rows with their own contexts and tails, left-padded to the same number of tokens.
 
     New pairs go into the tails; contexts are only read. It is also the :class:`~kvzip_memory.attention.AttentionCall`
-    of that forward.
+    of that forward, which it ends when the last layer's pairs are there if nothing but ``pairs_only`` are wanted.
     """
 
-    def __init__(self, rows: Sequence[Row], counts: Sequence[int], windows: Sequence[int | None], backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        counts: Sequence[int],
+        windows: Sequence[int | None],
+        backend: AttentionBackend,
+        pairs_only: bool = False,
+    ) -> None:
         super().__init__(layers=[])
         self._rows, self._counts, self._windows, self._backend = rows, counts, windows, backend
+        self._last = len(windows) - 1 if pairs_only else None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Nothing: :meth:`attend` stores the pairs, it knows which of the columns are padding."""
@@ -116,4 +128,6 @@ class SessionCache(Cache):
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
             rows.append(RowKV(row.layers[layer] if row.layers else None, keys, values, count, row.start))
+        if layer == self._last:
+            raise LastLayerSeen
         return self._backend(query, rows, scaling, self._windows[layer])

@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Worker
-from kvzip_memory.cache import Row, SessionCache, Tail
+from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.errors import UnsupportedModelError
 from kvzip_memory.graphs import DecodeSteps
 
@@ -33,10 +33,6 @@ GPU_CHUNK_TOKENS = 2048
 
 # Our calls mask by position. A mask that is four-dimensional already is handed through as it is, so none is made.
 _NO_MASK = torch.empty(1, 1, 0, 0)
-
-
-class LastLayerSeen(Exception):
-    """Ends a forward of :meth:`LanguageModel.fill` where what follows would be computed for nobody."""
 
 
 class LanguageModel:
@@ -146,7 +142,7 @@ class LanguageModel:
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
         for chunk in self._chunks(ids):
-            cache = SessionCache([row], [len(chunk)], self.windows, self._backend)
+            cache = SessionCache([row], [len(chunk)], self.windows, self._backend, pairs_only=True)
             self._fill(chunk, row.length, cache, cache)
             row.tail.advance(len(chunk))
             yield len(chunk)
@@ -182,7 +178,7 @@ class LanguageModel:
         """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.
 
         With a ``call`` attention is what that object says, else it is the model's own. No logits are computed, and
-        nothing of the last layer once ``cache`` or ``call`` has seen its pairs and raised :class:`LastLayerSeen`.
+        nothing of the last layer once ``cache`` or ``call`` has seen its pairs and raised :class:`~kvzip_memory.cache.LastLayerSeen`.
         """
         for chunk in self._chunks(ids):
             self._fill(chunk, position, cache, call)

@@ -88,13 +88,44 @@ def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) 
             keys, values = keys[:, -window:], values[:, -window:]
         out, lse = _attend(query[None], keys[None], values[None], scaling)
         return out[0].float(), lse[0]
+    if window is not None:
+        return _causal_masked(query, keys, values, row.n_new, scaling, window)
+    return causal(query, keys, values, row.n_new, scaling)
+
+
+def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of the last ``n_new`` tokens over all so far. Those before them are seen by all and need no mask.
+
+    Args:
+        query: ``[H, G * n_new, D]``.
+        keys, values: ``[H, m, D]``, the new tokens' last.
+
+    Returns:
+        fp32 of the query's shape, and log-sum-exp ``[H, G * n_new]``.
+    """
+    if not _has_fused(query.device):
+        return _causal_masked(query, keys, values, n_new, scaling, None)
+    past = keys.shape[1] - n_new
+    own = (query.unflatten(1, (-1, n_new)), keys[:, None, past:], values[:, None, past:])
+    shape = own[0].shape
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x.expand(shape) for x in own), is_causal=True, scale=scaling)
+    out, lse = out.flatten(1, 2).float(), lse.flatten(1, 2)
+    if not past:
+        return out, lse
+    before, before_lse = _attend(query[None], keys[None, :, :past], values[None, :, :past], scaling)
+    share = (before_lse[0] - lse).sigmoid_()  # of what came before
+    return out.lerp_(before[0].float(), share.unsqueeze(-1)), torch.logaddexp(lse, before_lse[0])
+
+
+def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
+    """:func:`causal` with a mask, in blocks; of the last ``window`` tokens only if there is one."""
     n_heads, n_tail, _ = keys.shape
-    query = (query * scaling).unflatten(1, (-1, row.n_new))  # before the products, which overflow float16 otherwise
+    query = (query * scaling).unflatten(1, (-1, n_new))  # before the products, which overflow float16 otherwise
     key_index = torch.arange(n_tail, device=query.device)
-    query_index = torch.arange(n_tail - row.n_new, n_tail, device=query.device)
+    query_index = torch.arange(n_tail - n_new, n_tail, device=query.device)
     step = max(1, BLOCK_ELEMENTS // (n_heads * query.shape[1] * n_tail))
     outs, lses = [], []
-    for start in range(0, row.n_new, step):
+    for start in range(0, n_new, step):
         block = query[:, :, start : start + step].flatten(1, 2)
         index = query_index[start : start + step, None]
         hidden = key_index > index

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
-from kvzip_memory.cache import Row, Tail
+from kvzip_memory.cache import LastLayerSeen, Row, Tail
 from kvzip_memory.context import RaggedLayer
-from kvzip_memory.modeling import LanguageModel, LastLayerSeen
+from kvzip_memory.modeling import LanguageModel
 
 Progress = Callable[[str, int], None]
 #: Keys and values ``[H, m, D]`` of every layer (a sliding layer: of its last ``window - 1`` tokens at least).
@@ -117,7 +117,9 @@ class _PairsOnly(DynamicCache):
 
 
 def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DensePairs:
-    """The pairs of ``token_ids``, by the model's own attention."""
+    """The pairs of ``token_ids``, by the model's own attention. On a CPU ours is faster, which needs no masks and no copies of pairs."""
+    if model.device.type == "cpu" and not any(model.windows):  # what a window hides is not kept here
+        return prefill_behind(model, (), 0, token_ids, progress)
     cache = _PairsOnly(config=model.model.config)
     cache.layers = [
         _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=True)

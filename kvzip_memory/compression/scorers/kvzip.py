@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import Cache
 
 from kvzip_memory.attention import BACKENDS
+from kvzip_memory.attention.cpu import causal
+from kvzip_memory.cache import LastLayerSeen
 from kvzip_memory.compression.prefill import Prefilled, Progress
-from kvzip_memory.modeling import LastLayerSeen
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -136,54 +137,41 @@ class _RepeatCall(Cache):
         scored = slice(self._head, self._head + self._end - self._start)
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
         if last:
-            self._attend(query[0], near_keys, None, scaling, scored, scores)
+            self._attend(query[0], near_keys, near_keys, scaling, scored, scores)
             raise LastLayerSeen
         if self._scorer.repeat == "local":
             near_values = torch.cat([head_values, chunk_values, own_values], 1)
             return self._attend(query[0], near_keys, near_values, scaling, scored, scores)[None]
-        self._attend(query[0], near_keys, None, scaling, scored, scores)
+        self._attend(query[0], near_keys, near_keys, scaling, scored, scores)
         return BACKENDS["cpu"](query, [row()], scaling, None)
 
     def _attend(
         self,
         query: Tensor,
         keys: Tensor,
-        values: Tensor | None,
+        values: Tensor,
         scaling: float,
         scored: slice,
         scores: Tensor,
     ) -> Tensor:
         """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own.
 
-        In blocks of rows. The probabilities of the columns ``scored`` are added to ``scores [H, columns]``.
+        The probabilities of the columns ``scored``, which all rows see, are added to ``scores [H, columns]``.
         """
-        n_heads, n_keys, dim = keys.shape
-        n_rows = query.shape[1]
-        grouped = (query * scaling).unflatten(0, (n_heads, -1))  # [H, G, T, D]
-        group = grouped.shape[1]
-        past = n_keys - n_rows
-        out = query.new_empty(n_rows, n_heads * group, dim)
-        step = max(1, BLOCK_ELEMENTS // (n_heads * group * n_keys))
-        for start in range(0, n_rows, step):
-            end = min(start + step, n_rows)
-            block = grouped[:, :, start:end].reshape(n_heads, -1, dim)
-            logits = torch.bmm(block, keys[:, : past + end].mT).float()
-            corner = logits.view(n_heads, group, end - start, -1)[..., past + start :]
-            corner.masked_fill_(_above_diagonal(end - start, query.device), float("-inf"))
-            probabilities = logits.softmax(-1)
-            self._aggregate(scores, probabilities[:, :, scored])
-            if values is not None:
-                part = torch.bmm(probabilities.to(values.dtype), values[:, : past + end])
-                out[start:end] = part.unflatten(1, (group, -1)).flatten(0, 1).transpose(0, 1)
-        return out
+        n_heads, n_rows = len(keys), query.shape[1]
+        grouped = query.reshape(n_heads, -1, query.shape[2])  # [H, G * T, D]
+        out, lse = causal(grouped, keys, values, n_rows, scaling)
+        self._aggregate(scores, grouped * scaling, keys[:, scored].mT, lse.unsqueeze(-1))
+        return out.to(query.dtype).unflatten(1, (-1, n_rows)).flatten(0, 1).transpose(0, 1)
 
-    def _aggregate(self, scores: Tensor, probabilities: Tensor) -> None:
-        """Add rows ``[H, rows, columns]`` to the scores ``[H, columns]``."""
-        if self._scorer.aggregation == "max":
-            torch.maximum(scores, probabilities.amax(1), out=scores)
-        else:
-            scores += probabilities.square().sum(1)
-
-
-def _above_diagonal(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)
+    def _aggregate(self, scores: Tensor, query: Tensor, keys: Tensor, lse: Tensor) -> None:
+        """Add the probabilities ``exp(query [H, R, D] @ keys [H, D, C] - lse [H, R, 1])`` to the scores ``[H, C]``, in blocks of rows."""
+        squares = self._scorer.aggregation == "sum_of_squares"
+        if squares:  # the square of exp(x) is exp(2 x)
+            query, lse = 2 * query, 2 * lse
+        for block, block_lse in zip(*(x.split(max(1, BLOCK_ELEMENTS // scores.numel()), 1) for x in (query, lse)), strict=True):
+            logits = torch.bmm(block, keys).float().sub_(block_lse)
+            if squares:
+                scores += logits.exp_().sum(1)
+            else:
+                torch.maximum(scores, logits.amax(1).exp_(), out=scores)
