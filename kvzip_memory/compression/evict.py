@@ -25,15 +25,15 @@ def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[Rag
         parent = prefilled.parent.pop(0) if prefilled.parent else None
         if window is not None:
             layers.append(_visible(parent, keys, values, window, len(prefilled.token_ids)))
-            continue
-        layer_scores = None if scores is None else scores[full].to(keys.device)
-        if parent is None and bool(keep[full].all()):
-            layers.append(_whole(keys, values, layer_scores))
         else:
-            layers.append(_gathered(parent, keys, values, keep[full].to(keys.device), layer_scores))
-        full += 1
-    del keys, values, parent
-    _return_freed_pages()
+            layer_scores = None if scores is None else scores[full].to(keys.device)
+            if parent is None and bool(keep[full].all()):
+                layers.append(_whole(keys, values, layer_scores))
+            else:
+                layers.append(_gathered(parent, keys, values, keep[full].to(keys.device), layer_scores))
+            full += 1
+        del keys, values, parent
+        _return_freed_pages()
     return layers
 
 

@@ -50,7 +50,7 @@ class KVzipScorer:
 
     aggregation: Literal["sum_of_squares", "max"] = "sum_of_squares"
     repeat: Literal["local", "whole"] = "local"
-    chunk_tokens: int = 1000
+    chunk_tokens: int = 500
 
     def identity(self) -> dict[str, Any]:
         return {
