@@ -26,11 +26,57 @@ def fidelity(name: str) -> str:
 
 
 def build() -> str:
-    lines = ["| method | tokens | prefill s | build s | build / prefill | peak over the model / dense cache |", "|---|---|---|---|---|---|"]
+    head = [
+        "method",
+        "tokens",
+        "prefill s",
+        "build s",
+        "build / prefill",
+        "peak over the model / dense cache",
+        "peak / (weights + dense cache)",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in json.loads((RESULTS / "build.json").read_text())["table"]:
-        peak = row.get("peak_over_dense", "")
-        lines.append(f"| {row['method']} | {row['tokens']:,} | {row['prefill_s']} | {row['build_s']} | {row['ratio']} | {peak} |")
+        cells = [row["method"], f"{row['tokens']:,}", row["prefill_s"], row["build_s"], row["ratio"]]
+        cells += [row.get("peak_over_dense", ""), row.get("peak_over_weights_and_dense", "")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def decode() -> str:
+    ratios = ("1.0", "0.5", "0.3", "0.1")
+    head = ["tokens", "DynamicCache", "ours 1.0", *ratios[1:], "DynamicCache / ours 1.0", *ratios[1:], "whole step at 0.3"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in json.loads((RESULTS / "decode.json").read_text())["table"]:
+        ms = [row["dense_context_ms"], *(row["context_ms"][ratio] for ratio in ratios)]
+        cells = [f"{row['tokens']:,}", *(f"{x} ms" for x in ms), *(row["context_cost_ratio"][ratio] for ratio in ratios)]
+        lines.append("| " + " | ".join(map(str, [*cells, f"{row['step_ratio']['0.3']}x"])) + " |")
+    return "\n".join(lines)
+
+
+def agents() -> str:
+    row = json.loads((RESULTS / "agents.json").read_text())
+    return "\n".join(
+        [
+            "| | tokens a second |",
+            "|---|---|",
+            f"| one agent | {row['one_agent_tokens_per_s']} |",
+            f"| 8 agents, one context | {row['eight_agents_tokens_per_s']} ({row['eight_over_one']} times one) |",
+            f"| transformers, 8 dense caches | {row['dense_batch_of_8_tokens_per_s']} (ours: {row['eight_over_dense']} times) |",
+        ]
+    )
+
+
+def speculation() -> str:
+    result = json.loads((RESULTS / "speculation.json").read_text())
+    lines = ["| questions | answers | identical | speed, all | median | best | worst | worst of plain against plain |", "|---" * 8 + "|"]
+    for kind in ("quoting", "free"):
+        cells = [result[kind][field] for field in ("answers", "identical", "speedup", "median", "best", "worst", "worst_of_two_plain")]
+        lines.append("| " + " | ".join(map(str, [kind, *cells])) + " |")
+    return "\n".join(lines)
+
+
+RUNNING = {"device": "device_ms", "a file that is not in the page cache": "disk_ms"}
 
 
 def registry() -> str:
@@ -39,6 +85,9 @@ def registry() -> str:
     lines = ["| first token from | " + " | ".join(f"{row['tokens']:,} tokens" for row in table) + " |", "|---" * 3 + "|"]
     tiers = ("device", "host", "disk", "built")
     lines += [f"| {tier} | " + " | ".join(f"{row[f'{tier}_s']} s" for row in table) + " |" for tier in tiers]
+    running = [row["running"] for row in table]
+    lines += ["", "| running engine, first token from | " + lines[0].split(" | ", 1)[1], "|---" * 3 + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[field]} ms" for row in running) + " |" for name, field in RUNNING.items()]
     lines += ["", "| reading back | plain read + xxh3 | ours | speed of plain | verification |", "|---" * 5 + "|"]
     for row in table:
         for state in ("cold", "warm"):
@@ -100,8 +149,6 @@ def memory() -> str:
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    print(f"build\n\n{build()}\n\nregistry\n\n{registry()}\n\nguidance\n\n{guidance()}")
-    if (RESULTS / "standard_suites.json").exists():
-        print(f"\nstandard suites\n\n{standard_suites()}")
-    if (RESULTS / "memory.json").exists():
-        print(f"\nmemory\n\n{memory()}")
+    for table in (build, decode, agents, speculation, registry, guidance, standard_suites, memory):
+        if (RESULTS / f"{table.__name__}.json").exists():
+            print(f"{table.__name__}\n\n{table()}\n")
