@@ -204,19 +204,18 @@ def folding(engine: KVzipEngine, ratio: float, folds: int) -> Method:
 def summarising(engine: KVzipEngine) -> Method:
     """LangChain's SummarizationMiddleware, the model writing its own summaries."""
     summariser = SummarizationMiddleware(KVzipChatModel(engine=engine, max_tokens=200), trigger=TRIGGER, keep=KEEP)  # type: ignore[arg-type]
-    known: dict[int, list[Any]] = {}  # by messages: the threads are the same up to turn 30
+    known: dict[str, list[Any]] = {}  # by messages, as above
 
     def method(messages: list[dict[str, str]]) -> tuple[CompressedContext | None, Sequence[Any]]:
         state: list[Any] = []
-        for count, message in enumerate(messages[1:], 2):
-            state = [*state, HumanMessage(message["content"]) if message["role"] == "user" else AIMessage(message["content"])]
-            if message["role"] == "user":
-                if count <= 60 and count in known:
-                    state = list(known[count])
-                    continue
+        for count in range(2, len(messages) + 1, 2):
+            said = repr(messages[:count])
+            if said not in known:
+                new = messages[max(1, count - 2) : count]
+                state = [*state, *(HumanMessage(m["content"]) if m["role"] == "user" else AIMessage(m["content"]) for m in new)]
                 update = summariser.before_model({"messages": state}, None)  # type: ignore[arg-type]
-                state = update["messages"][1:] if update else state
-                known.setdefault(count, list(state))
+                known[said] = update["messages"][1:] if update else state
+            state = known[said]
         return None, [SystemMessage(SYSTEM), *state]
 
     return method

@@ -72,8 +72,8 @@ def memory() -> str:
         share = f"{100 * row['of_full_right']:.0f} %"
         cells = [row["method"], row["kl"], row["top1"], row["same_answer"], row["right"], share, row["tokens_behind_context"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", f"the full history: {result['recall'][0]['full_right']} right of 20", "", "| against one fold | KL | top-1 | same answer |"]
-    lines.append("|---" * 4 + "|")
+    lines += ["", f"the full history: {result['recall'][0]['full_right']} right", ""]
+    lines += ["| against one fold | KL | top-1 | same answer |", "|---" * 4 + "|"]
     for row in result["against_one_fold"]:
         lines.append(f"| {row['method']} | {row['kl']} | {row['top1']} | {row['same_answer']} |")
     turns = result["turns"]
