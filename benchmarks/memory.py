@@ -5,6 +5,7 @@
 2. Recall: 20 facts told over turns 1-30 and asked for at turns 31-40 (ten in each of two threads that part at turn 30).
    The model with the full, uncompressed history answers greedily; every method is teacher-forced on that answer: KL(full ||
    method) per token and top-1 agreement. And each answers by itself: the same text as the full history? the fact?
+   Ten folds are held against one fold in the same way.
 
     python benchmarks/memory.py
 """
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sqlite3
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,9 +30,9 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.sqlite import SqliteSaver
 from tqdm import tqdm
 
-from common import save, smollm2
+from common import RESULTS, save, smollm2
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.memory import Memory
+from kvzip_memory.memory import Memory, Recalled
 from kvzip_memory.prompt import as_message
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
 
@@ -148,10 +150,10 @@ class Asked:
     logits: torch.Tensor
 
 
-def asked(engine: KVzipEngine) -> list[Asked]:
-    """All questions, with the answers of the full history, in two threads."""
+def asked(engine: KVzipEngine, ratio: float = 1.0) -> list[Asked]:
+    """All questions, with the answers of the full history (below ratio 1.0: of one fold of it), in two threads."""
     told, found = history(), []
-    full = engine.load(told, ratio=1.0)
+    full = engine.load(told, ratio=ratio)
     for facts in (FACTS[::2], FACTS[1::2]):
         messages = list(told)
         for _, question, fact in facts:
@@ -175,12 +177,15 @@ Method = Callable[[list[dict[str, str]]], tuple[CompressedContext | None, Sequen
 def remembering(engine: KVzipEngine, ratio: float) -> Method:
     """What KVzipMemoryMiddleware sends: at every turn what the one before has left is recalled."""
     memory = Memory(TRIGGER, KEEP)
+    known: dict[str, Recalled] = {}  # by messages: the threads are the same up to turn 30
 
     def method(messages: list[dict[str, str]]) -> tuple[CompressedContext | None, Sequence[Any]]:
-        handle, turns = None, [m for message in messages if (m := as_message(message))]
+        recalled, turns = Recalled(), [m for message in messages if (m := as_message(message))]
         for count in range(2, len(messages) + 1, 2):
-            recalled = memory.recall(engine, turns[:count], handle=handle, ratio=ratio)
-            handle = recalled.handle
+            said = repr(messages[:count])
+            if said not in known:
+                known[said] = memory.recall(engine, turns[:count], handle=recalled.handle, ratio=ratio)
+            recalled = known[said]
         return recalled.context, messages[recalled.messages :]
 
     return method
@@ -199,19 +204,18 @@ def folding(engine: KVzipEngine, ratio: float, folds: int) -> Method:
 def summarising(engine: KVzipEngine) -> Method:
     """LangChain's SummarizationMiddleware, the model writing its own summaries."""
     summariser = SummarizationMiddleware(KVzipChatModel(engine=engine, max_tokens=200), trigger=TRIGGER, keep=KEEP)  # type: ignore[arg-type]
-    known: dict[int, list[Any]] = {}  # by messages: the threads are the same up to turn 30
+    known: dict[str, list[Any]] = {}  # by messages, as above
 
     def method(messages: list[dict[str, str]]) -> tuple[CompressedContext | None, Sequence[Any]]:
         state: list[Any] = []
-        for count, message in enumerate(messages[1:], 2):
-            state = [*state, HumanMessage(message["content"]) if message["role"] == "user" else AIMessage(message["content"])]
-            if message["role"] == "user":
-                if count <= 60 and count in known:
-                    state = list(known[count])
-                    continue
+        for count in range(2, len(messages) + 1, 2):
+            said = repr(messages[:count])
+            if said not in known:
+                new = messages[max(1, count - 2) : count]
+                state = [*state, *(HumanMessage(m["content"]) if m["role"] == "user" else AIMessage(m["content"]) for m in new)]
                 update = summariser.before_model({"messages": state}, None)  # type: ignore[arg-type]
-                state = update["messages"][1:] if update else state
-                known.setdefault(count, list(state))
+                known[said] = update["messages"][1:] if update else state
+            state = known[said]
         return None, [SystemMessage(SYSTEM), *state]
 
     return method
@@ -241,7 +245,7 @@ def scored(engine: KVzipEngine, method: Method, questions: list[Asked], name: st
         )
         read += len(engine.prompt_ids(context, rest))
     n = len(questions)
-    return {
+    row = {
         "method": name,
         "kl": round(kl / tokens, 4),
         "top1": round(agree / tokens, 4),
@@ -251,6 +255,8 @@ def scored(engine: KVzipEngine, method: Method, questions: list[Asked], name: st
         "full_right": int(full_knows),
         "tokens_behind_context": round(read / n),
     }
+    print(row)
+    return row
 
 
 def main() -> None:
@@ -264,33 +270,30 @@ def main() -> None:
     def fresh() -> KVzipEngine:  # a registry of its own: a prompt finds whatever is stored that it begins with
         return KVzipEngine(first.model, first.tokenizer, progress=False)
 
-    questions = asked(first) if args.only != "reading" else []
-    methods: dict[str, Callable[[KVzipEngine], Method]] = {
-        "memory, 0.5": lambda engine: remembering(engine, 0.5),
-        "memory, 0.3": lambda engine: remembering(engine, 0.3),
-        "ten folds, 0.5": lambda engine: folding(engine, 0.5, 10),
-        "one fold, 0.5": lambda engine: folding(engine, 0.5, 1),
-        "ten folds, 0.3": lambda engine: folding(engine, 0.3, 10),
-        "one fold, 0.3": lambda engine: folding(engine, 0.3, 1),
-        "summarisation": summarising,
-        "last 6 messages": lambda engine: last_messages(6),
-        "last 20 messages": lambda engine: last_messages(20),
-    }
-    recall: list[dict[str, Any]] = []
-    for name, make in methods.items() if args.only != "reading" else ():
-        engine = fresh()
-        recall.append(scored(engine, make(engine), questions, name))
-        print(recall[-1])
-    rows = reading(fresh(), args.turns, args.trigger) if args.only != "recall" else []
-    for row in rows:
-        print(row)
-    if args.only:
-        return
-    tokens = first.count_tokens([*history()])
-    save(
-        "memory",
-        {"recall_tokens": tokens, "recall_trigger": TRIGGER, "keep": KEEP, "recall": recall, "trigger": args.trigger, "turns": rows},
-    )
+    result: dict[str, Any] = {}
+    if args.only != "reading":
+        full = asked(first)
+        methods: dict[str, Callable[[KVzipEngine], Method]] = {
+            "memory, 0.5": lambda engine: remembering(engine, 0.5),
+            "memory, 0.3": lambda engine: remembering(engine, 0.3),
+            "one fold, 0.5": lambda engine: folding(engine, 0.5, 1),
+            "ten folds, 0.5": lambda engine: folding(engine, 0.5, 10),
+            "one fold, 0.3": lambda engine: folding(engine, 0.3, 1),
+            "ten folds, 0.3": lambda engine: folding(engine, 0.3, 10),
+            "summarisation": summarising,
+            "last 6 messages": lambda engine: last_messages(6),
+            "last 20 messages": lambda engine: last_messages(20),
+        }
+        recall = [scored(engine := fresh(), make(engine), full, name) for name, make in methods.items()]
+        folds = [scored(engine := fresh(), folding(engine, ratio, 10), asked(first, ratio), f"ten folds, {ratio}") for ratio in (0.5, 0.3)]
+        tokens = first.count_tokens(history())
+        result |= {"recall_tokens": tokens, "recall_trigger": TRIGGER, "keep": KEEP, "recall": recall, "against_one_fold": folds}
+    if args.only != "recall":
+        result |= {"trigger": args.trigger, "turns": reading(fresh(), args.turns, args.trigger)}
+    if args.only and (RESULTS / "memory.json").exists():  # the other half stays as it was measured
+        result = json.loads((RESULTS / "memory.json").read_text()) | result
+        del result["machine"]
+    save("memory", result)
 
 
 if __name__ == "__main__":

@@ -130,20 +130,17 @@ def memory() -> str:
         share = f"{100 * row['of_full_right']:.0f} %"
         cells = [row["method"], row["kl"], row["top1"], row["same_answer"], row["right"], share, row["tokens_behind_context"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", f"the full history: {result['recall'][0]['full_right']} right", ""]
+    lines += ["| against one fold | KL | top-1 | same answer |", "|---" * 4 + "|"]
+    for row in result["against_one_fold"]:
+        lines.append(f"| {row['method']} | {row['kl']} | {row['top1']} | {row['same_answer']} |")
     turns = result["turns"]
-    lines += [
-        "",
-        f"the full history: {result['recall'][0]['full_right']} right",
-        "",
-        "| turn | prompts | read | folded |",
-        "|---" * 4 + "|",
-    ]
+    lines += ["", "| turn | calls | prompts | read | folded |", "|---" * 5 + "|"]
     shown = [row for row in turns if row["turn"] in (1, 2) or row["turn"] % 5 == 0]
-    lines += [f"| {row['turn']} | {row['prompts']:,} | {row['read']:,} | {row['folded'] or ''} |" for row in shown]
-    sums = {name: sum(row[name] for row in turns) for name in ("prompts", "read", "folded")}
-    lines.append(f"| all | {sums['prompts']:,} | {sums['read']:,} | {sums['folded']:,} |")
-    calls = sum(row["calls"] for row in turns)
-    return "\n".join([*lines, "", f"most read in a turn: {max(row['read'] for row in turns):,}; {calls} calls of the model"])
+    lines += [f"| {row['turn']} | {row['calls']} | {row['prompts']:,} | {row['read']:,} | {row['folded'] or ''} |" for row in shown]
+    sums = {name: sum(row[name] for row in turns) for name in ("calls", "prompts", "read", "folded")}
+    lines.append(f"| all | {sums['calls']} | {sums['prompts']:,} | {sums['read']:,} | {sums['folded']:,} |")
+    return "\n".join([*lines, "", f"most read in a turn: {max(row['read'] for row in turns):,}"])
 
 
 if __name__ == "__main__":
