@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvzip_memory import loading
+from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, divergence
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -392,6 +393,18 @@ class KVzipEngine:
             raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
         return self._handle(usable[-1])
 
+    def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
+        """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
+
+        Raises:
+            InputError: the references are to several contexts, or :meth:`get` does not find one.
+        """
+        contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
+        found = {context.key: context for context in contexts}
+        if len(found) > 1:
+            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
+        return next(iter(found.values()), None)
+
     def _handle(self, entry: Entry) -> CompressedContext:
         """A stored context that nobody gave the text of.
 
@@ -620,6 +633,60 @@ class KVzipEngine:
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
         """Tokens of messages as a prompt."""
         return self._prompts.count(messages, tools)
+
+    def _masses(
+        self, context: CompressedContext, spans: Sequence[Span], question: str | Sequence[Message], answer: str
+    ) -> tuple[Tensor, Tensor]:
+        """Attention to spans of a context: of the last message with its answer, and of :data:`NEUTRAL`."""
+        self._check_context(context)
+        closing = len(context.recipe.closing)
+
+        def mass(row: Row, ids: list[int], said: str, more: list[int]) -> Tensor:
+            if row.start + len(ids) >= self.window:
+                tokens = row.start + len(ids)
+                raise WindowError(f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window)
+            first = max(0, len(ids) - closing - len(self._prompts.text_ids(said)))
+            return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
+
+        last = question if isinstance(question, str) else str(question[-1]["content"])
+        with context.lease() as lease:
+            n = context.n_tokens
+            asked = mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, question), last, self._prompts.text_ids(answer))
+            return asked, mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, NEUTRAL), NEUTRAL, [])
+
+    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` of each of a document's tokens, in the order in which they lie in its context.
+
+        Raises:
+            InputError: the tokenizer does not know them; a fast one does.
+        """
+        return self._prompts.offsets(text)
+
+    def relevance(
+        self, parts: Sequence[tuple[CompressedContext, Sequence[Span]]], question: str | Sequence[Message], answer: str = ""
+    ) -> list[Tensor]:
+        """How much a question and its answer are about spans of contexts, by the attention they pay them.
+
+        Reads the question, and a neutral one to compare with, over each context; the answer is not generated again. Of a list of messages
+        only the last one counts.
+
+        Args:
+            parts: contexts, and ``[start, end)`` of tokens of each; they are compared with one another, over all contexts.
+            question: as it was asked of them.
+            answer: as it was given; without one it is the question that tells.
+
+        Returns:
+            Scores ``[len(spans)]`` of each context's spans. Higher is more; they sum to the divergence of the two questions' attention.
+
+        Raises:
+            InputError: no span; or as for :meth:`generate`.
+            WindowError: context and question fill the model's window.
+        """
+        if not any(spans for _, spans in parts):
+            raise InputError("no span to compare; give some tokens of the contexts")
+        masses = [self._masses(context, spans, question, answer) for context, spans in parts]
+        scores = divergence(*(torch.cat(mass, -1) for mass in zip(*masses, strict=True)))
+        return list(scores.split([len(spans) for _, spans in parts]))
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:
         """Logits ``[len(ids), vocab]`` fp32 after each of ``ids``, fed behind the context. Nothing is kept.

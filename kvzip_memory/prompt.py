@@ -288,22 +288,26 @@ class PromptBuilder:
             if not wanted or not any(wanted in text for text in texts):
                 raise InputError(f"keep: {wanted!r} does not occur in the text; give strings as they are spelled there")
         for text, first in zip(texts, starts, strict=True) if keep else ():
-            offsets = self._offsets(text)
+            offsets = self.offsets(text)
             for wanted in keep:
                 for found in re.finditer(re.escape(wanted), text):
                     tokens = [i for i, (start, end) in enumerate(offsets) if start < found.end() and end > found.start()]
                     spans.append((first + tokens[0], first + tokens[-1] + 1))
         return tuple(sorted(set(spans)))
 
-    def _offsets(self, text: str) -> list[tuple[int, int]]:
-        """Characters ``[start, end)`` of each of the text's ids."""
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` of each of the text's ids.
+
+        Raises:
+            InputError: a slow tokenizer, which does not know them.
+        """
         offsets: list[tuple[int, int]] = []
         before = 0
         for part in self._harmless(text):
             try:
                 encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
             except NotImplementedError:
-                raise InputError("keep needs a tokenizer that knows its tokens' places in the text (a fast one)") from None
+                raise InputError("this needs a tokenizer that knows its tokens' places in the text (a fast one)") from None
             offsets += [(before + start, before + end) for start, end in encoded.offset_mapping]
             before += len(part)
         return offsets

@@ -283,7 +283,7 @@ class KVzipChatModel(BaseChatModel):
         engine = self.engine
         options = self._options(stop, kwargs)
         turns, file_ids = _plain(messages)
-        context = self._one_context([engine.get(file_id) for file_id in file_ids])
+        context = engine.one_context([self.context, *file_ids])
         created = 0
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
@@ -336,12 +336,6 @@ class KVzipChatModel(BaseChatModel):
                 f"options {sorted(given)} are unknown; known are {sorted({*fields, 'max_tokens', 'stop', 'tools', 'tool_choice'})}"
             )
         return options
-
-    def _one_context(self, contexts: Sequence[CompressedContext]) -> CompressedContext | None:
-        found = {context.key: context for context in [*filter(None, [self.context]), *contexts]}
-        if len(found) > 1:
-            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
-        return next(iter(found.values()), None)
 
     def _generate(
         self,

@@ -129,7 +129,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         model: Any = request.model
         system = [request.system_message] if request.system_message else []
         turns, file_ids = _plain([*system, *request.messages])
-        base = model._one_context([model.engine.get(file_id) for file_id in file_ids])
+        base = model.engine.one_context([model.context, *file_ids])
         tools = [convert_to_openai_tool(tool) for tool in request.tools]
         handle: Any = request.state.get("kvzip_memory")
         recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)

@@ -197,7 +197,7 @@ class KVzipLLM(FunctionCallingLLM):
         engine = self.engine
         options = self._options(kwargs)
         turns, keys = plain_messages(messages)
-        context = self._one_context([engine.get(key) for key in keys])
+        context = engine.one_context([self.context, *keys])
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
@@ -230,12 +230,6 @@ class KVzipLLM(FunctionCallingLLM):
         if given:
             raise InputError(f"options {sorted(given)} are unknown; known are {sorted([*fields, *options, 'max_tokens'])}")
         return {**fields, **options, "max_new_tokens": limit}
-
-    def _one_context(self, contexts: Sequence[CompressedContext]) -> CompressedContext | None:
-        found = {context.key: context for context in [*filter(None, [self.context]), *contexts]}
-        if len(found) > 1:
-            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
-        return next(iter(found.values()), None)
 
     def _raw(self, reply: Reply, called: bool) -> dict[str, Any]:
         receipt = reply.receipt

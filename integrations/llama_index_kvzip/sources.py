@@ -1,0 +1,141 @@
+"""What an answer was drawn from: whole documents, or the passages of them that question and answer are about."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from llama_index.core.node_parser import NodeParser, TextSplitter
+from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, TextNode
+from torch import Tensor
+
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory.attribution import Span, blend, bm25
+from kvzip_memory.prompt import Message
+
+#: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
+TOKENS_KEY = "kvzip_tokens"
+
+# A paragraph shorter than this is joined with the next, as headings are; one that is longer is cut behind a line or a sentence.
+_SHORT, _LONG = 100, 1500
+
+
+@dataclass(frozen=True)
+class Part:
+    """A context and the nodes it was made of."""
+
+    context: CompressedContext
+    nodes: Sequence[NodeWithScore]
+
+
+def whole(context: CompressedContext, documents: Sequence[BaseNode]) -> list[NodeWithScore]:
+    """Whole documents as sources, with the tokens they cover; no score, since nothing was ranked."""
+    spans = context.sources if len(context.sources) == len(documents) else [None] * len(documents)
+    nodes = []
+    for document, span in zip(documents, spans, strict=True):
+        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=dict(document.metadata))
+        node.relationships[NodeRelationship.SOURCE] = document.source_node or document.as_related_node_info()
+        if span is not None:
+            _mark(node, (span.start, span.end))
+        nodes.append(NodeWithScore(node=node, score=None))
+    return nodes
+
+
+class Paragraphs(TextSplitter):
+    """Splits a text into its paragraphs. Headings go with what follows them, very long paragraphs are cut."""
+
+    def split_text(self, text: str) -> list[str]:
+        """The paragraphs, word for word."""
+        passages, start = [], 0
+        for end in [*(found.end() for found in re.finditer(r"\n\s*\n", text)), len(text)]:
+            if len(text[start:end].strip()) >= _SHORT or end == len(text):
+                passages += _cut(text[start:end].strip())
+                start = end
+        return passages
+
+
+def _cut(text: str) -> list[str]:
+    pieces = []
+    while len(text) > _LONG:
+        ends = [found.end() for found in re.finditer(r"\n|[.!?。？！]\s?", text[:_LONG])]
+        end = ends[-1] if ends else _LONG
+        pieces.append(text[:end].strip())
+        text = text[end:].strip()
+    return [*pieces, text] if text else pieces
+
+
+def best_passages(
+    engine: KVzipEngine,
+    parts: Sequence[Part],
+    question: str | Sequence[Message],
+    answer: str,
+    top_k: int,
+    node_parser: NodeParser | None = None,
+) -> list[NodeWithScore]:
+    """The passages of the documents that a question and its answer are about most, best first.
+
+    By the attention paid to them and by their words; by the words alone where it is not known which tokens of the context are the
+    document's. Scores lie in [0, 1] and compare passages of one answer.
+
+    Args:
+        parts: the contexts that were asked, with their documents.
+        question: text, or messages of which the last one counts.
+        answer: may be empty.
+        top_k: so many passages, fewer if there are fewer.
+        node_parser: splits documents into passages; None takes paragraphs.
+
+    Raises:
+        InputError: the parser changes the text, so that it is not known where its nodes are.
+    """
+    parser = Paragraphs() if node_parser is None else node_parser
+    passages: list[TextNode] = []
+    spans: list[tuple[CompressedContext, list[Span]]] = []
+    for part in parts:
+        found = _passages(engine, part, parser)
+        passages += [passage for passage, _ in found]
+        spans.append((part.context, [span for _, span in found if span is not None]))
+    if not passages:
+        return []
+    said = question if isinstance(question, str) else str(question[-1]["content"])
+    scores = bm25(said, [passage.text for passage in passages])
+    if sum(len(found) for _, found in spans) == len(passages):
+        looked_at = torch.cat(engine.relevance([found for found in spans if found[1]], question, answer))
+        scores = blend(looked_at, scores)
+    best: Tensor = scores.argsort(descending=True, stable=True)[:top_k]
+    return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
+
+
+def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple[TextNode, Span | None]]:
+    """Passages of a part's documents and the tokens they cover."""
+    found: list[tuple[TextNode, Span | None]] = []
+    for scored in part.nodes:
+        document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
+        try:
+            offsets = [] if covered is None else engine.token_offsets(document.get_content())
+        except InputError:  # a slow tokenizer
+            offsets = []
+        for passage in parser.get_nodes_from_documents([document]):
+            if not isinstance(passage, TextNode) or passage.start_char_idx is None or passage.end_char_idx is None:
+                raise InputError(f"{type(parser).__name__} changes the text of {document.node_id!r}; use a parser that only splits it")
+            start, end = passage.start_char_idx, passage.end_char_idx
+            passage.id_ = f"{document.node_id}/{start}-{end}"
+            span = None
+            if covered is not None and len(offsets) == covered[1] - covered[0]:
+                first = bisect_right(offsets, start, key=lambda offset: offset[1])
+                span = covered[0] + first, covered[0] + max(first + 1, bisect_left(offsets, end, key=lambda offset: offset[0]))
+                _mark(passage, span)
+            else:
+                passage.metadata.pop(TOKENS_KEY, None)
+            found.append((passage, span))
+    return found
+
+
+def _mark(node: TextNode, span: Span) -> None:
+    """Note the tokens that a node covers, for programs and not for models."""
+    node.metadata[TOKENS_KEY] = list(span)
+    for keys in (node.excluded_llm_metadata_keys, node.excluded_embed_metadata_keys):
+        if TOKENS_KEY not in keys:
+            keys.append(TOKENS_KEY)
