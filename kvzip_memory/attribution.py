@@ -97,6 +97,11 @@ class _Watch(Cache):
         return mass.flatten(0, 1)
 
 
+def blend(looked_at: Tensor, words: Tensor) -> Tensor:
+    """Mean of two kinds of scores, each as a share of its best."""
+    return sum(scores.clamp(min=0) / scores.max().clamp(min=torch.finfo(scores.dtype).tiny) for scores in (looked_at, words)) / 2
+
+
 def bm25(query: str, texts: Sequence[str]) -> Tensor:
     """Okapi BM25 scores ``[len(texts)]`` of the words of a query."""
     counts = [Counter(_words(text)) for text in texts]

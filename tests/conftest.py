@@ -153,14 +153,26 @@ def kept_positions(context: CompressedContext) -> list[torch.Tensor]:
 def masked_logits(
     engine: KVzipEngine, context: CompressedContext, ids: list[int], *ancestors: CompressedContext, folded_at: int | None = None
 ) -> torch.Tensor:
-    """The oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
+    """Logits ``[len(ids), vocab]`` of the oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
 
     Shares nothing with our attention: it rebuilds the masks from the kept positions and runs the model's forward on
     context and ids at once, each layer and head with a mask of its own. What comes behind a context does not see what that
     has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors. What was there before the
     last one was folded, up to position ``folded_at``, has seen all.
     """
+    return _masked(engine, context, ids, *ancestors, folded_at=folded_at)[0]
+
+
+def masked_attention(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[torch.Tensor]:
+    """Attention ``[H * G, len(ids), tokens]`` of each layer of :func:`masked_logits`."""
+    return _masked(engine, context, ids)[1]
+
+
+def _masked(
+    engine: KVzipEngine, context: CompressedContext, ids: list[int], *ancestors: CompressedContext, folded_at: int | None = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     n = context.n_tokens
+    attention: list[torch.Tensor] = []
     kept = [(folded_at or n, n, kept_positions(context)), *((c.n_tokens, c.n_tokens, kept_positions(c)) for c in ancestors)]
 
     def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
@@ -176,14 +188,16 @@ def masked_logits(
         hidden = hidden.expand(query.shape[1], total, total).clone()
         for seen_from, end, masks in kept:  # the tokens of a context itself were prefilled with all its pairs
             hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
-        return (logits.masked_fill(hidden[None], float("-inf")).softmax(-1) @ value).transpose(1, 2).contiguous(), None
+        weights = logits.masked_fill(hidden[None], float("-inf")).softmax(-1)
+        attention.append(weights[0, :, n:])
+        return (weights @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", eager)
     twin = copy.deepcopy(engine.model)
     twin.set_attn_implementation("oracle")
     with torch.inference_mode():
         everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
-        return twin(input_ids=everything[None]).logits[0, n:].float()
+        return twin(input_ids=everything[None]).logits[0, n:].float(), attention
 
 
 def own_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:

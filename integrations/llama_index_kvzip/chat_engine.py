@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,11 +10,12 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import BaseMemory, Memory
-from llama_index.core.schema import BaseNode
+from llama_index.core.node_parser import NodeParser
+from llama_index.core.schema import BaseNode, NodeWithScore
 
 from kvzip_memory import CompressedContext
-from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.query_engine import Part, sources
+from llama_index_kvzip.llm import KVzipLLM, plain_messages
+from llama_index_kvzip.sources import Part, Ranking, whole
 
 
 class KVzipChatEngine(SimpleChatEngine):
@@ -25,10 +27,12 @@ class KVzipChatEngine(SimpleChatEngine):
         print(chat_engine.chat("Who signed the lease?"))
         print(chat_engine.chat("And when?"))
 
-    Its documents are the ``source_nodes`` of every answer. Make one with :meth:`from_context` or ``KVzipIndex.as_chat_engine``.
+    Its documents are the ``source_nodes`` of every answer, or with ``source_top_k`` the passages that a message and its answer are
+    about most, by the message alone where answers are streamed. Make one with :meth:`from_context` or ``KVzipIndex.as_chat_engine``.
     """
 
     _part: Part
+    _ranking: Ranking
 
     @classmethod
     def from_context(
@@ -40,6 +44,8 @@ class KVzipChatEngine(SimpleChatEngine):
         memory: BaseMemory | None = None,
         chat_history: list[ChatMessage] | None = None,
         system_prompt: str | None = None,
+        source_top_k: int | None = None,
+        node_parser: NodeParser | None = None,
     ) -> KVzipChatEngine:
         """Converse over a context that was made of these documents.
 
@@ -50,8 +56,14 @@ class KVzipChatEngine(SimpleChatEngine):
             memory: the conversation's; None keeps as much of it as the window has room for.
             chat_history: what was said before.
             system_prompt: put before the conversation, behind the documents.
+            source_top_k: so many passages are the ``source_nodes``, as for :class:`KVzipQueryEngine`.
+            node_parser: splits documents into these passages; None takes paragraphs.
+
+        Raises:
+            InputError: a ``source_top_k`` below 1.
         """
-        return cls._over(Part(context, sources(context, documents)), llm, memory, chat_history, system_prompt)
+        part = Part(context, whole(context, documents))
+        return cls._over(part, llm, memory, chat_history, system_prompt, source_top_k, node_parser)
 
     @classmethod
     def _over(
@@ -61,6 +73,8 @@ class KVzipChatEngine(SimpleChatEngine):
         memory: BaseMemory | None = None,
         chat_history: list[ChatMessage] | None = None,
         system_prompt: str | None = None,
+        source_top_k: int | None = None,
+        node_parser: NodeParser | None = None,
     ) -> KVzipChatEngine:
         model = llm.with_context(part.context)
         if memory is None:
@@ -72,29 +86,35 @@ class KVzipChatEngine(SimpleChatEngine):
             )
         prefix = [ChatMessage(system_prompt, role="system")] if system_prompt else []
         engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
-        engine._part = part
+        engine._part, engine._ranking = part, Ranking(llm.engine, source_top_k, node_parser)
         return engine
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer the next message; ``chat_history`` replaces what was said so far."""
         response = super().chat(message, chat_history)
-        response.source_nodes = list(self._part.nodes)
+        response.source_nodes = self._sources(response.response)
         return response
 
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """:meth:`chat` in a thread."""
         response = await super().achat(message, chat_history)
-        response.source_nodes = list(self._part.nodes)
+        response.source_nodes = await asyncio.to_thread(self._sources, response.response)
         return response
 
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`chat`, piece by piece."""
         response = super().stream_chat(message, chat_history)
-        response.source_nodes = list(self._part.nodes)
+        response.source_nodes = self._sources()
         return response
 
     async def astream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`stream_chat` in a thread."""
         response = await super().astream_chat(message, chat_history)
-        response.source_nodes = list(self._part.nodes)
+        response.source_nodes = await asyncio.to_thread(self._sources)
         return response
+
+    def _sources(self, answer: str = "") -> list[NodeWithScore]:
+        """Of the user's last message. The exchange before it is read too, since it may refer to it."""
+        turns, _ = plain_messages(self._memory.get())
+        asked = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        return self._ranking([self._part], turns[max(0, asked - 2) : asked + 1], answer)

@@ -13,6 +13,7 @@ from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
 from llama_index.core.llms.utils import LLMType
+from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, Document, NodeRelationship, NodeWithScore, QueryBundle, TextNode, TransformComponent
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
@@ -21,7 +22,8 @@ from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.engine import FREE_TOKENS
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.query_engine import KVzipQueryEngine, Part, sources
+from llama_index_kvzip.query_engine import KVzipQueryEngine
+from llama_index_kvzip.sources import Part, Ranking, whole
 
 # Tokens that a document's header may take, and the template around all documents.
 _HEADER, _HEAD = 48, 64
@@ -31,13 +33,13 @@ class _WholeDocuments(TransformComponent):
     """A node a document, whole."""
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        whole = []
+        nodes_of_documents = []
         for document in nodes:
             # An id of its own: under the document's the docstore keeps the hash by which changes are told.
             node = TextNode(text=document.get_content(), id_=f"{document.node_id}/whole", metadata=dict(document.metadata))
             node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
-            whole.append(node)
-        return whole
+            nodes_of_documents.append(node)
+        return nodes_of_documents
 
 
 class KVzipIndex(BaseManagedIndex):
@@ -115,7 +117,7 @@ class KVzipIndex(BaseManagedIndex):
                 nodes = self.docstore.get_nodes(node_ids)
                 key = (*node_ids, *(node.hash for node in nodes))
                 used[key] = self._contexts.get(key) or self._llm.engine.load(nodes, ratio=self._llm.ratio, system=self._system)
-                parts.append(Part(used[key], sources(used[key], nodes)))
+                parts.append(Part(used[key], whole(used[key], nodes)))
             self._contexts = used
             return parts
 
@@ -201,16 +203,20 @@ class KVzipIndex(BaseManagedIndex):
         nodes = self.docstore.get_nodes(list(self._index_struct.nodes_dict))
         return {node.ref_doc_id or node.node_id: RefDocInfo([node.node_id], node.metadata) for node in nodes}
 
-    def as_retriever(self, **kwargs: Any) -> BaseRetriever:
-        """Gives all documents for every question, without scores."""
-        return _AllDocuments(self)
+    def as_retriever(self, source_top_k: int | None = None, node_parser: NodeParser | None = None, **kwargs: Any) -> BaseRetriever:
+        """Gives all documents for every question, without scores; or the ``source_top_k`` passages that it is about most.
+
+        Raises:
+            InputError: a ``source_top_k`` below 1.
+        """
+        return _Retriever(self, Ranking(self._llm.engine, source_top_k, node_parser))
 
     def as_query_engine(self, llm: LLMType | None = None, **kwargs: Any) -> BaseQueryEngine:
         """A :class:`KVzipQueryEngine` over all documents.
 
         Args:
             llm: a :class:`KVzipLLM` over the same engine; None is the index's own.
-            kwargs: ``streaming``, and options of every call such as ``max_tokens``.
+            kwargs: ``streaming``, ``source_top_k``, ``node_parser``, and options of every call such as ``max_tokens``.
 
         Raises:
             InputError: another engine's model, which cannot read these contexts.
@@ -223,7 +229,7 @@ class KVzipIndex(BaseManagedIndex):
         Args:
             chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one that condenses questions.
             llm: as for :meth:`as_query_engine`.
-            kwargs: ``memory``, ``chat_history``, ``system_prompt``.
+            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``.
 
         Raises:
             InputError: several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
@@ -246,13 +252,13 @@ class KVzipIndex(BaseManagedIndex):
         return llm
 
 
-class _AllDocuments(BaseRetriever):
-    def __init__(self, index: KVzipIndex) -> None:
+class _Retriever(BaseRetriever):
+    def __init__(self, index: KVzipIndex, sources: Ranking) -> None:
         super().__init__()
-        self._index = index
+        self._index, self._sources = index, sources
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return [node for part in self._index.parts() for node in part.nodes]
+        return self._sources(self._index.parts(), query_bundle.query_str)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await asyncio.to_thread(self._retrieve, query_bundle)

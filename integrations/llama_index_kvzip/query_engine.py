@@ -7,7 +7,6 @@ import contextvars
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -15,24 +14,18 @@ from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingR
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.llms import ChatMessage, ChatResponse
+from llama_index.core.node_parser import NodeParser
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
-from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvzip_memory import CompressedContext, InputError
 from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.sources import Part, Ranking, whole
 
 _COMBINE = (
     "A question was answered from {count} parts of the documents, each without the others.\n\n{answers}\n\n"
     "Question: {question}\n\nGive one answer to the question. Leave out parts that do not know it."
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """A context and the nodes it was made of."""
-
-    context: CompressedContext
-    nodes: Sequence[NodeWithScore]
 
 
 class KVzipQueryEngine(BaseQueryEngine):
@@ -51,7 +44,13 @@ class KVzipQueryEngine(BaseQueryEngine):
         llm: what answers.
         parts: gives the contexts to ask and their nodes, which are the ``source_nodes`` of every answer.
         streaming: return a :class:`StreamingResponse`, or an :class:`AsyncStreamingResponse`.
+        source_top_k: make the ``source_nodes`` the so many passages that question and answer are about most, with scores; see
+            :class:`~llama_index_kvzip.sources.Ranking`. Where answers are streamed it is the question that tells.
+        node_parser: splits documents into these passages; None takes paragraphs.
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
+
+    Raises:
+        InputError: a ``source_top_k`` below 1.
     """
 
     def __init__(
@@ -60,18 +59,21 @@ class KVzipQueryEngine(BaseQueryEngine):
         parts: Callable[[], Sequence[Part]],
         *,
         streaming: bool = False,
+        source_top_k: int | None = None,
+        node_parser: NodeParser | None = None,
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._parts, self._streaming, self._options = llm, parts, streaming, options
+        self._sources = Ranking(llm.engine, source_top_k, node_parser)
 
     @classmethod
     def from_context(
         cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: KVzipLLM, **kwargs: Any
     ) -> KVzipQueryEngine:
         """Answer from a context that was made of these documents."""
-        part = Part(context, sources(context, documents))
+        part = Part(context, whole(context, documents))
         return cls(llm, lambda: [part], **kwargs)
 
     @classmethod
@@ -100,14 +102,15 @@ class KVzipQueryEngine(BaseQueryEngine):
                     runs = [pool.submit(contextvars.copy_context().run, self._ask, part, question) for part in parts]
                     answers = [run.result() for run in runs]
                 llm, asked = self._llm.with_context(None), _combined(question, answers)
-            nodes = [node for part in parts for node in part.nodes]
             response: RESPONSE_TYPE
             if self._streaming:
+                nodes = self._sources(parts, question)
                 pieces = (piece.delta or "" for piece in llm.stream_chat([ChatMessage(asked)], **self._options))
-                response = StreamingResponse(pieces, nodes, _metadata(parts, answers))
+                response = StreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 last = llm.chat([ChatMessage(asked)], **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, answers, last))
+                nodes = self._sources(parts, question, last.message.content or "")
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -120,14 +123,15 @@ class KVzipQueryEngine(BaseQueryEngine):
                 said = [ChatMessage(question)]
                 answers = await asyncio.gather(*(self._llm.with_context(p.context).achat(said, **self._options) for p in parts))
                 llm, asked = self._llm.with_context(None), _combined(question, answers)
-            nodes = [node for part in parts for node in part.nodes]
             response: RESPONSE_TYPE
             if self._streaming:
+                nodes = await asyncio.to_thread(self._sources, parts, question)
                 pieces = (piece.delta or "" async for piece in await llm.astream_chat([ChatMessage(asked)], **self._options))
-                response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, answers))
+                response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 last = await llm.achat([ChatMessage(asked)], **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, answers, last))
+                nodes = await asyncio.to_thread(self._sources, parts, question, last.message.content or "")
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -153,28 +157,15 @@ class KVzipQueryEngine(BaseQueryEngine):
         """There is no prompt to change: the question goes to the model as it is."""
 
 
-def sources(context: CompressedContext, documents: Sequence[BaseNode]) -> list[NodeWithScore]:
-    """Whole documents as sources, with the tokens they cover; no score, since nothing was ranked."""
-    spans = context.sources if len(context.sources) == len(documents) else [None] * len(documents)
-    nodes = []
-    for document, span in zip(documents, spans, strict=True):
-        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=dict(document.metadata))
-        node.relationships[NodeRelationship.SOURCE] = document.source_node or document.as_related_node_info()
-        if span is not None:
-            node.metadata["kvzip_tokens"] = [span.start, span.end]
-            node.excluded_llm_metadata_keys.append("kvzip_tokens")
-            node.excluded_embed_metadata_keys.append("kvzip_tokens")
-        nodes.append(NodeWithScore(node=node, score=None))
-    return nodes
-
-
 def _combined(question: str, answers: Sequence[ChatResponse]) -> str:
     numbered = "\n\n".join(f"Answer {i}: {answer.message.content}" for i, answer in enumerate(answers, 1))
     return _COMBINE.format(count=len(answers), answers=numbered, question=question)
 
 
-def _metadata(parts: Sequence[Part], answers: Sequence[ChatResponse], last: ChatResponse | None = None) -> dict[str, Any]:
-    facts: dict[str, Any] = {node.node.node_id: node.node.metadata for part in parts for node in part.nodes}
+def _metadata(
+    parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse], last: ChatResponse | None = None
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {node.node.node_id: node.node.metadata for node in nodes}
     if answers:
         facts["parts"] = [
             {"context": part.context.key, "ref_doc_ids": [node.node.ref_doc_id for node in part.nodes], "answer": answer.message.content}

@@ -67,45 +67,46 @@ def _cut(text: str) -> list[str]:
     return [*pieces, text] if text else pieces
 
 
-def best_passages(
-    engine: KVzipEngine,
-    parts: Sequence[Part],
-    question: str | Sequence[Message],
-    answer: str,
-    top_k: int,
-    node_parser: NodeParser | None = None,
-) -> list[NodeWithScore]:
-    """The passages of the documents that a question and its answer are about most, best first.
+@dataclass(frozen=True)
+class Ranking:
+    """Which sources an answer has: the documents it was given, or the passages that question and answer are about most.
 
-    By the attention paid to them and by their words; by the words alone where it is not known which tokens of the context are the
-    document's. Scores lie in [0, 1] and compare passages of one answer.
+    Passages are ranked by the attention paid to them and by their words; by the words alone where it is not known which tokens of
+    the context are the document's. Scores lie in [0, 1] and compare the passages of one answer.
 
     Args:
-        parts: the contexts that were asked, with their documents.
-        question: text, or messages of which the last one counts.
-        answer: may be empty.
-        top_k: so many passages, fewer if there are fewer.
+        engine: whose contexts they are.
+        top_k: so many passages, fewer if there are fewer; None gives whole documents without scores.
         node_parser: splits documents into passages; None takes paragraphs.
 
     Raises:
-        InputError: the parser changes the text, so that it is not known where its nodes are.
+        InputError: a ``top_k`` below 1; when called, a parser that changes the text, so that it is not known where its nodes are.
     """
-    parser = Paragraphs() if node_parser is None else node_parser
-    passages: list[TextNode] = []
-    spans: list[tuple[CompressedContext, list[Span]]] = []
-    for part in parts:
-        found = _passages(engine, part, parser)
-        passages += [passage for passage, _ in found]
-        spans.append((part.context, [span for _, span in found if span is not None]))
-    if not passages:
-        return []
-    said = question if isinstance(question, str) else str(question[-1]["content"])
-    scores = bm25(said, [passage.text for passage in passages])
-    if sum(len(found) for _, found in spans) == len(passages):
-        looked_at = torch.cat(engine.relevance([found for found in spans if found[1]], question, answer))
-        scores = blend(looked_at, scores)
-    best: Tensor = scores.argsort(descending=True, stable=True)[:top_k]
-    return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
+
+    engine: KVzipEngine
+    top_k: int | None = None
+    node_parser: NodeParser | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"source_top_k is {self.top_k}; give the number of passages, at least 1, or None for whole documents")
+
+    def __call__(self, parts: Sequence[Part], question: str | Sequence[Message], answer: str = "") -> list[NodeWithScore]:
+        """Sources, best first, of an answer that was drawn from these parts; of a question that has none yet if it is empty."""
+        if self.top_k is None:
+            return [node for part in parts for node in part.nodes]
+        parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
+        found = [_passages(self.engine, part, parser) for part in parts]
+        passages = [passage for of_part in found for passage, _ in of_part]
+        if not passages:
+            return []
+        last = question if isinstance(question, str) else str(question[-1]["content"])
+        scores = bm25(last, [passage.text for passage in passages])
+        if all(span is not None for of_part in found for _, span in of_part):
+            spans = [(part.context, [span for _, span in of_part if span]) for part, of_part in zip(parts, found, strict=True) if of_part]
+            scores = blend(torch.cat(self.engine.relevance(spans, question, answer)), scores)
+        best: Tensor = scores.argsort(descending=True, stable=True)[: self.top_k]
+        return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
 
 
 def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple[TextNode, Span | None]]:

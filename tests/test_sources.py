@@ -1,0 +1,262 @@
+"""Sources of answers: attention to spans of a context beside the model's own, passages and their places, all who show them."""
+
+import asyncio
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from llama_index.core import Document
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import NodeWithScore
+
+from conftest import CHATML, TEXT, masked_attention, tiny_engine, tiny_model, tiny_tokenizer
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, WindowError
+from kvzip_memory.attribution import NEUTRAL, attention_mass, blend, bm25, divergence
+from kvzip_memory.cache import Row, Tail
+from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipQueryEngine
+from llama_index_kvzip.sources import TOKENS_KEY, Paragraphs, Part, Ranking, whole
+
+SPANS = [(0, 40), (40, 41), (100, 200), (150, 280)]
+PAGES = [
+    "The keeper of the lamp is Oriel. She winds it at dusk, in winter at four, and writes down the hour in the book of the station.",
+    "# Animals\n\nFerdinand the donkey carries oil on Tuesdays. He is given two carrots when he has come back, and none before he has left.",
+    "The boat is green and belongs to the company. It sails for the islands on every first Monday, if the harbour master lets it.",
+]
+DOCUMENTS = [
+    Document(text="\n\n".join(PAGES), metadata={"file_name": "a.txt"}, doc_id="a"),
+    Document(text=TEXT, metadata={"file_name": "b.txt"}, doc_id="b"),
+]
+
+
+@pytest.fixture
+def llm(engine: KVzipEngine) -> KVzipLLM:
+    return KVzipLLM(engine=engine, ratio=0.4, max_tokens=12)
+
+
+def masses(engine: KVzipEngine, context: CompressedContext, ids: list[int], first: int = 0) -> torch.Tensor:
+    return attention_mass(engine._model, Row(context.layers, context.n_tokens, Tail()), ids, SPANS, first)
+
+
+# -- the attention -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+def test_the_mass_of_a_span_is_that_of_the_models_own_attention(architecture: str, ratio: float) -> None:
+    engine = tiny_engine(architecture)
+    context, ids, first = engine.load(TEXT, ratio=ratio), list(range(20, 60)), 12
+    layers = [weights for weights, layer in zip(masked_attention(engine, context, ids), context.layers, strict=True) if layer.window is None]
+    expected = torch.stack([torch.stack([w[:, first:, a:b].sum(-1).mean(-1) for a, b in SPANS], -1) for w in layers])
+    torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)
+    engine._model.chunk_tokens = 16  # fed in pieces, of which the first does not count
+    torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_oracle_is_what_transformers_calls_attentions(engine: KVzipEngine) -> None:
+    context, ids = engine.load(TEXT, ratio=1.0), list(range(20, 60))
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
+        attentions = model(input_ids=everything[None], output_attentions=True).attentions
+    expected = torch.stack([torch.stack([w[0, :, context.n_tokens :, a:b].sum(-1).mean(-1) for a, b in SPANS], -1) for w in attentions])
+    torch.testing.assert_close(masses(engine, context, ids), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_relevance_counts_the_question_and_its_answer_and_compares_all_contexts(engine: KVzipEngine) -> None:
+    one, other = engine.load(TEXT, ratio=0.4), engine.load(TEXT[::-1], ratio=0.4)
+    closing = len(engine._prompts.text_ids("Who?")) + len(one.recipe.closing)
+
+    def mass(context: CompressedContext, question: str, answer: str) -> torch.Tensor:
+        ids = engine.prompt_ids(context, question)
+        counted = len(engine._prompts.text_ids(question)) + len(context.recipe.closing)
+        return masses(engine, context, [*ids, *engine._prompts.text_ids(answer)], len(ids) - counted)
+
+    assert len(engine.prompt_ids(one, "Who?")) > closing  # the separator before it does not count
+    asked, neutral = (torch.cat([mass(c, *said) for c in (one, other)], -1) for said in (("Who?", "Ito."), (NEUTRAL, "")))
+    scores = engine.relevance([(one, SPANS), (other, SPANS)], "Who?", "Ito.")
+    torch.testing.assert_close(torch.cat(scores), divergence(asked, neutral))
+    assert [len(of_one) for of_one in scores] == [4, 4]
+    # of messages it is the last one
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, {"role": "user", "content": "Who?"}]
+    (from_talk,) = engine.relevance([(one, SPANS)], talk)
+    assert from_talk.isfinite().all()
+    assert not torch.equal(from_talk, engine.relevance([(one, SPANS)], "Who?")[0])
+
+
+def test_relevance_refuses_what_it_cannot_compare(engine: KVzipEngine) -> None:
+    context = engine.load(TEXT)
+    with pytest.raises(InputError, match="no span"):
+        engine.relevance([(context, [])], "Who?")
+    with pytest.raises(WindowError, match="the model's window is 2,048"):
+        engine.relevance([(context, SPANS)], "Who? " * 600)
+    assert engine.relevance([(context, SPANS)], "Who?", "me " * 2000)[0].isfinite().all()  # as much of the answer as fits
+
+
+def test_threads_get_the_scores_they_get_alone(engine: KVzipEngine) -> None:
+    context, questions = engine.load(TEXT, ratio=0.4), ["Who?", "When?", "Where is it?"] * 2
+    alone = [engine.relevance([(context, SPANS)], question)[0] for question in questions]
+    with ThreadPoolExecutor(8) as pool:
+        answers = [pool.submit(engine.generate, context, "Who?", max_new_tokens=20) for _ in range(2)]
+        together = list(pool.map(lambda question: engine.relevance([(context, SPANS)], question)[0], questions))
+        assert len({answer.result().text for answer in answers}) == 1
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_scores() -> None:
+    torch.manual_seed(0)
+    mass = torch.rand(3, 4, 5)
+    assert divergence(mass, mass).abs().max() == 0
+    more = mass.clone()
+    more[1, 2, 3] *= 4
+    assert divergence(more, mass).argmax() == 3
+    assert divergence(torch.zeros(3, 4, 5), mass).isfinite().all()  # no pair of any of them is left
+    # one of two texts of equal length has the word, once: idf = ln(1 + 1.5 / 1.5), tf = 2.5 / 2.5
+    torch.testing.assert_close(bm25("a lamp?", ["The Lamp", "the boat"]), torch.tensor([math.log(2), 0.0]))
+    assert bm25("Who?", ["", ""]).tolist() == [0, 0]
+    assert blend(torch.tensor([2.0, -1, 1]), torch.tensor([0.0, 4, 0])).tolist() == [0.5, 0.5, 0.25]
+    assert blend(torch.zeros(2), torch.zeros(2)).tolist() == [0, 0]
+
+
+# -- passages ----------------------------------------------------------------------------------------------------
+
+
+def test_paragraphs_are_word_for_word_and_of_some_length() -> None:
+    long = "One sentence of many. " * 100
+    passages = Paragraphs().split_text(f"# Heading\n\n{PAGES[0]}\n \n{PAGES[1]}\n\n{long}\n\nThe end.")
+    assert passages[0] == f"# Heading\n\n{PAGES[0]}"
+    assert passages[1] == PAGES[1]
+    assert " ".join(passages[2:]) == f"{long.strip()} The end."
+    assert all(len(passage) <= 1500 for passage in passages)
+    assert Paragraphs().split_text("x" * 4000) == ["x" * 1500, "x" * 1500, "x" * 1000]
+    assert Paragraphs().split_text("") == []
+
+
+@pytest.mark.parametrize("parser", [None, SentenceSplitter(chunk_size=40, chunk_overlap=10)])
+def test_sources_are_passages_with_their_places(engine: KVzipEngine, parser: SentenceSplitter | None) -> None:
+    context = engine.load(DOCUMENTS, ratio=0.4)
+    every = Ranking(engine, 1000, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?", "Ferdinand")
+    texts = {document.doc_id: document.text for document in DOCUMENTS}
+    for source in every:
+        node = source.node
+        text = texts[node.ref_doc_id]
+        assert text[node.start_char_idx : node.end_char_idx] == node.text
+        start, end = node.metadata[TOKENS_KEY]
+        assert engine.tokenizer.decode(context.token_ids[start:end]) == node.text
+        assert node.metadata["file_name"] == f"{node.ref_doc_id}.txt"
+        assert TOKENS_KEY not in node.get_content("llm")
+    if parser is None:
+        assert sorted(source.node.text for source in every) == sorted([*PAGES, TEXT.strip()])
+    assert len({source.node.node_id for source in every}) == len(every) > 3
+    scores = [source.score for source in every]
+    assert scores == sorted(scores, reverse=True)
+    assert 1 >= scores[0] >= scores[-1] >= 0
+    again = Ranking(engine, 2, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?", "Ferdinand")
+    assert [(s.node.node_id, s.score) for s in again] == [(s.node.node_id, s.score) for s in every[:2]]
+
+
+def test_words_decide_where_tokens_are_not_known(engine: KVzipEngine) -> None:
+    context = engine.load(DOCUMENTS, ratio=0.4)
+    others = whole(context, DOCUMENTS[:1])  # not all it was made of, so nobody knows where they are
+    (best,) = Ranking(engine, 1)([Part(context, others)], "Which donkey carries oil?")
+    assert best.node.text == PAGES[1]
+    assert best.score == pytest.approx(bm25("Which donkey carries oil?", PAGES).max().item())
+    assert TOKENS_KEY not in best.node.metadata
+    slow = KVzipEngine(tiny_model(), _Slow(tiny_tokenizer(CHATML)))
+    context = slow.load(DOCUMENTS[:1], ratio=0.4)
+    (best,) = Ranking(slow, 1)([Part(context, whole(context, DOCUMENTS[:1]))], "Which donkey carries oil?")
+    assert best.node.text == PAGES[1]
+
+
+class _Slow:
+    """A tokenizer that does not know its tokens' places."""
+
+    def __init__(self, tokenizer: object) -> None:
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __call__(self, *args: object, **options: object) -> object:
+        if options.get("return_offsets_mapping"):
+            raise NotImplementedError
+        return self._tokenizer(*args, **options)
+
+
+# -- who shows them ----------------------------------------------------------------------------------------------
+
+
+def shown(sources: list[NodeWithScore]) -> list[tuple[str, float | None]]:
+    return [(source.node.node_id, source.score) for source in sources]
+
+
+async def test_query_engines_show_passages_of_all_contexts(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=600)
+    parts = index.parts()
+    assert len(parts) == 2
+    query_engine = index.as_query_engine(source_top_k=2)
+    response = query_engine.query("Which donkey carries oil?")
+    expected = Ranking(engine, 2)(parts, "Which donkey carries oil?", str(response))
+    assert shown(response.source_nodes) == shown(expected)
+    assert set(response.metadata) >= {source.node.node_id for source in expected}
+    assert shown((await query_engine.aquery("Which donkey carries oil?")).source_nodes) == shown(expected)
+    # where the answer is yet to come the question tells
+    by_question = shown(Ranking(engine, 2)(parts, "Which donkey carries oil?"))
+    streaming = index.as_query_engine(source_top_k=2, streaming=True)
+    assert shown(streaming.query("Which donkey carries oil?").source_nodes) == by_question
+    assert shown((await streaming.aquery("Which donkey carries oil?")).source_nodes) == by_question
+    retriever = index.as_retriever(source_top_k=2)
+    assert shown(retriever.retrieve("Which donkey carries oil?")) == by_question
+    assert shown(await retriever.aretrieve("Which donkey carries oil?")) == by_question
+    with pytest.raises(InputError, match="source_top_k is 0"):
+        index.as_query_engine(source_top_k=0)
+
+
+def test_a_query_engine_over_a_context_shows_passages(llm: KVzipLLM) -> None:
+    parser = SentenceSplitter(chunk_size=40, chunk_overlap=0)
+    query_engine = KVzipQueryEngine.from_documents(DOCUMENTS, llm=llm, source_top_k=3, node_parser=parser)
+    sources = query_engine.query("Which donkey carries oil?").source_nodes
+    assert len(sources) == 3
+    assert all(len(source.node.text) < 200 for source in sources)
+
+
+def test_chat_engines_show_passages_for_the_last_message(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    context = engine.load(DOCUMENTS, ratio=0.4)
+    chat_engine = KVzipChatEngine.from_context(context, DOCUMENTS, llm=llm, source_top_k=2)
+    assert isinstance(chat_engine, SimpleChatEngine)
+    part = Part(context, whole(context, DOCUMENTS))
+    talk = []
+    for message in ("Hello!", "Which donkey carries oil?", "And when?"):
+        response = chat_engine.chat(message)
+        talk.append({"role": "user", "content": message})
+        assert shown(response.source_nodes) == shown(Ranking(engine, 2)([part], talk[-3:], str(response)))
+        talk.append({"role": "assistant", "content": str(response)})
+    said = [*talk[-2:], {"role": "user", "content": "Who?"}]
+    streamed = chat_engine.stream_chat("Who?")
+    assert shown(streamed.source_nodes) == shown(Ranking(engine, 2)([part], said))
+    assert "".join(streamed.response_gen)
+
+    async def main() -> list[NodeWithScore]:
+        chat_engine.reset()
+        return (await chat_engine.achat("Hello!")).source_nodes
+
+    assert len(asyncio.run(main())) == 2
+
+
+def test_the_page_that_was_asked_about_comes_first(smollm2: KVzipEngine, excerpt: str, excerpt_context: CompressedContext) -> None:
+    documents = [Document(text=excerpt, doc_id="handbook")]
+    query_engine = KVzipQueryEngine.from_context(
+        excerpt_context, documents, llm=KVzipLLM(engine=smollm2, max_tokens=24), source_top_k=1
+    )
+    for question, told in [
+        ("Who founded the company?", "founded in 1871 by Philippa Dunmarrow"),
+        ("What is the telephone number of the head office?", "5529"),
+        ("Who decides when boats may sail?", "Juniper Falk"),
+    ]:
+        (source,) = query_engine.query(question).source_nodes
+        assert told in source.node.text
