@@ -81,8 +81,7 @@ def measure(engine: KVzipEngine, paragraphs: list[dict[str, Any]], n_questions: 
                     "words of the question": rank(words),
                     "attention of the question": rank(by_question),
                     "attention of question and answer": rank(by_answer),
-                    "words and attention of the question": rank(blend(by_question, words)),
-                    "words and attention of question and answer": rank(blend(by_answer, words)),
+                    "attention and words of the question (ours)": rank(blend(by_question, words)),
                 },
             }
         )

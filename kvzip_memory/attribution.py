@@ -1,8 +1,8 @@
-"""Which parts of a context a question and its answer are about: told by the attention they pay them, and by their words.
+"""Which parts of a context a question is about: told by the attention it pays them, and by its words.
 
 A head pays most of its attention to the same few positions whatever is asked. So its shares of the parts are compared with
-those it has when :data:`NEUTRAL` is asked, as in-context re-ranking (arXiv 2410.02642) does with "N/A". A part's score is its
-term of the divergence between the two, the mean over heads: heads that look for what is asked weigh much, others little.
+those it has when :data:`NEUTRAL` is asked, as in-context re-ranking (arXiv 2410.02642) does. A part's score is its term of the
+divergence between the two, and heads that diverge much, since they look for what is asked, weigh more than others.
 Why this and not another: ``docs/benchmarks.md``.
 """
 
@@ -22,11 +22,8 @@ from kvzip_memory.attention import BACKENDS, RowKV
 from kvzip_memory.cache import Row
 from kvzip_memory.modeling import LanguageModel
 
-#: Asked of every context, to know where heads look when they look for nothing in particular.
-NEUTRAL = (
-    "Please answer the following question about the text above: what does it say, who is it about, where and when did it happen, "
-    "and how many were there?"
-)
+#: Asked of every context, to know where heads look when they look for nothing.
+NEUTRAL = "N/A"
 
 #: Tokens of a context, ``[start, end)``.
 Span = tuple[int, int]
@@ -39,8 +36,8 @@ def attention_mass(model: LanguageModel, row: Row, ids: Sequence[int], spans: Se
     """Attention that ``ids``, from the one numbered ``first`` on, pay to spans of the row's context.
 
     Returns:
-        ``[L, H * G, len(spans)]`` fp32 on the host, of the L layers with full attention: the mean over those ids of the probabilities
-        summed over the pairs that are left of each span. The row's tail holds the ids' pairs afterwards.
+        ``[L, H, len(spans)]`` fp32 on the host, of the L layers with full attention: probabilities, summed over the pairs that are left
+        of each span, the mean over those ids and over each KV head's queries. The row's tail holds the ids' pairs afterwards.
     """
     watch = _Watch(model, row, spans, row.tail.length + first)
     for count in model.fill(ids, row.length, watch, watch):
@@ -48,10 +45,11 @@ def attention_mass(model: LanguageModel, row: Row, ids: Sequence[int], spans: Se
     return torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu() / (len(ids) - first)
 
 
-def divergence(asked: Tensor, neutral: Tensor) -> Tensor:
+def compared(asked: Tensor, neutral: Tensor) -> Tensor:
     """Scores ``[n]`` of n parts from the masses ``[L, H, n]`` of a question and of :data:`NEUTRAL`."""
     p, q = (mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny) for mass in (asked, neutral))
-    return (p * ((p + _FLOOR) / (q + _FLOOR)).log()).mean((0, 1))
+    terms = p * ((p + _FLOOR) / (q + _FLOOR)).log()
+    return (terms * terms.sum(-1, keepdim=True).clamp(min=0)).mean((0, 1))
 
 
 class _Watch(Cache):
@@ -61,7 +59,7 @@ class _Watch(Cache):
         super().__init__(layers=[])
         self._row, self._first, self._windows = row, first, model.windows
         self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).T.contiguous()  # [2, spans]
-        self.mass: dict[int, Tensor] = {}  # [H * G, spans] of each layer with full attention
+        self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -78,7 +76,7 @@ class _Watch(Cache):
         return BACKENDS["cpu"](query, [RowKV(row.layers[layer], keys, values, n, row.start)], scaling, self._windows[layer])
 
     def _mass(self, layer: int, query: Tensor, tail_keys: Tensor) -> Tensor:
-        """``[H * G, spans]`` fp32: what the rows of ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
+        """``[H, spans]`` fp32: what the rows of ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
         context, (n_heads, group, n, _) = self._row.layers[layer], query.shape
         past = self._row.tail.length
         mass = query.new_zeros(n_heads, group, self._edges.shape[1], dtype=torch.float32)
@@ -94,12 +92,13 @@ class _Watch(Cache):
                 logits = torch.cat([rows @ keys.T, own.masked_fill(later, float("-inf"))], -1).float()
                 paid = pad(logits.softmax(-1)[..., : len(keys)].sum(1).cumsum(-1), (1, 0))
                 mass[head] += paid[:, at[1]] - paid[:, at[0]]
-        return mass.flatten(0, 1)
+        return mass.mean(1)
 
 
-def blend(looked_at: Tensor, words: Tensor) -> Tensor:
-    """Mean of two kinds of scores, each as a share of its best."""
-    return sum(scores.clamp(min=0) / scores.max().clamp(min=torch.finfo(scores.dtype).tiny) for scores in (looked_at, words)) / 2
+def blend(*kinds: Tensor) -> Tensor:
+    """Mean of several kinds of scores ``[n]``, each as a share of its best."""
+    shares = [scores.clamp(min=0) / scores.max().clamp(min=torch.finfo(scores.dtype).tiny) for scores in kinds]
+    return torch.stack(shares).mean(0)
 
 
 def bm25(query: str, texts: Sequence[str]) -> Tensor:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvzip_memory import loading
-from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, divergence
+from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -665,18 +665,18 @@ class KVzipEngine:
     def relevance(
         self, parts: Sequence[tuple[CompressedContext, Sequence[Span]]], question: str | Sequence[Message], answer: str = ""
     ) -> list[Tensor]:
-        """How much a question and its answer are about spans of contexts, by the attention they pay them.
+        """How much a question is about spans of contexts, by the attention it pays them.
 
-        Reads the question, and a neutral one to compare with, over each context; the answer is not generated again. Of a list of messages
-        only the last one counts.
+        Reads the question, and :data:`~kvzip_memory.attribution.NEUTRAL` to compare with, over each context; nothing is generated. Of a
+        list of messages only the last one counts.
 
         Args:
             parts: contexts, and ``[start, end)`` of tokens of each; they are compared with one another, over all contexts.
-            question: as it was asked of them.
-            answer: as it was given; without one it is the question that tells.
+            question: as it is asked of them.
+            answer: counted like the question. In our measurements that ranked worse.
 
         Returns:
-            Scores ``[len(spans)]`` of each context's spans. Higher is more; they sum to the divergence of the two questions' attention.
+            Scores ``[len(spans)]`` of each context's spans, higher is more.
 
         Raises:
             InputError: no span; or as for :meth:`generate`.
@@ -685,7 +685,7 @@ class KVzipEngine:
         if not any(spans for _, spans in parts):
             raise InputError("no span to compare; give some tokens of the contexts")
         masses = [self._masses(context, spans, question, answer) for context, spans in parts]
-        scores = divergence(*(torch.cat(mass, -1) for mass in zip(*masses, strict=True)))
+        scores = compared(*(torch.cat(mass, -1) for mass in zip(*masses, strict=True)))
         return list(scores.split([len(spans) for _, spans in parts]))
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:

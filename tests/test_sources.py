@@ -11,9 +11,9 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import NodeWithScore
 
-from conftest import CHATML, TEXT, masked_attention, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import TEXT, masked_attention, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, WindowError
-from kvzip_memory.attribution import NEUTRAL, attention_mass, blend, bm25, divergence
+from kvzip_memory.attribution import NEUTRAL, attention_mass, blend, bm25, compared
 from kvzip_memory.cache import Row, Tail
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipQueryEngine
 from llama_index_kvzip.sources import TOKENS_KEY, Paragraphs, Part, Ranking, whole
@@ -39,6 +39,12 @@ def masses(engine: KVzipEngine, context: CompressedContext, ids: list[int], firs
     return attention_mass(engine._model, Row(context.layers, context.n_tokens, Tail()), ids, SPANS, first)
 
 
+def mean_mass(weights: torch.Tensor, context: CompressedContext) -> torch.Tensor:
+    """``[H, spans]`` of attention ``[H * G, n, tokens]``."""
+    of_each = torch.stack([weights[..., start:end].sum(-1).mean(-1) for start, end in SPANS], -1)
+    return of_each.unflatten(0, (context.layers[0].n_heads, -1)).mean(1)
+
+
 # -- the attention -----------------------------------------------------------------------------------------------
 
 
@@ -47,7 +53,7 @@ def test_the_mass_of_a_span_is_that_of_the_models_own_attention(architecture: st
     engine = tiny_engine(architecture)
     context, ids, first = engine.load(TEXT, ratio=ratio), list(range(20, 60)), 12
     layers = [weights for weights, layer in zip(masked_attention(engine, context, ids), context.layers, strict=True) if layer.window is None]
-    expected = torch.stack([torch.stack([w[:, first:, a:b].sum(-1).mean(-1) for a, b in SPANS], -1) for w in layers])
+    expected = torch.stack([mean_mass(weights[:, first:], context) for weights in layers])
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)
     engine._model.chunk_tokens = 16  # fed in pieces, of which the first does not count
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)
@@ -60,7 +66,7 @@ def test_the_oracle_is_what_transformers_calls_attentions(engine: KVzipEngine) -
     with torch.inference_mode():
         everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
         attentions = model(input_ids=everything[None], output_attentions=True).attentions
-    expected = torch.stack([torch.stack([w[0, :, context.n_tokens :, a:b].sum(-1).mean(-1) for a, b in SPANS], -1) for w in attentions])
+    expected = torch.stack([mean_mass(weights[0, :, context.n_tokens :], context) for weights in attentions])
     torch.testing.assert_close(masses(engine, context, ids), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -76,7 +82,7 @@ def test_relevance_counts_the_question_and_its_answer_and_compares_all_contexts(
     assert len(engine.prompt_ids(one, "Who?")) > closing  # the separator before it does not count
     asked, neutral = (torch.cat([mass(c, *said) for c in (one, other)], -1) for said in (("Who?", "Ito."), (NEUTRAL, "")))
     scores = engine.relevance([(one, SPANS), (other, SPANS)], "Who?", "Ito.")
-    torch.testing.assert_close(torch.cat(scores), divergence(asked, neutral))
+    torch.testing.assert_close(torch.cat(scores), compared(asked, neutral))
     assert [len(of_one) for of_one in scores] == [4, 4]
     # of messages it is the last one
     talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, {"role": "user", "content": "Who?"}]
@@ -108,16 +114,16 @@ def test_threads_get_the_scores_they_get_alone(engine: KVzipEngine) -> None:
 def test_scores() -> None:
     torch.manual_seed(0)
     mass = torch.rand(3, 4, 5)
-    assert divergence(mass, mass).abs().max() == 0
+    assert compared(mass, mass).abs().max() == 0
     more = mass.clone()
     more[1, 2, 3] *= 4
-    assert divergence(more, mass).argmax() == 3
-    assert divergence(torch.zeros(3, 4, 5), mass).isfinite().all()  # no pair of any of them is left
+    assert compared(more, mass).argmax() == 3
+    assert compared(torch.zeros(3, 4, 5), mass).isfinite().all()  # no pair of any of them is left
     # one of two texts of equal length has the word, once: idf = ln(1 + 1.5 / 1.5), tf = 2.5 / 2.5
     torch.testing.assert_close(bm25("a lamp?", ["The Lamp", "the boat"]), torch.tensor([math.log(2), 0.0]))
     assert bm25("Who?", ["", ""]).tolist() == [0, 0]
     assert blend(torch.tensor([2.0, -1, 1]), torch.tensor([0.0, 4, 0])).tolist() == [0.5, 0.5, 0.25]
-    assert blend(torch.zeros(2), torch.zeros(2)).tolist() == [0, 0]
+    assert blend(torch.zeros(2)).tolist() == [0, 0]
 
 
 # -- passages ----------------------------------------------------------------------------------------------------
@@ -137,7 +143,7 @@ def test_paragraphs_are_word_for_word_and_of_some_length() -> None:
 @pytest.mark.parametrize("parser", [None, SentenceSplitter(chunk_size=40, chunk_overlap=10)])
 def test_sources_are_passages_with_their_places(engine: KVzipEngine, parser: SentenceSplitter | None) -> None:
     context = engine.load(DOCUMENTS, ratio=0.4)
-    every = Ranking(engine, 1000, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?", "Ferdinand")
+    every = Ranking(engine, 1000, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?")
     texts = {document.doc_id: document.text for document in DOCUMENTS}
     for source in every:
         node = source.node
@@ -153,39 +159,27 @@ def test_sources_are_passages_with_their_places(engine: KVzipEngine, parser: Sen
     scores = [source.score for source in every]
     assert scores == sorted(scores, reverse=True)
     assert 1 >= scores[0] >= scores[-1] >= 0
-    again = Ranking(engine, 2, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?", "Ferdinand")
+    again = Ranking(engine, 2, parser)([Part(context, whole(context, DOCUMENTS))], "Which donkey carries oil?")
     assert [(s.node.node_id, s.score) for s in again] == [(s.node.node_id, s.score) for s in every[:2]]
 
 
-def test_words_decide_where_tokens_are_not_known(engine: KVzipEngine) -> None:
+def test_words_decide_where_tokens_are_not_known(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     context = engine.load(DOCUMENTS, ratio=0.4)
     others = whole(context, DOCUMENTS[:1])  # not all it was made of, so nobody knows where they are
-    (best,) = Ranking(engine, 1)([Part(context, others)], "Which donkey carries oil?")
+    first, second, _ = Ranking(engine, 3)([Part(context, others)], "Who gives the donkey carrots?")
+    best, words = first, bm25("Who gives the donkey carrots?", PAGES).sort(descending=True).values
     assert best.node.text == PAGES[1]
-    assert best.score == pytest.approx(bm25("Which donkey carries oil?", PAGES).max().item())
+    assert (first.score, second.score) == pytest.approx((1, (words[1] / words[0]).item()))
     assert TOKENS_KEY not in best.node.metadata
-    slow = KVzipEngine(tiny_model(), _Slow(tiny_tokenizer(CHATML)))
-    context = slow.load(DOCUMENTS[:1], ratio=0.4)
-    (best,) = Ranking(slow, 1)([Part(context, whole(context, DOCUMENTS[:1]))], "Which donkey carries oil?")
+    monkeypatch.setattr(engine, "token_offsets", unknown)
+    (best,) = Ranking(engine, 1)([Part(context, whole(context, DOCUMENTS))], "Who gives the donkey carrots?")
     assert best.node.text == PAGES[1]
+    assert TOKENS_KEY not in best.node.metadata
 
 
-class _Slow:
-    """A tokenizer that does not know its tokens' places."""
-
-    def __init__(self, tokenizer: object) -> None:
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._tokenizer, name)
-
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
-    def __call__(self, *args: object, **options: object) -> object:
-        if options.get("return_offsets_mapping"):
-            raise NotImplementedError
-        return self._tokenizer(*args, **options)
+def unknown(text: str) -> list[tuple[int, int]]:
+    """As with a slow tokenizer."""
+    raise InputError("this needs a tokenizer that knows its tokens' places in the text")
 
 
 # -- who shows them ----------------------------------------------------------------------------------------------
@@ -201,18 +195,16 @@ async def test_query_engines_show_passages_of_all_contexts(llm: KVzipLLM, engine
     assert len(parts) == 2
     query_engine = index.as_query_engine(source_top_k=2)
     response = query_engine.query("Which donkey carries oil?")
-    expected = Ranking(engine, 2)(parts, "Which donkey carries oil?", str(response))
+    expected = Ranking(engine, 2)(parts, "Which donkey carries oil?")
     assert shown(response.source_nodes) == shown(expected)
     assert set(response.metadata) >= {source.node.node_id for source in expected}
     assert shown((await query_engine.aquery("Which donkey carries oil?")).source_nodes) == shown(expected)
-    # where the answer is yet to come the question tells
-    by_question = shown(Ranking(engine, 2)(parts, "Which donkey carries oil?"))
     streaming = index.as_query_engine(source_top_k=2, streaming=True)
-    assert shown(streaming.query("Which donkey carries oil?").source_nodes) == by_question
-    assert shown((await streaming.aquery("Which donkey carries oil?")).source_nodes) == by_question
+    assert shown(streaming.query("Which donkey carries oil?").source_nodes) == shown(expected)
+    assert shown((await streaming.aquery("Which donkey carries oil?")).source_nodes) == shown(expected)
     retriever = index.as_retriever(source_top_k=2)
-    assert shown(retriever.retrieve("Which donkey carries oil?")) == by_question
-    assert shown(await retriever.aretrieve("Which donkey carries oil?")) == by_question
+    assert shown(retriever.retrieve("Which donkey carries oil?")) == shown(expected)
+    assert shown(await retriever.aretrieve("Which donkey carries oil?")) == shown(expected)
     with pytest.raises(InputError, match="source_top_k is 0"):
         index.as_query_engine(source_top_k=0)
 
@@ -234,7 +226,7 @@ def test_chat_engines_show_passages_for_the_last_message(llm: KVzipLLM, engine: 
     for message in ("Hello!", "Which donkey carries oil?", "And when?"):
         response = chat_engine.chat(message)
         talk.append({"role": "user", "content": message})
-        assert shown(response.source_nodes) == shown(Ranking(engine, 2)([part], talk[-3:], str(response)))
+        assert shown(response.source_nodes) == shown(Ranking(engine, 2)([part], talk[-3:]))
         talk.append({"role": "assistant", "content": str(response)})
     said = [*talk[-2:], {"role": "user", "content": "Who?"}]
     streamed = chat_engine.stream_chat("Who?")
@@ -248,15 +240,12 @@ def test_chat_engines_show_passages_for_the_last_message(llm: KVzipLLM, engine: 
     assert len(asyncio.run(main())) == 2
 
 
-def test_the_page_that_was_asked_about_comes_first(smollm2: KVzipEngine, excerpt: str, excerpt_context: CompressedContext) -> None:
-    documents = [Document(text=excerpt, doc_id="handbook")]
-    query_engine = KVzipQueryEngine.from_context(
-        excerpt_context, documents, llm=KVzipLLM(engine=smollm2, max_tokens=24), source_top_k=1
-    )
+def test_the_passage_that_was_asked_about_is_among_the_best(smollm2: KVzipEngine, excerpt: str, excerpt_context: CompressedContext) -> None:
+    part = Part(excerpt_context, whole(excerpt_context, [Document(text=excerpt, doc_id="handbook")]))
     for question, told in [
         ("Who founded the company?", "founded in 1871 by Philippa Dunmarrow"),
         ("What is the telephone number of the head office?", "5529"),
         ("Who decides when boats may sail?", "Juniper Falk"),
     ]:
-        (source,) = query_engine.query(question).source_nodes
-        assert told in source.node.text
+        sources = Ranking(smollm2, 3)([part], question)
+        assert any(told in source.node.text for source in sources)

@@ -27,8 +27,8 @@ class KVzipChatEngine(SimpleChatEngine):
         print(chat_engine.chat("Who signed the lease?"))
         print(chat_engine.chat("And when?"))
 
-    Its documents are the ``source_nodes`` of every answer, or with ``source_top_k`` the passages that a message and its answer are
-    about most, by the message alone where answers are streamed. Make one with :meth:`from_context` or ``KVzipIndex.as_chat_engine``.
+    Its documents are the ``source_nodes`` of every answer, or with ``source_top_k`` the passages that a message is about
+    most. Make one with :meth:`from_context` or ``KVzipIndex.as_chat_engine``.
     """
 
     _part: Part
@@ -92,13 +92,13 @@ class KVzipChatEngine(SimpleChatEngine):
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer the next message; ``chat_history`` replaces what was said so far."""
         response = super().chat(message, chat_history)
-        response.source_nodes = self._sources(response.response)
+        response.source_nodes = self._sources()
         return response
 
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """:meth:`chat` in a thread."""
         response = await super().achat(message, chat_history)
-        response.source_nodes = await asyncio.to_thread(self._sources, response.response)
+        response.source_nodes = await asyncio.to_thread(self._sources)
         return response
 
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
@@ -113,8 +113,8 @@ class KVzipChatEngine(SimpleChatEngine):
         response.source_nodes = await asyncio.to_thread(self._sources)
         return response
 
-    def _sources(self, answer: str = "") -> list[NodeWithScore]:
+    def _sources(self) -> list[NodeWithScore]:
         """Of the user's last message. The exchange before it is read too, since it may refer to it."""
         turns, _ = plain_messages(self._memory.get())
         asked = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-        return self._ranking([self._part], turns[max(0, asked - 2) : asked + 1], answer)
+        return self._ranking([self._part], turns[max(0, asked - 2) : asked + 1])

@@ -44,8 +44,8 @@ class KVzipQueryEngine(BaseQueryEngine):
         llm: what answers.
         parts: gives the contexts to ask and their nodes, which are the ``source_nodes`` of every answer.
         streaming: return a :class:`StreamingResponse`, or an :class:`AsyncStreamingResponse`.
-        source_top_k: make the ``source_nodes`` the so many passages that question and answer are about most, with scores; see
-            :class:`~llama_index_kvzip.sources.Ranking`. Where answers are streamed it is the question that tells.
+        source_top_k: make the ``source_nodes`` the so many passages that the question is about most, with scores; see
+            :class:`~llama_index_kvzip.sources.Ranking`.
         node_parser: splits documents into these passages; None takes paragraphs.
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
@@ -95,6 +95,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self._event(query_bundle) as event:
             question, parts = query_bundle.query_str, self._checked_parts()
+            nodes = self._sources(parts, question)
             answers: list[ChatResponse] = []
             llm, asked = self._llm.with_context(parts[0].context), question
             if len(parts) > 1:
@@ -104,12 +105,10 @@ class KVzipQueryEngine(BaseQueryEngine):
                 llm, asked = self._llm.with_context(None), _combined(question, answers)
             response: RESPONSE_TYPE
             if self._streaming:
-                nodes = self._sources(parts, question)
                 pieces = (piece.delta or "" for piece in llm.stream_chat([ChatMessage(asked)], **self._options))
                 response = StreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 last = llm.chat([ChatMessage(asked)], **self._options)
-                nodes = self._sources(parts, question, last.message.content or "")
                 response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
@@ -117,6 +116,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self._event(query_bundle) as event:
             question, parts = query_bundle.query_str, await asyncio.to_thread(self._checked_parts)
+            nodes = await asyncio.to_thread(self._sources, parts, question)
             answers: list[ChatResponse] = []
             llm, asked = self._llm.with_context(parts[0].context), question
             if len(parts) > 1:
@@ -125,12 +125,10 @@ class KVzipQueryEngine(BaseQueryEngine):
                 llm, asked = self._llm.with_context(None), _combined(question, answers)
             response: RESPONSE_TYPE
             if self._streaming:
-                nodes = await asyncio.to_thread(self._sources, parts, question)
                 pieces = (piece.delta or "" async for piece in await llm.astream_chat([ChatMessage(asked)], **self._options))
                 response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 last = await llm.achat([ChatMessage(asked)], **self._options)
-                nodes = await asyncio.to_thread(self._sources, parts, question, last.message.content or "")
                 response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response

@@ -1,4 +1,4 @@
-"""What an answer was drawn from: whole documents, or the passages of them that question and answer are about."""
+"""What an answer was drawn from: whole documents, or the passages of them that the question is about."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from llama_index.core.node_parser import NodeParser, TextSplitter
 from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, TextNode
-from torch import Tensor
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.attribution import Span, blend, bm25
@@ -36,7 +35,8 @@ def whole(context: CompressedContext, documents: Sequence[BaseNode]) -> list[Nod
     spans = context.sources if len(context.sources) == len(documents) else [None] * len(documents)
     nodes = []
     for document, span in zip(documents, spans, strict=True):
-        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=dict(document.metadata))
+        start = getattr(document, "start_char_idx", None)
+        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=dict(document.metadata), start_char_idx=start)
         node.relationships[NodeRelationship.SOURCE] = document.source_node or document.as_related_node_info()
         if span is not None:
             _mark(node, (span.start, span.end))
@@ -69,10 +69,11 @@ def _cut(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Which sources an answer has: the documents it was given, or the passages that question and answer are about most.
+    """Which sources an answer has: all documents it could draw on, or the passages that the question is about most.
 
-    Passages are ranked by the attention paid to them and by their words; by the words alone where it is not known which tokens of
-    the context are the document's. Scores lie in [0, 1] and compare the passages of one answer.
+    Passages are ranked by the attention that the question pays them and by its words in them; by the words alone where it is not
+    known which tokens of the context are the document's. Scores lie in [0, 1] and compare the passages of one answer. The answer
+    itself does not count: with a small model that ranked worse.
 
     Args:
         engine: whose contexts they are.
@@ -91,8 +92,8 @@ class Ranking:
         if self.top_k is not None and self.top_k < 1:
             raise InputError(f"source_top_k is {self.top_k}; give the number of passages, at least 1, or None for whole documents")
 
-    def __call__(self, parts: Sequence[Part], question: str | Sequence[Message], answer: str = "") -> list[NodeWithScore]:
-        """Sources, best first, of an answer that was drawn from these parts; of a question that has none yet if it is empty."""
+    def __call__(self, parts: Sequence[Part], question: str | Sequence[Message]) -> list[NodeWithScore]:
+        """The sources of an answer from these parts, best first."""
         if self.top_k is None:
             return [node for part in parts for node in part.nodes]
         parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
@@ -101,11 +102,12 @@ class Ranking:
         if not passages:
             return []
         last = question if isinstance(question, str) else str(question[-1]["content"])
-        scores = bm25(last, [passage.text for passage in passages])
+        kinds = [bm25(last, [passage.text for passage in passages])]
         if all(span is not None for of_part in found for _, span in of_part):
             spans = [(part.context, [span for _, span in of_part if span]) for part, of_part in zip(parts, found, strict=True) if of_part]
-            scores = blend(torch.cat(self.engine.relevance(spans, question, answer)), scores)
-        best: Tensor = scores.argsort(descending=True, stable=True)[: self.top_k]
+            kinds.append(torch.cat(self.engine.relevance(spans, question)))
+        scores = blend(*kinds)
+        best = scores.argsort(descending=True, stable=True)[: self.top_k]
         return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
 
 
@@ -114,6 +116,7 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple
     found: list[tuple[TextNode, Span | None]] = []
     for scored in part.nodes:
         document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
+        before = getattr(document, "start_char_idx", None) or 0  # of a node that is a piece of its document
         try:
             offsets = [] if covered is None else engine.token_offsets(document.get_content())
         except InputError:  # a slow tokenizer
@@ -122,6 +125,7 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple
             if not isinstance(passage, TextNode) or passage.start_char_idx is None or passage.end_char_idx is None:
                 raise InputError(f"{type(parser).__name__} changes the text of {document.node_id!r}; use a parser that only splits it")
             start, end = passage.start_char_idx, passage.end_char_idx
+            passage.start_char_idx, passage.end_char_idx = before + start, before + end
             passage.id_ = f"{document.node_id}/{start}-{end}"
             span = None
             if covered is not None and len(offsets) == covered[1] - covered[0]:
