@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--questions", type=int, default=200)
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=12)
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
     test = articles(args.squad)[DEV:]
