@@ -644,7 +644,9 @@ class KVzipEngine:
         def mass(row: Row, ids: list[int], said: str, more: list[int]) -> Tensor:
             if row.start + len(ids) >= self.window:
                 tokens = row.start + len(ids)
-                raise WindowError(f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window)
+                raise WindowError(
+                    f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
+                )
             first = max(0, len(ids) - closing - len(self._prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
 

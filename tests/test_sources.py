@@ -3,6 +3,7 @@
 import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import compress
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from llama_index_kvzip.sources import TOKENS_KEY, Paragraphs, Part, Ranking, who
 SPANS = [(0, 40), (40, 41), (100, 200), (150, 280)]
 PAGES = [
     "The keeper of the lamp is Oriel. She winds it at dusk, in winter at four, and writes down the hour in the book of the station.",
-    "# Animals\n\nFerdinand the donkey carries oil on Tuesdays. He is given two carrots when he has come back, and none before he has left.",
+    "# Animals\n\nFerdinand the donkey carries oil on Tuesdays. He is given two carrots when he has come back, and none before.",
     "The boat is green and belongs to the company. It sails for the islands on every first Monday, if the harbour master lets it.",
 ]
 DOCUMENTS = [
@@ -52,8 +53,9 @@ def mean_mass(weights: torch.Tensor, context: CompressedContext) -> torch.Tensor
 def test_the_mass_of_a_span_is_that_of_the_models_own_attention(architecture: str, ratio: float) -> None:
     engine = tiny_engine(architecture)
     context, ids, first = engine.load(TEXT, ratio=ratio), list(range(20, 60)), 12
-    layers = [weights for weights, layer in zip(masked_attention(engine, context, ids), context.layers, strict=True) if layer.window is None]
-    expected = torch.stack([mean_mass(weights[:, first:], context) for weights in layers])
+    full = [layer.window is None for layer in context.layers]
+    weights = compress(masked_attention(engine, context, ids), full)
+    expected = torch.stack([mean_mass(of_layer[:, first:], context) for of_layer in weights])
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)
     engine._model.chunk_tokens = 16  # fed in pieces, of which the first does not count
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)

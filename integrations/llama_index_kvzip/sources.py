@@ -121,7 +121,7 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple
             offsets = [] if covered is None else engine.token_offsets(document.get_content())
         except InputError:  # a slow tokenizer
             offsets = []
-        for passage in parser.get_nodes_from_documents([document]):
+        for passage in parser([document]):
             if not isinstance(passage, TextNode) or passage.start_char_idx is None or passage.end_char_idx is None:
                 raise InputError(f"{type(parser).__name__} changes the text of {document.node_id!r}; use a parser that only splits it")
             start, end = passage.start_char_idx, passage.end_char_idx
