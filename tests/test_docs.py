@@ -18,7 +18,7 @@ def test_the_llamaindex_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "contracts" / "lease.txt").write_text("The lease was signed by Ms Ito on 3 May. " * 8)
     (tmp_path / "contracts" / "car.txt").write_text("The car is leased from Mr Abe until June. " * 8)
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
-    assert len(snippets) == 9
+    assert len(snippets) == 10
     names: dict[str, object] = {"__name__": "page"}
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)

@@ -19,14 +19,11 @@ from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
-from kvzip_memory.engine import FREE_TOKENS
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.packing import room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
-
-# Tokens that a document's header may take, and the template around all documents.
-_HEADER, _HEAD = 48, 64
 
 
 class _WholeDocuments(TransformComponent):
@@ -81,10 +78,7 @@ class KVzipIndex(BaseManagedIndex):
         **kwargs: Any,
     ) -> None:
         self._llm, self._system = llm, system
-        most = llm.engine.window - FREE_TOKENS - llm.max_tokens
-        if context_tokens is not None and not 0 < context_tokens <= most:
-            raise InputError(f"context_tokens is {context_tokens:,}; the window leaves 1 to {most:,} beside a question and its answer")
-        self._limit = (context_tokens or most) - _HEAD - (self._n_tokens(system) if system else 0)
+        self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
         self._lock = threading.RLock()
         kwargs["transformations"] = [_WholeDocuments()]
@@ -127,11 +121,8 @@ class KVzipIndex(BaseManagedIndex):
             groups.setdefault(group, []).append(node_id)
         return groups
 
-    def _n_tokens(self, text: str) -> int:
-        return len(self._llm.engine.tokenizer(text, add_special_tokens=False).input_ids)
-
     def _size(self, node: BaseNode) -> int:
-        return _HEADER + self._n_tokens(node.get_content())
+        return size(self._llm.engine, node)
 
     def _place(self, struct: IndexDict, nodes: Sequence[BaseNode]) -> None:
         """Give each node to the first context with room for it."""

@@ -1,0 +1,153 @@
+"""A LlamaIndex response synthesizer that reads retrieved nodes as compressed contexts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llama_index.core import instrumentation
+from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.callbacks.schema import CBEventType, EventPayload
+from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryType, TextNode
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.packing import room, size
+from llama_index_kvzip.query_engine import KVzipQueryEngine
+from llama_index_kvzip.sources import Part, whole
+
+_dispatcher = instrumentation.get_dispatcher(__name__)
+
+
+class KVzipSynthesizer(BaseSynthesizer):
+    """Answers from the nodes that any index retrieves. The same set of nodes is read once, whatever their order and scores.
+
+    .. code-block:: python
+
+        query_engine = SummaryIndex.from_documents(documents).as_query_engine(response_synthesizer=KVzipSynthesizer(llm))
+        print(query_engine.query("Who signed the lease?"))
+
+    Nodes are read in the order of their documents and of their places in them, each under the title, file name or source in its
+    metadata; what does not fit into one context goes into several, asked as by :class:`KVzipQueryEngine`. ``source_nodes`` are the
+    retrieved nodes with their scores. An index whose nodes are other ones for every question gains nothing: each set is built.
+
+    Args:
+        llm: what reads and answers; its ``ratio`` applies.
+        system: a system prompt that is put first and never evicted.
+        streaming: stream the answer.
+        options: of :class:`KVzipQueryEngine`, such as ``source_top_k``, or of every call, such as ``max_tokens``.
+
+    Raises:
+        InputError: as for :class:`KVzipQueryEngine`.
+        WindowError: by every call: a node that is too long for a context.
+        BudgetError, ModelError: by every call, as for :meth:`KVzipEngine.load`.
+    """
+
+    def __init__(self, llm: KVzipLLM, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+        super().__init__(llm=llm, callback_manager=llm.callback_manager, streaming=streaming)
+        self._model, self._system, self._options = llm, system, {**options, "streaming": streaming}
+        self._top_k = options.get("source_top_k")
+        KVzipQueryEngine(llm, tuple, **self._options)  # tells at once what is wrong with them
+
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Answer from nodes; ``response_kwargs`` are options of the call."""
+        if not nodes:
+            return super().synthesize(query, nodes, additional_source_nodes)
+        with self._event(query) as (bundle, end):
+            response = self._reader(nodes, response_kwargs).query(bundle)
+            return end(self._with_sources(response, nodes, additional_source_nodes))
+
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """:meth:`synthesize` in a thread."""
+        if not nodes:
+            return await super().asynthesize(query, nodes, additional_source_nodes)
+        with self._event(query) as (bundle, end):
+            response = await self._reader(nodes, response_kwargs).aquery(bundle)
+            return end(self._with_sources(response, nodes, additional_source_nodes))
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """Answer from texts."""
+        return _said(self._reader(_nodes(text_chunks), response_kwargs).query(query_str))
+
+    async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """:meth:`get_response` in a thread."""
+        return _said(await self._reader(_nodes(text_chunks), response_kwargs).aquery(query_str))
+
+    def _reader(self, nodes: Sequence[NodeWithScore], options: dict[str, Any]) -> KVzipQueryEngine:
+        return KVzipQueryEngine(self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **options})
+
+    def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
+        engine, limit = self._model.engine, room(self._model, self._system)
+        groups: list[list[BaseNode]] = []
+        taken = 0
+        for node in sorted(nodes, key=_place):
+            tokens = size(engine, node)
+            if not groups or taken + tokens > limit:
+                groups.append([])
+                taken = 0
+            groups[-1].append(node)
+            taken += tokens
+        contexts = [engine.load(group, ratio=self._model.ratio, system=self._system) for group in groups]
+        return [Part(context, whole(context, group)) for context, group in zip(contexts, groups, strict=True)]
+
+    def _with_sources(self, response: RESPONSE_TYPE, nodes: Sequence[NodeWithScore], more: Sequence[NodeWithScore] | None) -> RESPONSE_TYPE:
+        found = nodes if self._top_k is None else response.source_nodes
+        response.source_nodes = [*found, *(more or ())]
+        response.metadata = {**(response.metadata or {}), **{node.node.node_id: node.node.metadata for node in response.source_nodes}}
+        return response
+
+    @contextmanager
+    def _event(self, query: QueryType) -> Iterator[tuple[QueryBundle, Callable[[RESPONSE_TYPE], RESPONSE_TYPE]]]:
+        """What LlamaIndex' own synthesizers tell callbacks and instrumentation."""
+        bundle = QueryBundle(query) if isinstance(query, str) else query
+        _dispatcher.event(SynthesizeStartEvent(query=query))
+        with self.callback_manager.event(CBEventType.SYNTHESIZE, payload={EventPayload.QUERY_STR: bundle.query_str}) as event:
+
+            def end(response: RESPONSE_TYPE) -> RESPONSE_TYPE:
+                event.on_end(payload={EventPayload.RESPONSE: response})
+                _dispatcher.event(SynthesizeEndEvent(query=query, response=response))
+                return response
+
+            yield bundle, end
+
+    def _get_prompts(self) -> PromptDictType:
+        return {}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        """There is no prompt to change: the question goes to the model as it is."""
+
+
+def _place(node: BaseNode) -> tuple[str, int, str]:
+    """Sorts nodes by what is in them and not by ids, which differ between two indices of the same documents."""
+    document = node.source_node
+    return (document.hash if document and document.hash else "", getattr(node, "start_char_idx", None) or 0, node.hash)
+
+
+def _nodes(texts: Sequence[str]) -> list[NodeWithScore]:
+    return [NodeWithScore(node=TextNode(text=text)) for text in texts]
+
+
+def _said(response: RESPONSE_TYPE) -> RESPONSE_TEXT_TYPE:
+    if isinstance(response, StreamingResponse):
+        return response.response_gen
+    if isinstance(response, AsyncStreamingResponse):
+        return response.async_response_gen()
+    assert isinstance(response, Response)
+    return response.response or ""
