@@ -7,6 +7,7 @@ import pytest
 from llama_index.core import Document, StorageContext
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.tools import QueryEngineTool
 
 from conftest import TEXT, tiny_engine
@@ -57,6 +58,29 @@ async def test_async_and_streaming_give_the_same(query_engine: KVzipQueryEngine,
 def test_it_serves_as_a_tool(query_engine: KVzipQueryEngine) -> None:
     tool = QueryEngineTool.from_defaults(query_engine, name="pages", description="the pages")
     assert tool.call("Who?").content == str(query_engine.query("Who?"))
+
+
+async def test_response_modes(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
+    combined = index.as_query_engine().query("Who?")
+    told = [part["answer"] for part in combined.metadata["parts"]]
+    assert str(index.as_query_engine(response_mode="tree_summarize").query("Who?")) == str(combined)
+    accumulating = index.as_query_engine(response_mode="accumulate")
+    listed = accumulating.query("Who?")
+    assert str(listed) == f"Response 1: {told[0]}\n---------------------\nResponse 2: {told[1]}"
+    assert listed.metadata["usage"]["completion_tokens"] == 24
+    assert str(await accumulating.aquery("Who?")) == str(listed)
+    counter = TokenCountingHandler()
+    llm.callback_manager = CallbackManager([counter])
+    silent = index.as_query_engine(response_mode=ResponseMode.NO_TEXT).query("Who?")
+    assert (silent.response, len(silent.source_nodes)) == ("", 3)
+    only = await index.as_query_engine(response_mode="context_only", source_top_k=1).aquery("Who is the keeper?")
+    assert str(only) == only.source_nodes[0].node.text
+    assert counter.llm_token_counts == []
+    with pytest.raises(InputError, match="'refine' does not fit whole documents"):
+        index.as_query_engine(response_mode="refine")
+    with pytest.raises(InputError, match="cannot stream"):
+        index.as_query_engine(response_mode="accumulate", streaming=True)
 
 
 # -- KVzipIndex --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import Field
 
 from conftest import TEXT
 from kvzip_memory import InputError, KVzipEngine, WindowError
@@ -107,7 +108,7 @@ def test_passages_of_pieces_have_their_places_in_the_document(llm: KVzipLLM) -> 
 
 def test_it_tells_who_listens(llm: KVzipLLM) -> None:
     class Names(BaseEventHandler):
-        seen: list[str] = []
+        seen: list[str] = Field(default_factory=list)
 
         def handle(self, event: Any, **kwargs: Any) -> None:
             self.seen.append(type(event).__name__)

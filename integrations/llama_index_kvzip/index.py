@@ -207,7 +207,7 @@ class KVzipIndex(BaseManagedIndex):
 
         Args:
             llm: a :class:`KVzipLLM` over the same engine; None is the index's own.
-            kwargs: ``streaming``, ``source_top_k``, ``node_parser``, and options of every call such as ``max_tokens``.
+            kwargs: ``response_mode``, ``streaming``, ``source_top_k``, ``node_parser``, and options of every call such as ``max_tokens``.
 
         Raises:
             InputError: another engine's model, which cannot read these contexts.

@@ -16,12 +16,15 @@ from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.llms import ChatMessage, ChatResponse
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
+from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvzip_memory import CompressedContext, InputError
 from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.sources import Part, Ranking, whole
 
+_ONE_ANSWER = (ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)
+_MODES = (*_ONE_ANSWER, ResponseMode.ACCUMULATE, ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
 _COMBINE = (
     "A question was answered from {count} parts of the documents, each without the others.\n\n{answers}\n\n"
     "Question: {question}\n\nGive one answer to the question. Leave out parts that do not know it."
@@ -43,6 +46,9 @@ class KVzipQueryEngine(BaseQueryEngine):
     Args:
         llm: what answers.
         parts: gives the contexts to ask and their nodes, which are the ``source_nodes`` of every answer.
+        response_mode: ``"compact"`` and ``"tree_summarize"`` give one answer: all is read at one time, so they are the same.
+            ``"accumulate"`` lists the answers from several contexts instead. ``"no_text"`` gives the sources and ``"context_only"``
+            their texts, without a call. Other modes feed texts to the model piece by piece or not at all, which is not done here.
         streaming: return a :class:`StreamingResponse`, or an :class:`AsyncStreamingResponse`.
         source_top_k: make the ``source_nodes`` the so many passages that the question is about most, with scores; see
             :class:`~llama_index_kvzip.sources.Ranking`.
@@ -50,7 +56,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
     Raises:
-        InputError: a ``source_top_k`` below 1.
+        InputError: another ``response_mode``, ``"accumulate"`` with ``streaming``, or a ``source_top_k`` below 1.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         llm: KVzipLLM,
         parts: Callable[[], Sequence[Part]],
         *,
+        response_mode: ResponseMode | str = ResponseMode.COMPACT,
         streaming: bool = False,
         source_top_k: int | None = None,
         node_parser: NodeParser | None = None,
@@ -66,6 +73,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     ) -> None:
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._parts, self._streaming, self._options = llm, parts, streaming, options
+        self._mode = _checked_mode(response_mode, streaming)
         self._sources = Ranking(llm.engine, source_top_k, node_parser)
 
     @classmethod
@@ -97,19 +105,21 @@ class KVzipQueryEngine(BaseQueryEngine):
             question, parts = query_bundle.query_str, self._checked_parts()
             nodes = self._sources(parts, question)
             answers: list[ChatResponse] = []
-            llm, asked = self._llm.with_context(parts[0].context), question
-            if len(parts) > 1:
+            response: RESPONSE_TYPE
+            if self._asks_each(parts):
                 with ThreadPoolExecutor(len(parts)) as pool:
                     runs = [pool.submit(contextvars.copy_context().run, self._ask, part, question) for part in parts]
                     answers = [run.result() for run in runs]
-                llm, asked = self._llm.with_context(None), _combined(question, answers)
-            response: RESPONSE_TYPE
-            if self._streaming:
-                pieces = (piece.delta or "" for piece in llm.stream_chat([ChatMessage(asked)], **self._options))
+            if self._mode not in _ONE_ANSWER:
+                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
+            elif self._streaming:
+                llm, asked = self._last_call(parts, question, answers)
+                pieces = (piece.delta or "" for piece in llm.stream_chat(asked, **self._options))
                 response = StreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
-                last = llm.chat([ChatMessage(asked)], **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
+                llm, asked = self._last_call(parts, question, answers)
+                last = llm.chat(asked, **self._options)
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*answers, last]))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -118,20 +128,39 @@ class KVzipQueryEngine(BaseQueryEngine):
             question, parts = query_bundle.query_str, await asyncio.to_thread(self._checked_parts)
             nodes = await asyncio.to_thread(self._sources, parts, question)
             answers: list[ChatResponse] = []
-            llm, asked = self._llm.with_context(parts[0].context), question
-            if len(parts) > 1:
+            response: RESPONSE_TYPE
+            if self._asks_each(parts):
                 said = [ChatMessage(question)]
                 answers = await asyncio.gather(*(self._llm.with_context(p.context).achat(said, **self._options) for p in parts))
-                llm, asked = self._llm.with_context(None), _combined(question, answers)
-            response: RESPONSE_TYPE
-            if self._streaming:
-                pieces = (piece.delta or "" async for piece in await llm.astream_chat([ChatMessage(asked)], **self._options))
+            if self._mode not in _ONE_ANSWER:
+                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
+            elif self._streaming:
+                llm, asked = self._last_call(parts, question, answers)
+                pieces = (piece.delta or "" async for piece in await llm.astream_chat(asked, **self._options))
                 response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
-                last = await llm.achat([ChatMessage(asked)], **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, last))
+                llm, asked = self._last_call(parts, question, answers)
+                last = await llm.achat(asked, **self._options)
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*answers, last]))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
+
+    def _asks_each(self, parts: Sequence[Part]) -> bool:
+        """Whether the contexts are asked by themselves, with or without a call for all of them behind."""
+        return self._mode == ResponseMode.ACCUMULATE or (self._mode in _ONE_ANSWER and len(parts) > 1)
+
+    def _last_call(self, parts: Sequence[Part], question: str, answers: Sequence[ChatResponse]) -> tuple[KVzipLLM, list[ChatMessage]]:
+        """What gives the one answer, and what it is asked."""
+        if len(parts) == 1:
+            return self._llm.with_context(parts[0].context), [ChatMessage(question)]
+        return self._llm.with_context(None), [ChatMessage(_combined(question, answers))]
+
+    def _listed(self, nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse]) -> str:
+        """The text of the modes that do not give one answer, as LlamaIndex forms it."""
+        if self._mode == ResponseMode.ACCUMULATE:
+            said = (f"Response {i}: {answer.message.content}" for i, answer in enumerate(answers, 1))
+            return "\n---------------------\n".join(said)
+        return "\n\n".join(node.node.get_content() for node in nodes) if self._mode == ResponseMode.CONTEXT_ONLY else ""
 
     def _event(self, query_bundle: QueryBundle) -> Any:
         return self.callback_manager.event(CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str})
@@ -155,13 +184,22 @@ class KVzipQueryEngine(BaseQueryEngine):
         """There is no prompt to change: the question goes to the model as it is."""
 
 
+def _checked_mode(mode: ResponseMode | str, streaming: bool) -> ResponseMode:
+    if mode not in _MODES:  # strings equal the enumeration's members
+        known = ", ".join(repr(known.value) for known in _MODES)
+        raise InputError(f"response_mode {str(getattr(mode, 'value', mode))!r} does not fit whole documents; use one of {known}")
+    if mode == ResponseMode.ACCUMULATE and streaming:
+        raise InputError("response_mode 'accumulate' lists whole answers and cannot stream them; use 'compact', or do not stream")
+    return ResponseMode(mode)
+
+
 def _combined(question: str, answers: Sequence[ChatResponse]) -> str:
     numbered = "\n\n".join(f"Answer {i}: {answer.message.content}" for i, answer in enumerate(answers, 1))
     return _COMBINE.format(count=len(answers), answers=numbered, question=question)
 
 
 def _metadata(
-    parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse], last: ChatResponse | None = None
+    parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse], calls: Sequence[ChatResponse] = ()
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {node.node.node_id: node.node.metadata for node in nodes}
     if answers:
@@ -169,9 +207,10 @@ def _metadata(
             {"context": part.context.key, "ref_doc_ids": [node.node.ref_doc_id for node in part.nodes], "answer": answer.message.content}
             for part, answer in zip(parts, answers, strict=True)
         ]
-    if last is not None and last.raw is not None:
+    if calls:
+        raws: list[Any] = [call.raw for call in calls]
         usage: Counter[str] = Counter()
-        for response in (*answers, last):
-            usage.update((response.raw or {})["usage"])
-        facts |= {"usage": dict(usage), "finish_reason": last.raw["finish_reason"]}
+        for raw in raws:
+            usage.update(raw["usage"])
+        facts |= {"usage": dict(usage), "finish_reason": raws[-1]["finish_reason"]}
     return facts
