@@ -131,7 +131,7 @@ def test_changes_show_in_the_next_answer_and_rebuild_no_other_context(llm: KVzip
     assert engine.stats()["built"] == 4
     index.delete_ref_doc("c", delete_from_docstore=True)
     assert present() == {d.doc_id: d.text for d in DOCUMENTS}
-    assert engine.stats()["built"] == 4  # a alone was there before
+    assert engine.stats()["built"] == 5  # a alone; b stayed
     assert index.refresh_ref_docs([*DOCUMENTS, THIRD]) == [False, False, True]
     assert present()["c"] == THIRD.text
     index.delete_ref_doc("b", delete_from_docstore=True)
@@ -145,6 +145,43 @@ async def test_async_changes_leave_the_same_index(llm: KVzipLLM) -> None:
     await index.adelete_ref_doc("a")
     assert list(index.ref_doc_info) == ["b", "c"]
     assert "red" in index.docstore.get_node("c/whole").get_content()
+
+
+def test_a_deleted_text_is_in_no_context_that_is_left(tmp_path: Path) -> None:
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    engine = llm.engine
+    index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
+    index.insert(Document(text="The goat is grey. " * 4, doc_id="d"))
+
+    def stored(text: str) -> int:
+        engine.registry.flush()
+        contexts = [engine.get(entry.key) for entry in engine.registry.contexts()]
+        return sum(text in engine.tokenizer.decode(context.token_ids) for context in contexts)
+
+    assert stored("goat") == 1
+    index.delete_ref_doc("d")  # may be undone: the docstore still has it
+    assert stored("goat") == 1
+    index.storage_context.persist(tmp_path / "index")
+    engine.close()
+
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    engine = llm.engine
+    storage = StorageContext.from_defaults(persist_dir=str(tmp_path / "index"))
+    index = KVzipIndex.from_storage(storage, llm=llm, context_tokens=450)
+    index.delete_ref_doc("c", delete_from_docstore=True)
+    assert engine.stats()["built"] == 0  # nothing was for that
+    assert (stored("boat"), stored("goat"), stored(TEXT[:20])) == (0, 0, 1)
+    index.parts()
+    assert engine.stats()["built"] == 1
+    # what others have loaded, too, stays
+    other = KVzipIndex.from_documents([DOCUMENTS[1]], llm=llm)
+    KVzipQueryEngine.from_documents([DOCUMENTS[0]], llm=llm, name="mine")
+    assert engine.stats()["built"] == 1
+    index.delete_ref_doc("a", delete_from_docstore=True)
+    index.delete_ref_doc("b", delete_from_docstore=True)
+    assert (stored("keeper"), stored(TEXT[:20])) == (1, 1)
+    assert len(other.parts()) == 1
+    assert engine.stats()["built"] == 1
 
 
 def test_a_restart_rebuilds_nothing(tmp_path: Path) -> None:

@@ -107,19 +107,35 @@ class KVzipIndex(BaseManagedIndex):
         """The contexts and their documents; built where they are found nowhere."""
         with self._lock:
             parts, used = [], {}
-            for node_ids in self._groups().values():
-                nodes = self.docstore.get_nodes(node_ids)
-                key = (*node_ids, *(node.hash for node in nodes))
-                used[key] = self._contexts.get(key) or self._llm.engine.load(nodes, ratio=self._llm.ratio, system=self._system)
+            for key, nodes in self._groups_of_nodes().items():
+                used[key] = self._contexts.get(key) or self._llm.engine.load(
+                    nodes, ratio=self._llm.ratio, system=self._system, tags=self._tag
+                )
                 parts.append(Part(used[key], whole(used[key], nodes)))
             self._contexts = used
             return parts
 
-    def _groups(self) -> dict[str, list[str]]:
+    def _groups_of_nodes(self) -> dict[tuple[str, ...], list[BaseNode]]:
+        """The nodes of each context, by their ids and hashes."""
         groups: dict[str, list[str]] = {}
         for node_id, group in self._index_struct.nodes_dict.items():
             groups.setdefault(group, []).append(node_id)
-        return groups
+        found = [self.docstore.get_nodes(node_ids) for node_ids in groups.values()]
+        return {(*(node.node_id for node in nodes), *(node.hash for node in nodes)): nodes for nodes in found}
+
+    @property
+    def _tag(self) -> str:
+        """Of every context that this index has loaded."""
+        return f"llama_index:{self.index_id}"
+
+    def _forget_unused(self) -> None:
+        """Remove the contexts that only this index has loaded and that it no longer has."""
+        present = self._groups_of_nodes()
+        used = {context.key for key, context in self._contexts.items() if key in present}
+        registry = self._llm.engine.registry
+        for entry in registry.contexts():
+            if set(entry.tags) == {self._tag} and entry.name is None and entry.key not in used:
+                registry.remove(entry.key)
 
     def _size(self, node: BaseNode) -> int:
         return size(self._llm.engine, node)
@@ -175,8 +191,21 @@ class KVzipIndex(BaseManagedIndex):
             self._index_struct.delete(node_id)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """Remove a document; the context it was in is built again when it is next asked."""
-        super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+        """Remove a document; the context it was in is built again when it is next asked.
+
+        With ``delete_from_docstore`` its text is forgotten: contexts of this index that are no longer used leave the registry, unless
+        they were loaded under a name, with other tags or by another index, too.
+        """
+        with self._lock:
+            if delete_from_docstore:
+                self.parts()  # so that those of the other documents are known; they are found, not built
+            super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+            if delete_from_docstore:
+                self._forget_unused()
+
+    async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """:meth:`delete_ref_doc` in a thread."""
+        await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """Replace a document by its new version.
