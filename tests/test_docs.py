@@ -56,12 +56,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> KVzipEngine:
-    """A tiny model in the place of every download. Answers are a few tokens, or what is valid for a schema."""
+    """A tiny random model in the place of every download. Answers are a few tokens, or what is valid for a schema."""
     model, stream = tiny_model(max_position_embeddings=16384), KVzipEngine.stream
 
     def brief(engine: KVzipEngine, context: Any, question: Any, **options: Any) -> Any:
         guided = options.get("schema") is not None or options.get("tools")
-        return stream(engine, context, question, **options | ({"max_new_tokens": 300} if guided else {"max_new_tokens": 6}))
+        # Greedy, a random model may add digits to a number for ever.
+        changes = {"max_new_tokens": 300, "temperature": 1.0, "seed": 0} if guided else {"max_new_tokens": 6}
+        return stream(engine, context, question, **options | changes)
 
     monkeypatch.setattr(KVzipEngine, "stream", brief)
     monkeypatch.setattr(KVzipEngine, "from_pretrained", lambda name, **options: KVzipEngine(model, tiny_tokenizer(), **options))

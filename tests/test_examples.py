@@ -64,7 +64,7 @@ def test_llama_agent_memory_goes_on_in_its_second_run(smollm2: KVzipEngine, tmp_
 
     def run(*dialogue: str) -> list[dict[str, object]]:
         engine = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
-        return asyncio.run(llama_agent_memory.main(KVzipLLM(engine=engine, ratio=0.5, max_tokens=24), tmp_path, dialogue))
+        return asyncio.run(llama_agent_memory.main(KVzipLLM(engine=engine, ratio=0.5, max_tokens=32), tmp_path, dialogue))
 
     first = run(*llama_agent_memory.DIALOGUE[:3])
     [second] = run(llama_agent_memory.DIALOGUE[-1])
