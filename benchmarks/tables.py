@@ -65,6 +65,15 @@ def guidance() -> str:
     return "\n".join([*lines, "", str(result["whole_cost"])])
 
 
+def standard_suites() -> str:
+    result = json.loads((RESULTS / "standard_suites.json").read_text())
+    lines = ["| | unit: passed | failed | skipped | integration: passed | failed | skipped |", "|---" * 7 + "|"]
+    for row in result["table"]:
+        counts = [row[suite].get(outcome, 0) for suite in ("unit", "integration") for outcome in ("passed", "failed", "skipped")]
+        lines.append("| " + " | ".join(map(str, [row["model"], *counts])) + " |")
+    return "\n".join([*lines, "", str(result["versions"])])
+
+
 def memory() -> str:
     result = json.loads((RESULTS / "memory.json").read_text())
     lines = ["| sent | KL | top-1 | same answer | right | of those the full history gets right | tokens read |", "|---" * 7 + "|"]
@@ -92,5 +101,7 @@ if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
     print(f"build\n\n{build()}\n\nregistry\n\n{registry()}\n\nguidance\n\n{guidance()}")
+    if (RESULTS / "standard_suites.json").exists():
+        print(f"\nstandard suites\n\n{standard_suites()}")
     if (RESULTS / "memory.json").exists():
         print(f"\nmemory\n\n{memory()}")

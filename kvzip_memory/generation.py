@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
-from kvzip_memory.guidance import Grammar, Guide
+from kvzip_memory.guidance import Grammar
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class GenerationParams:
         seed: makes sampling repeatable; None draws one.
         stop: texts that end the answer; they are not part of it.
         grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
-        speculate: guess tokens by prompt lookup and check several in one step while no other answer runs. The answer
-            is the same, sooner where it quotes the context.
+        speculate: guess tokens, by prompt lookup and by what the grammar leaves, and check several in one step while no other
+            answer runs. The answer is the same, sooner where it quotes the context or keeps to a form.
 
     Raises:
         InputError: a value outside its range.
@@ -103,11 +103,13 @@ class Sampler:
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 
     def follow(self, guess: Sequence[int], logits: Tensor) -> list[int]:
-        """Tokens for ``logits [len(guess) + 1, vocab]``, each after the guess before it: up to the first that was not guessed."""
+        """Tokens for ``logits [len(guess) + 1, vocab]``, each after the guess before it: up to the first that was not guessed,
+        or that ends the grammar.
+        """
         tokens: list[int] = []
         for i, row in enumerate(logits):
             tokens.append(self(row))
-            if i == len(guess) or tokens[-1] != guess[i]:
+            if i == len(guess) or tokens[-1] != guess[i] or (self.guide is not None and self.guide.ended):
                 break
         return tokens
 
@@ -199,7 +201,7 @@ def decode(
     eos_ids: frozenset[int],
     tokenizer: Any,
     shown: frozenset[int] = frozenset(),
-    guide: Guide | None = None,
+    grammar: Grammar | None = None,
 ) -> Iterator[str]:
     """Pieces of an answer's text as they come; ``answer`` is filled in on the way.
 
@@ -207,13 +209,16 @@ def decode(
         tokens: sampled tokens; where they end by themselves the answer was cancelled.
         limit: at most so many tokens.
         shown: special tokens that are part of the text.
-        guide: of a grammar the answer must keep to.
+        grammar: what the answer must keep to.
 
     Raises:
         UnfinishedError: cut before the grammar lets it end.
     """
     detokenizer, matcher = Detokenizer(tokenizer, shown), StopMatcher(stops)
+    guide = grammar.start() if grammar else None  # at the token that is shown; the sampler's may be ahead
     for token in tokens:
+        if guide is not None:
+            guide.take(token)
         if token in eos_ids:
             answer.finish_reason = "stop"
             piece = detokenizer.flush()

@@ -57,6 +57,10 @@ class Guide:
         self._matcher.consume_token(token)
         self._owed = 0 if self._matcher.is_accepting() else self._owed + 1
 
+    def forced(self) -> list[int]:
+        """Tokens that must follow, spelled as the tokenizer spells them; a model may still spell them otherwise."""
+        return list(self._matcher.compute_ff_tokens())
+
     @property
     def complete(self) -> bool:
         """Whether the answer may end here."""

@@ -61,6 +61,9 @@ class Memory:
 
     def __init__(self, trigger: Trigger, keep: Size) -> None:
         clauses: Any = trigger if isinstance(trigger, list) else [trigger]
+        for size in [keep, *(clause for clause in clauses if not isinstance(clause, Mapping))]:
+            if not (isinstance(size, tuple) and len(size) == 2):
+                raise InputError(f'{size!r} is no size; give ("tokens", n), ("messages", n) or ("fraction", x)')
         self._clauses = [dict(clause) if isinstance(clause, Mapping) else dict([clause]) for clause in clauses]
         self._keep = keep
         for kind, value in [keep, *(item for clause in self._clauses for item in clause.items())]:

@@ -282,7 +282,7 @@ class Session:
             with model.answering(tail), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
-                yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, sampler.guide)
+                yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
@@ -299,7 +299,6 @@ class Session:
     def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
-        speculate = turn.params.speculate and sampler.guide is None  # the guide is to be where the shown text is
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]), model.device.type)
         chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
@@ -311,8 +310,10 @@ class Session:
                 return
             left -= len(chosen)
             lookup.append(chosen)
-            guess = lookup.guess(left - 1) if speculate and model.alone else []
-            guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
+            guess: list[int] = []
+            if turn.params.speculate and model.alone:
+                guess = lookup.guess(left - 1, sampler.guide.forced() if sampler.guide else ())
+                guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
             length = row.tail.length
             chosen = model.feed(row, [chosen[-1], *guess], partial(sampler.follow, guess), n_logits=len(guess) + 1)
             row.tail.crop(length + len(chosen))

@@ -25,7 +25,8 @@ class PromptLookup:
     """The tokens of one answer and of all it can see.
 
     Guesses grow while they are right and shrink while they are wrong, and are made only as long as all of them together
-    have cost no more than they saved and a twentieth of the answer's steps.
+    have cost no more than they saved and a twentieth of the answer's steps. What a grammar forces is guessed until a
+    model has spelled it otherwise once too often.
 
     Args:
         ids: context, conversation and question.
@@ -48,8 +49,10 @@ class PromptLookup:
         self._length = end
         self._credit += RISK * len(ids)
 
-    def guess(self, limit: int) -> list[int]:
-        """What followed the last tokens where they last occurred before; often nothing."""
+    def guess(self, limit: int, forced: Sequence[int] = ()) -> list[int]:
+        """What the grammar leaves to follow, or what followed the last tokens where they last occurred before; often nothing."""
+        if forced and self._credit >= 0:  # a model that spells it otherwise is not asked again
+            return list(forced[: min(limit, MOST)])
         size = min(self._size, limit, int(self._credit / self._cost + 1e-6))
         ids = self._ids[: self._length]
         if size < 1 or len(ids) <= NGRAM:

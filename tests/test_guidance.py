@@ -34,7 +34,7 @@ def babble(engine: KVzipEngine, grammar: Grammar, seed: int, limit: int) -> Answ
     logits, rng, answer = random_logits(engine.tokenizer, engine.model.config.vocab_size), random.Random(seed), Answer()
     sampler = Sampler(GenerationParams(grammar=grammar), engine.model.device)
     tokens = (sampler(logits[rng.randrange(len(logits))]) for _ in itertools.count())
-    for _ in decode(tokens, answer, (), limit, engine._model.eos_ids, engine.tokenizer, engine._prompts.call_ids, sampler.guide):
+    for _ in decode(tokens, answer, (), limit, engine._model.eos_ids, engine.tokenizer, engine._prompts.call_ids, grammar):
         pass
     return answer
 
@@ -111,6 +111,27 @@ def test_properties_that_a_schema_does_not_name_are_not_made_up() -> None:
 def test_a_schema_that_cannot_be_kept_to_says_why(schema: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         tiny_engine().generate(None, "x", schema=schema)
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "seed": 1}])
+def test_what_a_grammar_leaves_no_choice_about_is_checked_in_few_steps(params: dict[str, float]) -> None:
+    engine = tiny_engine()
+    properties: dict[str, Any] = {"name_of_the_keeper": {"enum": ["Ana", "Ito"]}, "wound": {"type": "boolean"}}
+    grammar = engine.guidance.json({"type": "object", "properties": properties, "required": list(properties)})
+    steps: list[int] = []
+    feed = engine._model.feed
+    engine._model.feed = lambda row, ids, *args, **options: steps.append(len(ids)) or feed(row, ids, *args, **options)  # type: ignore
+    guided, plain = engine.session(), engine.session()
+    for question in ("Who?", "Who else?"):
+        one, few = guided.ask(question, max_new_tokens=60, grammar=grammar, **params), len(steps)
+        steps.clear()
+        other, many = plain.ask(question, max_new_tokens=60, grammar=grammar, speculate=False, **params), len(steps)
+        steps.clear()
+        assert set(json.loads(one.text)) == set(properties)
+        assert (one.text, one.usage, one.finish_reason) == (other.text, other.usage, "stop")
+        assert guided._ids == plain._ids
+        assert guided._tail.length == plain._tail.length
+        assert 4 * few < many
 
 
 @pytest.mark.parametrize("kind", ["object", "anything"])

@@ -1,6 +1,7 @@
 """KVzipChatModel in chains: same answers as the engine, usage, streaming, async, and the LLM cache."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from langchain_core.caches import InMemoryCache
@@ -107,3 +108,23 @@ def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:
     assert llm.invoke([HumanMessage("a"), AIMessageChunk(content="b"), HumanMessage("c")]).content
     with pytest.raises(ValueError, match="model="):
         KVzipChatModel()
+    with pytest.raises(ValueError, match="max_token'"):
+        KVzipChatModel(engine=llm.engine, max_token=3)
+    with pytest.raises(ValueError, match="ratio is 30"):
+        KVzipChatModel(engine=llm.engine, ratio=30)
+    with pytest.raises(InputError, match="int is no context"):
+        llm.with_context(3)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no tools"):
+        llm.bind_tools([], tool_choice="any")
+
+
+def test_texts_and_files_are_documents(llm: KVzipChatModel, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(TEXT)
+    assert llm.load_documents(TEXT).n_tokens == llm.engine.load([TEXT]).n_tokens
+    assert llm.load_documents(tmp_path / "page.md").sources[0].name == "page.md"
+
+
+def test_a_schema_needs_no_title(llm: KVzipChatModel) -> None:
+    schema = {"type": "object", "properties": {"wound": {"type": "boolean"}}, "required": ["wound"]}
+    for method in ("json_schema", "function_calling"):
+        assert "wound" in llm.with_structured_output(schema, method=method).invoke("Is it?", max_tokens=200)

@@ -23,6 +23,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
 
+import langchain_kvzip
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
@@ -168,19 +169,20 @@ def test_other_models_are_called_as_if_there_were_no_memory() -> None:
 def test_a_wrong_size_is_an_error_when_the_middleware_is_made() -> None:
     with pytest.raises(InputError, match="keep"):
         memory(trigger=("messages", 2), keep=("messages", 2))
+    for wrong in ({"trigger": 6}, {"trigger": None}, {"keep": 2}, {"ratio": 30}):
+        with pytest.raises(InputError, match=r"is no size|ratio is 30"):
+            memory(**wrong)
 
 
-def test_without_langchain_the_error_says_what_to_install() -> None:
-    code = (
-        "import sys; sys.modules['langchain'] = None; import langchain_kvzip\n"
-        "try:\n    langchain_kvzip.KVzipMemoryMiddleware\nexcept ImportError as error:\n    print(error)"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "kvzip-memory[agents]" in found
+def test_without_langchain_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "langchain.agents.middleware.types", None)
+    monkeypatch.delitem(sys.modules, "langchain_kvzip.middleware")
+    with pytest.raises(ImportError, match=r"kvzip-memory\[agents\]"):
+        langchain_kvzip.KVzipMemoryMiddleware  # noqa: B018
 
 
 def converse(folder: Path, texts: list[str]) -> dict[str, Any]:
-    """Turns of an agent with tools and a SQLite checkpointer; run in processes of their own."""
+    """Turns of an agent with tools and a SQLite checkpointer, first in a process of their own."""
     engine, watch = tiny_engine(cache_dir=folder), Watch()
     spelled = engine.tokenizer.convert_ids_to_tokens(range(engine.model.config.vocab_size))
     with torch.no_grad():  # a random model's answer could end within a character, which guided decoding takes for cut
@@ -204,14 +206,13 @@ def test_a_killed_agent_goes_on_from_disk_without_reading_again(tmp_path: Path) 
         "print(json.dumps(found), flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
     )
 
-    def process(*texts: str) -> dict[str, Any]:
-        command = [sys.executable, "-c", script, str(tmp_path), *texts]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-
-    before = process("Please wind a lamp.", "My name is Ana.", "Please wind another.", "I like tea.")
-    after = process("Who am I?")
+    texts = ["Please wind a lamp.", "My name is Ana.", "Please wind another.", "I like tea."]
+    killed = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), *texts], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    before = json.loads(killed.stdout.splitlines()[-1])
+    after = converse(tmp_path, ["Who am I?"])
     assert before["stats"]["built"] > 0
     assert before["messages"].count("tool") == 2
     assert len(after["messages"]) == len(before["messages"]) + 2
@@ -225,10 +226,10 @@ def test_the_example_goes_on_in_its_second_run(smollm2: KVzipEngine, tmp_path: P
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
     example = importlib.import_module("agent_memory")
     engine = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
-    llm = KVzipChatModel(engine=engine, ratio=0.5, max_tokens=48)
-    first = example.main(llm, tmp_path, example.DIALOGUE[:3])
+    brief: Any = {"ratio": 0.5, "max_tokens": 48, "stop": ["."]}  # a sentence is enough
+    first = example.main(KVzipChatModel(engine=engine, **brief), tmp_path, example.DIALOGUE[:2])
     again = KVzipEngine(smollm2.model, smollm2.tokenizer, cache_dir=tmp_path)
-    second = example.main(KVzipChatModel(engine=again, ratio=0.5, max_tokens=48), tmp_path, ["Thank you."])
+    second = example.main(KVzipChatModel(engine=again, **brief), tmp_path, ["Thank you."])
     assert first[-1]["folded"] > 0
     assert second[0]["seen"] > first[-1]["seen"]
     assert second[0]["read"] < 400 < second[0]["seen"]

@@ -39,6 +39,11 @@ _ASKED = "Answer with one JSON object that validates against this JSON schema: {
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
 
+Documents = BaseLoader | Document | str | Path | Iterable[Document]
+
+# Arguments that LangChain's chat models have for servers.
+_FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
+
 
 class KVzipChatModel(BaseChatModel):
     """Chat model over a local transformers model that reads documents and conversations from compressed contexts.
@@ -172,10 +177,20 @@ class KVzipChatModel(BaseChatModel):
 
     _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        if unknown := sorted(values.keys() - known - _FOR_SERVERS):
+            raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
+        return values
+
     @model_validator(mode="after")
     def _check_model(self) -> KVzipChatModel:
         if not self.model_name and self.given_engine is None:
             raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio is {self.ratio}; it is the fraction of pairs kept, above 0 and at most 1")
         if self.tool_call_parser not in ("auto", *FORMS):
             raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
@@ -198,19 +213,19 @@ class KVzipChatModel(BaseChatModel):
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
-    def load_documents(self, documents: BaseLoader | Document | Iterable[Document], **options: Any) -> CompressedContext:
+    def load_documents(self, documents: Documents, **options: Any) -> CompressedContext:
         """One context of documents or of all that a loader yields, with a progress bar while it is built.
 
         Args:
-            documents: documents, or a document loader.
+            documents: documents, a document loader, a text, or the path of a text file.
             options: ``name``, ``ratio``, ``system``, ``keep``, ``tags``, see :meth:`KVzipEngine.load`, which tells the errors too.
         """
         if isinstance(documents, BaseLoader):
             documents = documents.lazy_load()
-        loaded = [documents] if isinstance(documents, Document) else list(documents)
+        loaded = [documents] if isinstance(documents, Document | str | Path) else list(documents)
         return self.engine.load(loaded, **{"ratio": self.ratio, **options})
 
-    async def aload_documents(self, documents: BaseLoader | Document | Iterable[Document], **options: Any) -> CompressedContext:
+    async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:
         """:meth:`load_documents` in a thread, so that an event loop goes on."""
         return await asyncio.to_thread(self.load_documents, documents, **options)
 
@@ -218,10 +233,12 @@ class KVzipChatModel(BaseChatModel):
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
 
         Raises:
-            InputError: nothing is stored under the name.
+            InputError: nothing is stored under the name, or it is no context.
         """
         if isinstance(context, str):
             context = self.engine.get(context)
+        if not isinstance(context, CompressedContext | None):
+            raise InputError(f"a {type(context).__name__} is no context; load_documents makes one, of texts and documents")
         given = self.profile != self._resolve_model_profile()
         copy = self.model_copy(update={"context": context})
         if not given:
@@ -419,6 +436,8 @@ class KVzipChatModel(BaseChatModel):
                 ``{"type": "function", "function": {"name": ...}}`` that one, ``"none"`` none. Kept to by guided decoding.
             kwargs: options of the call, such as ``parallel_tool_calls=True`` (several forced calls in one answer) or ``response_format``.
         """
+        if not tools and tool_choice not in (None, False, "auto", "none"):
+            raise InputError(f"tool_choice is {tool_choice!r}, but there are no tools")
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
         return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
@@ -446,6 +465,8 @@ class KVzipChatModel(BaseChatModel):
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
             raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
+        if isinstance(schema, dict) and schema.get("type") == "object":
+            schema = {"title": "answer", **schema}  # LangChain asks for one
         if method == "function_calling":
             return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         if kwargs:

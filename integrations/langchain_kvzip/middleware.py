@@ -18,6 +18,7 @@ from langchain.agents.middleware.types import (
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.types import Command, TracePolicy, omit_payload
 
+from kvzip_memory import InputError
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from langchain_kvzip.chat_models import KVzipChatModel, _plain
 
@@ -46,15 +47,36 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             as if there were no memory, with a warning (``"warn"``) or without (``"ignore"``), or a ``TypeError`` is raised.
 
     Raises:
-        InputError: a size that is none, or ``keep`` not below ``trigger``.
+        InputError: a size that is none, ``keep`` not below ``trigger``, or a ratio outside (0, 1].
 
-    Example:
+    Setup:
+        ```bash
+        pip install "kvzip-memory[agents]"
+        ```
+
+    Instantiate:
         ```python
         from langchain.agents import create_agent
-        from langchain_kvzip import KVzipMemoryMiddleware
+        from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
+        from langgraph.checkpoint.memory import InMemorySaver
 
-        agent = create_agent(llm, tools=[], middleware=[KVzipMemoryMiddleware(trigger=("tokens", 3000), keep=("messages", 6))])
-        agent.invoke({"messages": [("user", "Hello, I am Ana.")]})
+        llm = KVzipChatModel(model="HuggingFaceTB/SmolLM2-135M-Instruct", ratio=0.5, max_tokens=48)
+        memory = KVzipMemoryMiddleware(trigger=("tokens", 3000), keep=("messages", 6))
+        agent = create_agent(llm, tools=[], middleware=[memory], checkpointer=InMemorySaver())
+        ```
+
+    Invoke:
+        ```python
+        thread = {"configurable": {"thread_id": "ana"}}
+        state = agent.invoke({"messages": [("user", "Hello, I am Ana.")]}, thread)
+        state["messages"][-1].text
+        ```
+
+    Async:
+        The event loop goes on while a block is folded.
+
+        ```python
+        await agent.ainvoke({"messages": [("user", "Who am I?")]}, thread)
         ```
     """
 
@@ -70,6 +92,8 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         unsupported_model_behavior: Literal["ignore", "warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
+        if ratio is not None and not 0 < ratio <= 1:
+            raise InputError(f"ratio is {ratio}; it is the fraction of pairs kept, above 0 and at most 1")
         self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
 
     def wrap_model_call(
