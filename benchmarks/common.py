@@ -54,6 +54,20 @@ def run_peer(python: str, job: dict[str, Any]) -> dict[str, Any]:
         return json.loads(response.read_text())
 
 
+class Outcomes:
+    """A pytest plugin: what became of each test, by class. What a test is marked as does not count, only what it does."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        _, name, test = report.nodeid.split("::")
+        outcomes = self.of.setdefault(name, {})
+        if report.when == "call" or report.outcome != "passed":
+            marked = hasattr(report, "wasxfail") and report.skipped
+            outcomes[test] = "failed" if marked else report.outcome
+
+
 def save(name: str, result: dict[str, Any]) -> None:
     """Write ``results/<name>.json`` with what one needs to know of the machine."""
     RESULTS.mkdir(exist_ok=True)

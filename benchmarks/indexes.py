@@ -49,7 +49,7 @@ CHUNK, TOP_K = 256, 3  # the embedding model reads 256 tokens
 class Calls(BaseEventHandler):
     """The calls of LLMs that have ended."""
 
-    ended: list[LLMChatEndEvent] = []
+    ended: list[LLMChatEndEvent]
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
         if isinstance(event, LLMChatEndEvent):
@@ -111,7 +111,7 @@ class Answer:
 
 
 def ask(query_engine: BaseQueryEngine, question: str, context: CompressedContext | None) -> Answer:
-    calls = Calls()
+    calls = Calls(ended=[])
     get_dispatcher().add_event_handler(calls)
     began = time.perf_counter()
     text = str(query_engine.query(question))
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--only", choices=["quality", "seconds"], default="quality")
     parser.add_argument("--articles", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=3, help="of an article")
+    parser.add_argument("--questions", type=int, default=6, help="of an article")
     args = parser.parse_args()
     engine, embedding = KVzipEngine.from_pretrained(smollm2(), progress=False), minilm()
     texts = corpora(args.squad, args.articles, args.questions)

@@ -36,7 +36,7 @@ class Store(SimpleVectorStore):
     """LlamaIndex' own store, exact cosine similarity, with the texts beside the vectors, which the block asks for."""
 
     stores_text: bool = True
-    nodes: dict[str, BaseNode] = {}
+    nodes: dict[str, BaseNode]
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         self.nodes |= {node.node_id: node for node in nodes}
@@ -94,12 +94,12 @@ def main() -> None:
     rows = []
     for name, make in blocks.items():
         engine = KVzipEngine(first.model, first.tokenizer, progress=False)  # a registry of its own
-        calls = Calls()
+        calls = Calls(ended=[])
         get_dispatcher().add_event_handler(calls)
         row = scored(engine, Remembering(engine, make), questions, name)
         get_dispatcher().event_handlers.remove(calls)
         rows.append({**row, "calls_of_block": len(calls.ended)})
-        print(rows[-1])
+        print(rows[-1], flush=True)
     save(
         "memory_block",
         {
