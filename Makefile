@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 stress: $(VENV)/.installed
 	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py -s

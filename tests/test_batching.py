@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -231,3 +233,28 @@ def test_an_asking_thread_lets_its_openmp_threads_go_and_gets_them_back() -> Non
     finally:
         torch.set_num_threads(number)
     assert counts == [3, 0, 3, 0]
+
+
+IDLE = """
+import time
+from pathlib import Path
+import torch
+from kvzip_memory.batching import Worker
+
+def native_threads(worker):
+    worker.run(lambda: torch.ones(1 << 20).exp())
+    time.sleep(0.2)  # threads end by themselves
+    return len(list(Path("/proc/self/task").iterdir()))
+
+one, other = Worker(), Worker()
+print(native_threads(one), native_threads(other), native_threads(one))
+"""
+
+
+@pytest.mark.skipif(threads._openmp() is None, reason="torch does not use GNU OpenMP here")
+def test_an_engine_that_computes_has_the_others_let_their_openmp_threads_go() -> None:
+    """Two engines in a process: with the threads of both there would be more than processors."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    out = subprocess.run([sys.executable, "-c", IDLE], env=environment, check=True, capture_output=True, text=True).stdout
+    first, second, third = map(int, out.split())
+    assert second == third == first + 1  # the other's own thread

@@ -1,43 +1,21 @@
-"""A contract for LlamaIndex LLMs, run on KVzipLLM: parity, events, usage, tools, stop, structured output, a free event loop."""
+"""KVzipLLM: the contract of LlamaIndex LLMs, and what goes beyond it: the engine's own answers, contexts, messages, errors."""
 
 import asyncio
-import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from llama_index.core.agent.workflow import FunctionAgent, ToolCallResult
 from llama_index.core.base.llms.types import CacheControl, CachePoint, ImageBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
-from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.llms import ChatMessage, TextBlock
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
-from pydantic import BaseModel
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError, WindowError
+from llama_index_contract import MESSAGES, PAINT, Approval, LLMContract, paint
 from llama_index_kvzip import KVzipLLM
 from test_batching import batch_sizes
-
-MESSAGES = [ChatMessage("Be brief.", role="system"), ChatMessage("Who?"), ChatMessage("He.", role="assistant"), ChatMessage("When?")]
-
-
-class Approval(BaseModel):
-    """Who approves what."""
-
-    what: Literal["travel", "books"]
-    approved: bool
-
-
-def paint(colour: Literal["red", "blue"]) -> str:
-    """Paint the wall."""
-    return f"painted {colour}"
-
-
-PAINT = FunctionTool.from_defaults(paint)
 
 
 @pytest.fixture
@@ -50,23 +28,17 @@ def context(engine: KVzipEngine) -> CompressedContext:
     return engine.load(TEXT, ratio=0.4)
 
 
-class Events(BaseEventHandler):
-    names: list[str]
-
-    def handle(self, event: BaseEvent, **kwargs: Any) -> None:
-        self.names.append(event.class_name())
-
-
-@pytest.fixture
-def events() -> Any:
-    handler, dispatcher = Events(names=[]), get_dispatcher()
-    dispatcher.add_event_handler(handler)
-    yield handler.names
-    dispatcher.event_handlers.remove(handler)
-
-
 def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": message.role.value, "content": str(message.content)} for message in messages]
+
+
+class TestContract(LLMContract):
+    @pytest.fixture
+    def weights(self) -> tuple[Any, Any]:
+        return tiny_model(), tiny_tokenizer()
+
+    def make(self, model: Any, tokenizer: Any, max_tokens: int) -> KVzipLLM:
+        return KVzipLLM(engine=KVzipEngine(model, tokenizer), max_tokens=max_tokens)
 
 
 # -- parity ------------------------------------------------------------------------------------------------------
@@ -128,49 +100,7 @@ def test_call_options_override_fields(llm: KVzipLLM) -> None:
         llm.chat(MESSAGES, beams=2)
 
 
-# -- events ------------------------------------------------------------------------------------------------------
-
-
-async def test_events_fire_once_a_call_sync_async_and_streamed(llm: KVzipLLM, events: list[str]) -> None:
-    chat = ["LLMChatStartEvent", "LLMChatEndEvent"]
-    completion = ["LLMCompletionStartEvent", "LLMCompletionEndEvent"]
-    calls = [
-        (lambda: llm.chat(MESSAGES), chat),
-        (lambda: llm.achat(MESSAGES), chat),
-        (lambda: llm.complete("Who?"), completion),
-        (lambda: llm.acomplete("Who?"), completion),
-    ]
-    for call, expected in calls:
-        events.clear()
-        result = call()
-        if asyncio.iscoroutine(result):
-            await result
-        assert events == expected
-    events.clear()
-    chunks = [chunk async for chunk in await llm.astream_chat(MESSAGES)]
-    assert events == [chat[0], *["LLMChatInProgressEvent"] * len(chunks), chat[1]]
-    events.clear()
-    pieces = list(llm.stream_complete("Who?"))
-    assert events == [completion[0], *["LLMCompletionInProgressEvent"] * len(pieces), completion[1]]
-
-
 # -- the event loop ----------------------------------------------------------------------------------------------
-
-
-async def test_the_loop_goes_on_while_the_model_answers(smollm2: KVzipEngine) -> None:
-    llm, ticks = KVzipLLM(engine=smollm2, max_tokens=60), 0
-
-    async def tick() -> None:
-        nonlocal ticks
-        while True:
-            await asyncio.sleep(0.05)
-            ticks += 1
-
-    task, began = asyncio.create_task(tick()), time.perf_counter()
-    await llm.achat([ChatMessage("Tell me a long story about a lighthouse.")])
-    seconds = time.perf_counter() - began
-    task.cancel()
-    assert ticks >= 0.625 * seconds / 0.05 - 1  # 100 in 8 s
 
 
 async def test_concurrent_calls_share_a_batch_and_answer_as_alone(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
@@ -247,32 +177,6 @@ def test_calls_and_results_are_told_as_by_openais_messages(llm: KVzipLLM, engine
     [call] = llm.get_tool_calls_from_response(response)
     assert call.tool_kwargs == engine.read_calls(expected.text)[1][0]["arguments"]
     assert response.raw["usage"]["prompt_tokens"] == expected.usage.input_tokens
-
-
-async def test_a_function_agent_calls_and_answers(llm: KVzipLLM) -> None:
-    agent = FunctionAgent(tools=[PAINT], llm=llm.model_copy(update={"max_tokens": 200, "stop": ["\n\n\n"]}), initial_tool_choice="paint")
-    handler = agent.run("Paint it.", max_iterations=3, early_stopping_method="generate")
-    called = [event async for event in handler.stream_events() if isinstance(event, ToolCallResult)]
-    await handler
-    assert called[0].tool_name == "paint"
-    assert called[0].tool_output.content.startswith("painted ")
-
-
-# -- structured output -------------------------------------------------------------------------------------------
-
-
-async def test_structured_answers_validate_all_ways(llm: KVzipLLM, events: list[str]) -> None:
-    model, prompt = llm.model_copy(update={"max_tokens": 200}), PromptTemplate("May {who} approve?")
-    one = model.structured_predict(Approval, prompt, who="she")
-    assert isinstance(one, Approval)
-    assert await model.astructured_predict(Approval, prompt, who="she") == one
-    assert list(model.stream_structured_predict(Approval, prompt, who="she"))[-1] == one
-    streamed = [part async for part in await model.astream_structured_predict(Approval, prompt, who="she")]
-    assert streamed[-1] == one
-    assert events.count("LLMStructuredPredictStartEvent") == 4
-    structured = model.as_structured_llm(Approval)
-    response = structured.chat([ChatMessage("May she approve?")])
-    assert response.raw == one == (await structured.achat([ChatMessage("May she approve?")])).raw
 
 
 # -- messages ----------------------------------------------------------------------------------------------------

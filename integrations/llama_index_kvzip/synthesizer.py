@@ -28,7 +28,8 @@ class KVzipSynthesizer(BaseSynthesizer):
 
     .. code-block:: python
 
-        query_engine = SummaryIndex.from_documents(documents).as_query_engine(response_synthesizer=KVzipSynthesizer(llm))
+        index = SummaryIndex.from_documents(documents)
+        query_engine = index.as_query_engine(llm=llm, response_synthesizer=KVzipSynthesizer(llm))
         print(query_engine.query("Who signed the lease?"))
 
     Nodes are read in the order of their documents and of their places in them, each under the title, file name or source in its

@@ -1,0 +1,47 @@
+"""The tools by which an agent loads documents and asks them."""
+
+import re
+from pathlib import Path
+
+from conftest import tiny_engine
+from langchain_kvzip import KVzipChatModel, create_memory_tools
+
+
+def test_an_agents_documents(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path / "cache")
+    load, names, ask, forget = create_memory_tools(engine, max_tokens=5)
+    assert [t.name for t in (load, names, ask, forget)] == ["load_document", "list_documents", "ask_document", "forget_document"]
+    mine = engine.load("What the user has loaded. " * 9, name="private")
+    assert names.invoke({}) == "no documents"
+    assert "is kept" in load.invoke({"name": "page", "text": "A page. " * 9})
+    assert re.fullmatch(r"page: \d+ tokens", names.invoke({}))
+    assert ask.invoke({"name": "page", "question": "Who?"}) == engine.generate(engine.get("page"), "Who?", max_new_tokens=5).text
+    assert create_memory_tools(engine, namespace="else")[1].invoke({}) == "no documents"
+    for tool in (ask, forget):
+        assert "no document 'private'" in tool.invoke({"name": "private", "question": "Who?"})
+    load.invoke({"name": "shared", "text": "Shared. " * 9})
+    engine.load("Shared. " * 9, name="shared", tags="user")
+    assert "used by others" in forget.invoke({"name": "shared"})
+    assert "is forgotten" in forget.invoke({"name": "page"})
+    assert "no document 'page'" in ask.invoke({"name": "page", "question": "Who?"})
+    assert engine.get("private").key == mine.key
+    assert "empty" in load.invoke({"name": "nothing", "text": " "})
+
+
+def test_an_agent_reads_files_of_its_folder_only(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("secret")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "page.txt").write_text("A page. " * 9)
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    load, names, *_ = create_memory_tools(tiny_engine(), folder=folder)
+    assert "is kept" in load.invoke({"path": "page.txt"})
+    for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link.txt", "nothing.txt"):
+        assert "no file" in load.invoke({"path": path})
+    assert names.invoke({}).startswith("page.txt: ")
+
+
+def test_an_agent_calls_them(tmp_path: Path) -> None:
+    llm = KVzipChatModel(engine=tiny_engine(), max_tokens=300)
+    called = llm.bind_tools(create_memory_tools(llm.engine), tool_choice="list_documents").invoke("What is there?")
+    assert called.tool_calls[0]["name"] == "list_documents"
