@@ -199,19 +199,7 @@ def sources() -> str:
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    for table in (
-        build,
-        decode,
-        agents,
-        speculation,
-        registry,
-        guidance,
-        standard_suites,
-        memory,
-        llm_contract,
-        indexes,
-        memory_block,
-        sources,
-    ):
+    tables = (build, decode, agents, speculation, registry, guidance, standard_suites, memory, llm_contract, indexes, memory_block, sources)
+    for table in tables:
         if (RESULTS / f"{table.__name__}.json").exists():
             print(f"{table.__name__}\n\n{table()}\n")
