@@ -1,7 +1,5 @@
 """What LlamaIndex and its users may expect of an LLM with chat and tools, whichever it is: a class of tests to derive from."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterator

@@ -197,6 +197,8 @@ class KVzipLLM(FunctionCallingLLM):
         engine = self.engine
         options = self._options(kwargs)
         turns, keys = plain_messages(messages)
+        if len(turns) > 1 and turns[-1]["role"] == "system":  # so ends what agents send when they are out of iterations
+            turns[-1] = {**turns[-1], "role": "user"}
         context = engine.one_context([self.context, *keys])
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
