@@ -186,9 +186,20 @@ def memory_block() -> str:
     return "\n".join([*lines, "", facts, str(result["versions"])])
 
 
+def sources() -> str:
+    result = json.loads((RESULTS / "sources.json").read_text())
+    lines = ["| ranked by | first | among the first three | where the answer is right |", "|---" * 4 + "|"]
+    for row in result["table"]:
+        cells = [f"{100 * row[field]:.1f} %" for field in ("top_1", "top_3", "top_3_where_the_answer_is_right")]
+        lines.append("| " + " | ".join([row["ranked by"], *cells]) + " |")
+    counts = ("questions", "windows", "passages", "three_at_random", "answers_right")
+    return "\n".join([*lines, "", str({name: result[name] for name in counts})])
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    for table in (build, decode, agents, speculation, registry, guidance, standard_suites, memory, llm_contract, indexes, memory_block):
+    tables = (build, decode, agents, speculation, registry, guidance, standard_suites, memory, llm_contract, indexes, memory_block, sources)
+    for table in tables:
         if (RESULTS / f"{table.__name__}.json").exists():
             print(f"{table.__name__}\n\n{table()}\n")

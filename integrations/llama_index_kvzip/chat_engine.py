@@ -92,29 +92,31 @@ class KVzipChatEngine(SimpleChatEngine):
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer the next message; ``chat_history`` replaces what was said so far."""
         response = super().chat(message, chat_history)
-        response.source_nodes = self._sources()
+        response.source_nodes = self._sources(message)
         return response
 
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """:meth:`chat` in a thread."""
         response = await super().achat(message, chat_history)
-        response.source_nodes = await asyncio.to_thread(self._sources)
+        response.source_nodes = await asyncio.to_thread(self._sources, message)
         return response
 
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`chat`, piece by piece."""
         response = super().stream_chat(message, chat_history)
-        response.source_nodes = self._sources()
+        response.source_nodes = self._sources(message)
         return response
 
     async def astream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`stream_chat` in a thread."""
         response = await super().astream_chat(message, chat_history)
-        response.source_nodes = await asyncio.to_thread(self._sources)
+        response.source_nodes = await asyncio.to_thread(self._sources, message)
         return response
 
-    def _sources(self) -> list[NodeWithScore]:
+    def _sources(self, message: str) -> list[NodeWithScore]:
         """Of the user's last message. The exchange before it is read too, since it may refer to it."""
+        if self._ranking.top_k is None:
+            return list(self._part.nodes)
         turns, _ = plain_messages(self._memory.get())
-        asked = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
-        return self._ranking([self._part], turns[max(0, asked - 2) : asked + 1])
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
+        return self._ranking([self._part], [*turns[:last][-2:], {"role": "user", "content": message}])
