@@ -20,6 +20,7 @@ from llama_index.core.memory import BaseMemoryBlock, FactExtractionMemoryBlock, 
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.core.vector_stores.types import VectorStoreQuery, VectorStoreQueryResult
+from pydantic import PrivateAttr
 
 from common import minilm, save, smollm2
 from indexes import Calls
@@ -36,15 +37,15 @@ class Store(SimpleVectorStore):
     """LlamaIndex' own store, exact cosine similarity, with the texts beside the vectors, which the block asks for."""
 
     stores_text: bool = True
-    nodes: dict[str, BaseNode]
+    _nodes: dict[str, BaseNode] = PrivateAttr(default_factory=dict)
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        self.nodes |= {node.node_id: node for node in nodes}
+        self._nodes |= {node.node_id: node for node in nodes}
         return super().add(nodes, **kwargs)
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         found = super().query(query, **kwargs)
-        found.nodes = [self.nodes[i] for i in found.ids or []]
+        found.nodes = [self._nodes[i] for i in found.ids or []]
         return found
 
 
@@ -88,7 +89,7 @@ def main() -> None:
         "KVzipMemoryBlock, 0.5": lambda llm: KVzipMemoryBlock(llm=llm, ratio=0.5),
         "KVzipMemoryBlock, 0.3": lambda llm: KVzipMemoryBlock(llm=llm, ratio=0.3),
         "FactExtractionMemoryBlock": lambda llm: FactExtractionMemoryBlock(llm=llm),
-        "VectorMemoryBlock": lambda llm: VectorMemoryBlock(vector_store=Store(nodes={}), embed_model=embedding),
+        "VectorMemoryBlock": lambda llm: VectorMemoryBlock(vector_store=Store(), embed_model=embedding),
         "no block": lambda llm: None,
     }
     rows = []
