@@ -1,6 +1,6 @@
 """LlamaIndex indexes over the same texts and the same model: SummaryIndex, VectorStoreIndex, KVzipIndex.
 
-The demo's handbook and its questions; SQuAD articles cut to about 2,000 tokens, an index each; and all of these articles in one index,
+The demo's handbook and its questions; SQuAD articles cut to about 2,000 tokens, an index each; and twice as many of them in one index,
 which is more than the model's window. A question's LLM calls, tokens that they read (those of a loaded context are not read again),
 and the answer: does it contain the expected one, SQuAD's F1, and KL per token to the full text in context, the method being teacher-forced
 on the answer of the full text in the same prompt: KVzipIndex at 1.0 for KVzipIndex, SummaryIndex for LlamaIndex' own prompts. Where the
@@ -68,7 +68,7 @@ class Corpus:
 def corpora(squad: Path, count: int, questions: int) -> list[Corpus]:
     asked = [(q["question"], [q["answer"]]) for q in json.loads((EXAMPLES / "questions.json").read_text())]
     found = [Corpus("handbook", [Document(text=(EXAMPLES / "handbook.md").read_text(), doc_id="handbook")], asked)]
-    for article in articles(squad)[:count]:
+    for article in articles(squad)[: 2 * count]:
         paragraphs, length = [], 0
         for paragraph in article["paragraphs"]:
             length += len(paragraph["context"])
@@ -80,8 +80,8 @@ def corpora(squad: Path, count: int, questions: int) -> list[Corpus]:
         of = [paragraphs[int(step * (i + 0.5))]["qas"][0] for i in range(questions)]
         found.append(Corpus("article", [document], [(qa["question"], qa["answers"]) for qa in of]))
     cut = found[1:]
-    found.append(Corpus("all articles", [c.documents[0] for c in cut], [c.asked[i % questions] for i, c in enumerate(cut)]))
-    return found
+    of_each = [c.asked[i % questions] for i, c in enumerate(cut)]
+    return [*found[: 1 + count], Corpus(f"{2 * count} articles", [c.documents[0] for c in cut], of_each)]
 
 
 def f1(answer: str, expected: str) -> float:
@@ -217,8 +217,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--only", choices=["quality", "seconds"], default="quality")
-    parser.add_argument("--articles", type=int, default=4)
-    parser.add_argument("--questions", type=int, default=6, help="of an article")
+    parser.add_argument("--articles", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=16, help="of an article")
     args = parser.parse_args()
     engine, embedding = KVzipEngine.from_pretrained(smollm2(), progress=False), minilm()
     texts = corpora(args.squad, args.articles, args.questions)

@@ -8,10 +8,11 @@ from llama_index.core import Document, StorageContext
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.schema import TextNode
 from llama_index.core.tools import QueryEngineTool
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine, WindowError
+from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipQueryEngine
 
 DOCUMENTS = [
@@ -214,6 +215,46 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
     with pytest.raises(InputError, match="0 indices"):
         KVzipIndex.from_storage(StorageContext.from_defaults(), llm=llm)
+
+
+async def test_a_change_that_fails_leaves_the_documents_as_they_were(engine: KVzipEngine) -> None:
+    budget = 3 * engine.load(DOCUMENTS, ratio=1.0).nbytes // 2  # the long one fits the window, not the device
+    llm = KVzipLLM(engine=tiny_engine(device_bytes=budget), ratio=1.0, max_tokens=12)
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+
+    def state() -> tuple[dict[str, str], list[str | None], dict[str, str], str]:
+        told = index.storage_context.index_store.get_index_struct(index.index_id)
+        texts = {node_id: node.get_content() for node_id, node in index.docstore.docs.items()}
+        hashes = [index.docstore.get_document_hash(id_) for id_ in ("a", "b", "c", "new")]
+        return texts, hashes, told.nodes_dict, str(index.as_query_engine().query("Who?"))
+
+    before, long = state(), "The lamp was bought from the yard. " * 45
+    changed, new = Document(text=long, doc_id="a"), Document(text=long, doc_id="new")
+    for change in (
+        lambda: asyncio.to_thread(index.update_ref_doc, changed),
+        lambda: asyncio.to_thread(index.insert, new),
+        lambda: asyncio.to_thread(index.insert, changed),
+        lambda: asyncio.to_thread(index.refresh_ref_docs, [THIRD, changed]),
+        lambda: asyncio.to_thread(index.insert_nodes, [TextNode(text=long, id_="new")]),
+        lambda: index.aupdate_ref_doc(changed),
+        lambda: index.ainsert(new),
+        lambda: index.arefresh_ref_docs([THIRD, changed]),
+    ):
+        with pytest.raises(BudgetError):
+            await change()
+        assert state() == before
+    with pytest.raises(WindowError):
+        await index.aupdate_ref_doc(Document(text=long * 100, doc_id="a"))
+    assert state() == before
+    assert await index.arefresh_ref_docs([*DOCUMENTS, THIRD]) == [False, False, True]
+
+
+def test_a_refresh_builds_a_context_once(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    changed = Document(text="The keeper is Mira. " * 6, doc_id="a")
+    assert index.refresh_ref_docs([changed, DOCUMENTS[1], THIRD]) == [True, False, True]
+    assert engine.stats()["built"] == 2
+    assert [node.node.ref_doc_id for node in index.as_retriever().retrieve("Who?")] == ["b", "a", "c"]
 
 
 def test_threads_ask_while_the_index_changes(llm: KVzipLLM) -> None:

@@ -354,6 +354,18 @@ def test_names_tags_and_pins(tmp_path: Path) -> None:
     assert same_pairs(again.get("page"), newer)
     again.registry.remove(newer.key)
     assert again.get("page").key == first.key
+
+
+def test_tags_and_names_are_listed_before_they_are_on_disk(tmp_path: Path) -> None:
+    engine, go_on = tiny_engine(cache_dir=tmp_path, ratio=0.4), threading.Event()
+    engine.load(TEXT, tags="a")
+    engine.registry.flush()
+    engine.registry._writer.submit(go_on.wait)
+    engine.load(TEXT, tags="b", name="page")
+    told = [(entry.tags, entry.name) for entry in engine.registry.contexts()]
+    go_on.set()
+    engine.registry.flush()
+    assert told == [(entry.tags, entry.name) for entry in engine.registry.contexts()] == [(("a", "b"), "page")]
     with pytest.raises(InputError, match="no context 'pag' of this model"):
         again.get("pag")
     again.close()

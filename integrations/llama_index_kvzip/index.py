@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -52,7 +53,8 @@ class KVzipIndex(BaseManagedIndex):
 
     Texts and the split into contexts are persisted by the ``StorageContext``; the contexts lie in the registry of the model's
     engine, on disk if it has a ``cache_dir``, and are built again only if they are found nowhere. A change rebuilds the contexts
-    that the changed document leaves and joins, no others. Query engines and retrievers made before a change see it.
+    that the changed documents leave and join, no others; one that fails leaves the documents as they were. Query engines and
+    retrievers made before a change see it.
 
     Args:
         llm: what reads the documents and answers.
@@ -62,7 +64,7 @@ class KVzipIndex(BaseManagedIndex):
 
     Raises:
         InputError: ``context_tokens`` outside the window.
-        WindowError: a document that is too long for a context; nothing was changed.
+        WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
     """
 
@@ -80,7 +82,7 @@ class KVzipIndex(BaseManagedIndex):
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
-        self._lock = threading.RLock()
+        self._lock, self._changing = threading.RLock(), False
         kwargs["transformations"] = [_WholeDocuments()]
         super().__init__(nodes, **kwargs)
 
@@ -172,10 +174,41 @@ class KVzipIndex(BaseManagedIndex):
         self.parts()
         return self._index_struct
 
+    @contextmanager
+    def _change(self, nodes: Sequence[BaseNode], forget: bool = False) -> Iterator[None]:
+        """A change of the documents of ``nodes``; the contexts are built when it is done. If that fails, the documents are as before."""
+        with self._lock:
+            if self._changing:  # a part of another
+                yield
+                return
+            self._check_lengths(nodes)
+            placed = dict(self._index_struct.nodes_dict)
+            hashes = {id_: self.docstore.get_document_hash(id_) for id_ in {node.ref_doc_id or node.node_id for node in nodes}}
+            known = [info for id_ in hashes if (info := self.docstore.get_ref_doc_info(id_))]
+            node_ids = {node.node_id for node in nodes}.union(*(info.node_ids for info in known))
+            stored = self.docstore.get_nodes(list(node_ids), raise_error=False)
+            self._changing = True
+            try:
+                yield
+                self.parts()
+            except BaseException:
+                self._index_struct.nodes_dict = placed
+                for node_id in node_ids:
+                    self.docstore.delete_document(node_id, raise_error=False)
+                for id_ in hashes:
+                    self.docstore.delete_ref_doc(id_, raise_error=False)
+                self.docstore.add_documents(stored)
+                self.docstore.set_document_hashes({id_: its_hash for id_, its_hash in hashes.items() if its_hash})
+                self.storage_context.index_store.add_index_struct(self._index_struct)
+                raise
+            finally:
+                self._changing = False
+            if forget:
+                self._forget_unused()
+
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Add documents; the contexts they join are built again."""
-        with self._lock:
-            self._check_lengths(nodes)
+        with self._change(nodes):
             super().insert_nodes(nodes, **insert_kwargs)
 
     async def ainsert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
@@ -184,7 +217,6 @@ class KVzipIndex(BaseManagedIndex):
 
     def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         self._place(self._index_struct, nodes)
-        self.parts()
 
     def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:
         with self._lock:
@@ -197,10 +229,11 @@ class KVzipIndex(BaseManagedIndex):
         they were loaded under a name, with other tags or by another index, too.
         """
         with self._lock:
-            if delete_from_docstore:
+            forget = delete_from_docstore and not self._changing
+            if forget:
                 self.parts()  # so that those of the other documents are known; they are found, not built
             super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
-            if delete_from_docstore:
+            if forget:
                 self._forget_unused()
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
@@ -208,14 +241,26 @@ class KVzipIndex(BaseManagedIndex):
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document by its new version.
-
-        Raises:
-            WindowError: that is too long; the old version stays.
-        """
-        with self._lock:
-            self._check_lengths([document])
+        """Replace a document by its new version; the old one is forgotten as by :meth:`delete_ref_doc`."""
+        with self._change([document], forget=True):
             super(BaseManagedIndex, self).update_ref_doc(document, **update_kwargs)
+
+    async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
+        """:meth:`update_ref_doc` in a thread."""
+        await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
+
+    def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """Insert the new ones of these documents and update the changed ones, in one go: all of them or, after an error, none.
+
+        Returns:
+            of each document whether that was so.
+        """
+        with self._change(documents, forget=True):
+            return super().refresh_ref_docs(documents, **update_kwargs)
+
+    async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
+        """:meth:`refresh_ref_docs` in a thread."""
+        return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
 
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:

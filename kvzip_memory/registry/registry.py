@@ -550,7 +550,10 @@ class ContextRegistry:
             for held in [h for tier in (self._host, self._device) for h in tier.held.values() if h.key in found or wanted(h)]:
                 entry = _entry(held)
                 on_disk = found.get(held.key)
-                found[held.key] = replace(on_disk, used=max(entry.used, on_disk.used)) if on_disk else entry
+                if on_disk:  # which may not have been told of the last use yet
+                    name, tags = on_disk.name or entry.name, tuple(sorted({*on_disk.tags, *entry.tags}))
+                    entry = replace(on_disk, name=name, tags=tags, used=max(entry.used, on_disk.used))
+                found[held.key] = entry
         return sorted(filter(self._mine, found.values()), key=lambda entry: entry.used)
 
     def _named(self, disk: DiskTier, name: str) -> list[Entry]:
