@@ -354,6 +354,9 @@ def test_names_tags_and_pins(tmp_path: Path) -> None:
     assert same_pairs(again.get("page"), newer)
     again.registry.remove(newer.key)
     assert again.get("page").key == first.key
+    with pytest.raises(InputError, match="no context 'pag' of this model"):
+        again.get("pag")
+    again.close()
 
 
 def test_tags_and_names_are_listed_before_they_are_on_disk(tmp_path: Path) -> None:
@@ -366,9 +369,7 @@ def test_tags_and_names_are_listed_before_they_are_on_disk(tmp_path: Path) -> No
     go_on.set()
     engine.registry.flush()
     assert told == [(entry.tags, entry.name) for entry in engine.registry.contexts()] == [(("a", "b"), "page")]
-    with pytest.raises(InputError, match="no context 'pag' of this model"):
-        again.get("pag")
-    again.close()
+    engine.close()
 
 
 def test_a_pinned_context_is_never_lost(tmp_path: Path) -> None:
