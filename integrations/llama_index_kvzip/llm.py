@@ -195,7 +195,7 @@ class KVzipLLM(FunctionCallingLLM):
 
     def _answer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseGen:
         engine = self.engine
-        options = self._options(kwargs)
+        options = self.stream_options(kwargs)
         turns, keys = plain_messages(messages)
         if len(turns) > 1 and turns[-1]["role"] == "system":  # so ends what agents send when they are out of iterations
             turns[-1] = {**turns[-1], "role": "user"}
@@ -223,8 +223,12 @@ class KVzipLLM(FunctionCallingLLM):
             async for response in responses:
                 yield response
 
-    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments of :meth:`KVzipEngine.stream` for a call."""
+    def stream_options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments of :meth:`KVzipEngine.stream` for a call with these options.
+
+        Raises:
+            InputError: some of them are unknown.
+        """
         given = dict(kwargs)
         fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed", "stop")}
         options = {name: given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}

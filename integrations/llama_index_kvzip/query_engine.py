@@ -56,7 +56,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
     Raises:
-        InputError: another ``response_mode``, ``"accumulate"`` with ``streaming``, or a ``source_top_k`` below 1.
+        InputError: unknown options, another ``response_mode``, ``"accumulate"`` with ``streaming``, or a ``source_top_k`` below 1.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     ) -> None:
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._parts, self._streaming, self._options = llm, parts, streaming, options
+        llm.stream_options(options)  # tells at once what is unknown
         self._mode = _checked_mode(response_mode, streaming)
         self._sources = Ranking(llm.engine, source_top_k, node_parser)
 
