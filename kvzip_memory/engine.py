@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import psutil
 import torch
@@ -136,6 +137,7 @@ class KVzipEngine:
             tenant=self._tenant,
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        self._loaded: WeakValueDictionary[str, CompressedContext] = WeakValueDictionary()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
@@ -280,6 +282,7 @@ class KVzipEngine:
         keep: str | Sequence[str] = (),
         tags: str | Sequence[str] = (),
         tools: Sequence[Tool] | None = None,
+        behind: bool = False,
     ) -> CompressedContext:
         """A context that goes on where another one ends. That one stays as it is, for whoever uses it.
 
@@ -290,13 +293,14 @@ class KVzipEngine:
         Args:
             context: the parent, of the same model; ``load`` or ``extend`` gave it.
             more: chat messages. They may repeat the conversation the parent was made of, from its first message on; then
-                only what comes behind it is new. Or documents, behind a context of documents; each gets a header.
+                only what comes after it is new. Or documents, behind a context of documents; each gets a header.
             name: see :meth:`load`.
             ratio: kept fraction of all pairs, the parent's ratio if None.
             keep: strings of what is new whose pairs are never evicted. The parent's stay kept, but for a parent of ratio
                 1.0, which has ranked nothing.
             tags: see :meth:`load`.
             tools: as for a conversation in :meth:`load`; described anew only if the parent was made with others.
+            behind: all messages are new, also those that say what the parent begins with once more.
 
         Raises:
             InputError: as for :meth:`load`; documents behind a conversation; a parent whose pairs another scorer ranked.
@@ -312,7 +316,7 @@ class KVzipEngine:
         prompt = (
             self._prompts.more_documents(context, documents, kept)
             if documents
-            else self._prompts.more_turns(context, messages, kept, tools)
+            else self._prompts.more_turns(context, messages, kept, tools, behind)
         )
         self._check_window(prompt)
         return self._load(prompt, ratio, name, tags, began, context)
@@ -368,13 +372,15 @@ class KVzipEngine:
         tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
+        self.registry.readmit(wanted.key)
         build = partial(self._build, wanted, prompt, ratio, parent)
         now = build if pairs is None else partial(build, pairs=pairs)
         with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
             storage = _Managed(self.registry, wanted, build, context.storage, parent)
         release()
-        return replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
+        self._loaded[wanted.key] = context = replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
+        return context
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
         """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
@@ -383,11 +389,15 @@ class KVzipEngine:
     def get(self, reference: str) -> CompressedContext:
         """The context last loaded under a name with this model, or that of a key (8 digits of it at least).
 
+        One that was loaded here and is still in use is also found by its key when its pairs have left the registry.
+
         Raises:
             InputError: nothing is stored under it that this model can use.
         """
         entries = self.registry.find(reference)
         usable = [e for e in entries if all(e.identity.get(f) == self._identity[f] for f in MODEL_FIELDS)]
+        if not usable and (loaded := self._loaded.get(reference)) is not None and not self.registry.is_removed(reference):
+            return loaded
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
             raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
@@ -574,6 +584,8 @@ class KVzipEngine:
             parallel_tool_calls: whether one answer may call several times; None allows it where the model chooses.
             schema: a JSON schema; the answer is JSON that validates against it. With tools: or calls of them.
             form: how calls are written, if not as :attr:`tool_form` says.
+            behind: messages come behind the context, also those that say what it begins with once more; otherwise such are taken for
+                the whole conversation, of which the context holds a part.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None``, see
                 :class:`~kvzip_memory.generation.GenerationParams`.
 
@@ -601,6 +613,7 @@ class KVzipEngine:
         schema: Mapping[str, Any] | None = None,
         parallel_tool_calls: bool | None = None,
         form: ToolForm | None = None,
+        behind: bool = False,
         **params: Any,
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
@@ -610,7 +623,7 @@ class KVzipEngine:
         elif schema is not None:
             params["grammar"] = self.guidance.json(schema)
         if context is not None:
-            return self.session(context).stream(question, tools, **params)
+            return self.session(context).stream(question, tools, behind, **params)
         checked, ids = GenerationParams(**params), self.prompt_ids(None, question, tools)
         context = self.stored_prefix(ids)
         return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
@@ -741,6 +754,12 @@ class _Managed:
 
     @contextmanager
     def lease(self, key: str) -> Iterator[Lease]:
+        if self._registry.is_removed(key):
+            logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
+            context = self._build(lambda *progress: None)
+            with context.lease() as lease:
+                yield replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
+            return
         with _leased(self._registry, self._wanted, self._build, self._parent) as (_, lease):
             yield lease
 

@@ -191,7 +191,7 @@ class _Talk:
         parent, more = found.context or self.base, self.messages[found.messages : count]
         if parent is None:
             return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio), count)
-        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio), count)
+        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, behind=True), count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:
         try:
@@ -202,5 +202,7 @@ class _Talk:
     def _beginning(self, found: Recalled, count: int) -> Prompt:
         parent, more = found.context or self.base, self.messages[found.messages : count]
         return (
-            self._prompts.conversation(more, tools=self.tools) if parent is None else self._prompts.more_turns(parent, more, (), self.tools)
+            self._prompts.conversation(more, tools=self.tools)
+            if parent is None
+            else self._prompts.more_turns(parent, more, (), self.tools, behind=True)
         )

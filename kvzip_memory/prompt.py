@@ -220,22 +220,21 @@ class PromptBuilder:
         messages: Sequence[Message],
         keep: Sequence[str] = (),
         tools: Sequence[Tool] | None = None,
+        behind: bool = False,
     ) -> Prompt:
         """The prefix of a context and turns that follow it. ``keep`` may name strings of these turns only.
 
-        The messages may also repeat the conversation the context was made of; then it is what comes behind that.
+        Unless they come ``behind`` it, the messages may also repeat the conversation the context was made of; then it is what comes after.
 
         Raises:
             InputError: as for :meth:`conversation`, or the messages add nothing.
         """
         tools, n = checked_tools(tools), context.n_tokens
-        with suppress(InputError):  # what does not stand alone does not repeat the context
-            whole = self.conversation(messages, None, keep, tools)
-            if list(whole.token_ids[:n]) == context.token_ids.tolist():
-                if len(whole.token_ids) > n:
-                    spans = tuple(span for span in whole.keep if span[0] >= n)
-                    return self._grown(context, whole.token_ids, whole.recipe, spans, context.sources)
-                messages = []
+        if not behind and (whole := self._repeating(context, messages, keep, tools)):
+            if len(whole.token_ids) > n:
+                spans = tuple(span for span in whole.keep if span[0] >= n)
+                return self._grown(context, whole.token_ids, whole.recipe, spans, context.sources)
+            messages = []
         if not messages or not any(message["content"].strip() or message.get("tool_calls") for message in messages):
             raise InputError("these messages add nothing to the context")
         if messages[-1].get("tool_calls"):
@@ -256,6 +255,16 @@ class PromptBuilder:
             ids += self.text_ids(text)
         recipe = _recipe_behind(turns[-1]["role"], pieces, joins, context.recipe.next_turn, shown)
         return self._grown(context, ids, recipe, self._kept_spans(said, starts, keep), context.sources)
+
+    def _repeating(
+        self, context: CompressedContext, messages: Sequence[Message], keep: Sequence[str], tools: Sequence[Tool] | None
+    ) -> Prompt | None:
+        """The prompt of messages that repeat the conversation a context was made of, None if they do not."""
+        with suppress(InputError):  # what does not stand alone
+            whole = self.conversation(messages, None, keep, tools)
+            if list(whole.token_ids[: context.n_tokens]) == context.token_ids.tolist():
+                return whole
+        return None
 
     def _ends_in_tools(self, recipe: Recipe, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
         """Whether the template describes tools near the end of a prompt, not in what comes before the last question."""

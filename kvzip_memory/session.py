@@ -148,25 +148,25 @@ class Session:
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
 
-    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Reply:
+    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Reply:
         """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
 
-        The first question may be a list of messages with ``tools``. If it repeats the conversation that the context was made of,
-        what comes behind that is asked.
+        The first question may be a list of messages with ``tools``. If they repeat the conversation that the context was made of,
+        what comes after that is asked, unless all of them come ``behind`` it.
 
         Raises:
             InputError: an empty question or a parameter outside its range.
             WindowError: the conversation would not fit into the model's window.
             SessionBusyError: the session is still answering.
         """
-        with self.stream(question, tools, **params) as stream:
+        with self.stream(question, tools, behind, **params) as stream:
             for _ in stream:
                 pass
             return stream.reply
 
-    def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, **params: Any) -> Stream:
+    def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        return self._stream(lambda: self._question_ids(question, tools), GenerationParams(**params))
+        return self._stream(lambda: self._question_ids(question, tools, behind), GenerationParams(**params))
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
         """Answer what ``ids`` ask, which go on behind all that the session holds."""
@@ -256,11 +256,11 @@ class Session:
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
-    def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None) -> list[int]:
+    def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool = False) -> list[int]:
         prompts, context = self._prompts, self.context
         if not self._ends:
             self._first = (question, tools)
-            if context is not None and not isinstance(question, str):
+            if context is not None and not isinstance(question, str) and not behind:
                 with suppress(InputError):  # what does not stand alone does not repeat the context
                     ids = prompts.question(None, question, tools)
                     if len(ids) > self._start and ids[: self._start] == context.token_ids.tolist():

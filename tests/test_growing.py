@@ -60,6 +60,18 @@ def test_the_ids_are_those_of_the_whole_conversation(engine: KVzipEngine) -> Non
     assert ids == contexts[-1].token_ids.tolist() + engine.prompt_ids(contexts[-1], QUESTION)
 
 
+def test_what_comes_behind_a_conversation_may_say_the_same_again(engine: KVzipEngine) -> None:
+    said, question = FIRST[1:], {"role": "user", "content": QUESTION}
+    talk = engine.load(said, ratio=1.0)
+    twice = engine.extend(talk, said, behind=True)
+    assert twice.token_ids.tolist() == engine.load([*said, *said]).token_ids.tolist()
+    whole = engine.generate(None, [*said, *said, question], max_new_tokens=12)
+    again = engine.generate(talk, [*said, question], behind=True, max_new_tokens=12)
+    assert (again.text, again.usage.input_tokens) == (whole.text, whole.usage.input_tokens)
+    assert engine.session(talk).ask([*said, question], behind=True, max_new_tokens=12).text == whole.text
+    assert engine.generate(talk, [*said, question], max_new_tokens=12).usage.input_tokens < whole.usage.input_tokens
+
+
 def test_at_ratio_1_logits_equal_one_dense_prefill_of_everything(architecture: str) -> None:
     engine = tiny_engine(architecture)
     child = chain(engine, 1.0, 1.0, 1.0)[-1]

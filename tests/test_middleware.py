@@ -110,6 +110,23 @@ def test_at_ratio_1_an_agent_with_memory_says_what_one_without_says() -> None:
     assert [reply.text for reply in with_memory] == [reply.text for reply in without]
 
 
+@pytest.mark.parametrize("based", [False, True])
+def test_a_conversation_that_repeats_itself_is_remembered_whole(based: bool) -> None:
+    said = [("user", "Is it lit?"), ("assistant", "Yes.")] * 5
+    texts, tokens = [], []
+    for middleware in ([memory(ratio=1.0, trigger=("messages", 6), keep=("messages", 5))], []):
+        engine = tiny_engine()
+        base = engine.load([{"role": role, "content": text} for role, text in said[:2]], ratio=1.0) if based else None
+        llm = KVzipChatModel(engine=engine, max_tokens=12).with_context(base, behind=True)
+        agent = create_agent(llm, middleware=middleware, checkpointer=InMemorySaver())
+        for messages in (said[:7], said[1:3], said[1:3]):
+            reply = agent.invoke({"messages": messages}, THREAD)["messages"][-1]
+            texts.append(reply.text)
+            tokens.append(reply.usage_metadata["input_tokens"])
+    assert texts[:3] == texts[3:]
+    assert tokens[:3] == tokens[3:]
+
+
 async def test_async_agents_remember_the_same() -> None:
     watch = Watch()
     agent = agent_of(tiny_engine(), memory(), watch)

@@ -372,6 +372,44 @@ def test_tags_and_names_are_listed_before_they_are_on_disk(tmp_path: Path) -> No
     engine.close()
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_removed_is_answered_from_but_stored_no_more(tmp_path: Path, stored: bool) -> None:
+    engine = tiny_engine(cache_dir=tmp_path if stored else None, ratio=0.4)
+    context = engine.load(TEXT, name="page")
+    expected = engine.generate(context, "Who?", max_new_tokens=8).text
+    stream = engine.stream(context, "Who?", max_new_tokens=8)
+    pieces = [next(iter(stream))]
+    engine.registry.remove(context.key)  # during an answer
+    assert "".join([*pieces, *stream]) == expected
+    assert engine.registry.contexts() == []
+    reply = engine.generate(context, "Who?", max_new_tokens=8)
+    assert (reply.text, reply.receipt.tier, reply.receipt.reason) == (expected, "built", "removed")
+    engine.registry.flush()
+    assert engine.registry.contexts() == []
+    assert engine.stats()["tiers"]["device"]["nbytes"] == 0
+    for reference in (context.key, "page"):
+        with pytest.raises(InputError, match="no context"):
+            engine.get(reference)
+    assert engine.load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
+    assert engine.generate(context, "Who?", max_new_tokens=8).receipt.tier == "device"
+    engine.close()
+
+
+def test_a_context_in_use_is_found_by_its_key_when_its_pairs_are_gone() -> None:
+    size = tiny_engine(ratio=0.4).load(TEXT).nbytes
+    engine = tiny_engine(ratio=0.4, device_bytes=int(1.5 * size))
+    context = engine.load(TEXT)
+    key, expected = context.key, engine.generate(context, "Who?", max_new_tokens=8).text
+    engine.load("Other. " + TEXT)
+    assert engine.registry.tiers(key) == []
+    assert engine.generate(engine.get(key), "Who?", max_new_tokens=8).text == expected
+    engine.load("Other. " + TEXT)
+    del context
+    gc.collect()
+    with pytest.raises(InputError, match="no context"):
+        engine.get(key)
+
+
 def test_a_pinned_context_is_never_lost(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.4)
     size = engine.load(TEXT).nbytes

@@ -158,6 +158,8 @@ class KVzipChatModel(BaseChatModel):
     """Share an engine; its ratio and cache folder apply."""
     context: CompressedContext | None = Field(default=None, exclude=True)
     """What is answered from; set it with :meth:`with_context`."""
+    behind: bool = Field(default=False, exclude=True)
+    """Whether messages always come behind it; set with it."""
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
     cache_dir: str | None = None
@@ -229,8 +231,13 @@ class KVzipChatModel(BaseChatModel):
         """:meth:`load_documents` in a thread, so that an event loop goes on."""
         return await asyncio.to_thread(self.load_documents, documents, **options)
 
-    def with_context(self, context: CompressedContext | str | None) -> KVzipChatModel:
+    def with_context(self, context: CompressedContext | str | None, *, behind: bool = False) -> KVzipChatModel:
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
+
+        Args:
+            context: what is answered from; None for nothing.
+            behind: messages come behind it, also those that say what it begins with once more; otherwise such are taken for the
+                whole conversation, of which the context holds a part.
 
         Raises:
             InputError: nothing is stored under the name, or it is no context.
@@ -240,7 +247,7 @@ class KVzipChatModel(BaseChatModel):
         if not isinstance(context, CompressedContext | None):
             raise InputError(f"a {type(context).__name__} is no context; load_documents makes one, of texts and documents")
         given = self.profile != self._resolve_model_profile()
-        copy = self.model_copy(update={"context": context})
+        copy = self.model_copy(update={"context": context, "behind": behind})
         if not given:
             copy.profile = copy._resolve_model_profile()
         return copy
@@ -284,6 +291,7 @@ class KVzipChatModel(BaseChatModel):
         options = self._options(stop, kwargs)
         turns, file_ids = _plain(messages)
         context = engine.one_context([self.context, *file_ids])
+        options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
         created = 0
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
@@ -387,6 +395,7 @@ class KVzipChatModel(BaseChatModel):
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
             "engine": self.given_engine.fingerprint if self.given_engine else None,
             "context": self.context.key if self.context else None,
+            "behind": self.behind,
             "ratio": self.ratio,
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,

@@ -134,11 +134,12 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         handle: Any = request.state.get("kvzip_memory")
         recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
         if recalled.context is None:
-            return recalled, request
+            behind = base is not None and not file_ids
+            return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request
         rest = request.messages[recalled.messages - (len(turns) - len(request.messages)) :]
         if file_ids:  # the context they bring is part of the one recalled
             rest = [_without_files(message) for message in rest]
-        return recalled, request.override(model=model.with_context(recalled.context), messages=rest, system_message=None)
+        return recalled, request.override(model=model.with_context(recalled.context, behind=True), messages=rest, system_message=None)
 
     def _with_handle(
         self, response: ModelResponse[Any], request: ModelRequest[Any], recalled: Recalled

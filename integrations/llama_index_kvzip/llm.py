@@ -204,7 +204,7 @@ class KVzipLLM(FunctionCallingLLM):
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
         said, calls = "", list[ToolCallBlock]()
-        with engine.stream(context, turns, **options) as pieces:
+        with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
             for piece in pieces:
                 text, deltas = reader.push(piece) if reader else (piece, [])
                 said += text

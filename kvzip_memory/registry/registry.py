@@ -114,6 +114,7 @@ class ContextRegistry:
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
         self._changed = threading.Condition()
         self._flights: dict[str, _Flight] = {}
+        self._removed: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
         self._warned: set[str] = set()
@@ -156,9 +157,14 @@ class ContextRegistry:
             with held.context.lease() as resident:
                 yield held.context, Lease(resident.layers, receipt)
         finally:
-            with self._changed:
-                held.users -= 1
-                self._changed.notify_all()
+            self._let_go(held)
+
+    def _let_go(self, held: Held) -> None:
+        with self._changed:
+            held.users -= 1
+            if held.key in self._removed and not held.users:
+                self._drop(held)
+            self._changed.notify_all()
 
     def _acquire(self, wanted: Wanted, build: Build, waiting: Report) -> tuple[Held, _Story]:
         began, story = time.perf_counter(), _Story()
@@ -193,10 +199,15 @@ class ContextRegistry:
         """False, and gone, if it has expired. With the lock held."""
         if held.expires is None or held.expires >= time.time() or held.users:
             return True
-        tier = self._device if held.key in self._device.held else self._host
-        tier.take(held.key)
-        tier.reserved -= held.nbytes
+        self._drop(held)
         return False
+
+    def _drop(self, held: Held) -> None:
+        """Let go of a context in memory, if it is still there. With the lock held."""
+        for tier in (self._device, self._host):
+            if tier.held.get(held.key) is held:
+                tier.take(held.key)
+                tier.reserved -= held.nbytes
 
     def _fly(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
         try:
@@ -410,12 +421,11 @@ class ContextRegistry:
 
         def write() -> None:
             try:
-                self._store(held)
+                if not self.is_removed(held.key):
+                    self._store(held)
             finally:
                 lock.release()
-                with self._changed:
-                    held.users -= 1
-                    self._changed.notify_all()
+                self._let_go(held)
 
         self._writer.submit(write)
 
@@ -630,22 +640,30 @@ class ContextRegistry:
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
+        Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
+
         Raises:
             InputError: nothing is stored under the reference.
         """
         self.flush()
         entry = self.one(reference)
         self._try("remove", lambda disk: disk.remove(entry.key))
-        deadline = time.monotonic() + self._wait_s
         with self._changed:
-            for tier in (self._device, self._host):
-                while (held := tier.held.get(entry.key)) is not None and held.users and time.monotonic() < deadline:
-                    self._changed.wait(0.5)
-                if held is not None and not held.users:
-                    tier.take(entry.key)
-                    tier.reserved -= held.nbytes
+            self._removed.add(entry.key)
+            for held in [tier.held[entry.key] for tier in (self._device, self._host) if entry.key in tier.held]:
+                if not held.users:
+                    self._drop(held)
             self._changed.notify_all()
         return entry
+
+    def is_removed(self, key: str) -> bool:
+        """Whether a context was deleted here and not loaded again."""
+        return key in self._removed
+
+    def readmit(self, key: str) -> None:
+        """A context that was deleted may be stored again."""
+        with self._changed:
+            self._removed.discard(key)
 
     def verify(self, reference: str) -> str | None:
         """Check every byte of a stored context: None if it is sound, else what is wrong; it is in quarantine then."""
