@@ -127,9 +127,13 @@ class KVzipEngine:
             device_bytes = _memory_nbytes(device) // 4
         if host_bytes is None:
             host_bytes = 0 if device.type == "cpu" else _memory_nbytes(torch.device("cpu")) // 8
+        #: The folder given, None if contexts are in memory only.
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        #: What integrations keep for as long as the engine is there, by their names.
+        self.shared: dict[str, Any] = {}
         self.registry = ContextRegistry(
             device,
-            None if cache_dir is None else Path(cache_dir).expanduser() / "contexts",
+            None if self.cache_dir is None else self.cache_dir / "contexts",
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             disk_bytes=disk_bytes,

@@ -1,15 +1,11 @@
-"""KVzipChatEngine and KVzipMemoryBlock: conversations over documents, and old turns that stay readable."""
-
-from pathlib import Path
+"""KVzipChatEngine: conversations over documents."""
 
 import pytest
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import ChatMessage
-from llama_index.core.memory import Memory
 
-from conftest import tiny_engine
 from kvzip_memory import InputError, KVzipEngine
-from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock
+from llama_index_kvzip import KVzipIndex, KVzipLLM
 from test_llama_index import DOCUMENTS, THIRD
 
 
@@ -43,49 +39,3 @@ def test_a_conversation_has_one_context(llm: KVzipLLM) -> None:
     with pytest.raises(InputError, match="2 contexts"):
         index.as_chat_engine()
     assert str(index.as_chat_engine(ChatMode.CONDENSE_QUESTION).chat("Who?")) == str(index.as_query_engine().query("Who?"))
-
-
-def turns(count: int) -> list[ChatMessage]:
-    return [ChatMessage(f"Line {i // 2}.", role="assistant" if i % 2 else "user") for i in range(2 * count)]
-
-
-async def test_turns_beyond_the_limit_are_read_from_a_growing_context(llm: KVzipLLM, engine: KVzipEngine) -> None:
-    block = KVzipMemoryBlock(llm=llm, ratio=1.0)
-    memory = Memory.from_defaults(
-        session_id="ana",
-        token_limit=60,
-        chat_history_token_ratio=0.7,
-        token_flush_size=20,
-        tokenizer_fn=engine.tokenizer.tokenize,
-        memory_blocks=[block],
-    )
-    everything = turns(12)
-    for message in everything:
-        await memory.aput(message)
-    handle, *recent = await memory.aget()
-    context = block.context("ana")
-    assert context is not None
-    assert handle.additional_kwargs == {"kvzip_context": context.key}
-    assert 0 < len(recent) < 8
-    # At ratio 1.0 nothing is lost: the answer is that to the whole conversation.
-    question = ChatMessage("Which?")
-    answer = await llm.achat([handle, *recent, question])
-    assert answer.message.content == llm.chat([*everything, question]).message.content
-    assert answer.raw["usage"]["cached_tokens"] >= context.n_tokens
-    assert block.context("bob") is None
-
-
-async def test_sessions_are_apart_and_found_again_after_a_restart(tmp_path: Path) -> None:
-    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path), max_tokens=12)
-    block = KVzipMemoryBlock(llm=llm)
-    await block.aput(turns(6), from_short_term_memory=True, session_id="ana")
-    await block.aput(turns(3), from_short_term_memory=True, session_id="bob")
-    ana, bob = block.context("ana"), block.context("bob")
-    assert ana is not None
-    assert bob is not None
-    assert ana.n_tokens > bob.n_tokens
-    llm.engine.close()
-    later = KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path), max_tokens=12))
-    [handle] = await later.aget([], session_id="ana")
-    assert handle.additional_kwargs["kvzip_context"] == ana.key
-    assert later.llm.chat([handle, ChatMessage("Which?")]).message.content == llm.with_context(ana).complete("Which?").text

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import logging
+import os
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage
+from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ToolCallBlock
 from llama_index.core.memory import BaseMemoryBlock
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
-from kvzip_memory import CompressedContext, InputError
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
+from kvzip_memory.prompt import Message
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
+
+logger = logging.getLogger(__name__)
 
 
 class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
@@ -25,10 +35,15 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         print(await agent.run("What did I ask on Monday?", memory=memory))
 
     The block gives one empty message that stands for the context; only :class:`KVzipLLM` over the same engine reads it, other models
-    see nothing. Each session has a context of its own, found again by the block's name and the session's id after a restart if
-    the engine has a ``cache_dir``. It takes room in the model's window, as much as the turns would.
+    see nothing. Each session has a context of its own, by the block's name and the session's id, shared by all blocks over one engine. It
+    takes room in the model's window, as much as the turns would.
+
+    If the engine has a ``cache_dir`` the turns are written there, too: another process or another model goes on from them, and builds
+    the context again where it is lost. Turns that could not be read into the context are told as they are, behind it, and are read with
+    the next ones.
 
     Raises:
+        InputError: by ``aput``: messages that are not text; the block does not take them.
         WindowError: by ``aput``: the turns outgrow the window.
         BudgetError, ModelError: by ``aput``, as for :meth:`KVzipEngine.extend`.
     """
@@ -39,35 +54,162 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     ratio: float | None = None
     """Fraction of key-value pairs kept; None is the model's."""
 
-    _contexts: dict[str, CompressedContext] = PrivateAttr(default_factory=dict)
-    _lock: threading.Lock = PrivateAttr(default_factory=threading.Lock)
-
     async def _aget(self, messages: list[ChatMessage] | None = None, session_id: str = "", **block_kwargs: Any) -> list[ChatMessage]:
-        context = await asyncio.to_thread(self.context, session_id)
-        return [] if context is None else [ChatMessage("", role="system", additional_kwargs={CONTEXT_KEY: context.key})]
+        session = self._session(session_id)
+        if not session.is_current:
+            await asyncio.to_thread(session.read, self._ratio)
+        return session.told()
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         if messages:
-            await asyncio.to_thread(self._grow, messages)
+            session = self._session(messages[0].additional_kwargs.get("session_id", ""))
+            await asyncio.to_thread(session.grow, messages, self._ratio)
 
     def context(self, session_id: str = "") -> CompressedContext | None:
         """The context of a session's old turns, None before there are any."""
+        session = self._session(session_id)
+        session.read(self._ratio)
+        return session.known.context
+
+    def forget(self, session_id: str = "") -> None:
+        """Delete a session's old turns and the contexts that only it has loaded."""
+        self._session(session_id).forget()
+
+    @property
+    def _ratio(self) -> float | None:
+        return self.llm.ratio if self.ratio is None else self.ratio
+
+    def _session(self, session_id: str) -> _Session:
+        engine = self.llm.engine
+        of_engine: dict[tuple[str, str], _Session] = engine.shared.setdefault("llama_index.memory", {})
+        return of_engine.setdefault((self.name, session_id), _Session(engine, self.name, session_id))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A session's old turns; the context holds the first ``count`` of them, ``size`` bytes of the file were read."""
+
+    turns: tuple[Message, ...] = ()
+    context: CompressedContext | None = None
+    count: int = 0
+    size: int = 0
+
+
+class _Session:
+    """The old turns of a session. They are the truth, in a file if the engine has a folder; their context is made of them.
+
+    A record, a line of JSON, is ``{"turns": [...]}`` or, when turns have been read, ``{"context": key, "count": turns in it, "model":
+    fingerprint}``.
+    """
+
+    def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
+        self._engine, self._tag = engine, f"memory {name}: {session_id}"
+        self._path: Path | None = None
+        if engine.cache_dir is not None:
+            digest = hashlib.sha256(json.dumps([engine.registry.tenant, name, session_id]).encode()).hexdigest()
+            self._path = engine.cache_dir / "memory" / f"{digest}.jsonl"
+        self._lock = threading.Lock()
+        self.known = _Known()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no other process has written since."""
+        return self._size() == self.known.size
+
+    def told(self) -> list[ChatMessage]:
+        """A message that stands for the context, and the turns that are not in it."""
+        known = self.known
+        handle = [] if known.context is None else [ChatMessage("", role="system", additional_kwargs={CONTEXT_KEY: known.context.key})]
+        return handle + [_message(turn) for turn in known.turns[known.count :]]
+
+    def read(self, ratio: float | None) -> None:
+        """What other processes have written."""
         with self._lock:
-            return self._found(session_id)
+            if self.is_current:
+                return
+            self._read()
+            try:
+                self._build(ratio)
+            except KVzipError as error:  # they are told as they are, and whoever asks will say so
+                logger.warning("%s: the turns are not compressed: %s", self._tag, error)
 
-    def _found(self, session_id: str) -> CompressedContext | None:
-        if session_id not in self._contexts:
-            with suppress(InputError):
-                self._contexts[session_id] = self.llm.engine.get(self._alias(session_id))
-        return self._contexts.get(session_id)
-
-    def _alias(self, session_id: str) -> str:
-        return f"memory {self.name}: {session_id}"
-
-    def _grow(self, messages: list[ChatMessage]) -> None:
-        session_id = messages[0].additional_kwargs.get("session_id", "")
-        turns, _ = plain_messages(messages)
+    def grow(self, messages: list[ChatMessage], ratio: float | None) -> None:
+        """Take in turns, and put those that are in no context yet into it."""
+        turns = [turn for turn in plain_messages(messages)[0] if turn["content"].strip() or turn.get("tool_calls")]
         with self._lock:
-            engine, before = self.llm.engine, self._found(session_id)
-            options: dict[str, Any] = {"name": self._alias(session_id), "ratio": self.ratio or self.llm.ratio}
-            self._contexts[session_id] = engine.extend(before, turns, **options) if before else engine.load(turns, **options)
+            if not self.is_current:
+                self._read()
+            self._write({"turns": turns})
+            self.known = replace(self.known, turns=(*self.known.turns, *turns), size=self._size())
+            self._build(ratio)
+
+    def forget(self) -> None:
+        with self._lock:
+            if self._path is not None:
+                self._path.unlink(missing_ok=True)
+            self.known = _Known()
+            registry = self._engine.registry
+            for entry in registry.contexts():
+                if set(entry.tags) == {self._tag} and entry.name is None:
+                    registry.remove(entry.key)
+
+    def _build(self, ratio: float | None) -> None:
+        known = self.known
+        new = known.turns[known.count :]
+        if not new or new[-1].get("tool_calls"):  # the calls' results are to come
+            return
+        context = self._built(known.context, new, ratio)
+        self._write({"context": context.key, "count": len(known.turns), "model": self._engine.fingerprint})
+        self.known = replace(known, context=context, count=len(known.turns), size=self._size())
+
+    def _built(self, before: CompressedContext | None, new: tuple[Message, ...], ratio: float | None) -> CompressedContext:
+        if before is not None:
+            try:
+                return self._engine.extend(before, new, ratio=ratio, tags=self._tag, behind=True)
+            except WindowError:
+                raise
+            except InputError as error:  # such as an assistant's turn behind another
+                logger.debug("%s is read again: %s", self._tag, error)
+        return self._engine.load(self.known.turns, ratio=ratio, tags=self._tag)
+
+    # -- the file ------------------------------------------------------------------------------------------------
+
+    def _size(self) -> int:
+        with suppress(OSError):
+            return self._path.stat().st_size if self._path else 0
+        return 0
+
+    def _read(self) -> None:
+        turns: list[Message] = []
+        key, count = None, 0
+        content = self._path.read_bytes() if self._path and self._path.exists() else b""
+        for line in content.splitlines():
+            try:
+                record = json.loads(line) if line else {}
+            except ValueError:  # the process was killed while it wrote
+                logger.warning("%s: a damaged line is left out", self._path)
+                continue
+            turns += record.get("turns", ())
+            if record.get("model") == self._engine.fingerprint:
+                key, count = record["context"], record["count"]
+        context = None
+        if key is not None:
+            with suppress(KVzipError):
+                context = self._engine.get(key)
+        self.known = _Known(tuple(turns), context, count if context else 0, len(content))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
+            file.write(f"\n{json.dumps(record)}".encode())  # in front, as the last line may be damaged
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _message(turn: Message) -> ChatMessage:
+    blocks: list[ContentBlock] = [TextBlock(text=turn["content"])] if turn["content"] else []
+    blocks += [ToolCallBlock(tool_call_id=c["id"], tool_name=c["name"], tool_kwargs=c["arguments"]) for c in turn.get("tool_calls", ())]
+    told = {"tool_call_id": turn["tool_call_id"]} if turn.get("tool_call_id") else {}
+    return ChatMessage(role=turn["role"], blocks=blocks, additional_kwargs=told)

@@ -1,0 +1,172 @@
+"""KVzipMemoryBlock: old turns that stay readable, whatever becomes of contexts, processes and builds."""
+
+import asyncio
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_index.core.base.llms.types import ImageBlock, ToolCallBlock
+from llama_index.core.llms import ChatMessage
+from llama_index.core.memory import Memory
+
+from conftest import tiny_engine
+from kvzip_memory import BudgetError, InputError, KVzipEngine
+from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
+
+
+@pytest.fixture
+def llm(engine: KVzipEngine) -> KVzipLLM:
+    return KVzipLLM(engine=engine, ratio=0.4, max_tokens=12)
+
+
+def turns(count: int) -> list[ChatMessage]:
+    return [ChatMessage(f"Line {i // 2}.", role="assistant" if i % 2 else "user") for i in range(2 * count)]
+
+
+async def test_turns_beyond_the_limit_are_read_from_a_growing_context(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    block = KVzipMemoryBlock(llm=llm, ratio=1.0)
+    memory = Memory.from_defaults(
+        session_id="ana",
+        token_limit=60,
+        chat_history_token_ratio=0.7,
+        token_flush_size=20,
+        tokenizer_fn=engine.tokenizer.tokenize,
+        memory_blocks=[block],
+    )
+    everything = turns(12)
+    for message in everything:
+        await memory.aput(message)
+    handle, *recent = await memory.aget()
+    context = block.context("ana")
+    assert context is not None
+    assert handle.additional_kwargs == {"kvzip_context": context.key}
+    assert 0 < len(recent) < 8
+    # At ratio 1.0 nothing is lost: the answer is that to the whole conversation.
+    question = ChatMessage("Which?")
+    answer = await llm.achat([handle, *recent, question])
+    assert answer.message.content == llm.chat([*everything, question]).message.content
+    assert answer.raw["usage"]["cached_tokens"] >= context.n_tokens
+    assert block.context("bob") is None
+
+
+async def flush(block: KVzipMemoryBlock, messages: list[ChatMessage], session_id: str = "ana") -> None:
+    await block.aput([message.model_copy(deep=True) for message in messages], from_short_term_memory=True, session_id=session_id)
+
+
+def said(block: KVzipMemoryBlock, messages: list[ChatMessage]) -> str | None:
+    return block.llm.chat([*messages, ChatMessage("Which?")]).message.content
+
+
+async def test_turns_that_say_the_same_again_are_remembered(llm: KVzipLLM) -> None:
+    block, everything = KVzipMemoryBlock(llm=llm, ratio=1.0), []
+    for chunk in (turns(1), turns(1), turns(3), turns(2)[1:], turns(1)):
+        await flush(block, chunk)
+        everything += chunk
+        [handle] = await block.aget([], session_id="ana")
+        assert said(block, [handle, *turns(1)]) == said(block, [*everything, *turns(1)])
+    await flush(block, [ChatMessage("", role="assistant")])  # nothing is said
+    assert said(block, await block.aget([], session_id="ana")) == said(block, everything)
+
+
+async def test_sessions_are_apart_and_found_again_after_a_restart(tmp_path: Path) -> None:
+    def later(**options: Any) -> KVzipMemoryBlock:
+        return KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, **options), max_tokens=12))
+
+    block = later()
+    for session_id, chunks in {"ana": 2, "bob": 1, "eve": 1}.items():
+        for _ in range(chunks):
+            await flush(block, turns(6), session_id)
+    found = {session_id: block.context(session_id) for session_id in ("ana", "bob", "eve")}
+    assert found["ana"].n_tokens > found["bob"].n_tokens
+    assert found["bob"].key == found["eve"].key
+    assert KVzipMemoryBlock(llm=block.llm).context("ana") is found["ana"]  # a block for each request will do
+    block.llm.engine.close()
+    again = later()
+    for session_id, context in found.items():
+        [handle] = await again.aget([], session_id=session_id)
+        assert handle.additional_kwargs["kvzip_context"] == context.key
+    assert again.llm.engine.stats()["built"] == 0
+    # Another process goes on, and this one goes on from that.
+    other = later()
+    await flush(other, turns(1))
+    told = await again.aget([], session_id="ana")
+    assert told[0].additional_kwargs["kvzip_context"] == other.context("ana").key != found["ana"].key
+    await flush(again, turns(2))
+    assert other.context("ana").key == again.context("ana").key
+    # Another model, or a folder without the contexts, builds them from the turns.
+    other.llm.engine.close()
+    again.llm.engine.close()
+    shutil.rmtree(tmp_path / "contexts")
+    rebuilt = later(ratio=1.0)
+    whole = [*turns(6), *turns(6), *turns(1), *turns(2)]
+    assert said(rebuilt, await rebuilt.aget([], session_id="ana")) == said(rebuilt, whole)
+    assert stat.S_IMODE((tmp_path / "memory").stat().st_mode) == 0o700
+    [*files] = (tmp_path / "memory").iterdir()
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    # Forgotten is forgotten.
+    rebuilt.forget("ana")
+    assert await rebuilt.aget([], session_id="ana") == []
+    assert len([*(tmp_path / "memory").iterdir()]) == 2
+    assert not any("ana" in tag for entry in rebuilt.llm.engine.registry.contexts() for tag in entry.tags)
+    rebuilt.forget("bob")  # of the same turns as eve's
+    assert said(rebuilt, await rebuilt.aget([], session_id="eve")) == said(rebuilt, turns(6))
+
+
+async def test_a_session_whose_context_has_left_the_registry_goes_on(engine: KVzipEngine) -> None:
+    size = engine.load([{"role": "user", "content": "Line. " * 60}], ratio=1.0).nbytes
+    llm = KVzipLLM(engine=tiny_engine(device_bytes=int(1.3 * size)), ratio=1.0, max_tokens=12)
+    block = KVzipMemoryBlock(llm=llm)
+    for session_id in ("ana", "bob", "eve"):
+        await flush(block, turns(5), session_id)
+        await flush(block, [ChatMessage(f"I am {session_id}."), ChatMessage("Well.", role="assistant")], session_id)
+    for session_id in ("ana", "bob", "eve"):
+        whole = [*turns(5), ChatMessage(f"I am {session_id}."), ChatMessage("Well.", role="assistant")]
+        assert said(block, await block.aget([], session_id=session_id)) == said(block, whole)
+
+
+async def test_turns_that_could_not_be_read_are_told_and_read_later(engine: KVzipEngine, tmp_path: Path) -> None:
+    size = engine.load([{"role": "user", "content": "Line. " * 60}], ratio=1.0).nbytes
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, device_bytes=size), ratio=1.0, max_tokens=12)
+    block, long = KVzipMemoryBlock(llm=llm), [ChatMessage("Line. " * 100), ChatMessage("Long.", role="assistant")]
+    await flush(block, turns(2))
+    for chunk in (long, turns(1)):
+        with pytest.raises(BudgetError):
+            await flush(block, chunk)
+    whole = [*turns(2), *long, *turns(1)]
+    told = await block.aget([], session_id="ana")
+    assert [message.content for message in told[1:]] == [message.content for message in [*long, *turns(1)]]
+    assert said(block, told) == said(block, whole)
+    with pytest.raises(InputError, match="'image'"):
+        await flush(block, [ChatMessage(blocks=[ImageBlock(image=b"x")])])
+    llm.engine.close()
+    with next((tmp_path / "memory").iterdir()).open("ab") as file:
+        file.write(b'\n{"turns": [{"role": "us')  # killed while it wrote
+    later = KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path), ratio=1.0, max_tokens=12))
+    [handle] = await later.aget([], session_id="ana")
+    assert said(later, [handle]) == said(later, whole)
+    await flush(later, turns(1))
+    assert said(later, await later.aget([], session_id="ana")) == said(later, [*whole, *turns(1)])
+
+
+async def test_what_is_known_is_told_while_more_is_read(llm: KVzipLLM) -> None:
+    block = KVzipMemoryBlock(llm=llm)
+    await flush(block, turns(3))
+    with block._session("ana")._lock:  # as a build holds it
+        assert len(await asyncio.wait_for(block.aget([], session_id="ana"), 5)) == 1
+
+
+async def test_calls_and_their_results_are_remembered_together(llm: KVzipLLM) -> None:
+    call = ToolCallBlock(tool_call_id="c1", tool_name="look_up", tool_kwargs={"page": 3})
+    asked = [ChatMessage("Look it up."), ChatMessage(role="assistant", blocks=[call])]
+    result = ChatMessage("Page three.", role="tool", additional_kwargs={"tool_call_id": "c1"})
+    ended = [result, ChatMessage("It says so.", role="assistant")]
+    block = KVzipMemoryBlock(llm=llm, ratio=1.0)
+    await flush(block, asked)
+    assert [message.model_dump(exclude={"additional_kwargs"}) for message in await block.aget([], session_id="ana")] == [
+        message.model_dump(exclude={"additional_kwargs"}) for message in asked
+    ]
+    await flush(block, ended)
+    [handle] = await block.aget([], session_id="ana")
+    assert said(block, [handle]) == said(block, [*asked, *ended])
