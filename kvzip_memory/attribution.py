@@ -58,7 +58,7 @@ class _Watch(Cache):
     def __init__(self, model: LanguageModel, row: Row, spans: Sequence[Span], first: int) -> None:
         super().__init__(layers=[])
         self._row, self._first, self._windows = row, first, model.windows
-        self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).T.contiguous()  # [2, spans]
+        self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).view(-1, 2).T.contiguous()  # [2, spans]
         self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:

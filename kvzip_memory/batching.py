@@ -7,20 +7,22 @@ thread that computes has threads of its own, see :mod:`kvzip_memory.threads`.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeVar
+from queue import SimpleQueue
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.errors import QueueFullError
+from kvzip_memory.errors import InputError, QueueFullError
 from kvzip_memory.threads import release
 
 T = TypeVar("T")
@@ -31,18 +33,28 @@ GATHER_S, GATHER_FRACTION = 0.004, 0.1
 
 
 class Worker:
-    """One thread that does what it is given, in order. Another engine's lets its OpenMP threads go when this one begins."""
+    """One thread that does what it is given, in order. Another engine's lets its OpenMP threads go when this one begins.
+
+    An executor would refuse new work as soon as the main thread has ended, although others still wait for their answers.
+    """
 
     _last: ClassVar[weakref.ref[Worker] | None] = None  # the one that was given something last
+    _queues: ClassVar[weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Any]]] = weakref.WeakKeyDictionary()
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvzip")
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        thread = threading.Thread(target=_work_through, args=(self._queue,), name="kvzip", daemon=True)
+        thread.start()
+        Worker._queues[thread] = self._queue
+        weakref.finalize(self, self._queue.put, None)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         last, Worker._last = Worker._last() if Worker._last else None, weakref.ref(self)
         if last is not None and last is not self:
-            last._pool.submit(release)
-        return self._pool.submit(work)
+            last._queue.put((Future(), release))
+        future: Future[T] = Future()
+        self._queue.put((future, work))
+        return future
 
     def run(self, work: Callable[[], T]) -> T:
         """What ``work`` gives or raises. An interrupted caller waits until what has begun has ended."""
@@ -55,16 +67,38 @@ class Worker:
                 wait([future])
 
 
+def _work_through(queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]) -> None:
+    while (item := queue.get()) is not None:
+        future, work = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+        del item, future, work  # they may hold on to an engine
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Let what is computed end before torch is taken down. Threads that might wait for it have ended by then."""
+    for thread, queue in [*Worker._queues.items()]:
+        queue.put(None)
+        thread.join()
+
+
 class Admission:
     """How many answers run at once and how many may wait for their turn, first come first served.
 
     Raises:
+        InputError: limits that let nothing run.
         QueueFullError: on entering, when ``running`` answers run and ``waiting`` wait.
     """
 
     def __init__(self, running: int, waiting: int) -> None:
+        if running < 1 or waiting < 0:
+            raise InputError(f"max_running is {running} and max_waiting {waiting}; at least one answer must run, and none or more may wait")
         self._limit, self._queue_limit = running, waiting
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # collecting garbage may end an answer on the thread that holds it
         self._running = 0
         self._queue: deque[threading.Event] = deque()
 
@@ -73,27 +107,29 @@ class Admission:
         return self._running
 
     @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """Runs the block when it is its turn."""
-        turn = None
+    def admitted(self, cancelled: threading.Event | None = None) -> Iterator[None]:
+        """Runs the block when it is its turn, or when it is ``cancelled`` before that."""
+        turn = threading.Event()
         with self._lock:
             if self._running < self._limit:
                 self._running += 1
+                turn.set()
             elif len(self._queue) < self._queue_limit:
-                turn = threading.Event()
                 self._queue.append(turn)
             else:
                 raise QueueFullError(
                     f"{self._running} answers are running and {len(self._queue)} wait, which is the limit; "
                     "ask again later, or make the engine with a larger max_waiting"
                 )
-        if turn is not None:
-            turn.wait()
         try:
+            while not turn.wait(0.5 if cancelled else None) and not (cancelled and cancelled.is_set()):
+                pass
             yield
         finally:
             with self._lock:
-                if self._queue:
+                if turn in self._queue:
+                    self._queue.remove(turn)
+                elif self._queue:
                     self._queue.popleft().set()
                 else:
                     self._running -= 1

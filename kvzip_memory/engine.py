@@ -426,6 +426,7 @@ class KVzipEngine:
             InputError: it is no longer stored.
         """
         wanted = Wanted(entry.key, entry.identity, entry.group)
+        self.registry.readmit(entry.key)  # if it was deleted, another process has loaded it again
 
         def build(report: Report) -> CompressedContext:
             raise InputError(f"context {entry.name or entry.key[:12]!r} is no longer stored; load its text again")
@@ -488,6 +489,7 @@ class KVzipEngine:
         report: Report,
         pairs: DensePairs | None = None,
     ) -> CompressedContext:
+        check_same_model(wanted.identity, self._identity, f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
         recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
         done = total = 0
         with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
@@ -758,6 +760,8 @@ class _Managed:
 
     @contextmanager
     def lease(self, key: str) -> Iterator[Lease]:
+        if self._registry.is_removed(key) and "disk" in self._registry.tiers(key):  # another process has loaded it again
+            self._registry.readmit(key)
         if self._registry.is_removed(key):
             logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
             context = self._build(lambda *progress: None)
@@ -776,10 +780,17 @@ def _leased(
 
     Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built too.
     """
-    with ExitStack() as stack:
-        with parent.lease() if parent and not registry.tiers(wanted.key) else nullcontext():
-            found = stack.enter_context(registry.lease(wanted, build, waiting))
-        yield found
+    with ExitStack() as parents:
+        if parent and not registry.tiers(wanted.key):
+            parents.enter_context(parent.lease())
+
+        def built(report: Report) -> CompressedContext:
+            with parents:  # the parent may leave before the child moves in
+                return build(report)
+
+        with registry.lease(wanted, built, waiting) as found:
+            parents.close()
+            yield found
 
 
 class _Bar:

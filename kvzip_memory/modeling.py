@@ -162,13 +162,13 @@ class LanguageModel:
         return self._batcher.step(row, last, n_logits, choose)
 
     @contextmanager
-    def answering(self, tail: Tail) -> Iterator[None]:
-        """Around an answer into a tail, from its question to its last token.
+    def answering(self, tail: Tail, cancelled: threading.Event | None = None) -> Iterator[None]:
+        """Around an answer into a tail, from its question to its last token; it does not wait for its turn once it is ``cancelled``.
 
         Raises:
             QueueFullError: more answers run and wait than the engine allows.
         """
-        with self._admission.admitted():
+        with self._admission.admitted(cancelled):
             try:
                 yield
             finally:

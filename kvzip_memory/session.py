@@ -18,7 +18,7 @@ from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
-from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
+from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Message, PromptBuilder
 from kvzip_memory.speculation import PromptLookup
@@ -198,8 +198,9 @@ class Session:
     def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
         """Compress the older turns: they become part of a context of their own, over which the session goes on.
 
-        Nothing is read again: the tail's pairs are ranked and join the context's. The context so far stays as it is for
-        whoever uses it; the new one is stored like any other, and :meth:`reset` goes back to it.
+        They are not read again: their pairs are ranked and join the context's. The turns that stay are, behind the new context,
+        together with the next question. The context so far stays as it is for whoever uses it; the new one is stored like any
+        other, and :meth:`reset` goes back to it.
 
         Args:
             keep: turns, a question and its answer each, that stay as they are.
@@ -223,7 +224,7 @@ class Session:
             head = 0 if self.context else self._prompts.head(*self._first)
             context = self._fold(self.context, self._ids[:cut], head, pairs, ratio, name)
             self._go_on(context)
-            self._tail, self._ids = self._tail.copy(cut), self._ids[cut:]
+            self._tail, self._ids = Tail(), self._ids[cut:]
             self._ends = [end - cut for end in self._ends if end > cut]
             return context
 
@@ -279,7 +280,7 @@ class Session:
         complete = False
         began = time.perf_counter()
         try:
-            with model.answering(tail), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+            with model.answering(tail, turn.cancelled), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
@@ -323,11 +324,15 @@ class Session:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
-            while ids and len(self._prompts.tokenizer.decode(ids, skip_special_tokens=True)) > len(answer.text):
+            while ids and len(self._text(ids)) > len(answer.text):
                 ids.pop()
         self._ids[start:] = [*turn.ids, *ids]
         self._tail.crop(len(self._ids))
         self._ends.append(len(self._ids))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        reader = Detokenizer(self._prompts.tokenizer, self._shown)
+        return "".join(map(reader.push, ids)) + reader.flush()
 
     def _release(self, turn: _Turn) -> None:
         if self._turn is turn:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import KVzipEngine, QueueFullError, threads
+from kvzip_memory import InputError, KVzipEngine, QueueFullError, threads
 from kvzip_memory.batching import Admission, Worker
 from kvzip_memory.cache import Row
 
@@ -183,6 +183,34 @@ def test_admission_is_first_come_first_served() -> None:
     assert order == list(range(5))
 
 
+def test_whoever_leaves_the_queue_takes_no_place_along() -> None:
+    admission, cancelled, waiting = Admission(1, 10), threading.Event(), threading.Event()
+
+    def enter() -> None:
+        waiting.set()
+        with admission.admitted(cancelled):
+            pass
+
+    with admission.admitted():
+        thread = threading.Thread(target=enter)
+        thread.start()
+        waiting.wait()
+        cancelled.set()
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+    assert admission.running == 0
+
+    class Interrupt(threading.Event):
+        def is_set(self) -> bool:
+            raise KeyboardInterrupt
+
+    with admission.admitted(), pytest.raises(KeyboardInterrupt), admission.admitted(Interrupt()):
+        pass
+    assert admission.running == 0
+    with pytest.raises(InputError, match="max_running is 0"):
+        tiny_engine(max_running=0)
+
+
 def test_the_worker_takes_work_in_order_and_hands_back_what_goes_wrong() -> None:
     worker, order, begun, go = Worker(), [], threading.Event(), threading.Event()
 
@@ -196,7 +224,7 @@ def test_the_worker_takes_work_in_order_and_hands_back_what_goes_wrong() -> None
     for i in range(5):
         threads.append(threading.Thread(target=worker.run, args=(lambda i=i: order.append((i, threading.get_ident())),)))
         threads[-1].start()
-        while worker._pool._work_queue.qsize() <= i:
+        while worker._queue.qsize() <= i:
             time.sleep(0.001)
     go.set()
     for thread in threads:
@@ -257,4 +285,29 @@ def test_an_engine_that_computes_has_the_others_let_their_openmp_threads_go() ->
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     out = subprocess.run([sys.executable, "-c", IDLE], env=environment, check=True, capture_output=True, text=True).stdout
     first, second, third = map(int, out.split())
-    assert second == third == first + 1  # the other's own thread
+    assert first == second == third
+
+
+ENDING = """
+import threading
+from conftest import TEXT, tiny_engine
+
+engine = tiny_engine()
+context = engine.load(TEXT)
+begun = threading.Barrier(4)
+
+def ask():
+    begun.wait()
+    with engine.stream(context, "Who?", max_new_tokens=100) as stream:
+        print(len("".join(stream)) > 0)
+
+for _ in range(3):
+    threading.Thread(target=ask).start()
+begun.wait()
+"""
+
+
+def test_answers_that_run_when_the_main_thread_ends_end() -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    out = subprocess.run([sys.executable, "-c", ENDING], env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert out.split() == ["True"] * 3

@@ -388,3 +388,25 @@ def test_there_must_be_a_turn_to_fold(engine: KVzipEngine) -> None:
     with pytest.raises(InputError, match="ratio"):
         session.fold(0, ratio=2.0)
     assert session.n_tokens == tokens
+
+
+def test_a_session_that_folds_twice_has_the_contexts_of_one_that_was_extended(engine: KVzipEngine) -> None:
+    session = engine.session(engine.load(FIRST))
+    for question in ("Which day?", "What is wound?", "Who?"):
+        session.ask(question, max_new_tokens=6)
+    session.fold(1, ratio=0.4)
+    folded = session.fold(0, ratio=0.4)
+    once = pairs_of(folded)
+    engine.registry.remove(folded.key)
+    with folded.lease() as lease:  # built again
+        again = [t for layer in lease.layers for t in layer.tensors()]
+    for one, other in zip(once, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_a_child_that_fits_is_built_although_its_parent_does_not_fit_beside_it(engine: KVzipEngine) -> None:
+    size = engine.extend(engine.load(FIRST, ratio=0.5), SECOND).nbytes
+    small = tiny_engine(device_bytes=int(1.2 * size))
+    small.registry._wait_s = 1
+    child = small.extend(small.load(FIRST, ratio=0.5), SECOND)
+    assert small.generate(child, QUESTION, max_new_tokens=4).receipt.tier == "device"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, CompressedContext, Document, InputError, KVzipEngine
+from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
@@ -380,6 +380,8 @@ def test_what_is_removed_is_answered_from_but_stored_no_more(tmp_path: Path, sto
     stream = engine.stream(context, "Who?", max_new_tokens=8)
     pieces = [next(iter(stream))]
     engine.registry.remove(context.key)  # during an answer
+    with pytest.raises(InputError, match="no context"):
+        engine.get("page")
     assert "".join([*pieces, *stream]) == expected
     assert engine.registry.contexts() == []
     reply = engine.generate(context, "Who?", max_new_tokens=8)
@@ -392,6 +394,35 @@ def test_what_is_removed_is_answered_from_but_stored_no_more(tmp_path: Path, sto
             engine.get(reference)
     assert engine.load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
     assert engine.generate(context, "Who?", max_new_tokens=8).receipt.tier == "device"
+    engine.close()
+
+
+def test_what_is_removed_here_and_loaded_by_another_is_used(tmp_path: Path) -> None:
+    one, other = tiny_engine(cache_dir=tmp_path, ratio=0.4), tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = one.load(TEXT, name="page")
+    expected = one.generate(context, "Who?", max_new_tokens=8).text
+    one.registry.remove("page")
+    other.load(TEXT, name="page")
+    other.registry.flush()
+    reply = one.generate(one.get("page"), "Who?", max_new_tokens=8)
+    assert (reply.text, reply.receipt.tier) == (expected, "device")
+    assert one.generate(context, "Who?", max_new_tokens=8).text == expected
+    for engine in (one, other):
+        engine.close()
+
+
+def test_a_handle_that_outlives_the_weights_is_not_built_with_others(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = engine.load(TEXT)
+    session = engine.session(context)
+    engine.registry.remove(context.key)
+    engine.registry.readmit(context.key)  # as if another process had deleted it
+    with torch.no_grad():
+        engine.model.lm_head.weight.mul_(2)  # type: ignore[union-attr,operator]
+    with pytest.raises(IdentityMismatchError, match="weights"):
+        session.ask("Who?")
+    engine.registry.flush()
+    assert engine.registry.contexts() == []
     engine.close()
 
 

@@ -88,6 +88,7 @@ def test_relevance_counts_the_question_and_its_answer_and_compares_all_contexts(
     assert [len(of_one) for of_one in scores] == [4, 4]
     # of messages it is the last one
     talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}, {"role": "user", "content": "Who?"}]
+    assert engine.relevance([(one, SPANS), (other, [])], "Who?", "Ito.")[1].shape == (0,)
     (from_talk,) = engine.relevance([(one, SPANS)], talk)
     assert from_talk.isfinite().all()
     assert not torch.equal(from_talk, engine.relevance([(one, SPANS)], "Who?")[0])

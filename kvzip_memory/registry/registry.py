@@ -557,7 +557,12 @@ class ContextRegistry:
         """Entries of the disk tier and of memory together, by their last use."""
         found = {entry.key: entry for entry in stored}
         with self._changed:
-            for held in [h for tier in (self._host, self._device) for h in tier.held.values() if h.key in found or wanted(h)]:
+            for held in [
+                h
+                for tier in (self._host, self._device)
+                for h in tier.held.values()
+                if h.key in found or (wanted(h) and h.key not in self._removed)
+            ]:
                 entry = _entry(held)
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
