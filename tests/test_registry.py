@@ -426,6 +426,70 @@ def test_a_handle_that_outlives_the_weights_is_not_built_with_others(tmp_path: P
     engine.close()
 
 
+def test_a_name_is_that_of_the_text_last_loaded_under_it(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    first, second = engine.load(TEXT, name="page"), engine.load("New. " + TEXT, name="page")
+    for use in (lambda: engine.generate(first, "Who?", max_new_tokens=1), lambda: engine.load(TEXT), engine.registry.flush):
+        use()
+        assert engine.get("page").key == second.key
+    engine.close()
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    engine.load(TEXT)
+    engine.registry.flush()
+    assert tiny_engine(cache_dir=tmp_path).get("page").key == engine.get("page").key == second.key
+    engine.load(TEXT, name="page")
+    assert engine.get("page").key == first.key
+    engine.registry.flush()
+    assert tiny_engine(cache_dir=tmp_path).get("page").key == first.key
+    engine.close()
+
+
+def test_a_name_that_is_no_text_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    engine.load(TEXT, name="page")
+    engine.registry.pin("page")
+    for use in (
+        lambda: engine.get("caf\udce9"),
+        lambda: engine.load(TEXT, name="caf\udce9"),
+        lambda: engine.load(TEXT, tags=["a", "caf\udce9"]),
+    ):
+        with pytest.raises(InputError, match="not text that can be stored"):
+            use()
+    assert [entry.pinned for entry in engine.registry.contexts()] == [True]
+    engine.close()
+
+
+def test_what_the_disk_cannot_take_costs_nothing_that_is_stored(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path / "one", ratio=0.4)
+    engine.load(TEXT)
+    engine.registry.flush()
+    nbytes = engine.registry.contexts()[0].file_nbytes
+    engine.close()
+    engine = tiny_engine(cache_dir=tmp_path / "two", ratio=0.4, disk_bytes=int(3.2 * nbytes))
+    for name in "abc":
+        engine.load(f"{name} {TEXT}", name=name)
+    for name in "ab":
+        engine.registry.pin(name)
+    before, stats = sorted((tmp_path / "two").rglob("*.safetensors")), engine.stats()["tiers"]["disk"]
+    engine.load(TEXT * 3)
+    engine.registry.flush()
+    assert sorted((tmp_path / "two").rglob("*.safetensors")) == before
+    assert engine.stats()["tiers"]["disk"] == stats
+    assert len(engine.registry.contexts()) == 4  # one in memory only
+    engine.close()
+
+
+def test_what_is_built_while_the_engine_is_closed_stays_in_memory(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    engine.load(TEXT)
+    engine.registry.flush()
+    engine.registry._writer.shutdown()  # as close does behind a build under way
+    context = engine.load("New. " + TEXT, name="new")
+    assert engine.registry.tiers(context.key) == ["device"]
+    assert engine.registry._device.reserved == 0
+    assert engine.generate(context, "Who?", max_new_tokens=2).receipt.tier == "device"
+
+
 def test_a_context_in_use_is_found_by_its_key_when_its_pairs_are_gone() -> None:
     size = tiny_engine(ratio=0.4).load(TEXT).nbytes
     engine = tiny_engine(ratio=0.4, device_bytes=int(1.5 * size))
@@ -444,8 +508,8 @@ def test_a_context_in_use_is_found_by_its_key_when_its_pairs_are_gone() -> None:
 def test_a_pinned_context_is_never_lost(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.4)
     size = engine.load(TEXT).nbytes
-    for folder in (tmp_path, None):
-        engine = tiny_engine(ratio=0.4, device_bytes=int(2.5 * size), disk_bytes="1.3MB", cache_dir=folder)
+    for folder, disk_bytes in ((tmp_path / "one", "1.3MB"), (tmp_path / "two", 1000), (None, None)):
+        engine = tiny_engine(ratio=0.4, device_bytes=int(2.5 * size), disk_bytes=disk_bytes, cache_dir=folder)
         pinned = engine.load(TEXT)
         engine.registry.pin(pinned.key)
         for i in range(8):

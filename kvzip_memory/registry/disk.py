@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -63,6 +63,7 @@ class Entry:
         n_tokens: tokens it stands for.
         ratio: fraction of pairs kept.
         name: the name it was last loaded under.
+        named: seconds since the epoch of that.
         tags: free words given by the user.
         pinned: never evicted.
         created: seconds since the epoch.
@@ -83,6 +84,7 @@ class Entry:
     created: float = 0.0
     used: float = 0.0
     expires: float | None = None
+    named: float = 0.0
 
     @property
     def tenant(self) -> str | None:
@@ -205,7 +207,14 @@ class DiskTier:
         return self._inside(path) and path.is_file() and not path.is_symlink()
 
     def put(
-        self, context: CompressedContext, group: str, *, name: str | None = None, tags: Iterable[str] = (), ttl: float | None = None
+        self,
+        context: CompressedContext,
+        group: str,
+        *,
+        name: str | None = None,
+        named: float = 0.0,
+        tags: Iterable[str] = (),
+        ttl: float | None = None,
     ) -> None:
         """Store a context that holds its pairs itself. The caller holds its :meth:`lock`.
 
@@ -215,7 +224,7 @@ class DiskTier:
         """
         now = time.time()
         expires = None if ttl is None else now + ttl
-        catalog = {"group": group, "name": name, "tags": list(tags), "created": now, "expires": expires}
+        catalog = {"group": group, "name": name, "named": named, "tags": list(tags), "created": now, "expires": expires}
         prepared = PreparedFile(context, catalog)
         entry = Entry(
             context.key,
@@ -231,6 +240,7 @@ class DiskTier:
             now,
             now,
             expires,
+            named,
         )
         path, temporary = self.path(context.key), self._temporary(context.key)
         if not self._inside(path):
@@ -253,33 +263,42 @@ class DiskTier:
         """Make room for a file and count it as being written."""
         index = self._opened()
         with index.transaction():
-            if (old := _entry(index, entry.key)) is not None:
+            old = _entry(index, entry.key)
+            self._make_room(index, entry, old.file_nbytes if old else 0)
+            if old is not None:
                 self._drop(index, old)
-            self._make_room(index, entry.file_nbytes)
             usage, writing = self._totals(index)
             self._set_totals(index, usage + entry.file_nbytes, {**writing, entry.key: entry.file_nbytes})
 
-    def _make_room(self, index: Index, nbytes: int) -> None:
+    def _make_room(self, index: Index, new: Entry, replaced: int) -> None:
+        """Delete what was used longest ago until ``new`` fits in place of ``replaced`` bytes; nothing if it cannot."""
         if self.budget is None:
             return
+        nbytes = new.file_nbytes
         if nbytes > self.budget:
             raise BudgetError(
                 f"the context takes {nbytes:,} bytes on disk; disk_bytes is {self.budget:,}: raise it or keep a smaller ratio"
             )
-        usage, _ = self._totals(index)
+        usage = self._totals(index)[0] - replaced
+        victims: list[Callable[[], None]] = []
         for key in index.keys("") if usage + nbytes > self.budget else ():
             if key.startswith(_BAD) and (bad := index.get(key)) is not None:
-                self._drop_bad(index, key, bad)
-            elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None and not entry.pinned:
-                self._drop(index, entry)
-            usage, _ = self._totals(index)
+                victims.append(partial(self._drop_bad, index, key, bad))
+                usage -= bad["nbytes"]
+            elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None:
+                if entry.pinned or entry.key == new.key:
+                    continue
+                victims.append(partial(self._drop, index, entry))
+                usage -= entry.file_nbytes
             if usage + nbytes <= self.budget:
-                return
+                break
         if usage + nbytes > self.budget:
             raise BudgetError(
                 f"no room for {nbytes:,} bytes on disk: pinned contexts and files being written take {usage:,} of "
                 f"disk_bytes={self.budget:,}; unpin some or raise disk_bytes"
             )
+        for drop in victims:
+            drop()
 
     @_needs_index
     def _unreserve(self, key: str) -> None:
@@ -415,8 +434,8 @@ class DiskTier:
         return [entry for key in keys if (entry := self.entry(key)) is not None]
 
     @_needs_index
-    def touch(self, key: str, *, name: str | None = None, tags: Iterable[str] = ()) -> None:
-        """Make a context the most recently used one; give it a name or tags. A file without a row gets one."""
+    def touch(self, key: str, *, name: str | None = None, named: float = 0.0, tags: Iterable[str] = ()) -> None:
+        """Make a context the most recently used one; give it a name, at a time, or tags. A file without a row gets one."""
         index = self._opened()
         with index.transaction():
             entry = _entry(index, key)
@@ -429,7 +448,8 @@ class DiskTier:
                 self._set_totals(index, usage + entry.file_nbytes, writing)
             if name is not None and entry.name not in (name, None):
                 _list_remove(index, _named(entry.tenant, str(entry.name)), key)
-            self._add(index, replace(entry, used=time.time(), name=name or entry.name, tags=tuple(sorted({*entry.tags, *tags}))))
+            named, tags = max(entry.named, named), tuple(sorted({*entry.tags, *tags}))
+            self._add(index, replace(entry, used=time.time(), name=name or entry.name, named=named, tags=tags))
 
     @_needs_index
     def pin(self, key: str, pinned: bool) -> None:
@@ -714,6 +734,7 @@ class DiskTier:
             created=catalog.get("created", status.st_mtime),
             used=status.st_mtime,
             expires=catalog.get("expires"),
+            named=catalog.get("named", 0.0),
         )
 
 

@@ -176,7 +176,7 @@ def _quietly(error: BaseException) -> Iterator[None]:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (IndexDamagedError, IndexUnavailableError):
+    except (IndexDamagedError, IndexUnavailableError, UnicodeEncodeError):  # the last is what was asked for
         raise
     except diskcache.Timeout as error:
         raise IndexUnavailableError("the index is locked by another process, or its folder cannot be written") from error

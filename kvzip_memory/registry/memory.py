@@ -28,6 +28,7 @@ class Held:
         context: it holds its pairs itself.
         group: digest of its text and tenant.
         users: answers that read it now; it is neither moved nor freed while there are any.
+        named: seconds since the epoch when the name was last given.
         pinned: never lost.
         expires: seconds since the epoch, None for never.
         used: seconds since the epoch of the last use.
@@ -40,6 +41,7 @@ class Held:
     users: int = 0
     pinned: bool = False
     expires: float | None = None
+    named: float = 0.0
     used: float = field(default_factory=time.time)
 
     @property

@@ -49,6 +49,9 @@ class Wanted:
         group: digest of the text and the tenant: what the nearest stored context is looked for by.
         name: alias to give it.
         tags: free words to give it.
+
+    Raises:
+        InputError: a name or tag that cannot be stored.
     """
 
     key: str
@@ -56,6 +59,10 @@ class Wanted:
     group: str
     name: str | None = None
     tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for text in (self.name or "", *self.tags):
+            check_text(text)
 
 
 @dataclass
@@ -254,9 +261,9 @@ class ContextRegistry:
             self._unreserve(self._device, context.nbytes)
             raise
         if entry is not None:
-            return Held(moved, wanted.group, entry.name, entry.tags, pinned=entry.pinned, expires=entry.expires)
+            return Held(moved, wanted.group, entry.name, entry.tags, pinned=entry.pinned, expires=entry.expires, named=entry.named)
         expires = None if self._ttl is None else time.time() + self._ttl
-        return Held(moved, wanted.group, wanted.name, wanted.tags, expires=expires)
+        return Held(moved, wanted.group, wanted.name, wanted.tags, expires=expires, named=time.time() if wanted.name else 0.0)
 
     def _from_host(self, key: str) -> Held | None:
         with self._changed:
@@ -427,7 +434,11 @@ class ContextRegistry:
                 lock.release()
                 self._let_go(held)
 
-        self._writer.submit(write)
+        try:
+            self._writer.submit(write)
+        except RuntimeError:  # closed meanwhile: it stays in memory
+            lock.release()
+            self._let_go(held)
 
     def _store(self, held: Held) -> bool:
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
@@ -436,7 +447,7 @@ class ContextRegistry:
         try:
             if self._disk is None:
                 return False
-            self._disk.put(to_host(held.context), held.group, name=held.name, tags=held.tags, ttl=ttl)
+            self._disk.put(to_host(held.context), held.group, name=held.name, named=held.named, tags=held.tags, ttl=ttl)
         except (OSError, BudgetError) as error:
             self._disk_failed("store", error)
             return False
@@ -487,11 +498,14 @@ class ContextRegistry:
 
     def _taken(self, tier: MemoryTier) -> Held | None:
         """A victim, out of its tier and in flight. With the lock held."""
-        victim = tier.victim(lambda held: held.key not in self._flights and not (held.pinned and self._disk is None))
+        victim = tier.victim(lambda held: held.key not in self._flights and not (held.pinned and not self._on_disk(held.key)))
         if victim is not None:
             tier.take(victim.key)
             self._flights[victim.key] = _Flight()
         return victim
+
+    def _on_disk(self, key: str) -> bool:
+        return bool(self._try("search", lambda disk: disk.has(key)))
 
     def _move_down(self, victim: Held, tier: MemoryTier) -> None:
         """From the device to the host if there is room, else to disk. Outside the lock: answers go on meanwhile."""
@@ -501,7 +515,7 @@ class ContextRegistry:
                 with self._changed:
                     self._host.add(victim)
                     self._counts["spills.host"] += 1
-            elif self._try("search", lambda disk: disk.has(victim.key)):
+            elif self._on_disk(victim.key):
                 self._try("touch", lambda disk: disk.touch(victim.key))
                 self._count("evictions")
             elif self._disk is not None and self._stored_under_lock(victim):
@@ -546,12 +560,18 @@ class ContextRegistry:
         return self._merged(stored, lambda held: True)[::-1][:limit]
 
     def find(self, reference: str) -> list[Entry]:
-        """Contexts by name, key, or the beginning of a key (8 digits at least), the most recently used last."""
+        """Contexts by name, the last one loaded under it last, or by key or its beginning (8 digits at least), the last used last.
+
+        Raises:
+            InputError: the reference is no text.
+        """
+        check_text(reference)
         by_key = len(reference) >= 8
         stored = (by_key and self._try("find", lambda disk: disk.starting_with(reference))) or []
         if not stored:
             stored = self._try("find", lambda disk: self._named(disk, reference)) or []
-        return self._merged(stored, lambda held: held.name == reference or (by_key and held.key.startswith(reference)))
+        found = self._merged(stored, lambda held: held.name == reference or (by_key and held.key.startswith(reference)))
+        return sorted(found, key=lambda entry: entry.named) if all(entry.name == reference for entry in found) else found
 
     def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
@@ -566,8 +586,10 @@ class ContextRegistry:
                 entry = _entry(held)
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
-                    name, tags = on_disk.name or entry.name, tuple(sorted({*on_disk.tags, *entry.tags}))
-                    entry = replace(on_disk, name=name, tags=tags, used=max(entry.used, on_disk.used))
+                    name = entry.name if entry.named > on_disk.named else on_disk.name
+                    tags = tuple(sorted({*on_disk.tags, *entry.tags}))
+                    used, named = max(entry.used, on_disk.used), max(entry.named, on_disk.named)
+                    entry = replace(on_disk, name=name, named=named, tags=tags, used=used)
                 found[held.key] = entry
         return sorted(filter(self._mine, found.values()), key=lambda entry: entry.used)
 
@@ -727,17 +749,20 @@ class ContextRegistry:
 
     def _annotate(self, held: Held, wanted: Wanted) -> None:
         """Give a context the name and tags it was asked for by."""
-        if (wanted.name in (None, held.name)) and set(wanted.tags) <= set(held.tags):
+        if wanted.name is None and set(wanted.tags) <= set(held.tags):
             return
         with self._changed:
-            held.name, held.tags = wanted.name or held.name, tuple(sorted({*held.tags, *wanted.tags}))
+            held.tags = tuple(sorted({*held.tags, *wanted.tags}))
+            if wanted.name is not None:
+                held.name, held.named = wanted.name, time.time()
         self._touch_behind(held)
 
     def _touch_behind(self, held: Held) -> None:
         """Tell the disk tier, behind the answer, that a context was used, and its name and tags."""
         if self._disk is not None:
-            name, tags = held.name, held.tags
-            self._writer.submit(self._try, "touch", lambda disk: disk.touch(held.key, name=name, tags=tags))
+            name, named, tags = held.name, held.named, held.tags
+            with suppress(RuntimeError):  # closed meanwhile
+                self._writer.submit(self._try, "touch", lambda disk: disk.touch(held.key, name=name, named=named, tags=tags))
 
     def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
         """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""
@@ -777,7 +802,18 @@ def _entry(held: Held) -> Entry:
         held.used,
         held.used,
         held.expires,
+        held.named,
     )
+
+
+def check_text(name: str) -> None:
+    """Raises:
+    InputError: a name or tag that cannot be stored, such as a file's that is not UTF-8.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name!r} is not text that can be stored; give another name") from None
 
 
 _UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "ib" else 1000) ** i for i, p in enumerate("kmgt", 1) for b in ("", "b", "ib")}, "b": 1}
