@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
@@ -21,10 +28,21 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from llama_index_kvzip.chat_engine import KVzipChatEngine
-from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.llm import CALL_OPTIONS, KVzipLLM
 from llama_index_kvzip.packing import room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
+
+_CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", "source_top_k", "node_parser"}
+_QUERY_OPTIONS = {"response_mode", "streaming", "source_top_k", "node_parser", "callback_manager", *CALL_OPTIONS}
+_CHAT_ENGINES: dict[str, Any] = {
+    ChatMode.SIMPLE: SimpleChatEngine,
+    ChatMode.CONTEXT: ContextChatEngine,
+    ChatMode.CONDENSE_QUESTION: CondenseQuestionChatEngine,
+    ChatMode.CONDENSE_PLUS_CONTEXT: CondensePlusContextChatEngine,
+}
+_CHAT_OPTIONS = {name for kind in _CHAT_ENGINES.values() for name in signature(kind.from_defaults).parameters}
+_CHAT_OPTIONS -= {"llm", "query_engine", "retriever", "kwargs"}
 
 
 class _WholeDocuments(TransformComponent):
@@ -292,16 +310,24 @@ class KVzipIndex(BaseManagedIndex):
         """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
 
         Args:
-            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one that condenses questions.
+            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one of LlamaIndex' chat engines.
             llm: as for :meth:`as_query_engine`.
-            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``.
+            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``; for another mode those of
+                LlamaIndex' chat engines and of :meth:`as_query_engine`.
 
         Raises:
-            InputError: several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
+            InputError: unknown options; several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
         """
         model = self._checked(llm)
+        if chat_mode in _CHAT_ENGINES:
+            _check_names(kwargs, _QUERY_OPTIONS | _CHAT_OPTIONS)
+            asking = {name: value for name, value in kwargs.items() if name in _QUERY_OPTIONS}
+            return _CHAT_ENGINES[chat_mode].from_defaults(
+                llm=model, query_engine=self.as_query_engine(model, **asking), retriever=self.as_retriever(**asking), **kwargs
+            )
         if chat_mode != ChatMode.BEST:
-            return super().as_chat_engine(chat_mode, model, **kwargs)
+            return super().as_chat_engine(chat_mode, model)  # tells what is wrong with it
+        _check_names(kwargs, _CONVERSATION_OPTIONS)
         parts = self.parts()
         if len(parts) != 1:
             raise InputError(
@@ -315,6 +341,11 @@ class KVzipIndex(BaseManagedIndex):
         if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
         return llm
+
+
+def _check_names(given: Iterable[str], known: Set[str]) -> None:
+    if unknown := sorted(set(given) - known):
+        raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
 
 
 class _Retriever(BaseRetriever):
