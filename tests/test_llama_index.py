@@ -11,7 +11,7 @@ from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import TextNode
 from llama_index.core.tools import QueryEngineTool
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipQueryEngine
 
@@ -109,6 +109,31 @@ async def test_documents_beyond_a_context_go_into_several_asked_together(llm: KV
     again = await index.as_query_engine().aquery("Who?")
     assert (str(again), again.metadata["parts"]) == (str(response), parts)
     assert str(index.as_query_engine(streaming=True).query("Who?")) == str(response)
+
+
+async def test_answers_that_no_prompt_takes_are_combined_in_rounds(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    documents = [Document(text=f"Text {i}. " * 8, doc_id=str(i)) for i in range(6)]
+    counter = TokenCountingHandler(tokenizer=engine.tokenizer.tokenize)
+    llm.callback_manager = CallbackManager([counter])
+    index = KVzipIndex.from_documents(documents, llm=llm, context_tokens=180)
+    question = "Who? " * 290
+    response = index.as_query_engine(max_tokens=40).query(question)
+    parts, calls = response.metadata["parts"], len(counter.llm_token_counts)
+    assert [part["ref_doc_ids"] for part in parts] == [[str(i)] for i in range(6)]
+    assert calls > 7
+    assert response.metadata["usage"]["completion_tokens"] == 40 * calls
+    last = counter.llm_token_counts[-1].prompt
+    assert parts[-1]["answer"] in last
+    assert parts[0]["answer"] not in last
+    assert parts[0]["answer"] in counter.llm_token_counts[6].prompt
+    assert str(await index.as_query_engine(max_tokens=40).aquery(question)) == str(response)
+
+
+def test_answers_of_several_contexts_leave_room_to_combine_them() -> None:
+    llm = KVzipLLM(engine=KVzipEngine(tiny_model(max_position_embeddings=1024), tiny_tokenizer()), ratio=0.4, max_tokens=12)
+    index = KVzipIndex.from_documents([Document(text=f"Text {i}. " * 8) for i in range(2)], llm=llm, context_tokens=180)
+    response = index.as_query_engine(max_tokens=1000).query("Who?")
+    assert response.metadata["usage"]["completion_tokens"] > 2 * 256
 
 
 def test_changes_show_in_the_next_answer_and_rebuild_no_other_context(llm: KVzipLLM, engine: KVzipEngine) -> None:
