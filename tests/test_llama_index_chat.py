@@ -10,7 +10,7 @@ from llama_index.core.memory import Memory
 
 from conftest import tiny_engine
 from kvzip_memory import InputError, KVzipEngine
-from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock
+from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
 from test_llama_index import DOCUMENTS, THIRD
 
 
@@ -44,6 +44,23 @@ def test_a_conversation_has_one_context(llm: KVzipLLM) -> None:
     with pytest.raises(InputError, match="2 contexts"):
         index.as_chat_engine()
     assert str(index.as_chat_engine(ChatMode.CONDENSE_QUESTION).chat("Who?")) == str(index.as_query_engine().query("Who?"))
+
+
+def test_a_long_context_leaves_room_to_converse(engine: KVzipEngine) -> None:
+    llm = KVzipLLM(engine=engine, max_tokens=512)
+    context = engine.load("x " * 890)
+    assert engine.window - context.n_tokens < 300
+    chat_engine = KVzipChatEngine.from_context(context, llm=llm)
+    assert str(chat_engine.chat("Who?")) == str(KVzipQueryEngine.from_context(context, llm=llm).query("Who?"))
+    chat_engine.chat("When? " * 20)
+
+
+def test_what_cannot_converse_is_refused_when_it_is_made(llm: KVzipLLM) -> None:
+    memory = Memory.from_defaults(token_limit=500, memory_blocks=[KVzipMemoryBlock(llm=llm)])
+    with pytest.raises(InputError, match="KVzipMemoryBlock, whose context cannot be joined"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm).as_chat_engine(memory=memory)
+    with pytest.raises(InputError, match="from_context"):
+        KVzipChatEngine.from_defaults(llm=llm)
 
 
 async def test_other_modes_take_what_those_of_llama_index_take(llm: KVzipLLM) -> None:
