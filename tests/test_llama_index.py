@@ -7,6 +7,7 @@ import pytest
 from llama_index.core import Document, StorageContext, SummaryIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import TextNode
 from llama_index.core.tools import QueryEngineTool
@@ -334,6 +335,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         index.as_query_engine(similarity_top_k=3)
     with pytest.raises(InputError, match="no documents"):
         KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
+    with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'storage_context'"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm, nonsense=3)
+    with pytest.raises(InputError, match="ratio is the llm's"):
+        KVzipIndex(index_struct=index.index_struct, storage_context=index.storage_context, llm=llm, ratio=0.9)
+    with pytest.raises(InputError, match="documents are read whole"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm, transformations=[SentenceSplitter()])
     with pytest.raises(InputError, match="0 indices"):
         KVzipIndex.from_storage(StorageContext.from_defaults(), llm=llm)
 

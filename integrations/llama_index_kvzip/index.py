@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -37,6 +37,7 @@ from llama_index_kvzip.sources import Part, Ranking, whole
 # Where a node is that has no text, and where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
 _NOWHERE, _FIRST_ID = "", "first index id"
 
+_INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
 _CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", "source_top_k", "node_parser"}
 _QUERY_OPTIONS = {"response_mode", "streaming", "source_top_k", "node_parser", "callback_manager", *CALL_OPTIONS}
 _CHAT_ENGINES: dict[str, Any] = {
@@ -63,6 +64,9 @@ class _WholeDocuments(TransformComponent):
         return nodes_of_documents
 
 
+_WHOLE: list[TransformComponent] = [_WholeDocuments()]
+
+
 class KVzipIndex(BaseManagedIndex):
     """Documents in as few compressed contexts as the model's window allows; every question is answered from all of them.
 
@@ -86,7 +90,7 @@ class KVzipIndex(BaseManagedIndex):
             an answer of ``llm.max_tokens``.
 
     Raises:
-        InputError: ``context_tokens`` outside the window.
+        InputError: ``context_tokens`` outside the window, ``transformations``, or unknown options.
         WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
     """
@@ -102,17 +106,18 @@ class KVzipIndex(BaseManagedIndex):
         context_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_index_options(kwargs)
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
         self._lock, self._changing = threading.RLock(), False
-        kwargs["transformations"] = [_WholeDocuments()]
-        super().__init__(nodes, **kwargs)
+        super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
         """An index of documents; arguments and errors as for the class."""
-        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": [_WholeDocuments()]})
+        _check_index_options(kwargs)
+        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
     def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
@@ -382,6 +387,14 @@ class KVzipIndex(BaseManagedIndex):
 def _check_names(given: Iterable[str], known: Set[str]) -> None:
     if unknown := sorted(set(given) - known):
         raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
+
+
+def _check_index_options(options: Mapping[str, Any]) -> None:
+    if options.get("transformations") not in (None, _WHOLE):
+        raise InputError("transformations are not supported, since documents are read whole; apply them to the documents before")
+    if "ratio" in options:
+        raise InputError("ratio is the llm's: KVzipLLM(..., ratio=...)")
+    _check_names(options, _INDEX_OPTIONS | {"transformations"})
 
 
 class _Retriever(BaseRetriever):

@@ -104,6 +104,14 @@ class KVzipLLM(FunctionCallingLLM):
 
     _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        if isinstance(values, dict) and (unknown := sorted(values.keys() - known - {"class_name"})):
+            raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
+        return values
+
     @model_validator(mode="after")
     def _check_model(self) -> KVzipLLM:
         if not self.model:
