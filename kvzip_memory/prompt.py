@@ -146,8 +146,7 @@ class PromptBuilder:
         for number, document in enumerate(documents, 1):
             name = document.name or f"document {number}"
             if len(documents) > 1:
-                gap = "" if number == 1 else "\n\n"
-                ids += self.text_ids(f"{gap}Document {number}: {name}\n\n")
+                ids += self.text_ids(header(number, name))
             start = len(ids)
             ids += self.text_ids(document.text)
             sources.append(Source(name, _storable(document.metadata or {}), start, len(ids)))
@@ -207,7 +206,7 @@ class PromptBuilder:
         ids, sources = context.token_ids.tolist(), [*context.sources]
         for number, document in enumerate(documents, len(sources) + 1):
             name = document.name or f"document {number}"
-            ids += self.text_ids(f"\n\nDocument {number}: {name}\n\n")
+            ids += self.text_ids(header(number, name))
             sources.append(Source(name, _storable(document.metadata or {}), len(ids), len(ids) + len(text := self.text_ids(document.text))))
             ids += text
         added = sources[len(context.sources) :]
@@ -578,7 +577,7 @@ def read_source(source: Any) -> tuple[list[Document], list[Message]]:
     for item in items:
         message = as_message(item)
         if message is None:
-            documents.append(_as_document(item))
+            documents.append(as_document(item))
         else:
             messages.append(message)
     if documents and messages:
@@ -680,7 +679,17 @@ def _as_call(call: Any) -> dict[str, Any]:
     return {"id": call.get("id"), "name": function["name"], "arguments": dict(arguments)}
 
 
-def _as_document(item: Any) -> Document:
+def header(number: int, name: str) -> str:
+    """What is put before the text of one of several documents."""
+    return f"{'' if number == 1 else _SEPARATOR}Document {number}: {name}\n\n"
+
+
+def as_document(item: Any) -> Document:
+    """A document of ours, LangChain's or LlamaIndex's, a text or a path in one form.
+
+    Raises:
+        InputError: none of these, or an unreadable file.
+    """
     if isinstance(item, Document):
         return item
     if isinstance(item, str):

@@ -4,14 +4,15 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from llama_index.core import Document, StorageContext
+from llama_index.core import Document, StorageContext, SummaryIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import TextNode
 from llama_index.core.tools import QueryEngineTool
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipQueryEngine
 
@@ -111,6 +112,31 @@ async def test_documents_beyond_a_context_go_into_several_asked_together(llm: KV
     assert str(index.as_query_engine(streaming=True).query("Who?")) == str(response)
 
 
+async def test_answers_that_no_prompt_takes_are_combined_in_rounds(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    documents = [Document(text=f"Text {i}. " * 8, doc_id=str(i)) for i in range(6)]
+    counter = TokenCountingHandler(tokenizer=engine.tokenizer.tokenize)
+    llm.callback_manager = CallbackManager([counter])
+    index = KVzipIndex.from_documents(documents, llm=llm, context_tokens=180)
+    question = "Who? " * 290
+    response = index.as_query_engine(max_tokens=40).query(question)
+    parts, calls = response.metadata["parts"], len(counter.llm_token_counts)
+    assert [part["ref_doc_ids"] for part in parts] == [[str(i)] for i in range(6)]
+    assert calls > 7
+    assert response.metadata["usage"]["completion_tokens"] == 40 * calls
+    last = counter.llm_token_counts[-1].prompt
+    assert parts[-1]["answer"] in last
+    assert parts[0]["answer"] not in last
+    assert parts[0]["answer"] in counter.llm_token_counts[6].prompt
+    assert str(await index.as_query_engine(max_tokens=40).aquery(question)) == str(response)
+
+
+def test_answers_of_several_contexts_leave_room_to_combine_them() -> None:
+    llm = KVzipLLM(engine=KVzipEngine(tiny_model(max_position_embeddings=1024), tiny_tokenizer()), ratio=0.4, max_tokens=12)
+    index = KVzipIndex.from_documents([Document(text=f"Text {i}. " * 8) for i in range(2)], llm=llm, context_tokens=180)
+    response = index.as_query_engine(max_tokens=1000).query("Who?")
+    assert response.metadata["usage"]["completion_tokens"] > 2 * 256
+
+
 def test_changes_show_in_the_next_answer_and_rebuild_no_other_context(llm: KVzipLLM, engine: KVzipEngine) -> None:
     index = KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=450)
     query_engine = index.as_query_engine()
@@ -145,7 +171,7 @@ async def test_async_changes_leave_the_same_index(llm: KVzipLLM) -> None:
     await index.aupdate_ref_doc(Document(text="The boat is red. " * 8, doc_id="c"))
     await index.adelete_ref_doc("a")
     assert list(index.ref_doc_info) == ["b", "c"]
-    assert "red" in index.docstore.get_node("c/whole").get_content()
+    assert "red" in index.docstore.get_node(*index.ref_doc_info["c"].node_ids).get_content()
 
 
 def test_a_deleted_text_is_in_no_context_that_is_left(tmp_path: Path) -> None:
@@ -185,6 +211,100 @@ def test_a_deleted_text_is_in_no_context_that_is_left(tmp_path: Path) -> None:
     assert engine.stats()["built"] == 1
 
 
+def test_a_renamed_index_forgets_what_it_loaded_before(tmp_path: Path) -> None:
+    def index_of(llm: KVzipLLM) -> KVzipIndex:
+        return KVzipIndex.from_storage(StorageContext.from_defaults(persist_dir=str(tmp_path / "index")), llm=llm)
+
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm)
+    index.set_index_id("contracts")
+    index.delete_ref_doc("c", delete_from_docstore=True)
+    assert llm.engine.registry.contexts() == []
+    index.parts()
+    index.set_index_id("leases")
+    index.storage_context.persist(tmp_path / "index")
+    llm.engine.close()
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
+    index = index_of(llm)
+    assert index.index_id == "leases"
+    index.delete_nodes(index.ref_doc_info["a"].node_ids, delete_from_docstore=True)
+    assert llm.engine.registry.contexts() == []
+    assert llm.engine.stats()["built"] == 0
+
+
+async def test_what_is_not_in_the_index_can_be_deleted_and_brought_back(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    ids = index.ref_doc_info["a"].node_ids
+    index.delete_nodes([*ids, "nobody's"])
+    await index.adelete_nodes(ids)
+    assert list(index.ref_doc_info) == ["b"]
+    assert index.docstore.get_node(*ids).get_content() == DOCUMENTS[0].text
+    assert index.refresh_ref_docs(DOCUMENTS) == [True, False]  # the docstore has it, the index had not
+    index.delete_ref_doc("a")
+    index.update_ref_doc(Document(text="The keeper is Mira. " * 6, doc_id="a"))
+    assert "Mira" in index.as_retriever().retrieve("Who?")[1].text
+    index.delete_ref_doc("a")
+    index.delete_ref_doc("a", delete_from_docstore=True)
+    index.delete_ref_doc("a", delete_from_docstore=True)
+    await index.adelete_nodes(["nobody's"], delete_from_docstore=True)
+    assert index.docstore.get_document_hash("a") is None
+    assert not any("Mira" in engine.tokenizer.decode(engine.get(entry.key).token_ids) for entry in engine.registry.contexts())
+    assert [node.text for node in index.as_retriever().retrieve("Who?")] == [TEXT]
+
+
+def test_another_index_over_the_same_storage_keeps_its_nodes(llm: KVzipLLM) -> None:
+    storage = StorageContext.from_defaults()
+    summary = SummaryIndex.from_documents(DOCUMENTS, storage_context=storage)
+    index = KVzipIndex.from_documents(DOCUMENTS, storage_context=storage, llm=llm)
+    expected = [node.text for node in summary.as_retriever().retrieve("Who?")]
+    index.update_ref_doc(Document(text="The keeper is Mira. " * 6, doc_id="a"))
+    assert index.refresh_ref_docs([THIRD]) == [True]
+    index.delete_ref_doc("b")
+    assert [node.text[:18] for node in index.as_retriever().retrieve("Who?")] == ["The keeper is Mira", "The boat is green."]
+    assert [node.text for node in summary.as_retriever().retrieve("Who?")] == expected
+
+
+def test_documents_of_one_id_are_all_there(llm: KVzipLLM) -> None:
+    second = Document(text="The second page. " * 6, doc_id="a")
+    index = KVzipIndex.from_documents([DOCUMENTS[0], second, DOCUMENTS[1]], llm=llm)
+    third = Document(text="The third page. " * 6, doc_id="a")
+    index.insert(third)
+    texts = [document.text for document in (DOCUMENTS[0], second, DOCUMENTS[1], third)]
+    assert [node.text for node in index.as_retriever().retrieve("Who?")] == texts
+    assert [len(info.node_ids) for info in index.ref_doc_info.values()] == [3, 1]
+    with pytest.raises(InputError, match=r"the ids \['a'\]"):
+        index.refresh_ref_docs([DOCUMENTS[0], second])
+    assert len(index.as_retriever().retrieve("Who?")) == 4
+    index.delete_ref_doc("a", delete_from_docstore=True)
+    assert list(index.ref_doc_info) == list(index.docstore.get_all_ref_doc_info()) == ["b"]
+
+
+def test_a_document_without_text_is_left_out(llm: KVzipLLM, caplog: pytest.LogCaptureFixture) -> None:
+    blank = Document(text=" \n", metadata={"file_name": "scan.pdf"}, doc_id="scan")
+    index = KVzipIndex.from_documents([DOCUMENTS[0], blank, DOCUMENTS[1]], llm=llm)
+    assert "left out, since they have no text: ['scan']" in caplog.text
+    expected = KVzipIndex.from_documents(DOCUMENTS, llm=llm).as_query_engine().query("Who?")
+    assert str(index.as_query_engine().query("Who?")) == str(expected)
+    assert [node.node.ref_doc_id for node in index.as_retriever().retrieve("Who?")] == ["a", "b"]
+    assert index.refresh_ref_docs([blank, *DOCUMENTS]) == [False, False, False]
+    index.update_ref_doc(Document(text="The scan was read. " * 5, doc_id="scan"))
+    assert len(index.as_retriever().retrieve("Who?")) == 3
+    index.update_ref_doc(blank)
+    index.delete_ref_doc("a")
+    assert [node.node.ref_doc_id for node in index.as_retriever().retrieve("Who?")] == ["b"]
+    query_engine = KVzipQueryEngine.from_documents([blank, *DOCUMENTS], llm=llm)
+    assert [node.node.ref_doc_id for node in query_engine.query("Who?").source_nodes] == ["a", "b"]
+
+
+def test_long_names_take_their_room(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    documents = [Document(text=f"Text {i}.", metadata={"source": f"https://example.org/{i}/" + "x" * 170}) for i in range(12)]
+    parts = KVzipIndex.from_documents(documents, llm=llm).parts()
+    assert sum(len(part.nodes) for part in parts) == 12
+    room = engine.window - 256 - llm.max_tokens
+    assert all(part.context.n_tokens <= room for part in parts)
+    assert parts[0].context.n_tokens > room // 2
+
+
 def test_a_restart_rebuilds_nothing(tmp_path: Path) -> None:
     llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path / "cache"), ratio=0.4, max_tokens=12)
     index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
@@ -206,7 +326,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
     with pytest.raises(WindowError, match="'a' has about"):
         index.update_ref_doc(Document(text="word " * 200, doc_id="a"))
     assert list(index.ref_doc_info) == ["a", "b"]
-    assert index.docstore.get_node("a/whole").get_content() == DOCUMENTS[0].text
+    assert index.docstore.get_node(*index.ref_doc_info["a"].node_ids).get_content() == DOCUMENTS[0].text
     with pytest.raises(InputError, match="context_tokens is 5,000"):
         KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=5000)
     with pytest.raises(InputError, match="same engine"):
@@ -215,6 +335,12 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         index.as_query_engine(similarity_top_k=3)
     with pytest.raises(InputError, match="no documents"):
         KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
+    with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'storage_context'"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm, nonsense=3)
+    with pytest.raises(InputError, match="ratio is the llm's"):
+        KVzipIndex(index_struct=index.index_struct, storage_context=index.storage_context, llm=llm, ratio=0.9)
+    with pytest.raises(InputError, match="documents are read whole"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm, transformations=[SentenceSplitter()])
     with pytest.raises(InputError, match="0 indices"):
         KVzipIndex.from_storage(StorageContext.from_defaults(), llm=llm)
 

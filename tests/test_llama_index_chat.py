@@ -1,11 +1,13 @@
 """KVzipChatEngine: conversations over documents."""
 
 import pytest
+from llama_index.core import Document, SummaryIndex
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import ChatMessage
+from llama_index.core.memory import Memory
 
 from kvzip_memory import InputError, KVzipEngine
-from llama_index_kvzip import KVzipIndex, KVzipLLM
+from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
 from test_llama_index import DOCUMENTS, THIRD
 
 
@@ -39,3 +41,45 @@ def test_a_conversation_has_one_context(llm: KVzipLLM) -> None:
     with pytest.raises(InputError, match="2 contexts"):
         index.as_chat_engine()
     assert str(index.as_chat_engine(ChatMode.CONDENSE_QUESTION).chat("Who?")) == str(index.as_query_engine().query("Who?"))
+
+
+def test_a_long_context_leaves_room_to_converse(engine: KVzipEngine) -> None:
+    llm = KVzipLLM(engine=engine, max_tokens=512)
+    context = engine.load("x " * 890)
+    assert engine.window - context.n_tokens < 300
+    chat_engine = KVzipChatEngine.from_context(context, llm=llm)
+    assert str(chat_engine.chat("Who?")) == str(KVzipQueryEngine.from_context(context, llm=llm).query("Who?"))
+    chat_engine.chat("When? " * 20)
+
+
+def test_what_cannot_converse_is_refused_when_it_is_made(llm: KVzipLLM) -> None:
+    memory = Memory.from_defaults(token_limit=500, memory_blocks=[KVzipMemoryBlock(llm=llm)])
+    with pytest.raises(InputError, match="KVzipMemoryBlock, whose context cannot be joined"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=llm).as_chat_engine(memory=memory)
+    with pytest.raises(InputError, match="from_context"):
+        KVzipChatEngine.from_defaults(llm=llm)
+
+
+async def test_other_modes_take_what_those_of_llama_index_take(llm: KVzipLLM) -> None:
+    """As a SummaryIndex of the same documents with the same options, where both read the documents in the prompt."""
+    documents = [Document(text=document.text.strip(), doc_id=document.doc_id) for document in DOCUMENTS]  # LlamaIndex strips them
+    index, summary = KVzipIndex.from_documents(documents, llm=llm), SummaryIndex.from_documents(documents)
+    said = [ChatMessage("Where?"), ChatMessage("There.", role="assistant")]
+    for mode in ("context", "condense_plus_context", "simple"):
+        answers = []
+        for of in (index, summary):
+            memory = Memory.from_defaults(chat_history=said, token_limit=500)
+            answers.append(of.as_chat_engine(mode, llm=llm, memory=memory, system_prompt="Be brief.", verbose=True).chat("Who?"))
+        assert str(answers[0]) == str(answers[1])
+        assert [n.text for n in answers[0].source_nodes] == [n.text for n in answers[1].source_nodes]
+    memory = Memory.from_defaults(token_limit=500)
+    condensing = index.as_chat_engine(ChatMode.CONDENSE_QUESTION, memory=memory, verbose=True, source_top_k=1, max_tokens=3, streaming=True)
+    streamed = condensing.stream_chat("Who?")
+    assert "".join(streamed.response_gen) == str(index.as_query_engine(max_tokens=3).query("Who?"))
+    assert len(streamed.source_nodes) == 1
+    assert [message.content for message in memory.get_all()][:1] == ["Who?"]
+    for mode in ChatMode.BEST, ChatMode.CONTEXT:
+        with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'memory'"):
+            index.as_chat_engine(mode, nonsense=1, memory=memory)
+    with pytest.raises(ValueError, match="deprecated and removed"):
+        index.as_chat_engine("react", verbose=True)

@@ -82,6 +82,21 @@ async def test_texts_alone(llm: KVzipLLM) -> None:
     assert "".join(KVzipSynthesizer(llm, streaming=True).get_response("Who?", texts)) == said
 
 
+async def test_nodes_without_text_are_left_out(llm: KVzipLLM, engine: KVzipEngine) -> None:
+    synthesizer, blank, empty = KVzipSynthesizer(llm), NodeWithScore(node=TextNode(text="\n")), "Empty Response"
+    expected = synthesizer.synthesize("Who?", chunks())
+    response = await synthesizer.asynthesize("Who?", [blank, *chunks(), blank])
+    assert str(response) == str(expected)
+    assert len(response.source_nodes) == len(chunks())
+    assert engine.stats()["built"] == 1
+    assert str(synthesizer.synthesize("Who?", [blank])) == str(await synthesizer.asynthesize("Who?", [blank])) == empty
+    for texts in ([], [" "]):
+        assert synthesizer.get_response("Who?", texts) == await synthesizer.aget_response("Who?", texts) == empty
+    streaming = KVzipSynthesizer(llm, streaming=True)
+    assert "".join(streaming.get_response("Who?", [])) == empty
+    assert "".join([piece async for piece in await streaming.aget_response("Who?", [])]) == empty
+
+
 def test_nodes_beyond_a_window_go_into_several_contexts(llm: KVzipLLM, engine: KVzipEngine) -> None:
     nodes = [NodeWithScore(node=TextNode(text=f"{i}. {TEXT}")) for i in range(6)]
     response = KVzipSynthesizer(llm).synthesize("Who?", nodes)

@@ -13,8 +13,9 @@ from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
 
-from kvzip_memory import CompressedContext
+from kvzip_memory import CompressedContext, InputError
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
+from llama_index_kvzip.memory import KVzipMemoryBlock
 from llama_index_kvzip.sources import Part, Ranking, whole
 
 
@@ -33,6 +34,15 @@ class KVzipChatEngine(SimpleChatEngine):
 
     _part: Part
     _ranking: Ranking
+
+    @classmethod
+    def from_defaults(cls, *args: Any, **kwargs: Any) -> KVzipChatEngine:
+        """Not for this engine, which needs a context.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("a KVzipChatEngine needs a context; make it with KVzipChatEngine.from_context or KVzipIndex.as_chat_engine")
 
     @classmethod
     def from_context(
@@ -60,7 +70,7 @@ class KVzipChatEngine(SimpleChatEngine):
             node_parser: splits documents into these passages; None takes paragraphs.
 
         Raises:
-            InputError: a ``source_top_k`` below 1.
+            InputError: a ``source_top_k`` below 1, or a memory with a :class:`KVzipMemoryBlock`, which has a context of its own.
         """
         part = Part(context, whole(context, documents))
         return cls._over(part, llm, memory, chat_history, system_prompt, source_top_k, node_parser)
@@ -77,9 +87,15 @@ class KVzipChatEngine(SimpleChatEngine):
         node_parser: NodeParser | None = None,
     ) -> KVzipChatEngine:
         model = llm.with_context(part.context)
+        if any(isinstance(block, KVzipMemoryBlock) for block in getattr(memory, "memory_blocks", ())):
+            raise InputError(
+                "the memory has a KVzipMemoryBlock, whose context cannot be joined with the documents'; leave the block out, or give "
+                "the documents to an agent with this memory as a QueryEngineTool"
+            )
         if memory is None:
-            # Half of what is free: the template's own tokens are not counted by LlamaIndex.
-            limit = (model.metadata.context_window - model.max_tokens) // 2
+            # Half of what is free: the template's own tokens are not counted by LlamaIndex. An answer may take half before.
+            free = model.metadata.context_window
+            limit = max(4, (free - min(model.max_tokens, free // 2)) // 2)
             tokenizer: Any = model.engine.tokenizer
             memory = Memory.from_defaults(
                 chat_history=chat_history, token_limit=limit, token_flush_size=limit // 4, tokenizer_fn=tokenizer.tokenize

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.chat_engine import (
+    CondensePlusContextChatEngine,
+    CondenseQuestionChatEngine,
+    ContextChatEngine,
+    SimpleChatEngine,
+)
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
@@ -21,10 +29,25 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from llama_index_kvzip.chat_engine import KVzipChatEngine
-from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import room, size
+from llama_index_kvzip.llm import CALL_OPTIONS, KVzipLLM
+from llama_index_kvzip.packing import readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
+
+# Where a node is that has no text, and where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
+_NOWHERE, _FIRST_ID = "", "first index id"
+
+_INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
+_CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", "source_top_k", "node_parser"}
+_QUERY_OPTIONS = {"response_mode", "streaming", "source_top_k", "node_parser", "callback_manager", *CALL_OPTIONS}
+_CHAT_ENGINES: dict[str, Any] = {
+    ChatMode.SIMPLE: SimpleChatEngine,
+    ChatMode.CONTEXT: ContextChatEngine,
+    ChatMode.CONDENSE_QUESTION: CondenseQuestionChatEngine,
+    ChatMode.CONDENSE_PLUS_CONTEXT: CondensePlusContextChatEngine,
+}
+_CHAT_OPTIONS = {name for kind in _CHAT_ENGINES.values() for name in signature(kind.from_defaults).parameters}
+_CHAT_OPTIONS -= {"llm", "query_engine", "retriever", "kwargs"}
 
 
 class _WholeDocuments(TransformComponent):
@@ -33,11 +56,15 @@ class _WholeDocuments(TransformComponent):
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         nodes_of_documents = []
         for document in nodes:
-            # An id of its own: under the document's the docstore keeps the hash by which changes are told.
-            node = TextNode(text=document.get_content(), id_=f"{document.node_id}/whole", metadata=dict(document.metadata))
+            # Not the document's own id: under that the docstore keeps the hash by which changes are told, and pages may share it.
+            id_ = f"{document.node_id}/{document.hash[:16]}"
+            node = TextNode(text=document.get_content(), id_=id_, metadata=dict(document.metadata))
             node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
             nodes_of_documents.append(node)
         return nodes_of_documents
+
+
+_WHOLE: list[TransformComponent] = [_WholeDocuments()]
 
 
 class KVzipIndex(BaseManagedIndex):
@@ -63,7 +90,7 @@ class KVzipIndex(BaseManagedIndex):
             an answer of ``llm.max_tokens``.
 
     Raises:
-        InputError: ``context_tokens`` outside the window.
+        InputError: ``context_tokens`` outside the window, ``transformations``, or unknown options.
         WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
     """
@@ -79,17 +106,18 @@ class KVzipIndex(BaseManagedIndex):
         context_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
+        _check_index_options(kwargs)
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
         self._lock, self._changing = threading.RLock(), False
-        kwargs["transformations"] = [_WholeDocuments()]
-        super().__init__(nodes, **kwargs)
+        super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
         """An index of documents; arguments and errors as for the class."""
-        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": [_WholeDocuments()]})
+        _check_index_options(kwargs)
+        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
     def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
@@ -121,14 +149,15 @@ class KVzipIndex(BaseManagedIndex):
         """The nodes of each context, by their ids and hashes."""
         groups: dict[str, list[str]] = {}
         for node_id, group in self._index_struct.nodes_dict.items():
-            groups.setdefault(group, []).append(node_id)
+            if group != _NOWHERE:
+                groups.setdefault(group, []).append(node_id)
         found = [self.docstore.get_nodes(node_ids) for node_ids in groups.values()]
         return {(*(node.node_id for node in nodes), *(node.hash for node in nodes)): nodes for nodes in found}
 
     @property
     def _tag(self) -> str:
-        """Of every context that this index has loaded."""
-        return f"llama_index:{self.index_id}"
+        """Of every context that this index has loaded: the id it had first."""
+        return f"llama_index:{self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0]}"
 
     def _forget_unused(self) -> None:
         """Remove the contexts that only this index has loaded and that it no longer has."""
@@ -143,11 +172,13 @@ class KVzipIndex(BaseManagedIndex):
         return size(self._llm.engine, node)
 
     def _place(self, struct: IndexDict, nodes: Sequence[BaseNode]) -> None:
-        """Give each node to the first context with room for it."""
+        """Give each node that has a text to the first context with room for it."""
+        struct.nodes_dict |= {node.node_id: _NOWHERE for node in nodes}
         taken: dict[str, int] = {}
         for node_id, group in struct.nodes_dict.items():
-            taken[group] = taken.get(group, 0) + self._size(self.docstore.get_node(node_id))
-        for node in nodes:
+            if group != _NOWHERE:
+                taken[group] = taken.get(group, 0) + self._size(self.docstore.get_node(node_id))
+        for node in readable(nodes):
             size = self._size(node)
             new = str(max(map(int, taken), default=-1) + 1)
             group = next((group for group, tokens in taken.items() if tokens + size <= self._limit), new)
@@ -165,6 +196,12 @@ class KVzipIndex(BaseManagedIndex):
                 )
 
     # -- BaseIndex -----------------------------------------------------------------------------------------------
+
+    def set_index_id(self, index_id: str) -> None:
+        """Give the index another id; the contexts it has loaded stay its own."""
+        with self._lock:
+            self._index_struct.doc_id_dict.setdefault(_FIRST_ID, [self.index_id])
+            super().set_index_id(index_id)
 
     def build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> IndexDict:
         self._check_lengths(nodes)
@@ -219,8 +256,21 @@ class KVzipIndex(BaseManagedIndex):
         self._place(self._index_struct, nodes)
 
     def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:
+        self._index_struct.nodes_dict.pop(node_id, None)  # others' nodes may be of the same document
+
+    def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """Remove documents by the ids of their nodes, as :meth:`delete_ref_doc` does."""
         with self._lock:
-            self._index_struct.delete(node_id)
+            forget = delete_from_docstore and not self._changing
+            if forget:
+                self.parts()  # so that those of the other documents are known; they are found, not built
+            super().delete_nodes(list(node_ids), delete_from_docstore, **delete_kwargs)  # the docstore may change the list itself
+            if forget:
+                self._forget_unused()
+
+    async def adelete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
+        """:meth:`delete_nodes` in a thread."""
+        await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Remove a document; the context it was in is built again when it is next asked.
@@ -229,34 +279,41 @@ class KVzipIndex(BaseManagedIndex):
         they were loaded under a name, with other tags or by another index, too.
         """
         with self._lock:
-            forget = delete_from_docstore and not self._changing
-            if forget:
-                self.parts()  # so that those of the other documents are known; they are found, not built
             super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
-            if forget:
-                self._forget_unused()
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """:meth:`delete_ref_doc` in a thread."""
         await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
-        """Replace a document by its new version; the old one is forgotten as by :meth:`delete_ref_doc`."""
-        with self._change([document], forget=True):
-            super(BaseManagedIndex, self).update_ref_doc(document, **update_kwargs)
+        """Replace a document by its new version, or insert it; what this index had of it is forgotten as by :meth:`delete_ref_doc`."""
+        with self._change([document], forget=True), self._callback_manager.as_trace("update_ref_doc"):
+            if old := self.ref_doc_info.get(document.id_):
+                self.delete_nodes(old.node_ids, delete_from_docstore=True, **update_kwargs.get("delete_kwargs", {}))
+            self.insert(document, **update_kwargs.get("insert_kwargs", {}))
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """:meth:`update_ref_doc` in a thread."""
         await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
-        """Insert the new ones of these documents and update the changed ones, in one go: all of them or, after an error, none.
+        """Insert those of these documents that are not in the index and update the changed ones; all of them or, after an error, none.
 
         Returns:
             of each document whether that was so.
+
+        Raises:
+            InputError: two documents of one id.
         """
-        with self._change(documents, forget=True):
-            return super().refresh_ref_docs(documents, **update_kwargs)
+        counts = Counter(document.id_ for document in documents)
+        if twice := [id_ for id_, count in counts.items() if count > 1]:
+            raise InputError(f"the ids {twice} are of several documents each, of which a refresh would keep the last; give each its own")
+        with self._change(documents, forget=True), self._callback_manager.as_trace("refresh_ref_docs"):
+            there = self.ref_doc_info
+            old = [document.id_ in there and self.docstore.get_document_hash(document.id_) == document.hash for document in documents]
+            for document in (document for document, is_old in zip(documents, old, strict=True) if not is_old):
+                self.update_ref_doc(document, **update_kwargs.get("update_kwargs", {}))
+            return [not is_old for is_old in old]
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """:meth:`refresh_ref_docs` in a thread."""
@@ -265,8 +322,10 @@ class KVzipIndex(BaseManagedIndex):
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:
         """The documents in the index."""
-        nodes = self.docstore.get_nodes(list(self._index_struct.nodes_dict))
-        return {node.ref_doc_id or node.node_id: RefDocInfo([node.node_id], node.metadata) for node in nodes}
+        found: dict[str, RefDocInfo] = {}
+        for node in self.docstore.get_nodes(list(self._index_struct.nodes_dict)):
+            found.setdefault(node.ref_doc_id or node.node_id, RefDocInfo(metadata=node.metadata)).node_ids.append(node.node_id)
+        return found
 
     def as_retriever(self, source_top_k: int | None = None, node_parser: NodeParser | None = None, **kwargs: Any) -> BaseRetriever:
         """Gives all documents for every question, without scores; or the ``source_top_k`` passages that it is about most.
@@ -292,16 +351,24 @@ class KVzipIndex(BaseManagedIndex):
         """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
 
         Args:
-            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one that condenses questions.
+            chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one of LlamaIndex' chat engines.
             llm: as for :meth:`as_query_engine`.
-            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``.
+            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``; for another mode those of
+                LlamaIndex' chat engines and of :meth:`as_query_engine`.
 
         Raises:
-            InputError: several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
+            InputError: unknown options; several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
         """
         model = self._checked(llm)
+        if chat_mode in _CHAT_ENGINES:
+            _check_names(kwargs, _QUERY_OPTIONS | _CHAT_OPTIONS)
+            asking = {name: value for name, value in kwargs.items() if name in _QUERY_OPTIONS}
+            return _CHAT_ENGINES[chat_mode].from_defaults(
+                llm=model, query_engine=self.as_query_engine(model, **asking), retriever=self.as_retriever(**asking), **kwargs
+            )
         if chat_mode != ChatMode.BEST:
-            return super().as_chat_engine(chat_mode, model, **kwargs)
+            return super().as_chat_engine(chat_mode, model)  # tells what is wrong with it
+        _check_names(kwargs, _CONVERSATION_OPTIONS)
         parts = self.parts()
         if len(parts) != 1:
             raise InputError(
@@ -315,6 +382,19 @@ class KVzipIndex(BaseManagedIndex):
         if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
         return llm
+
+
+def _check_names(given: Iterable[str], known: Set[str]) -> None:
+    if unknown := sorted(set(given) - known):
+        raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
+
+
+def _check_index_options(options: Mapping[str, Any]) -> None:
+    if options.get("transformations") not in (None, _WHOLE):
+        raise InputError("transformations are not supported, since documents are read whole; apply them to the documents before")
+    if "ratio" in options:
+        raise InputError("ratio is the llm's: KVzipLLM(..., ratio=...)")
+    _check_names(options, _INDEX_OPTIONS | {"transformations"})
 
 
 class _Retriever(BaseRetriever):

@@ -42,6 +42,9 @@ from kvzip_memory.tools import CallReader
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
 
+#: Fields of a :class:`KVzipLLM` that every call may set, too.
+CALL_OPTIONS = ("temperature", "max_tokens", "top_p", "top_k", "seed", "stop")
+
 _ROLES = {
     MessageRole.DEVELOPER: MessageRole.SYSTEM,
     MessageRole.FUNCTION: MessageRole.TOOL,
@@ -100,6 +103,14 @@ class KVzipLLM(FunctionCallingLLM):
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
     _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
+        if isinstance(values, dict) and (unknown := sorted(values.keys() - known - {"class_name"})):
+            raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
+        return values
 
     @model_validator(mode="after")
     def _check_model(self) -> KVzipLLM:
@@ -230,12 +241,11 @@ class KVzipLLM(FunctionCallingLLM):
             InputError: some of them are unknown.
         """
         given = dict(kwargs)
-        fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed", "stop")}
+        fields = {name: given.pop(name, getattr(self, name)) for name in CALL_OPTIONS}
         options = {name: given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}
-        limit = given.pop("max_tokens", self.max_tokens)
         if given:
-            raise InputError(f"options {sorted(given)} are unknown; known are {sorted([*fields, *options, 'max_tokens'])}")
-        return {**fields, **options, "max_new_tokens": limit}
+            raise InputError(f"options {sorted(given)} are unknown; known are {sorted([*fields, *options])}")
+        return {"max_new_tokens": fields.pop("max_tokens"), **fields, **options}
 
     def _raw(self, reply: Reply, called: bool) -> dict[str, Any]:
         receipt = reply.receipt

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
 from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
+from kvzip_memory.prompt import as_document, header
 from llama_index_kvzip.llm import KVzipLLM
 
-# Tokens that a document's header may take, and the template around all documents.
-_HEADER, _HEAD = 48, 64
+logger = logging.getLogger(__name__)
+
+# Tokens that the template around all documents may take, and more documents than a context has.
+_HEAD, _MANY = 64, 9999
+
+
+def readable(nodes: Sequence[BaseNode]) -> list[BaseNode]:
+    """The nodes that have a text. A warning names the others, such as the blank pages of a scan: there is nothing to read in them."""
+    if blank := [node.ref_doc_id or node.node_id for node in nodes if not node.get_content().strip()]:
+        logger.warning("left out, since they have no text: %s", blank)
+    return [node for node in nodes if node.get_content().strip()]
 
 
 def room(llm: KVzipLLM, system: str | None = None, context_tokens: int | None = None) -> int:
@@ -25,8 +38,9 @@ def room(llm: KVzipLLM, system: str | None = None, context_tokens: int | None = 
 
 
 def size(engine: KVzipEngine, node: BaseNode) -> int:
-    """Tokens that a document takes of :func:`room`, at most."""
-    return _HEADER + _n_tokens(engine, node.get_content())
+    """Tokens that a document and its header take of :func:`room`, at most."""
+    document = as_document(node)
+    return _n_tokens(engine, header(_MANY, document.name or f"document {_MANY}")) + _n_tokens(engine, document.text)
 
 
 def _n_tokens(engine: KVzipEngine, text: str) -> int:

@@ -21,6 +21,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvzip_memory import CompressedContext, InputError
 from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.packing import readable
 from llama_index_kvzip.sources import Part, Ranking, whole
 
 _ONE_ANSWER = (ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)
@@ -41,7 +42,8 @@ class KVzipQueryEngine(BaseQueryEngine):
         print(query_engine.query("Who signed the lease?"))
 
     Where there are several contexts all are asked at one time and one more call combines their answers, which
-    ``metadata["parts"]`` shows. ``metadata["usage"]`` sums up all calls.
+    ``metadata["parts"]`` shows. More answers than a prompt takes are combined a few at a time before, and none of them is longer
+    than a quarter of the window. ``metadata["usage"]`` sums up all calls.
 
     Args:
         llm: what answers.
@@ -76,6 +78,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         llm.stream_options(options)  # tells at once what is unknown
         self._mode = _checked_mode(response_mode, streaming)
         self._sources = Ranking(llm.engine, source_top_k, node_parser)
+        self._quarter = llm.engine.window // 4
 
     @classmethod
     def from_context(
@@ -97,7 +100,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         **kwargs: Any,
     ) -> KVzipQueryEngine:
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
-        documents = list(documents)
+        documents = readable(documents)
         context = llm.engine.load(documents, name=name, ratio=llm.ratio if ratio is None else ratio, system=system)
         return cls.from_context(context, documents, llm=llm, **kwargs)
 
@@ -111,16 +114,20 @@ class KVzipQueryEngine(BaseQueryEngine):
                 with ThreadPoolExecutor(len(parts)) as pool:
                     runs = [pool.submit(contextvars.copy_context().run, self._ask, part, question) for part in parts]
                     answers = [run.result() for run in runs]
+            calls = rest = answers
+            while count := self._combined_before(question, rest):
+                said = self._llm.with_context(None).chat([ChatMessage(_combined(question, rest[:count]))], **self._options_of_part())
+                calls, rest = [*calls, said], [*rest[count:], said]
             if self._mode not in _ONE_ANSWER:
                 response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
             elif self._streaming:
-                llm, asked = self._last_call(parts, question, answers)
+                llm, asked = self._last_call(parts, question, rest)
                 pieces = (piece.delta or "" for piece in llm.stream_chat(asked, **self._options))
                 response = StreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
-                llm, asked = self._last_call(parts, question, answers)
+                llm, asked = self._last_call(parts, question, rest)
                 last = llm.chat(asked, **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*answers, last]))
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*calls, last]))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -131,24 +138,46 @@ class KVzipQueryEngine(BaseQueryEngine):
             answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
             if self._asks_each(parts):
-                said = [ChatMessage(question)]
-                answers = await asyncio.gather(*(self._llm.with_context(p.context).achat(said, **self._options) for p in parts))
+                asked, options = [ChatMessage(question)], self._options_of_part()
+                answers = await asyncio.gather(*(self._llm.with_context(p.context).achat(asked, **options) for p in parts))
+            calls = rest = answers
+            while count := self._combined_before(question, rest):
+                asked = [ChatMessage(_combined(question, rest[:count]))]
+                said = await self._llm.with_context(None).achat(asked, **self._options_of_part())
+                calls, rest = [*calls, said], [*rest[count:], said]
             if self._mode not in _ONE_ANSWER:
                 response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
             elif self._streaming:
-                llm, asked = self._last_call(parts, question, answers)
+                llm, asked = self._last_call(parts, question, rest)
                 pieces = (piece.delta or "" async for piece in await llm.astream_chat(asked, **self._options))
                 response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
-                llm, asked = self._last_call(parts, question, answers)
+                llm, asked = self._last_call(parts, question, rest)
                 last = await llm.achat(asked, **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*answers, last]))
+                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*calls, last]))
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
     def _asks_each(self, parts: Sequence[Part]) -> bool:
         """Whether the contexts are asked by themselves, with or without a call for all of them behind."""
         return self._mode == ResponseMode.ACCUMULATE or (self._mode in _ONE_ANSWER and len(parts) > 1)
+
+    def _options_of_part(self) -> dict[str, Any]:
+        """Options of a call whose answer is combined with others."""
+        if self._mode == ResponseMode.ACCUMULATE:
+            return self._options
+        limit = self._options.get("max_tokens") or self._llm.max_tokens
+        return {**self._options, "max_tokens": min(limit, self._quarter)}
+
+    def _combined_before(self, question: str, answers: Sequence[ChatResponse]) -> int:
+        """How many answers, two or more, are combined before the others since no prompt takes all; 0 if one does."""
+        if self._mode == ResponseMode.ACCUMULATE:
+            return 0
+        room = self._llm.engine.window - self._options_of_part()["max_tokens"]
+        for count in range(3, len(answers) + 1):
+            if self._llm.engine.count_tokens([{"role": "user", "content": _combined(question, answers[:count])}]) > room:
+                return count - 1
+        return 0
 
     def _last_call(self, parts: Sequence[Part], question: str, answers: Sequence[ChatResponse]) -> tuple[KVzipLLM, list[ChatMessage]]:
         """What gives the one answer, and what it is asked."""
@@ -173,7 +202,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         return parts
 
     def _ask(self, part: Part, question: str) -> ChatResponse:
-        return self._llm.with_context(part.context).chat([ChatMessage(question)], **self._options)
+        return self._llm.with_context(part.context).chat([ChatMessage(question)], **self._options_of_part())
 
     def _get_prompts(self) -> PromptDictType:
         return {}

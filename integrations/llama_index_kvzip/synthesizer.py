@@ -16,7 +16,7 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import room, size
+from llama_index_kvzip.packing import readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
 
@@ -62,6 +62,7 @@ class KVzipSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Answer from nodes; ``response_kwargs`` are options of the call."""
+        nodes = _readable(nodes)
         if not nodes:
             return super().synthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
@@ -76,6 +77,7 @@ class KVzipSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` in a thread."""
+        nodes = _readable(nodes)
         if not nodes:
             return await super().asynthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
@@ -84,11 +86,13 @@ class KVzipSynthesizer(BaseSynthesizer):
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from texts."""
-        return _said(self._reader(_nodes(text_chunks), response_kwargs).query(query_str))
+        nodes = _readable(_nodes(text_chunks))
+        return _said(self._reader(nodes, response_kwargs).query(query_str) if nodes else super().synthesize(query_str, nodes))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """:meth:`get_response` in a thread."""
-        return _said(await self._reader(_nodes(text_chunks), response_kwargs).aquery(query_str))
+        nodes = _readable(_nodes(text_chunks))
+        return _said(await (self._reader(nodes, response_kwargs).aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
 
     def _reader(self, nodes: Sequence[NodeWithScore], options: dict[str, Any]) -> KVzipQueryEngine:
         return KVzipQueryEngine(self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **options})
@@ -142,6 +146,11 @@ def _place(node: BaseNode) -> tuple[str, int, str]:
 
 def _nodes(texts: Sequence[str]) -> list[NodeWithScore]:
     return [NodeWithScore(node=TextNode(text=text)) for text in texts]
+
+
+def _readable(nodes: Sequence[NodeWithScore]) -> list[NodeWithScore]:
+    read = {id(node) for node in readable([scored.node for scored in nodes])}
+    return [scored for scored in nodes if id(scored.node) in read]
 
 
 def _said(response: RESPONSE_TYPE) -> RESPONSE_TEXT_TYPE:

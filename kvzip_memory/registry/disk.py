@@ -446,6 +446,8 @@ class DiskTier:
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
                 self._set_totals(index, usage + entry.file_nbytes, writing)
+            if named < entry.named:  # it has got another one since
+                name = None
             if name is not None and entry.name not in (name, None):
                 _list_remove(index, _named(entry.tenant, str(entry.name)), key)
             named, tags = max(entry.named, named), tuple(sorted({*entry.tags, *tags}))
