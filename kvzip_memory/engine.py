@@ -624,6 +624,8 @@ class KVzipEngine:
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
         tools = checked_tools(tools)
+        if parallel_tool_calls is None and self._prompts.one_call:
+            parallel_tool_calls = False
         if tools:
             params["grammar"] = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
         elif schema is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from torch import Tensor
 from kvzip_memory.errors import InputError
 
 # One way to write each value: a model cannot lose itself in whitespace.
+#: Formats of strings that llguidance keeps to.
+_FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -142,18 +144,33 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     return "%json " + json.dumps({**closed(schema), "x-guidance": _LAYOUT})
 
 
-def closed(schema: Any) -> Any:
-    """The schema with no other properties than it names, where it does not say otherwise."""
+def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
+    """The schema with no other properties than it names, where it does not say otherwise, and without formats that say nothing.
+
+    ``parts`` are references to what is a part of an ``allOf``: these see each other's properties, so that none can forbid what it
+    does not name.
+    """
+    parts = frozenset(_references(schema)) if parts is None else parts
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [closed(item, parts) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
     made: dict[str, Any] = {}
     for key, value in schema.items():
         if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
-            made[key] = {name: closed(item) for name, item in value.items()}
-        else:  # parts of an allOf see each other's properties: none can forbid what it does not name; a value is no schema
-            made[key] = value if key in ("allOf", "enum", "const", "default", "examples") else closed(value)
+            made[key] = {name: item if f"#/{key}/{name}" in parts else closed(item, parts) for name, item in value.items()}
+        elif key != "format" or not isinstance(value, str) or value in _FORMATS:  # others are annotations; a value is no schema
+            made[key] = value if key in ("allOf", "enum", "const", "default", "examples") else closed(value, parts)
     if isinstance(schema.get("properties"), Mapping) and not {"additionalProperties", "patternProperties", "allOf"} & schema.keys():
         made["additionalProperties"] = False
     return made
+
+
+def _references(schema: Any, inside: bool = False) -> Iterator[str]:
+    """What a schema refers to within its ``allOf``."""
+    for item in schema if isinstance(schema, list) else ():
+        yield from _references(item, inside)
+    for key, value in schema.items() if isinstance(schema, Mapping) else ():
+        if key == "$ref" and inside and isinstance(value, str):
+            yield value
+        yield from _references(value, inside or key == "allOf")

@@ -24,7 +24,7 @@ from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.errors import InputError
-from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns
+from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
 #: Used when a tokenizer has no chat template: plain text, the question on a line of its own, then ``Answer:``.
 PLAIN_TEMPLATE = (
@@ -128,6 +128,15 @@ class PromptBuilder:
             [user, _call("probe_tool", {"a": "b c"}), {"role": "tool", "content": "d", "tool_call_id": None}],
             [{"type": "function", "function": {"name": "probe_tool", "description": "e f", "parameters": {}}}],
         )
+        calls = [{"id": i, "name": "probe_tool", "arguments": {"a": i}} for i in "bc"]
+        results = [{"role": "tool", "content": "d", "tool_call_id": i} for i in "bc"]
+        #: Whether the template shows no more than one call in an answer.
+        self.one_call = self._knows_tools and not self._renders([user, {"role": "assistant", "content": "", "tool_calls": calls}, *results])
+        system, answer = {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}
+        self._knows_system = self._renders([system, user])
+        # Some templates put the system's text before what the user says last, wherever that stands.
+        talk = [user, answer, user]
+        self._moves_system = self._knows_system and self._renders(talk) and not self._renders([system, *talk])
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
@@ -457,7 +466,11 @@ class PromptBuilder:
 
     def _turns(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Message]:
         """Messages as the template can take them."""
-        turns = list(messages) if self._knows_tools else in_plain_turns(messages, tools)
+        turns = results_in_order(messages, self.one_call)
+        if not self._knows_tools:
+            turns = in_plain_turns(turns, tools, self._knows_system)
+        if self._moves_system and [turn["role"] for turn in turns[:2]] == ["system", "user"]:
+            turns = [{"role": "user", "content": _SEPARATOR.join(turn["content"] for turn in turns[:2])}, *turns[2:]]
         return _merged(turns) if self._merges else turns
 
     def _ids(self, pieces: Sequence[Sequence[int]], texts: Sequence[str]) -> list[int]:

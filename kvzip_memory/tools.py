@@ -10,6 +10,7 @@ import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from kvzip_memory.errors import InputError
@@ -108,10 +109,37 @@ def describe(tools: Sequence[Tool]) -> str:
     )
 
 
-def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = ()) -> list[Mapping[str, Any]]:
-    """The same conversation for a template that knows only texts: tools in the system turn, calls and results as tagged JSON."""
+def results_in_order(messages: Sequence[Mapping[str, Any]], one_call: bool = False) -> list[Mapping[str, Any]]:
+    """The results of an answer's calls in the order of the calls; frameworks give them as they came, and not all templates show ids.
+
+    With ``one_call`` calls of one answer and their results become answers of a call each.
+    """
     turns: list[Mapping[str, Any]] = []
-    if tools:
+    for are_results, run in groupby(messages, key=lambda message: message["role"] == "tool"):
+        calls = turns[-1].get("tool_calls", ()) if are_results and turns else ()
+        numbers = {call["id"]: number for number, call in enumerate(calls)}
+        group = sorted(run, key=lambda message: numbers.get(message.get("tool_call_id"), len(numbers)))
+        if one_call and len(calls) > 1 and [message.get("tool_call_id") for message in group] == [*numbers]:
+            whole = turns.pop()
+            for call, result in zip(calls, group, strict=True):
+                turns += [{**whole, "tool_calls": [call]}, result]
+                whole = {**whole, "content": ""}
+        else:
+            turns += group
+    return turns
+
+
+def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = (), system: bool = True) -> list[Mapping[str, Any]]:
+    """The same conversation for a template that knows only texts: calls and results as tagged JSON, tools in the system turn.
+
+    Where the template knows no ``system`` they are in front of what the user says first.
+    """
+    turns: list[Mapping[str, Any]] = []
+    if tools and not system:
+        first = messages[0] if messages and messages[0]["role"] == "user" else None
+        turns.append({"role": "user", "content": f"{describe(tools)}\n\n{first['content']}" if first else describe(tools)})
+        messages = messages[1 if first else 0 :]
+    elif tools:
         first = messages[0] if messages and messages[0]["role"] == "system" else None
         turns.append({"role": "system", "content": f"{first['content']}\n\n{describe(tools)}" if first else describe(tools)})
         messages = messages[1 if first else 0 :]
@@ -176,6 +204,10 @@ def calls_grammar(
         lines.append(f"start: {guidance.literal(form.begin + form.open)} {rest}")
     elif not form.trigger:
         prefix = f"{guidance.literal(form.prefix)}? " if form.prefix and form.prefix in guidance.added else ""
+        if schema is not None:  # one JSON or another: what they begin with is not told apart by a call's spelling
+            lines = [f"start: {prefix}({' | '.join(f'c{i}' for i in range(len(tools)))}) | json", f"json: {json_rule(schema)}"]
+            lines += [f"c{i}: {json_rule(_call_schema(tool, form))}" for i, tool in enumerate(tools)]
+            return guidance.lark("\n".join(lines))
         lines.append(f"start: {prefix}{rest} | {said}")
     else:
         head = form.begin + form.open
@@ -197,6 +229,13 @@ def calls_grammar(
         lines += [f"a{i}: {json_rule(_parameters(tool))}" for i, tool in enumerate(tools)]
     # Text may be cut within a character, which has up to four bytes and so tokens.
     return guidance.lark("\n".join(lines), slack=3 if said == "free" and choice in ("auto", "none") else 0)
+
+
+def _call_schema(tool: Tool, form: ToolForm) -> Mapping[str, Any]:
+    parameters = _parameters(tool)
+    definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    called = {"name": {"const": tool["function"]["name"]}, form.arguments: parameters}
+    return {"type": "object", "properties": called, "required": [*called], **definitions}
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
@@ -334,7 +373,7 @@ class _JsonReader:
             call = json.loads(self._text)
         except ValueError:
             call = {}
-        arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {})
+        arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {} if self._form.trigger else None)
         if isinstance(call.get("name"), str) and isinstance(arguments, dict):
             return [CallDelta(self._index, _json(arguments), self._id, call["name"])]
         if not self._form.trigger:

@@ -146,3 +146,15 @@ def test_json_without_a_schema(kind: Literal["object", "anything"]) -> None:
             continue
     assert answers
     assert kind == "anything" or all(isinstance(answer, dict) for answer in answers)
+
+
+def test_parts_of_an_all_of_may_be_definitions_and_unknown_formats_say_nothing(engine: KVzipEngine) -> None:
+    base = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    more = {"type": "object", "properties": {"b": {"type": "boolean"}}, "required": ["b"]}
+    both = {"allOf": [{"$ref": "#/$defs/Base"}, more]}
+    engine.guidance.json({"type": "object", "properties": {"x": both}, "required": ["x"], "$defs": {"Base": base}})
+    plain = {"type": "object", "properties": {"format": {"type": "string", "format": "color"}}, "required": ["format"]}
+    assert closed(plain)["properties"] == {"format": {"type": "string"}}
+    engine.guidance.json(plain)
+    with pytest.raises(InputError):
+        engine.guidance.json({"type": "string", "format": "date", "not": {}})

@@ -96,6 +96,18 @@ def test_calls_or_an_answer_by_a_schema(engine: KVzipEngine) -> None:
     assert all(calls and not text.strip() for text, calls in answers(engine, "any", schema))
 
 
+def test_where_calls_and_answers_are_both_bare_json_either_may_come(engine: KVzipEngine) -> None:
+    form, answer = FORMS["llama3"], {"first": "Ana", "age": 3}
+    schema = {"type": "object", "properties": {"first": {"type": "string"}, "age": {"$ref": "#/$defs/age"}}, "required": ["first", "age"]}
+    grammar = calls_grammar(engine.guidance, form, TOOLS, "auto", {**schema, "$defs": {"age": {"type": "integer"}}})
+    assert allows(engine, grammar, json.dumps(answer))
+    grammar = calls_grammar(engine.guidance, form, TOOLS, "auto", {**schema, "$defs": {"age": {"type": "integer"}}})
+    assert allows(engine, grammar, '{"name": "weather", "parameters": {"town": "Oslo", "days": 3}}')
+    grammar = calls_grammar(engine.guidance, form, TOOLS, "auto", {**schema, "$defs": {"age": {"type": "integer"}}})
+    assert not allows(engine, grammar, '{"name": "weather", "parameters": {"town": "Paris"}}')
+    assert read_calls('{"name": "Ana", "age": 3}', form) == ('{"name": "Ana", "age": 3}', [])
+
+
 def test_several_forced_calls_only_where_they_are_asked_for(engine: KVzipEngine) -> None:
     two = written(engine, [("weather", {"town": "Oslo"}), ("weather", {"town": "Rome"})])
     for parallel in (None, False, True):

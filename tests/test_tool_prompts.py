@@ -201,3 +201,44 @@ def test_a_conversation_cannot_end_between_calls_and_results() -> None:
     with pytest.raises(InputError, match="without their results"):
         engine.load(CONVERSATION[:2])
     assert engine.load(CONVERSATION[:3], tools=TOOLS).recipe.role == "user"
+
+
+def two_calls(order: list[str]) -> list[dict[str, Any]]:
+    calls = [{"id": i, "type": "function", "function": {"name": "weather", "arguments": {"town": i}}} for i in ("Oslo", "Rome")]
+    results = [{"role": "tool", "tool_call_id": i, "content": f'{{"town": "{i}"}}'} for i in order]
+    return [CONVERSATION[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results, *CONVERSATION[3:]]
+
+
+@pytest.mark.parametrize("template", [HERMES, MISTRAL, CHATML], ids=["hermes", "mistral", "plain"])
+def test_results_are_read_in_the_order_of_their_calls(template: str) -> None:
+    builder = builder_of(template)
+    assert asked(builder, two_calls(["Rome", "Oslo"])) == asked(builder, two_calls(["Oslo", "Rome"]))
+    assert not builder.one_call
+
+
+def test_a_template_of_single_calls_shows_several_one_by_one() -> None:
+    builder = builder_of(LLAMA3)
+    asking, both, one, other, *rest = two_calls(["Oslo", "Rome"])
+    single = [asking, {**both, "tool_calls": both["tool_calls"][:1]}, one, {**both, "tool_calls": both["tool_calls"][1:]}, other, *rest]
+    assert asked(builder, two_calls(["Rome", "Oslo"])) == asked(builder, single)
+    assert builder.one_call
+
+
+def test_a_template_that_moves_the_system_prompt_keeps_it_in_front_of_a_conversation() -> None:
+    builder, tools = builder_of(MISTRAL), None
+    talk = [SYSTEM, CONVERSATION[0], {"role": "assistant", "content": "4 degrees."}, CONVERSATION[-1]]
+    ids = asked(builder, talk, tools)
+    assert builder.tokenizer.decode(ids).count("Be brief.") == 1
+    assert ids[: len(builder.conversation(talk[:3]).token_ids)] == list(builder.conversation(talk[:3]).token_ids)
+    assert asked(builder, talk[:2], tools) == builder.question(None, "Be brief.\n\nHow warm is Oslo?")
+    asked(builder, [SYSTEM, *CONVERSATION[:3]])  # a result is what is said last
+
+
+def test_a_template_without_a_system_prompt_is_told_of_tools_by_the_user() -> None:
+    builder = builder_of(STRICT)
+    ids = asked(builder, CONVERSATION)
+    text = builder.tokenizer.decode(ids)
+    assert text.index("# Tools") < text.index("How warm is Oslo?")
+    assert text.count("# Tools") == 1
+    prefix = builder.conversation([as_message(message) for message in CONVERSATION[:4]], tools=TOOLS).token_ids  # type: ignore[misc]
+    assert ids[: len(prefix)] == list(prefix)
