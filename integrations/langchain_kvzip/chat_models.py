@@ -27,6 +27,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, configured_window, in_thread
@@ -298,7 +299,7 @@ class KVzipChatModel(BaseChatModel):
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
         form, shown = options["form"], options.pop("shown")
-        if shown and options["schema"] is not None and turns and turns[-1]["role"] == "user":
+        if shown and options["schema"] is not None and turns and turns[-1]["role"] in ("user", "tool"):
             turns[-1] = {
                 **turns[-1],
                 "content": f"{turns[-1]['content']}\n\n{_ASKED.format(json.dumps(options['schema'], ensure_ascii=False))}",
@@ -420,7 +421,7 @@ class KVzipChatModel(BaseChatModel):
     ) -> int:
         """Tokens of messages by the model's own template and tokenizer; those of contexts are not counted."""
         turns, _ = _plain(messages)
-        return self.engine.count_tokens(turns, [convert_to_openai_tool(tool) for tool in tools or ()])
+        return self.engine.count_tokens(turns, [_openai_tool(tool) for tool in tools or ()])
 
     # -- tools and structured output -----------------------------------------------------------------------------
 
@@ -443,7 +444,7 @@ class KVzipChatModel(BaseChatModel):
             raise InputError(f"tool_choice is {tool_choice!r}, but there are no tools")
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+        return self.bind(tools=[_openai_tool(tool) for tool in tools], **kwargs)
 
     def with_structured_output(
         self,
@@ -461,20 +462,23 @@ class KVzipChatModel(BaseChatModel):
 
         Args:
             schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
-            method: how the model is told. ``"json_schema"`` puts the schema behind what the user says last, ``"function_calling"``
-                shows it as a tool, ``"json_mode"`` leaves it to your prompt.
+            method: how the model is told. ``"json_schema"`` puts the schema behind what the user or a tool says last,
+                ``"function_calling"`` shows it as a tool, ``"json_mode"`` leaves it to your prompt.
             include_raw: give ``{"raw", "parsed", "parsing_error"}``.
             strict: accepted; answers are always strict.
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
             raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
-        if isinstance(schema, dict) and schema.get("type") == "object":
-            schema = {"title": "answer", **schema}  # LangChain asks for one
         if method == "function_calling":
+            own = _own_schema(schema)
+            if own and ("enum" in own or own.get("type", "object") != "object"):
+                raise InputError(f"a tool's arguments are an object, which {str(own)[:80]} is not; use method='json_schema'")
+            if isinstance(schema, dict) and own:
+                schema = {"title": "answer", **schema}  # LangChain asks for one
             return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
-        json_schema = convert_to_json_schema(schema)
+        json_schema = _json_schema(schema)
         named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
         llm = self.bind(
             response_format={"type": "json_schema" if method == "json_schema" else "json_object", "json_schema": named},
@@ -519,7 +523,37 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     if isinstance(response_format, Mapping) and "json_schema" in response_format:
         schema: dict[str, Any] = response_format["json_schema"]["schema"]
         return schema
-    return {"type": "object"} if _is_json_mode(response_format) else convert_to_json_schema(response_format)
+    return {"type": "object"} if _is_json_mode(response_format) else _json_schema(response_format)
+
+
+class _Untitled(GenerateJsonSchema):
+    """Pydantic's schema of a class without a title for each field, which only says its name once more."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _own_schema(schema: Any) -> dict[str, Any] | None:
+    """A Pydantic class's own schema, or a dictionary that is one. What LangChain makes of it lacks references to itself and keywords."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema(schema_generator=_Untitled)
+    if isinstance(schema, dict) and schema.get("type") != "function" and not {"name", "toolSpec"} & schema.keys():
+        return schema
+    return None
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a class, an OpenAI tool, or a JSON schema."""
+    own = _own_schema(schema)
+    return convert_to_json_schema(schema) if own is None else own
+
+
+def _openai_tool(tool: Any) -> dict[str, Any]:
+    """A tool in OpenAI's form."""
+    made, own = convert_to_openai_tool(tool), _own_schema(tool)
+    if own and "function" in made:
+        made["function"]["parameters"] = {key: value for key, value in own.items() if key not in ("title", "description")}
+    return made
 
 
 def _is_json_mode(response_format: Any) -> bool:

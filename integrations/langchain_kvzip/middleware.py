@@ -16,12 +16,11 @@ from langchain.agents.middleware.types import (
     PrivateStateAttr,
 )
 from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.types import Command, TracePolicy, omit_payload
 
 from kvzip_memory import InputError
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
-from langchain_kvzip.chat_models import KVzipChatModel, _plain
+from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain
 
 
 class KVzipMemoryState(AgentState[Any]):
@@ -135,7 +134,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         said = [message for message in request.messages if _plain([message])[0]]  # not what only brings a context
         turns, file_ids = _plain([*system, *request.messages])
         base = model.engine.one_context([model.context, *file_ids])
-        tools = [convert_to_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
+        tools = [_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")
         recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
         if recalled.context is None:
