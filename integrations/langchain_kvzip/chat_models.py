@@ -543,9 +543,11 @@ def _own_schema(schema: Any) -> dict[str, Any] | None:
 
 
 def _json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI tool, or a JSON schema."""
+    """The JSON schema of a class, an OpenAI tool, or a JSON schema. What it is about comes first, as LangChain has it."""
     own = _own_schema(schema)
-    return convert_to_json_schema(schema) if own is None else own
+    if own is None:
+        return convert_to_json_schema(schema)
+    return {key: own[key] for key in ("title", "description") if key in own} | own
 
 
 def _openai_tool(tool: Any) -> dict[str, Any]:
