@@ -249,7 +249,7 @@ class KVzipEngine:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
                 string to keep that does not occur.
             WindowError: more tokens than the window can hold beside a question.
-            BudgetError: larger than ``device_bytes``, for :meth:`extend` together with the parent, or running answers need all of it.
+            BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
         _checked_ratio(self.ratio if ratio is None else ratio)
@@ -375,8 +375,7 @@ class KVzipEngine:
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
-        beside = parent.nbytes if parent and not self.registry.tiers(wanted.key) else 0  # it is read while this one is built
-        self.registry.check_fits(beside + self._estimated_nbytes(prompt, ratio))
+        self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         build = partial(self._build, wanted, prompt, ratio, parent)
         now = build if pairs is None else partial(build, pairs=pairs)

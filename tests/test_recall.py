@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -198,14 +197,13 @@ def test_a_conversation_that_fills_the_window_is_not_folded_but_may_be_asked() -
     assert recalled == Recalled()
 
 
-@pytest.mark.parametrize("room", [0.5, 1.5])
+@pytest.mark.parametrize("room", [0.5, 1.05])
 def test_what_there_is_no_room_for_is_not_folded(room: float) -> None:
     messages, memory = conversation(10), Memory(("messages", 6), ("messages", 2))
     first = memory.recall(tiny_engine(), messages[:7], TOOLS, ratio=1.0)
     assert first.context is not None
     engine = tiny_engine(device_bytes=round(room * first.context.nbytes))
-    recalled, began = memory.recall(engine, messages[:7], TOOLS, ratio=1.0) if room > 1 else Recalled(), time.monotonic()
+    recalled = memory.recall(engine, messages[:7], TOOLS, ratio=1.0) if room > 1 else Recalled()
     with pytest.warns(UserWarning, match="nothing is folded: the context takes"):
         recalled = memory.recall(engine, messages, TOOLS, handle=recalled.handle, ratio=1.0)
     assert recalled.messages == (0 if room < 1 else first.messages)
-    assert time.monotonic() - began < 10  # nobody waits for room that its own parent takes
