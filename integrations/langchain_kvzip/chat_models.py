@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
-from kvzip_memory.integration import LazyEngine, configured_window, in_thread
+from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
 from kvzip_memory.prompt import as_message
 from kvzip_memory.tools import FORMS, CallReader
 
@@ -282,12 +284,19 @@ class KVzipChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
+        yield from self._answer(messages, stop, kwargs)
+
+    def _answer(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
+    ) -> Generator[ChatGenerationChunk, None, None]:
         try:
-            yield from self._answer(messages, stop, kwargs)
+            yield from self._chunks(messages, stop, kwargs, started)
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
-    def _answer(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
+    ) -> Iterator[ChatGenerationChunk]:
         engine = self.engine
         options = self._options(stop, kwargs)
         turns, file_ids = _plain(messages)
@@ -307,6 +316,7 @@ class KVzipChatModel(BaseChatModel):
         reader = CallReader(form) if options["tools"] and options["tool_choice"] != "none" else None
         called = False
         with engine.stream(context, turns, **options) as pieces:
+            started(pieces)
             for piece in pieces:
                 text, deltas = reader.push(piece) if reader else (piece, [])
                 called |= bool(deltas)
@@ -362,8 +372,10 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in in_thread(lambda: self._stream(messages, stop, **kwargs)):
-            yield chunk
+        answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
+        async with aclosing(answer) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _agenerate(
         self,
