@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +15,14 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel
 
+import kvzip_memory.engine
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
 from kvzip_memory.prompt import as_message
+from kvzip_memory.registry.identity import model_identity
 from langchain_kvzip import ChatKVzip, KVzipChatModel
 from test_guidance import babble
 
@@ -102,11 +106,31 @@ def test_copies_share_one_engine_and_weights_load_on_first_use(smollm2_path, mon
 
     monkeypatch.setattr(KVzipEngine, "from_pretrained", from_pretrained)
     llm = ChatKVzip(model=str(smollm2_path), max_tokens=3)
-    copies = [llm.with_context(None), llm.model_copy()]
+    configurable = llm.configurable_fields(temperature=ConfigurableField(id="temperature"), model_name=ConfigurableField(id="model"))
+    copies: list[Any] = [llm.with_context(None), llm.model_copy(), configurable]
+    copies += [configurable.with_config(configurable={"temperature": heat}) for heat in (0.5, 0.7)]
     assert not made
-    for copy in [llm, *copies]:
+    for copy in [*reversed(copies), llm]:
         assert copy.invoke("Who?").content
     assert made == [str(smollm2_path)]
+    configurable.with_config(configurable={"model": "other"}).invoke("Who?")
+    assert made == [str(smollm2_path), "other"]
+
+
+async def test_weights_are_hashed_for_a_cache_of_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    monkeypatch.setattr(
+        kvzip_memory.engine, "model_identity", lambda *args: hashed.append(threading.current_thread()) or model_identity(*args)
+    )
+    llm = KVzipChatModel(engine=tiny_engine(), max_tokens=3)
+    await llm.ainvoke("Who?")
+    assert threading.main_thread() not in hashed
+    cache = InMemoryCache()
+    for engine in (tiny_engine(), tiny_engine("qwen2")):
+        reply = KVzipChatModel(engine=engine, max_tokens=3, cache=cache).invoke("Who?")
+        assert reply.text == engine.generate(None, "Who?", max_new_tokens=3).text
+        again = KVzipChatModel(engine=engine, max_tokens=3, cache=cache).invoke("Who?")
+        assert again.usage_metadata["total_cost"] == 0  # type: ignore[typeddict-item, index] # LangChain's mark of a hit
 
 
 def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:

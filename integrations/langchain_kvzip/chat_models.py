@@ -11,10 +11,12 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.exceptions import ContextOverflowError
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
 from langchain_core.language_models.model_profile import ModelProfile
@@ -28,7 +30,7 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
@@ -180,7 +182,8 @@ class KVzipChatModel(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
-    _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+    engines: Any = Field(default_factory=dict, exclude=True, repr=False)
+    """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -207,6 +210,11 @@ class KVzipChatModel(BaseChatModel):
     def _add_kvzip_version(self) -> KVzipChatModel:
         self._add_version("kvzip-memory", __version__)
         return self
+
+    @property
+    def _lazy(self) -> LazyEngine:
+        lazy: LazyEngine = self.engines.setdefault(repr((self.model_name, self.cache_dir, self.model_kwargs)), LazyEngine())
+        return lazy
 
     @property
     def engine(self) -> KVzipEngine:
@@ -400,13 +408,18 @@ class KVzipChatModel(BaseChatModel):
         return "kvzip-chat"
 
     @property
+    def _cached(self) -> bool:
+        """Whether LangChain keeps answers. Only then are the weights hashed, which takes seconds and holds up an event loop."""
+        return self.cache is not False and (isinstance(self.cache, BaseCache) or get_llm_cache() is not None)
+
+    @property
     def _identifying_params(self) -> dict[str, Any]:
         # Part of LangChain's LLM cache key: the context enters by its content hash, so that two models over two
         # contexts never share a cached answer.
         return {
             "model": self.model_name,
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
-            "engine": self.given_engine.fingerprint if self.given_engine else None,
+            "engine": self.given_engine.fingerprint if self.given_engine and self._cached else None,
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
