@@ -127,6 +127,8 @@ class KVzipEngine:
             device_bytes = _memory_nbytes(device) // 4
         if host_bytes is None:
             host_bytes = 0 if device.type == "cpu" else _memory_nbytes(torch.device("cpu")) // 8
+        #: Answers decoded together.
+        self.max_running = max_running
         #: The folder given, None if contexts are in memory only.
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         #: What integrations keep for as long as the engine is there, by their names.

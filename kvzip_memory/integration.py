@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, suppress
+from functools import partial
 from typing import TypeVar
 
 from transformers import PreTrainedConfig
 
 from kvzip_memory.engine import KVzipEngine
+from kvzip_memory.session import Stream
 
 T = TypeVar("T")
 
@@ -39,23 +42,64 @@ def configured_window(model: str) -> int | None:
     return None
 
 
-async def in_thread(pieces: Callable[[], Generator[T, None, None]]) -> AsyncGenerator[T, None]:
+class _Places:
+    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._running, self._waiting = 0, deque[Callable[[], object]]()
+
+    def start(self, work: Callable[[], object]) -> None:
+        with self._lock:
+            if self._running == self._limit:
+                self._waiting.append(work)
+                return
+            self._running += 1
+        threading.Thread(target=self._run, args=(work,), name="kvzip-answer", daemon=True).start()
+
+    def _run(self, work: Callable[[], object] | None) -> None:
+        while work is not None:
+            work()
+            with self._lock:
+                work = self._waiting.popleft() if self._waiting else None
+                self._running -= work is None
+
+
+#: Told which stream an answer comes from, as soon as there is one.
+Started = Callable[[Stream], None]
+
+
+async def in_thread(
+    pieces: Callable[[Started], Generator[T, None, None]], engine: KVzipEngine | None, load: Callable[[], KVzipEngine]
+) -> AsyncGenerator[T, None]:
     """What a generator yields, run in a thread of its own with this task's context variables.
 
-    The loop's own pool has a handful of threads, which would be the limit of what is decoded together. When the
-    iteration is left, the generator is closed behind the piece it is computing.
+    The loop's own pool has a handful of threads, which would be the limit of what is decoded together. As many run at a time as
+    the engine decodes; more wait, as many as there are. When the iteration is left, the stream is cancelled.
+
+    Args:
+        pieces: makes the generator.
+        engine: that answers, None while its weights are not loaded.
+        load: loads them.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[T | None, BaseException | None, bool]]()
-    left = threading.Event()
+    left, streams = threading.Event(), list[Stream]()
 
     def tell(piece: T | None, error: BaseException | None = None, ended: bool = False) -> None:
         if not left.is_set():
             with suppress(RuntimeError):  # the loop was closed
                 loop.call_soon_threadsafe(queue.put_nowait, (piece, error, ended))
 
+    def started(stream: Stream) -> None:
+        streams.append(stream)
+        if left.is_set():
+            stream.cancel()
+
     def run() -> None:
+        if left.is_set():
+            return
         try:
-            with closing(pieces()) as generator:
+            with closing(pieces(started)) as generator:
                 for piece in generator:
                     if left.is_set():
                         return
@@ -64,7 +108,21 @@ async def in_thread(pieces: Callable[[], Generator[T, None, None]]) -> AsyncGene
         except BaseException as error:
             tell(None, error)
 
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name="kvzip-answer", daemon=True).start()
+    work = partial(contextvars.copy_context().run, run)
+
+    def begin(ready: KVzipEngine) -> None:
+        ready.shared.setdefault("async answers", _Places(ready.max_running)).start(work)
+
+    def load_first() -> None:
+        try:
+            begin(load())
+        except BaseException as error:
+            tell(None, error)
+
+    if engine is not None:
+        begin(engine)
+    else:
+        threading.Thread(target=load_first, name="kvzip-load", daemon=True).start()
     try:
         while True:
             piece, error, ended = await queue.get()
@@ -75,3 +133,5 @@ async def in_thread(pieces: Callable[[], Generator[T, None, None]]) -> AsyncGene
             yield piece  # type: ignore[misc]
     finally:
         left.set()
+        for stream in streams:
+            stream.cancel()

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
-from kvzip_memory.errors import InputError, WindowError
+from kvzip_memory.errors import BudgetError, InputError, WindowError
 from kvzip_memory.prompt import Message, Prompt
 from kvzip_memory.tools import Tool
 
@@ -84,7 +84,9 @@ class Memory:
         handle: Mapping[str, Any] | None = None,
         ratio: float | None = None,
     ) -> Recalled:
-        """The context that the conversation begins with, extended if a fold is due. A conversation that is no prompt has none.
+        """The context that the conversation begins with, extended if a fold is due and there is room for it.
+
+        A conversation that is no prompt has none.
 
         Args:
             engine: whose contexts they are.
@@ -96,7 +98,7 @@ class Memory:
 
         Raises:
             InputError: a ratio outside (0, 1].
-            BudgetError, ModelError: see :meth:`KVzipEngine.load`.
+            ModelError: see :meth:`KVzipEngine.load`.
         """
         try:
             talk = _Talk(engine, messages, tools, base)
@@ -111,7 +113,9 @@ class Memory:
             return talk.folded(found, cut, ratio)
         except WindowError as error:  # the prompt may fit all the same, or will say so itself
             logger.debug("nothing is folded: %s", error)
-            return found
+        except BudgetError as error:
+            warnings.warn(f"nothing is folded: {error}", stacklevel=2)
+        return found
 
     def _due(self, talk: _Talk, found: Recalled) -> bool:
         before = found.context or talk.base
@@ -160,7 +164,7 @@ class _Talk:
         if handle is not None:
             try:
                 context, count = self.engine.get(handle["key"]), int(handle["messages"])
-            except InputError as error:
+            except (BudgetError, InputError) as error:
                 logger.debug("%s", error)
         if context is not None and self._begins(context.token_ids.tolist(), context.recipe, count):
             return Recalled(context, count)

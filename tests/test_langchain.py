@@ -1,17 +1,30 @@
 """KVzipChatModel in chains: same answers as the engine, usage, streaming, async, and the LLM cache."""
 
+from __future__ import annotations
+
 import asyncio
+import json
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from jsonschema import Draft202012Validator
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField
+from pydantic import BaseModel
 
+import kvzip_memory.engine
 from conftest import TEXT, tiny_engine
-from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
+from kvzip_memory.prompt import as_message
+from kvzip_memory.registry.identity import model_identity
 from langchain_kvzip import ChatKVzip, KVzipChatModel
+from test_guidance import babble
 
 
 @pytest.fixture
@@ -93,11 +106,31 @@ def test_copies_share_one_engine_and_weights_load_on_first_use(smollm2_path, mon
 
     monkeypatch.setattr(KVzipEngine, "from_pretrained", from_pretrained)
     llm = ChatKVzip(model=str(smollm2_path), max_tokens=3)
-    copies = [llm.with_context(None), llm.model_copy()]
+    configurable = llm.configurable_fields(temperature=ConfigurableField(id="temperature"), model_name=ConfigurableField(id="model"))
+    copies: list[Any] = [llm.with_context(None), llm.model_copy(), configurable]
+    copies += [configurable.with_config(configurable={"temperature": heat}) for heat in (0.5, 0.7)]
     assert not made
-    for copy in [llm, *copies]:
+    for copy in [*reversed(copies), llm]:
         assert copy.invoke("Who?").content
     assert made == [str(smollm2_path)]
+    configurable.with_config(configurable={"model": "other"}).invoke("Who?")
+    assert made == [str(smollm2_path), "other"]
+
+
+async def test_weights_are_hashed_for_a_cache_of_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = []
+    monkeypatch.setattr(
+        kvzip_memory.engine, "model_identity", lambda *args: hashed.append(threading.current_thread()) or model_identity(*args)
+    )
+    llm = KVzipChatModel(engine=tiny_engine(), max_tokens=3)
+    await llm.ainvoke("Who?")
+    assert threading.main_thread() not in hashed
+    cache = InMemoryCache()
+    for engine in (tiny_engine(), tiny_engine("qwen2")):
+        reply = KVzipChatModel(engine=engine, max_tokens=3, cache=cache).invoke("Who?")
+        assert reply.text == engine.generate(None, "Who?", max_new_tokens=3).text
+        again = KVzipChatModel(engine=engine, max_tokens=3, cache=cache).invoke("Who?")
+        assert again.usage_metadata["total_cost"] == 0  # type: ignore[typeddict-item, index] # LangChain's mark of a hit
 
 
 def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:
@@ -128,3 +161,55 @@ def test_a_schema_needs_no_title(llm: KVzipChatModel) -> None:
     schema = {"type": "object", "properties": {"wound": {"type": "boolean"}}, "required": ["wound"]}
     for method in ("json_schema", "function_calling"):
         assert "wound" in llm.with_structured_output(schema, method=method).invoke("Is it?", max_tokens=200)
+
+
+class Node(BaseModel):
+    """A node of a tree."""
+
+    value: Literal[1]
+    children: list[Node]
+
+
+WHOLE = [
+    Node,
+    {"type": "object", "additionalProperties": {"type": "boolean"}},
+    {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}}},
+    {"anyOf": [{"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}, {"type": "object", "maxProperties": 0}]},
+    {"type": "array", "items": {"enum": [1, 2]}},
+    {"enum": ["a", "b"]},
+]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+@pytest.mark.parametrize("schema", WHOLE, ids=["recursive", "values", "ref", "anyOf", "array", "enum"])
+def test_no_part_of_a_schema_is_lost(llm: KVzipChatModel, engine: KVzipEngine, schema: Any, method: str) -> None:
+    if method == "json_schema":
+        guiding = llm.with_structured_output(schema).first.kwargs["response_format"]["json_schema"]["schema"]  # type: ignore[attr-defined]
+    elif isinstance(schema, dict) and schema.keys() & {"items", "enum"}:
+        with pytest.raises(InputError, match="arguments are an object"):
+            llm.with_structured_output(schema, method=method)
+        return
+    else:
+        bound = llm.with_structured_output(schema, method=method).first  # type: ignore[attr-defined]
+        guiding = bound.kwargs["tools"][0]["function"]["parameters"]
+    grammar, answers = engine.guidance.json(guiding), set()
+    validator = Draft202012Validator(schema if isinstance(schema, dict) else schema.model_json_schema())
+    for seed in range(20):
+        with suppress(UnfinishedError):
+            answers.add(babble(engine, grammar, seed, limit=60).text)
+    for answer in answers:
+        validator.validate(json.loads(answer))
+    assert len(answers) > 1 or "$ref" in guiding
+
+
+def test_a_model_is_told_the_schema_behind_a_tools_result_too(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
+    call = {"name": "Node", "args": {}, "id": "1"}
+    messages = [HumanMessage("Who?"), AIMessage("", tool_calls=[call]), ToolMessage("rain", tool_call_id="1")]
+    schema = {"type": "object", "properties": {"wound": {"enum": [True]}}, "required": ["wound"]}
+    model = llm.bind_tools([Node], response_format=schema, tool_choice="none")
+    reply = model.invoke(messages, max_tokens=100)
+    told = f"rain\n\nAnswer with one JSON object that validates against this JSON schema: {json.dumps(schema)}"
+    tools = model.kwargs["tools"]  # type: ignore[attr-defined]
+    turns = [as_message(message) for message in [*messages[:2], ToolMessage(told, tool_call_id="1")]]
+    ids = engine.prompt_ids(context, [turn for turn in turns if turn], tools)
+    assert reply.usage_metadata["input_tokens"] == context.n_tokens + len(ids)  # type: ignore[index]

@@ -20,7 +20,7 @@ from langchain_core.tools import tool
 from langchain_core.tracers import BaseTracer
 from langgraph.checkpoint.memory import InMemorySaver
 
-from conftest import CHATML, TEXT, tiny_engine
+from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
 from langchain_kvzip import KVzipChatModel
 from templates import HERMES
@@ -367,6 +367,35 @@ async def test_a_stream_that_is_left_frees_its_row(engine: KVzipEngine, kind: st
     while admission._running and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     assert admission._running == 0
+
+
+async def test_cancelling_ends_the_reading_of_a_question() -> None:
+    engine, read = KVzipEngine(tiny_model(max_position_embeddings=8192), tiny_tokenizer()), list[int]()
+    engine.model.register_forward_hook(lambda module, args, output: read.append(1))
+    task = asyncio.create_task(KVzipChatModel(engine=engine, max_tokens=2).ainvoke("word " * 1200))
+    while not read:
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    before = len(read)
+    while engine._model._admission.running:
+        await asyncio.sleep(0.001)
+    assert len(read) <= before + 1  # of the 24 pieces in which it is read
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+async def test_a_batch_larger_than_the_queue(loaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(max_running=2, max_waiting=3)
+    monkeypatch.setattr(KVzipEngine, "from_pretrained", lambda model, **options: engine)
+    llm = KVzipChatModel(engine=engine, max_tokens=2) if loaded else KVzipChatModel(model="any", max_tokens=2)
+    alone = engine.generate(None, "Who?", max_new_tokens=2).text
+    doomed = asyncio.create_task(llm.abatch(["Why?"] * 9))
+    await asyncio.sleep(0)
+    batch = asyncio.create_task(llm.abatch(["Who?"] * 12))
+    await asyncio.sleep(0)
+    doomed.cancel()
+    assert [reply.content for reply in await batch] == [alone] * 12
 
 
 async def test_more_answers_at_once_than_the_loops_pool_has_threads(engine: KVzipEngine, context: CompressedContext) -> None:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from conftest import tiny_engine
 from langchain_kvzip import KVzipChatModel, create_memory_tools
 
@@ -15,17 +17,60 @@ def test_an_agents_documents(tmp_path: Path) -> None:
     assert names.invoke({}) == "no documents"
     assert "is kept" in load.invoke({"name": "page", "text": "A page. " * 9})
     assert re.fullmatch(r"page: \d+ tokens", names.invoke({}))
-    assert ask.invoke({"name": "page", "question": "Who?"}) == engine.generate(engine.get("page"), "Who?", max_new_tokens=5).text
+    assert ask.invoke({"name": "page", "question": "Who?"}) == engine.generate(engine.load("A page. " * 9), "Who?", max_new_tokens=5).text
     assert create_memory_tools(engine, namespace="else")[1].invoke({}) == "no documents"
     for tool in (ask, forget):
         assert "no document 'private'" in tool.invoke({"name": "private", "question": "Who?"})
     load.invoke({"name": "shared", "text": "Shared. " * 9})
     engine.load("Shared. " * 9, name="shared", tags="user")
-    assert "used by others" in forget.invoke({"name": "shared"})
+    assert "is forgotten" in forget.invoke({"name": "shared"})
+    assert engine.get("shared").receipt.tier == "device"  # type: ignore[union-attr]
     assert "is forgotten" in forget.invoke({"name": "page"})
     assert "no document 'page'" in ask.invoke({"name": "page", "question": "Who?"})
     assert engine.get("private").key == mine.key
     assert "empty" in load.invoke({"name": "nothing", "text": " "})
+    assert "name is empty" in load.invoke({"name": " ", "text": "A page."})
+    assert names.invoke({}) == "no documents"
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_the_text_loaded_last_under_a_name_is_the_one(tmp_path: Path, disk: bool) -> None:
+    engine = tiny_engine(cache_dir=tmp_path if disk else None)
+    load, names, ask, forget = create_memory_tools(engine, max_tokens=5)
+    one, two = "The first page. " * 9, "Another page. " * 12
+    answers = {text: engine.generate(engine.load(text), "Who?", max_new_tokens=5).text for text in (one, two)}
+    assert answers[one] != answers[two]
+    for text in (one, two, one):
+        load.invoke({"name": "page", "text": text})
+        assert names.invoke({}) == f"page: {engine.load(text).n_tokens} tokens"
+        assert ask.invoke({"name": "page", "question": "Who?"}) == answers[text]
+    assert len(engine.registry.contexts()) == 1
+    forget.invoke({"name": "page"})
+    assert (names.invoke({}), engine.registry.contexts()) == ("no documents", [])
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_names_of_one_text_are_apart(tmp_path: Path, disk: bool) -> None:
+    engine, text = tiny_engine(cache_dir=tmp_path if disk else None), {"text": "A page. " * 9}
+    load, names, _, forget = create_memory_tools(engine)
+    other_load, other_names, _, other_forget = create_memory_tools(engine, namespace="agent:x")
+    for name in ("x1", "x2"):
+        load.invoke({"name": name, **text})
+    other_load.invoke({"name": "y", **text})
+    assert [line.split(":")[0] for line in names.invoke({}).splitlines()] == ["x1", "x2"]
+    assert other_names.invoke({}).startswith("y: ")
+    forget.invoke({"name": "x1"})
+    assert names.invoke({}).startswith("x2: ")
+    forget.invoke({"name": "x2"})
+    assert names.invoke({}) == "no documents"
+    if disk:  # another process sees the same
+        engine.close()
+        engine = tiny_engine(cache_dir=tmp_path)
+        names, (_, other_names, _, other_forget) = create_memory_tools(engine)[1], create_memory_tools(engine, namespace="agent:x")
+    assert names.invoke({}) == "no documents"
+    assert other_names.invoke({}).startswith("y: ")
+    other_forget.invoke({"name": "y"})
+    assert engine.registry.contexts() == []
 
 
 def test_an_agent_reads_files_of_its_folder_only(tmp_path: Path) -> None:

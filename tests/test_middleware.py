@@ -17,16 +17,20 @@ import pytest
 import torch
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRequest
+from langchain.agents.structured_output import OutputToolBinding, ToolStrategy
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from pydantic import BaseModel
 
 import langchain_kvzip
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory import InputError, KVzipEngine, UnfinishedError
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
+from templates import HERMES
 
 THREAD: Any = {"configurable": {"thread_id": "ana"}}
 PERSONA = "You are a lighthouse keeper's assistant."
@@ -36,6 +40,12 @@ PERSONA = "You are a lighthouse keeper's assistant."
 def wind(lamp: Literal["north", "south"]) -> str:
     """Wind a lamp."""
     return f"The {lamp} lamp is wound."
+
+
+class Lamp(BaseModel):
+    """A lamp."""
+
+    wound: bool
 
 
 class Call(AgentMiddleware[Any, Any, Any]):
@@ -166,6 +176,43 @@ def test_a_document_in_the_system_prompt_stays_in_front() -> None:
     attached = create_agent(llm.with_context(page), tools=[], middleware=[memory()], checkpointer=InMemorySaver())
     talk(attached, 6)
     assert attached.get_state(THREAD).values["kvzip_memory"] == agent.get_state(THREAD).values["kvzip_memory"]
+
+
+def test_a_message_that_only_brings_a_context_takes_no_others_place() -> None:
+    engine, watch = tiny_engine(), Watch()
+    page = engine.load(TEXT, ratio=1.0)
+    agent = agent_of(engine, memory(ratio=1.0), watch, ratio=1.0)
+    talk(agent, 3)
+    said = [SystemMessage([page.as_block()]), HumanMessage("And the page?")]
+    agent.invoke({"messages": said}, THREAD)
+    request, state = watch.requests[-1], agent.get_state(THREAD).values["messages"]
+    assert request.model.context is not None
+    rest = engine.prompt_ids(request.model.context, request.messages)
+    plain = [SystemMessage(PERSONA), *(message for message in state[:-1] if message.content != said[0].content)]
+    assert request.model.context.token_ids.tolist() + rest == page.token_ids.tolist() + engine.prompt_ids(page, plain)
+
+
+@pytest.mark.parametrize("kind", ["tool", "auto"])
+def test_an_answers_schema_is_described_once(kind: str) -> None:
+    prompts = []
+    for middleware in ([memory(ratio=1.0), watch := Watch()], [plain := Watch()]):
+        engine = tiny_engine(template=HERMES)
+        llm = KVzipChatModel(engine=engine, max_tokens=3, profile={"structured_output": False} if kind == "auto" else None)
+        wanted: Any = ToolStrategy(Lamp) if kind == "tool" else Lamp
+        agent = create_agent(llm, [wind], middleware=middleware, response_format=wanted)
+        said = [("user", "One."), ("assistant", "Yes.")] * 3
+        with pytest.raises(UnfinishedError):  # a random model's call, cut
+            agent.invoke({"messages": [*said, ("user", "Four.")]})
+        request = middleware[-1].requests[-1]
+        tools = [
+            convert_to_openai_tool(t)
+            for t in [wind, *(OutputToolBinding.from_schema_spec(s).tool for s in ToolStrategy(Lamp).schema_specs)]
+        ]
+        context = request.model.context
+        prompts.append([*(context.token_ids.tolist() if context else []), *engine.prompt_ids(context, request.messages, tools)])
+    assert watch.requests[-1].model.context is not None
+    assert plain.requests[-1].model.context is None
+    assert prompts[0] == prompts[1]
 
 
 def test_other_models_are_called_as_if_there_were_no_memory() -> None:

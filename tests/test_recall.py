@@ -195,3 +195,15 @@ def test_a_conversation_that_fills_the_window_is_not_folded_but_may_be_asked() -
     messages[0] = {"role": "user", "content": messages[0]["content"] + "x" * (room - 60)}
     recalled = Memory(("messages", 6), ("messages", 1)).recall(engine, messages)
     assert recalled == Recalled()
+
+
+@pytest.mark.parametrize("room", [0.5, 1.05])
+def test_what_there_is_no_room_for_is_not_folded(room: float) -> None:
+    messages, memory = conversation(10), Memory(("messages", 6), ("messages", 2))
+    first = memory.recall(tiny_engine(), messages[:7], TOOLS, ratio=1.0)
+    assert first.context is not None
+    engine = tiny_engine(device_bytes=round(room * first.context.nbytes))
+    recalled = memory.recall(engine, messages[:7], TOOLS, ratio=1.0) if room > 1 else Recalled()
+    with pytest.warns(UserWarning, match="nothing is folded: the context takes"):
+        recalled = memory.recall(engine, messages, TOOLS, handle=recalled.handle, ratio=1.0)
+    assert recalled.messages == (0 if room < 1 else first.messages)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 from langchain_core.exceptions import ContextOverflowError
+from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel, agenerate_from_stream, generate_from_stream
 from langchain_core.language_models.model_profile import ModelProfile
@@ -26,10 +30,11 @@ from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
-from kvzip_memory.integration import LazyEngine, configured_window, in_thread
+from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
 from kvzip_memory.prompt import as_message
 from kvzip_memory.tools import FORMS, CallReader
 
@@ -177,7 +182,8 @@ class KVzipChatModel(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
-    _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+    engines: Any = Field(default_factory=dict, exclude=True, repr=False)
+    """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,6 +210,11 @@ class KVzipChatModel(BaseChatModel):
     def _add_kvzip_version(self) -> KVzipChatModel:
         self._add_version("kvzip-memory", __version__)
         return self
+
+    @property
+    def _lazy(self) -> LazyEngine:
+        lazy: LazyEngine = self.engines.setdefault(repr((self.model_name, self.cache_dir, self.model_kwargs)), LazyEngine())
+        return lazy
 
     @property
     def engine(self) -> KVzipEngine:
@@ -281,12 +292,19 @@ class KVzipChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
+        yield from self._answer(messages, stop, kwargs)
+
+    def _answer(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
+    ) -> Generator[ChatGenerationChunk, None, None]:
         try:
-            yield from self._answer(messages, stop, kwargs)
+            yield from self._chunks(messages, stop, kwargs, started)
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
-    def _answer(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
+    def _chunks(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
+    ) -> Iterator[ChatGenerationChunk]:
         engine = self.engine
         options = self._options(stop, kwargs)
         turns, file_ids = _plain(messages)
@@ -298,7 +316,7 @@ class KVzipChatModel(BaseChatModel):
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
         form, shown = options["form"], options.pop("shown")
-        if shown and options["schema"] is not None and turns and turns[-1]["role"] == "user":
+        if shown and options["schema"] is not None and turns and turns[-1]["role"] in ("user", "tool"):
             turns[-1] = {
                 **turns[-1],
                 "content": f"{turns[-1]['content']}\n\n{_ASKED.format(json.dumps(options['schema'], ensure_ascii=False))}",
@@ -306,6 +324,7 @@ class KVzipChatModel(BaseChatModel):
         reader = CallReader(form) if options["tools"] and options["tool_choice"] != "none" else None
         called = False
         with engine.stream(context, turns, **options) as pieces:
+            started(pieces)
             for piece in pieces:
                 text, deltas = reader.push(piece) if reader else (piece, [])
                 called |= bool(deltas)
@@ -361,8 +380,10 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async for chunk in in_thread(lambda: self._stream(messages, stop, **kwargs)):
-            yield chunk
+        answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
+        async with aclosing(answer) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _agenerate(
         self,
@@ -387,13 +408,18 @@ class KVzipChatModel(BaseChatModel):
         return "kvzip-chat"
 
     @property
+    def _cached(self) -> bool:
+        """Whether LangChain keeps answers. Only then are the weights hashed, which takes seconds and holds up an event loop."""
+        return self.cache is not False and (isinstance(self.cache, BaseCache) or get_llm_cache() is not None)
+
+    @property
     def _identifying_params(self) -> dict[str, Any]:
         # Part of LangChain's LLM cache key: the context enters by its content hash, so that two models over two
         # contexts never share a cached answer.
         return {
             "model": self.model_name,
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
-            "engine": self.given_engine.fingerprint if self.given_engine else None,
+            "engine": self.given_engine.fingerprint if self.given_engine and self._cached else None,
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
@@ -420,7 +446,7 @@ class KVzipChatModel(BaseChatModel):
     ) -> int:
         """Tokens of messages by the model's own template and tokenizer; those of contexts are not counted."""
         turns, _ = _plain(messages)
-        return self.engine.count_tokens(turns, [convert_to_openai_tool(tool) for tool in tools or ()])
+        return self.engine.count_tokens(turns, [_openai_tool(tool) for tool in tools or ()])
 
     # -- tools and structured output -----------------------------------------------------------------------------
 
@@ -443,7 +469,7 @@ class KVzipChatModel(BaseChatModel):
             raise InputError(f"tool_choice is {tool_choice!r}, but there are no tools")
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
-        return self.bind(tools=[convert_to_openai_tool(tool) for tool in tools], **kwargs)
+        return self.bind(tools=[_openai_tool(tool) for tool in tools], **kwargs)
 
     def with_structured_output(
         self,
@@ -461,20 +487,23 @@ class KVzipChatModel(BaseChatModel):
 
         Args:
             schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
-            method: how the model is told. ``"json_schema"`` puts the schema behind what the user says last, ``"function_calling"``
-                shows it as a tool, ``"json_mode"`` leaves it to your prompt.
+            method: how the model is told. ``"json_schema"`` puts the schema behind what the user or a tool says last,
+                ``"function_calling"`` shows it as a tool, ``"json_mode"`` leaves it to your prompt.
             include_raw: give ``{"raw", "parsed", "parsing_error"}``.
             strict: accepted; answers are always strict.
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
             raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
-        if isinstance(schema, dict) and schema.get("type") == "object":
-            schema = {"title": "answer", **schema}  # LangChain asks for one
         if method == "function_calling":
+            own = _own_schema(schema)
+            if own and ("enum" in own or own.get("type", "object") != "object"):
+                raise InputError(f"a tool's arguments are an object, which {str(own)[:80]} is not; use method='json_schema'")
+            if isinstance(schema, dict) and own:
+                schema = {"title": "answer", **schema}  # LangChain asks for one
             return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
-        json_schema = convert_to_json_schema(schema)
+        json_schema = _json_schema(schema)
         named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
         llm = self.bind(
             response_format={"type": "json_schema" if method == "json_schema" else "json_object", "json_schema": named},
@@ -519,7 +548,39 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     if isinstance(response_format, Mapping) and "json_schema" in response_format:
         schema: dict[str, Any] = response_format["json_schema"]["schema"]
         return schema
-    return {"type": "object"} if _is_json_mode(response_format) else convert_to_json_schema(response_format)
+    return {"type": "object"} if _is_json_mode(response_format) else _json_schema(response_format)
+
+
+class _Untitled(GenerateJsonSchema):
+    """Pydantic's schema of a class without a title for each field, which only says its name once more."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def _own_schema(schema: Any) -> dict[str, Any] | None:
+    """A Pydantic class's own schema, or a dictionary that is one. What LangChain makes of it lacks references to itself and keywords."""
+    if isinstance(schema, type) and issubclass(schema, BaseModel):
+        return schema.model_json_schema(schema_generator=_Untitled)
+    if isinstance(schema, dict) and schema.get("type") != "function" and not {"name", "toolSpec"} & schema.keys():
+        return schema
+    return None
+
+
+def _json_schema(schema: Any) -> dict[str, Any]:
+    """The JSON schema of a class, an OpenAI tool, or a JSON schema. What it is about comes first, as LangChain has it."""
+    own = _own_schema(schema)
+    if own is None:
+        return convert_to_json_schema(schema)
+    return {key: own[key] for key in ("title", "description") if key in own} | own
+
+
+def _openai_tool(tool: Any) -> dict[str, Any]:
+    """A tool in OpenAI's form."""
+    made, own = convert_to_openai_tool(tool), _own_schema(tool)
+    if own and "function" in made:
+        made["function"]["parameters"] = {key: value for key, value in own.items() if key not in ("title", "description")}
+    return made
 
 
 def _is_json_mode(response_format: Any) -> bool:

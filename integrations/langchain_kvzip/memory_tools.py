@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from urllib.parse import quote
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
@@ -16,8 +18,10 @@ def create_memory_tools(
 ) -> list[BaseTool]:
     """Tools to load, list, ask and forget documents: ``load_document``, ``list_documents``, ``ask_document``, ``forget_document``.
 
-    An agent sees and forgets only what it has loaded itself, in its namespace. What goes wrong is told to the model as the
-    tool's result.
+    An agent sees and forgets only what it has loaded itself, in its namespace, under names of its own: they are tags
+    ``memory:{namespace}:{name}`` of the contexts, not the names by which :meth:`KVzipEngine.get` finds them. The text loaded
+    last under a name is the one that is asked. A text that others use, too, stays for them. What goes wrong is told to the
+    model as the tool's result.
 
     Args:
         engine: holds the documents and answers from them.
@@ -25,11 +29,23 @@ def create_memory_tools(
         namespace: kept apart from the documents of other namespaces.
         max_tokens: of an answer of ``ask_document``.
     """
-    tag = f"memory:{namespace}"
+    prefix = f"memory:{quote(namespace, safe='')}:"
     root = None if folder is None else Path(folder).resolve()
+    changing = threading.Lock()  # an agent may call several tools at a time
 
     def mine() -> dict[str, Entry]:
-        return {entry.name: entry for entry in engine.registry.contexts() if entry.name and tag in entry.tags}
+        entries = reversed(engine.registry.contexts())
+        return {tag.removeprefix(prefix): entry for entry in entries for tag in entry.tags if tag.startswith(prefix)}
+
+    def let_go(name: str, but: str | None = None) -> None:
+        """Take the name from all contexts but one; delete those that nobody else uses."""
+        tag = prefix + name
+        for entry in engine.registry.contexts():
+            if tag in entry.tags and entry.key != but:
+                if entry.name or entry.pinned or set(entry.tags) != {tag}:
+                    engine.registry.untag(entry.key, tag)
+                else:
+                    engine.registry.remove(entry.key)
 
     def entry_of(name: str) -> Entry:
         found = mine()
@@ -50,10 +66,14 @@ def create_memory_tools(
         return loaded(path, file)
 
     def loaded(name: str, source: str | Path) -> str:
-        try:
-            context = engine.load(source, name=name, tags=tag)
-        except KVzipError as error:
-            raise ToolException(str(error)) from error
+        if not name.strip():
+            raise ToolException("the name is empty; give one to ask for the document by")
+        with changing:
+            try:
+                context = engine.load(source, tags=prefix + name)
+            except KVzipError as error:
+                raise ToolException(str(error)) from error
+            let_go(name, but=context.key)
         return f"{name!r} is kept: {context.n_tokens:,} tokens"
 
     def list_documents() -> str:
@@ -70,10 +90,9 @@ def create_memory_tools(
 
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
-        entry = entry_of(name)
-        if set(entry.tags) != {tag}:
-            raise ToolException(f"{name!r} is used by others, too, and stays")
-        engine.registry.remove(entry.key)
+        with changing:
+            entry_of(name)
+            let_go(name)
         return f"{name!r} is forgotten"
 
     load = (load_document, "load_document") if root is None else (load_file, "load_document")

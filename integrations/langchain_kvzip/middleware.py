@@ -15,12 +15,12 @@ from langchain.agents.middleware.types import (
     ModelResponse,
     PrivateStateAttr,
 )
-from langchain_core.utils.function_calling import convert_to_openai_tool
+from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
 from langgraph.types import Command, TracePolicy, omit_payload
 
 from kvzip_memory import InputError
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
-from langchain_kvzip.chat_models import KVzipChatModel, _plain
+from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain
 
 
 class KVzipMemoryState(AgentState[Any]):
@@ -37,6 +37,9 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
     every message, and beside them only the context's key. Contexts lie in the engine's registry: with a ``cache_dir`` another
     process goes on from there. A context that is lost or no longer fits, since a message was edited or the thread was forked
     or rewound, is made anew.
+
+    It comes last in the list of middleware: one behind it sees only the newest messages. A fallback model, for one, would be
+    asked without the others.
 
     Args:
         trigger: ``("tokens", n)``, ``("messages", n)``, ``("fraction", x)`` of the model's window; a dictionary of several that
@@ -128,15 +131,16 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """The context, and the request with the messages behind it."""
         model: Any = request.model
         system = [request.system_message] if request.system_message else []
+        said = [message for message in request.messages if _plain([message])[0]]  # not what only brings a context
         turns, file_ids = _plain([*system, *request.messages])
         base = model.engine.one_context([model.context, *file_ids])
-        tools = [convert_to_openai_tool(tool) for tool in request.tools]
+        tools = [_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")
         recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
         if recalled.context is None:
             behind = base is not None and not file_ids
             return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request
-        rest = request.messages[recalled.messages - (len(turns) - len(request.messages)) :]
+        rest = said[recalled.messages - (len(turns) - len(said)) :]
         if file_ids:  # the context they bring is part of the one recalled
             rest = [_without_files(message) for message in rest]
         return recalled, request.override(model=model.with_context(recalled.context, behind=True), messages=rest, system_message=None)
@@ -147,6 +151,18 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         if recalled.handle == request.state.get("kvzip_memory"):
             return response
         return ExtendedModelResponse(response, Command(update={"kvzip_memory": recalled.handle}))
+
+
+def _answering_tools(request: ModelRequest[Any]) -> list[Any]:
+    """The tools by which an agent answers in its response format; LangChain adds them behind all middleware."""
+    wanted: Any = request.response_format
+    if wanted is None or isinstance(wanted, ProviderStrategy):
+        return []
+    if not isinstance(wanted, ToolStrategy):
+        if (request.model.profile or {}).get("structured_output"):
+            return []
+        wanted = ToolStrategy(wanted.schema if isinstance(wanted, AutoStrategy) else wanted)
+    return [OutputToolBinding.from_schema_spec(spec).tool for spec in wanted.schema_specs]
 
 
 def _without_files(message: Any) -> Any:

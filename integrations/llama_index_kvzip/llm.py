@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from llama_index.core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
-from kvzip_memory.integration import LazyEngine, configured_window, in_thread
+from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
 from kvzip_memory.prompt import Message, as_message
 from kvzip_memory.tools import CallReader
 
@@ -204,7 +205,9 @@ class KVzipLLM(FunctionCallingLLM):
 
         return completions()
 
-    def _answer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseGen:
+    def _answer(
+        self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any], started: Started = lambda stream: None
+    ) -> ChatResponseGen:
         engine = self.engine
         options = self.stream_options(kwargs)
         turns, keys = plain_messages(messages)
@@ -216,6 +219,7 @@ class KVzipLLM(FunctionCallingLLM):
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
         said, calls = "", list[ToolCallBlock]()
         with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
+            started(pieces)
             for piece in pieces:
                 text, deltas = reader.push(piece) if reader else (piece, [])
                 said += text
@@ -230,7 +234,8 @@ class KVzipLLM(FunctionCallingLLM):
             yield _response(said + rest, [_finished(call) for call in calls], rest, self._raw(pieces.reply, bool(calls)))
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
-        async with aclosing(in_thread(lambda: self._answer(messages, kwargs))) as responses:
+        answer = in_thread(partial(self._answer, messages, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
+        async with aclosing(answer) as responses:
             async for response in responses:
                 yield response
 

@@ -461,6 +461,13 @@ class DiskTier:
                 index.set(_CONTEXT + key, asdict(replace(entry, pinned=pinned)))
 
     @_needs_index
+    def untag(self, key: str, tag: str) -> None:
+        index = self._opened()
+        with index.transaction():
+            if (entry := _entry(index, key)) is not None:
+                index.set(_CONTEXT + key, asdict(replace(entry, tags=tuple(other for other in entry.tags if other != tag))))
+
+    @_needs_index
     def remove(self, key: str) -> bool:
         """Delete a context; False if there was none."""
         index = self._opened()

@@ -664,6 +664,14 @@ class ContextRegistry:
         self._try("pin", lambda disk: disk.pin(entry.key, pinned))
         return replace(entry, pinned=pinned)
 
+    def untag(self, key: str, tag: str) -> None:
+        """Take a tag from a context."""
+        self.flush()
+        with self._changed:
+            for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
+                held.tags = tuple(other for other in held.tags if other != tag)
+        self._try("untag", lambda disk: disk.untag(key, tag))
+
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
