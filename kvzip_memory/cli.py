@@ -16,6 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
 
 from kvzip_memory.errors import KVzipError
@@ -56,11 +57,15 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 
 def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
-    return {k: _time(v) if k in ("created", "used", "expires") else v for k, v in facts.items()}
+    return {k: _time(v or None) if k in ("created", "used", "named", "expires") else v for k, v in facts.items()}
 
 
 def _time(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _called(entry: Entry) -> str:
+    return escape(entry.name or entry.key[:12])
 
 
 def _ago(seconds: float) -> str:
@@ -76,7 +81,7 @@ def _pairs(facts: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(f"[bold]{key}", str(value))
+        table.add_row(f"[bold]{key}", escape(str(value)))
     return table
 
 
@@ -110,7 +115,7 @@ def load(
 
 @app.command(name="ls")
 def list_(
-    limit: Annotated[int, typer.Option(help="how many, the most recently used first")] = 50,
+    limit: Annotated[int, typer.Option(min=0, help="how many, the most recently used first")] = 50,
     tag: Annotated[str | None, typer.Option(help="only those with this tag")] = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
@@ -123,7 +128,8 @@ def list_(
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for e in entries:
             marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *e.tags])
-            table.add_row(e.name or "", e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", decimal(e.file_nbytes), _ago(e.used), marks)
+            size, used = decimal(e.file_nbytes), _ago(e.used)
+            table.add_row(escape(e.name or ""), e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, escape(marks))
         return table
 
     _show([_facts(e) for e in entries], as_json, render)
@@ -140,21 +146,21 @@ def show(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = Fa
 def pin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Never evict a context."""
     entry = _registry(cache_dir).pin(reference)
-    _show(_facts(entry), as_json, lambda: f"pinned {entry.name or entry.key[:12]}")
+    _show(_facts(entry), as_json, lambda: f"pinned {_called(entry)}")
 
 
 @app.command()
 def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Let a context be evicted again."""
     entry = _registry(cache_dir).pin(reference, pinned=False)
-    _show(_facts(entry), as_json, lambda: f"unpinned {entry.name or entry.key[:12]}")
+    _show(_facts(entry), as_json, lambda: f"unpinned {_called(entry)}")
 
 
 @app.command()
 def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Delete a context."""
     entry = _registry(cache_dir).remove(reference)
-    _show(_facts(entry), as_json, lambda: f"deleted {entry.name or entry.key[:12]}, {decimal(entry.file_nbytes)}")
+    _show(_facts(entry), as_json, lambda: f"deleted {_called(entry)}, {decimal(entry.file_nbytes)}")
 
 
 @app.command()
@@ -167,7 +173,7 @@ def verify(
     registry = _registry(cache_dir)
     entries = [registry.one(r) for r in references] if references else registry.contexts()
     wrong = {e.key: problem for e in entries if (problem := registry.verify(e.key)) is not None}
-    lines = [f"checked {len(entries)}, damaged {len(wrong)}", *(f"[red]{key[:12]}[/] {text}" for key, text in wrong.items())]
+    lines = [f"checked {len(entries)}, damaged {len(wrong)}", *(f"[red]{key[:12]}[/] {escape(text)}" for key, text in wrong.items())]
     _show({"checked": len(entries), "damaged": wrong}, as_json, lambda: "\n".join(lines))
     raise typer.Exit(bool(wrong))
 
@@ -203,7 +209,7 @@ def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     def render() -> Table:
         table = Table("", "what", "found", "what to do")
         for f in findings:
-            table.add_row(f"[{Level[f.level].value}]{f.level}", f.what, f.found, f.advice)
+            table.add_row(f"[{Level[f.level].value}]{f.level}", *map(escape, (f.what, f.found, f.advice)))
         return table
 
     _show([asdict(f) for f in findings], as_json, render)
@@ -214,8 +220,8 @@ def main() -> None:
     """Entry point: errors of ours are one line, not a traceback."""
     try:
         app()
-    except KVzipError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}")
+    except (KVzipError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}")
         raise SystemExit(2) from None
 
 

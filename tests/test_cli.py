@@ -47,6 +47,25 @@ def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:
     assert "no context 'page' is stored" in str(missing.exception)
 
 
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    engine, name = tiny_engine(cache_dir=tmp_path, ratio=0.4), "notes [/draft] [v2]"
+    engine.load(TEXT, name=name, tags="[red]")
+    engine.close()
+    for command in (["ls"], ["show", name], ["pin", name], ["unpin", name], ["rm", name]):
+        out = CliRunner().invoke(app, [*command, "--cache-dir", str(tmp_path)], terminal_width=200, env={"COLUMNS": "200"})
+        assert out.exit_code == 0, out.exception
+        assert name in out.stdout
+
+
+def test_what_cannot_be_deleted_is_not_said_to_be(folder: Path) -> None:
+    blob = next((folder / "contexts" / "blobs").rglob(f"{run(folder, 'show', 'page')['key']}*"))
+    blob.unlink()
+    blob.mkdir()
+    out = CliRunner().invoke(app, ["rm", "page", "--cache-dir", str(folder)])
+    assert isinstance(out.exception, OSError)
+    assert "deleted" not in out.stdout
+
+
 def test_a_file_is_loaded_and_found_by_an_engine(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

@@ -661,7 +661,8 @@ class ContextRegistry:
             for tier in (self._device, self._host):
                 if entry.key in tier.held:
                     tier.held[entry.key].pinned = pinned
-        self._try("pin", lambda disk: disk.pin(entry.key, pinned))
+        if self._disk is not None:
+            self._disk.pin(entry.key, pinned)
         return replace(entry, pinned=pinned)
 
     def untag(self, key: str, tag: str) -> None:
@@ -679,10 +680,12 @@ class ContextRegistry:
 
         Raises:
             InputError: nothing is stored under the reference.
+            OSError: its file cannot be deleted.
         """
         self.flush()
         entry = self.one(reference)
-        self._try("remove", lambda disk: disk.remove(entry.key))
+        if self._disk is not None:
+            self._disk.remove(entry.key)
         with self._changed:
             self._removed.add(entry.key)
             for held in [tier.held[entry.key] for tier in (self._device, self._host) if entry.key in tier.held]:
