@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory.cli import app
+from kvzip_memory.cli import app, console
 from kvzip_memory.registry.doctor import examine
 
 
@@ -47,12 +47,13 @@ def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:
     assert "no context 'page' is stored" in str(missing.exception)
 
 
-def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "width", 200)
     engine, name = tiny_engine(cache_dir=tmp_path, ratio=0.4), "notes [/draft] [v2]"
     engine.load(TEXT, name=name, tags="[red]")
     engine.close()
     for command in (["ls"], ["show", name], ["pin", name], ["unpin", name], ["rm", name]):
-        out = CliRunner().invoke(app, [*command, "--cache-dir", str(tmp_path)], terminal_width=200, env={"COLUMNS": "200"})
+        out = CliRunner().invoke(app, [*command, "--cache-dir", str(tmp_path)])
         assert out.exit_code == 0, out.exception
         assert name in out.stdout
 
