@@ -57,7 +57,8 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 
 def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
-    return {k: _time(v or None) if k in ("created", "used", "named", "expires") else v for k, v in facts.items()}
+    times = {k: _time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
+    return {**facts, **times, "names": list(entry.names)}
 
 
 def _time(seconds: float | None) -> str | None:
@@ -65,7 +66,7 @@ def _time(seconds: float | None) -> str | None:
 
 
 def _called(entry: Entry) -> str:
-    return escape(entry.name or entry.key[:12])
+    return escape(", ".join(entry.names) or entry.key[:12])
 
 
 def _ago(seconds: float) -> str:
@@ -129,7 +130,7 @@ def list_(
         for e in entries:
             marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
-            table.add_row(escape(e.name or ""), e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, escape(marks))
+            table.add_row(escape(", ".join(e.names)), e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, escape(marks))
         return table
 
     _show([_facts(e) for e in entries], as_json, render)
@@ -139,7 +140,9 @@ def list_(
 def show(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Everything about one context, the fields of its key included."""
     entry = _registry(cache_dir).one(reference)
-    _show(asdict(entry), as_json, lambda: _pairs({**_facts(entry), **{f"identity.{k}": v for k, v in entry.identity.items()}}))
+    facts = _facts(entry)
+    table = _pairs({**facts, **{f"identity.{k}": v for k, v in entry.identity.items()}})
+    _show({**facts, "identity": entry.identity}, as_json, lambda: table)
 
 
 @app.command()
@@ -158,9 +161,11 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 
 @app.command()
 def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete a context."""
+    """Delete a context. One of several names that is given by one of them only loses that name."""
     entry = _registry(cache_dir).remove(reference)
-    _show(_facts(entry), as_json, lambda: f"deleted {_called(entry)}, {decimal(entry.file_nbytes)}")
+    called = escape(reference)
+    kept = f"{called} is no longer a name of {_called(entry)}; give {entry.key[:12]} to delete it"
+    _show(_facts(entry), as_json, lambda: kept if entry.names else f"deleted {called}, {decimal(entry.file_nbytes)}")
 
 
 @app.command()

@@ -407,7 +407,7 @@ class KVzipEngine:
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
             raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
-        return self._handle(usable[-1])
+        return self._handle(usable[-1], reference if reference in usable[-1].names else None)
 
     def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
         """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
@@ -421,7 +421,7 @@ class KVzipEngine:
             raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
         return next(iter(found.values()), None)
 
-    def _handle(self, entry: Entry) -> CompressedContext:
+    def _handle(self, entry: Entry, name: str | None = None) -> CompressedContext:
         """A stored context that nobody gave the text of.
 
         Raises:
@@ -435,7 +435,7 @@ class KVzipEngine:
 
         with self.registry.lease(wanted, build) as (context, lease):
             storage = _Managed(self.registry, wanted, build, context.storage)
-            return replace(context, name=entry.name, receipt=lease.receipt, storage=storage)
+            return replace(context, name=name or entry.name, receipt=lease.receipt, storage=storage)
 
     def open(self, path: str | Path) -> CompressedContext:
         """A context from a file written by :meth:`CompressedContext.save`.

@@ -30,9 +30,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:
-    assert [e["name"] for e in run(folder, "ls")] == ["longer", "page"]
-    assert [e["name"] for e in run(folder, "ls", "--tag", "red")] == ["page"]
-    assert [e["name"] for e in run(folder, "ls", "--limit", "1")] == ["longer"]
+    assert [e["names"] for e in run(folder, "ls")] == [["longer"], ["page"]]
+    assert [e["names"] for e in run(folder, "ls", "--tag", "red")] == [["page"]]
+    assert [e["names"] for e in run(folder, "ls", "--limit", "1")] == [["longer"]]
     shown = run(folder, "show", "page")
     assert shown["identity"]["ratio"] == 0.4
     assert run(folder, "show", shown["key"][:8])["key"] == shown["key"]
@@ -41,7 +41,7 @@ def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:
     assert not run(folder, "unpin", "page")["pinned"]
     assert run(folder, "stats")["contexts"] == 2
     assert run(folder, "rm", "page")["key"] == shown["key"]
-    assert [e["name"] for e in run(folder, "ls")] == ["longer"]
+    assert [e["names"] for e in run(folder, "ls")] == [["longer"]]
     missing = CliRunner().invoke(app, ["show", "page", "--cache-dir", str(folder)])
     assert missing.exit_code
     assert "no context 'page' is stored" in str(missing.exception)
@@ -52,6 +52,11 @@ def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyP
     engine, name = tiny_engine(cache_dir=tmp_path, ratio=0.4), "notes [/draft] [v2]"
     engine.load(TEXT, name=name, tags="[red]")
     engine.close()
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    engine.load(TEXT, name="draft")
+    engine.close()
+    out = CliRunner().invoke(app, ["rm", "draft", "--cache-dir", str(tmp_path)])
+    assert f"draft is no longer a name of {name}" in out.stdout
     for command in (["ls"], ["show", name], ["pin", name], ["unpin", name], ["rm", name]):
         out = CliRunner().invoke(app, [*command, "--cache-dir", str(tmp_path)])
         assert out.exit_code == 0, out.exception

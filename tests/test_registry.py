@@ -444,6 +444,31 @@ def test_a_name_is_that_of_the_text_last_loaded_under_it(tmp_path: Path) -> None
     engine.close()
 
 
+def test_equal_texts_under_two_names_are_one_context_that_has_both(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = engine.load(TEXT, name="a.md")
+    assert engine.load(TEXT, name="b.md").receipt.hit
+    elsewhere = tiny_engine(cache_dir=tmp_path)
+    for step in (lambda: None, engine.registry.flush):
+        step()
+        assert [(engine.get(name).key, engine.get(name).name) for name in ("a.md", "b.md")] == [
+            (context.key, "a.md"),
+            (context.key, "b.md"),
+        ]
+    assert [elsewhere.get(name).key for name in ("a.md", "b.md")] == [context.key] * 2
+
+    assert list(engine.registry.remove("a.md").names) == ["b.md"]
+    elsewhere.generate(context := elsewhere.get("b.md"), "Who?", max_new_tokens=1)  # knew both names
+    elsewhere.registry.flush()
+    with pytest.raises(InputError, match=r"no context 'a.md'"):
+        tiny_engine(cache_dir=tmp_path).get("a.md")
+    assert tiny_engine(cache_dir=tmp_path).get("b.md").key == context.key
+    assert not engine.registry.remove("b.md").names
+    assert not engine.registry.contexts()
+    for one in (engine, elsewhere):
+        one.close()
+
+
 def test_a_name_that_is_no_text_is_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     engine.load(TEXT, name="page")

@@ -42,7 +42,7 @@ def create_memory_tools(
         tag = prefix + name
         for entry in engine.registry.contexts():
             if tag in entry.tags and entry.key != but:
-                if entry.name or entry.pinned or set(entry.tags) != {tag}:
+                if entry.names or entry.pinned or set(entry.tags) != {tag}:
                     engine.registry.untag(entry.key, tag)
                 else:
                     engine.registry.remove(entry.key)

@@ -165,7 +165,7 @@ class KVzipIndex(BaseManagedIndex):
         used = {context.key for key, context in self._contexts.items() if key in present}
         registry = self._llm.engine.registry
         for entry in registry.contexts():
-            if set(entry.tags) == {self._tag} and entry.name is None and entry.key not in used:
+            if set(entry.tags) == {self._tag} and not entry.names and entry.key not in used:
                 registry.remove(entry.key)
 
     def _size(self, node: BaseNode) -> int:

@@ -150,7 +150,7 @@ class _Session:
             self.known = _Known()
             registry = self._engine.registry
             for entry in registry.contexts():
-                if set(entry.tags) == {self._tag} and entry.name is None:
+                if set(entry.tags) == {self._tag} and not entry.names:
                     registry.remove(entry.key)
 
     def _build(self, ratio: float | None) -> None:

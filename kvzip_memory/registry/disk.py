@@ -24,7 +24,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
@@ -62,8 +62,7 @@ class Entry:
         nbytes: bytes in memory.
         n_tokens: tokens it stands for.
         ratio: fraction of pairs kept.
-        name: the name it was last loaded under.
-        named: seconds since the epoch of that.
+        names: the names it was loaded under, and when that was last, in seconds since the epoch.
         tags: free words given by the user.
         pinned: never evicted.
         created: seconds since the epoch.
@@ -78,13 +77,17 @@ class Entry:
     nbytes: int
     n_tokens: int
     ratio: float
-    name: str | None = None
+    names: Mapping[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     pinned: bool = False
     created: float = 0.0
     used: float = 0.0
     expires: float | None = None
-    named: float = 0.0
+
+    @property
+    def name(self) -> str | None:
+        """The name it was last loaded under."""
+        return max(self.names, key=self.names.__getitem__, default=None)
 
     @property
     def tenant(self) -> str | None:
@@ -211,8 +214,7 @@ class DiskTier:
         context: CompressedContext,
         group: str,
         *,
-        name: str | None = None,
-        named: float = 0.0,
+        names: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
         ttl: float | None = None,
     ) -> None:
@@ -224,7 +226,7 @@ class DiskTier:
         """
         now = time.time()
         expires = None if ttl is None else now + ttl
-        catalog = {"group": group, "name": name, "named": named, "tags": list(tags), "created": now, "expires": expires}
+        catalog = {"group": group, "names": dict(names or {}), "tags": list(tags), "created": now, "expires": expires}
         prepared = PreparedFile(context, catalog)
         entry = Entry(
             context.key,
@@ -234,13 +236,12 @@ class DiskTier:
             context.nbytes,
             context.n_tokens,
             context.ratio,
-            name,
+            dict(names or {}),
             tuple(tags),
             False,
             now,
             now,
             expires,
-            named,
         )
         path, temporary = self.path(context.key), self._temporary(context.key)
         if not self._inside(path):
@@ -326,8 +327,8 @@ class DiskTier:
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
         _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
-        if entry.name:
-            _list_add(index, _named(entry.tenant, entry.name), entry.key)
+        for name in entry.names:
+            _list_add(index, _named(entry.tenant, name), entry.key)
 
     def _drop(self, index: Index, entry: Entry) -> None:
         """Delete a context: first the file, so that bytes are never free before they are free."""
@@ -337,8 +338,8 @@ class DiskTier:
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
             _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
-        if entry.name:
-            _list_remove(index, _named(entry.tenant, entry.name), entry.key)
+        for name in entry.names:
+            _list_remove(index, _named(entry.tenant, name), entry.key)
         usage, writing = self._totals(index)
         self._set_totals(index, usage - entry.file_nbytes, writing)
 
@@ -434,8 +435,8 @@ class DiskTier:
         return [entry for key in keys if (entry := self.entry(key)) is not None]
 
     @_needs_index
-    def touch(self, key: str, *, name: str | None = None, named: float = 0.0, tags: Iterable[str] = ()) -> None:
-        """Make a context the most recently used one; give it a name, at a time, or tags. A file without a row gets one."""
+    def touch(self, key: str, *, names: Mapping[str, float] | None = None, tags: Iterable[str] = ()) -> None:
+        """Make a context the most recently used one; give it names or tags. A file without a row gets one."""
         index = self._opened()
         with index.transaction():
             entry = _entry(index, key)
@@ -446,12 +447,8 @@ class DiskTier:
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
                 self._set_totals(index, usage + entry.file_nbytes, writing)
-            if named < entry.named:  # it has got another one since
-                name = None
-            if name is not None and entry.name not in (name, None):
-                _list_remove(index, _named(entry.tenant, str(entry.name)), key)
-            named, tags = max(entry.named, named), tuple(sorted({*entry.tags, *tags}))
-            self._add(index, replace(entry, used=time.time(), name=name or entry.name, named=named, tags=tags))
+            tags = tuple(sorted({*entry.tags, *tags}))
+            self._add(index, replace(entry, used=time.time(), names=latest(entry.names, names or {}), tags=tags))
 
     @_needs_index
     def pin(self, key: str, pinned: bool) -> None:
@@ -466,6 +463,15 @@ class DiskTier:
         with index.transaction():
             if (entry := _entry(index, key)) is not None:
                 index.set(_CONTEXT + key, asdict(replace(entry, tags=tuple(other for other in entry.tags if other != tag))))
+
+    @_needs_index
+    def unname(self, key: str, name: str) -> None:
+        index = self._opened()
+        with index.transaction():
+            if (entry := _entry(index, key)) is not None and name in entry.names:
+                names = {other: time for other, time in entry.names.items() if other != name}
+                index.set(_CONTEXT + key, asdict(replace(entry, names=names)))
+                _list_remove(index, _named(entry.tenant, name), key)
 
     @_needs_index
     def remove(self, key: str) -> bool:
@@ -738,12 +744,11 @@ class DiskTier:
             nbytes=facts["nbytes"],
             n_tokens=facts["n_tokens"],
             ratio=facts["ratio"],
-            name=catalog.get("name"),
+            names=catalog.get("names", {}),
             tags=tuple(catalog.get("tags", ())),
             created=catalog.get("created", status.st_mtime),
             used=status.st_mtime,
             expires=catalog.get("expires"),
-            named=catalog.get("named", 0.0),
         )
 
 
@@ -759,6 +764,11 @@ def _entry(index: Index, key: str) -> Entry | None:
     if entry.key != key or not _KEY.fullmatch(key):
         raise IndexDamagedError(f"row {key!r} is not one of ours")
     return entry
+
+
+def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    """Names of both, each with its later time."""
+    return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
 
 
 def _named(tenant: str | None, name: str) -> str:

@@ -28,7 +28,7 @@ class Held:
         context: it holds its pairs itself.
         group: digest of its text and tenant.
         users: answers that read it now; it is neither moved nor freed while there are any.
-        named: seconds since the epoch when the name was last given.
+        names: the names it was loaded under, and when that was last, in seconds since the epoch.
         pinned: never lost.
         expires: seconds since the epoch, None for never.
         used: seconds since the epoch of the last use.
@@ -36,12 +36,11 @@ class Held:
 
     context: CompressedContext
     group: str
-    name: str | None = None
+    names: dict[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     users: int = 0
     pinned: bool = False
     expires: float | None = None
-    named: float = 0.0
     used: float = field(default_factory=time.time)
 
     @property

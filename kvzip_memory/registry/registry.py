@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError
+from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
 
@@ -261,9 +261,10 @@ class ContextRegistry:
             self._unreserve(self._device, context.nbytes)
             raise
         if entry is not None:
-            return Held(moved, wanted.group, entry.name, entry.tags, pinned=entry.pinned, expires=entry.expires, named=entry.named)
+            return Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, expires=entry.expires)
         expires = None if self._ttl is None else time.time() + self._ttl
-        return Held(moved, wanted.group, wanted.name, wanted.tags, expires=expires, named=time.time() if wanted.name else 0.0)
+        names = {} if wanted.name is None else {wanted.name: time.time()}
+        return Held(moved, wanted.group, names, wanted.tags, expires=expires)
 
     def _from_host(self, key: str) -> Held | None:
         with self._changed:
@@ -305,7 +306,7 @@ class ContextRegistry:
             return None
         story.tier, story.reason, story.differs = "disk", None, ()
         held = self._moved_in(wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
-        self._touch_behind(held)
+        self._touch_behind(wanted.key)
         return held
 
     def _from_finer(self, wanted: Wanted, story: _Story) -> CompressedContext | None:
@@ -447,7 +448,7 @@ class ContextRegistry:
         try:
             if self._disk is None:
                 return False
-            self._disk.put(to_host(held.context), held.group, name=held.name, named=held.named, tags=held.tags, ttl=ttl)
+            self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags, ttl=ttl)
         except (OSError, BudgetError) as error:
             self._disk_failed("store", error)
             return False
@@ -570,8 +571,8 @@ class ContextRegistry:
         stored = (by_key and self._try("find", lambda disk: disk.starting_with(reference))) or []
         if not stored:
             stored = self._try("find", lambda disk: self._named(disk, reference)) or []
-        found = self._merged(stored, lambda held: held.name == reference or (by_key and held.key.startswith(reference)))
-        return sorted(found, key=lambda entry: entry.named) if all(entry.name == reference for entry in found) else found
+        found = self._merged(stored, lambda held: reference in held.names or (by_key and held.key.startswith(reference)))
+        return sorted(found, key=lambda entry: entry.names[reference]) if all(reference in entry.names for entry in found) else found
 
     def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
@@ -586,17 +587,15 @@ class ContextRegistry:
                 entry = _entry(held)
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
-                    name = entry.name if entry.named > on_disk.named else on_disk.name
-                    tags = tuple(sorted({*on_disk.tags, *entry.tags}))
-                    used, named = max(entry.used, on_disk.used), max(entry.named, on_disk.named)
-                    entry = replace(on_disk, name=name, named=named, tags=tags, used=used)
+                    names, tags = latest(on_disk.names, entry.names), tuple(sorted({*on_disk.tags, *entry.tags}))
+                    entry = replace(on_disk, names=names, tags=tags, used=max(entry.used, on_disk.used))
                 found[held.key] = entry
         return sorted(filter(self._mine, found.values()), key=lambda entry: entry.used)
 
     def _named(self, disk: DiskTier, name: str) -> list[Entry]:
         if self.tenant != EVERYONE:
             return disk.named(name, self.tenant)
-        return disk.named(name) or disk.entries(None, lambda entry: entry.name == name)[::-1]
+        return disk.named(name) or disk.entries(None, lambda entry: name in entry.names)[::-1]
 
     def _mine(self, entry: Entry) -> bool:
         return self.tenant in (EVERYONE, entry.tenant)
@@ -677,6 +676,10 @@ class ContextRegistry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
         Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
+        A context of several names that is given by one of them only loses that name; give its key to delete it.
+
+        Returns:
+            The context with the names that it has still, none if it was deleted.
 
         Raises:
             InputError: nothing is stored under the reference.
@@ -684,6 +687,10 @@ class ContextRegistry:
         """
         self.flush()
         entry = self.one(reference)
+        names = {name: time for name, time in entry.names.items() if name != reference}
+        if names and reference in entry.names:
+            self._unname(entry.key, reference)
+            return replace(entry, names=names)
         if self._disk is not None:
             self._disk.remove(entry.key)
         with self._changed:
@@ -692,7 +699,14 @@ class ContextRegistry:
                 if not held.users:
                     self._drop(held)
             self._changed.notify_all()
-        return entry
+        return replace(entry, names={})
+
+    def _unname(self, key: str, name: str) -> None:
+        if self._disk is not None:
+            self._disk.unname(key, name)
+        with self._changed:
+            for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
+                held.names = {other: time for other, time in held.names.items() if other != name}
 
     def is_removed(self, key: str) -> bool:
         """Whether a context was deleted here and not loaded again."""
@@ -759,21 +773,20 @@ class ContextRegistry:
     # -- small things --------------------------------------------------------------------------------------------
 
     def _annotate(self, held: Held, wanted: Wanted) -> None:
-        """Give a context the name and tags it was asked for by."""
+        """Give a context the name and tags it was asked for by, beside those it has."""
         if wanted.name is None and set(wanted.tags) <= set(held.tags):
             return
+        names = {} if wanted.name is None else {wanted.name: time.time()}
         with self._changed:
             held.tags = tuple(sorted({*held.tags, *wanted.tags}))
-            if wanted.name is not None:
-                held.name, held.named = wanted.name, time.time()
-        self._touch_behind(held)
+            held.names = held.names | names
+        self._touch_behind(held.key, names, wanted.tags)
 
-    def _touch_behind(self, held: Held) -> None:
-        """Tell the disk tier, behind the answer, that a context was used, and its name and tags."""
+    def _touch_behind(self, key: str, names: Mapping[str, float] | None = None, tags: Sequence[str] = ()) -> None:
+        """Tell the disk tier, behind the answer, that a context was used, and what names and tags it has got."""
         if self._disk is not None:
-            name, named, tags = held.name, held.named, held.tags
             with suppress(RuntimeError):  # closed meanwhile
-                self._writer.submit(self._try, "touch", lambda disk: disk.touch(held.key, name=name, named=named, tags=tags))
+                self._writer.submit(self._try, "touch", lambda disk: disk.touch(key, names=names, tags=tags))
 
     def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
         """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""
@@ -807,13 +820,12 @@ def _entry(held: Held) -> Entry:
         held.nbytes,
         context.n_tokens,
         context.ratio,
-        held.name,
+        held.names,
         held.tags,
         held.pinned,
         held.used,
         held.used,
         held.expires,
-        held.named,
     )
 
 
