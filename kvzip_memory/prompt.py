@@ -251,7 +251,7 @@ class PromptBuilder:
             raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
         shown = context.recipe.tools
         if tools and _digest([*tools]) != shown and not self._ends_in_tools(context.recipe, messages, tools):
-            shown, messages = _digest([*tools]), [{"role": "system", "content": describe(tools)}, *messages]
+            shown, messages = _digest([*tools]), _with_tools(messages, tools)
         turns = self._behind_turns(messages)
         joins = self._merges and turns[-1]["role"] == "user"
         pieces, texts = self._behind(context.recipe, turns if joins else [*turns, {"role": "user", "content": ""}])
@@ -363,7 +363,7 @@ class PromptBuilder:
                 ids = self._ids(*self._behind(recipe, self._behind_turns(messages), tools))
                 if ids != self._ids(*self._behind(recipe, self._behind_turns(messages))):
                     return ids  # the template puts tools near the end
-            messages = [{"role": "system", "content": describe(tools)}, *messages]
+            messages = _with_tools(messages, tools)
         return self._ids(*self._behind(recipe, self._behind_turns(messages)))
 
     def until_mark(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> Prompt | None:
@@ -769,6 +769,14 @@ def _merged(turns: Sequence[Message]) -> list[Message]:
         else:
             merged.append(turn)
     return merged
+
+
+def _with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Messages behind a context with the tools described before the first that a user says, so never between what the context
+    ends in and its answer or results."""
+    says = [i for i, message in enumerate(messages) if message["role"] in ("system", "user")]
+    at = says[0] if says else len(messages)
+    return [*messages[:at], {"role": "system", "content": describe(tools)}, *messages[at:]]
 
 
 def _lead(role: str) -> list[Message]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,16 @@ def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:
     missing = CliRunner().invoke(app, ["show", "page", "--cache-dir", str(folder)])
     assert missing.exit_code
     assert "no context 'page' is stored" in str(missing.exception)
+
+
+def test_an_expired_context_is_not_a_damaged_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, ttl=60)
+    engine.load(TEXT)
+    engine.close()
+    later = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert run(tmp_path, "verify") == {"checked": 1, "damaged": {}}
+    assert run(tmp_path, "gc")["expired"] == 1
 
 
 def test_names_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

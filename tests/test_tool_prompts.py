@@ -123,6 +123,16 @@ def test_a_context_of_the_first_turns_and_the_rest_are_the_whole_conversation(fa
             assert tuple(longer[: len(prompt.token_ids)]) == prompt.token_ids
 
 
+@pytest.mark.parametrize("template", [HERMES, CHATML])
+@pytest.mark.parametrize("end", [1, 3])
+def test_tools_that_a_context_does_not_know_are_not_described_between_a_message_and_its_answer(template: str, end: int) -> None:
+    builder = builder_of(template)
+    messages = [as_message(m) for m in CONVERSATION]
+    recipe = builder.conversation(messages[:end]).recipe
+    text = builder.tokenizer.decode(builder.question(recipe, messages[end:], TOOLS))
+    assert text.index("4 degrees.") < text.index("# Tools") < text.index("And Rome?")
+
+
 def test_a_context_can_end_in_what_awaits_an_answer() -> None:
     for template in (HERMES, CHATML):
         builder = builder_of(template)

@@ -173,13 +173,17 @@ class DiskTier:
         Raises:
             NotStoredError: there is none, or it cannot be used; a damaged one is in quarantine then.
         """
+        if self._expired(key):
+            with suppress(OSError):
+                self.remove(key)
+            raise NotStoredError("expired")
+        return self._read(key, device, admit)
+
+    def _read(self, key: str, device: torch.device, admit: Callable[[int], None] | None = None) -> CompressedContext:
         path = self.path(key)
         if not self._inside(path):
             raise NotStoredError(f"{path.parent} is a symbolic link; what it leads to is not read")
         try:
-            if self._expired(key):
-                self.remove(key)
-                raise NotStoredError("expired")
             context = read_context(path, device, follow_links=False, admit=admit)
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
@@ -585,7 +589,7 @@ class DiskTier:
     def verify(self, key: str) -> str | None:
         """Check every byte of a stored context: None if it is sound, else what is wrong (it is in quarantine then)."""
         try:
-            self.get(key, torch.device("cpu"))
+            self._read(key, torch.device("cpu"))
         except NotStoredError as error:
             return str(error)
         return None
