@@ -333,8 +333,10 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         index.as_query_engine(KVzipLLM(engine=tiny_engine()))
     with pytest.raises(InputError, match=r"options \['similarity_top_k'\] are unknown"):
         index.as_query_engine(similarity_top_k=3)
-    with pytest.raises(InputError, match="no documents"):
+    with pytest.raises(InputError, match="no documents to answer"):
         KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
+    with pytest.raises(InputError, match="no documents to talk"):
+        KVzipIndex.from_documents([], llm=llm).as_chat_engine()
     with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'storage_context'"):
         KVzipIndex.from_documents(DOCUMENTS, llm=llm, nonsense=3)
     with pytest.raises(InputError, match="ratio is the llm's"):
@@ -364,6 +366,7 @@ async def test_a_change_that_fails_leaves_the_documents_as_they_were(engine: KVz
         lambda: asyncio.to_thread(index.insert, changed),
         lambda: asyncio.to_thread(index.refresh_ref_docs, [THIRD, changed]),
         lambda: asyncio.to_thread(index.insert_nodes, [TextNode(text=long, id_="new")]),
+        lambda: asyncio.to_thread(KVzipIndex.from_documents, [changed, new], llm=llm, storage_context=index.storage_context),
         lambda: index.aupdate_ref_doc(changed),
         lambda: index.ainsert(new),
         lambda: index.arefresh_ref_docs([THIRD, changed]),

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
 
@@ -24,7 +24,7 @@ from llama_index.core.indices.managed.base import BaseManagedIndex
 from llama_index.core.llms.utils import LLMType
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, Document, NodeRelationship, NodeWithScore, QueryBundle, TextNode, TransformComponent
-from llama_index.core.storage.docstore.types import RefDocInfo
+from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
@@ -117,7 +117,9 @@ class KVzipIndex(BaseManagedIndex):
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
         """An index of documents; arguments and errors as for the class."""
         _check_index_options(kwargs)
-        return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
+        storage = kwargs.get("storage_context")
+        with nullcontext() if storage is None else _unchanged_on_failure(storage.docstore, documents):
+            return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
     def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
@@ -220,22 +222,13 @@ class KVzipIndex(BaseManagedIndex):
                 return
             self._check_lengths(nodes)
             placed = dict(self._index_struct.nodes_dict)
-            hashes = {id_: self.docstore.get_document_hash(id_) for id_ in {node.ref_doc_id or node.node_id for node in nodes}}
-            known = [info for id_ in hashes if (info := self.docstore.get_ref_doc_info(id_))]
-            node_ids = {node.node_id for node in nodes}.union(*(info.node_ids for info in known))
-            stored = self.docstore.get_nodes(list(node_ids), raise_error=False)
             self._changing = True
             try:
-                yield
-                self.parts()
+                with _unchanged_on_failure(self.docstore, nodes):
+                    yield
+                    self.parts()
             except BaseException:
                 self._index_struct.nodes_dict = placed
-                for node_id in node_ids:
-                    self.docstore.delete_document(node_id, raise_error=False)
-                for id_ in hashes:
-                    self.docstore.delete_ref_doc(id_, raise_error=False)
-                self.docstore.add_documents(stored)
-                self.docstore.set_document_hashes({id_: its_hash for id_, its_hash in hashes.items() if its_hash})
                 self.storage_context.index_store.add_index_struct(self._index_struct)
                 raise
             finally:
@@ -370,7 +363,9 @@ class KVzipIndex(BaseManagedIndex):
             return super().as_chat_engine(chat_mode, model)  # tells what is wrong with it
         _check_names(kwargs, _CONVERSATION_OPTIONS)
         parts = self.parts()
-        if len(parts) != 1:
+        if not parts:
+            raise InputError("there are no documents to talk about; insert some")
+        if len(parts) > 1:
             raise InputError(
                 f"the documents lie in {len(parts)} contexts and a conversation has one; use chat_mode=ChatMode.CONDENSE_QUESTION, "
                 "or a model with a longer window"
@@ -382,6 +377,28 @@ class KVzipIndex(BaseManagedIndex):
         if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
         return llm
+
+
+@contextmanager
+def _unchanged_on_failure(docstore: BaseDocumentStore, nodes: Sequence[BaseNode]) -> Iterator[None]:
+    """If the block fails, the docstore has of the documents of these nodes what it had before."""
+    hashes = {id_: docstore.get_document_hash(id_) for id_ in {node.ref_doc_id or node.node_id for node in nodes}}
+
+    def node_ids() -> set[str]:
+        infos = [info for id_ in hashes if (info := docstore.get_ref_doc_info(id_))]
+        return {node.node_id for node in nodes}.union(*(info.node_ids for info in infos))
+
+    stored = docstore.get_nodes(list(node_ids()), raise_error=False)
+    try:
+        yield
+    except BaseException:
+        for node_id in node_ids():
+            docstore.delete_document(node_id, raise_error=False)
+        for id_ in hashes:
+            docstore.delete_ref_doc(id_, raise_error=False)
+        docstore.add_documents(stored)
+        docstore.set_document_hashes({id_: its_hash for id_, its_hash in hashes.items() if its_hash})
+        raise
 
 
 def _check_names(given: Iterable[str], known: Set[str]) -> None:
