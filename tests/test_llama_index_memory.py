@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 import stat
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import Memory
 
 from conftest import tiny_engine
-from kvzip_memory import BudgetError, InputError, KVzipEngine
+from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
+from llama_index_kvzip.llm import plain_messages
 
 
 @pytest.fixture
@@ -124,6 +126,33 @@ async def test_a_session_whose_context_has_left_the_registry_goes_on(engine: KVz
     for session_id in ("ana", "bob", "eve"):
         whole = [*turns(5), ChatMessage(f"I am {session_id}."), ChatMessage("Well.", role="assistant")]
         assert said(block, await block.aget([], session_id=session_id)) == said(block, whole)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+async def test_a_session_without_end_keeps_its_newest_turns(tmp_path: Path, caplog: pytest.LogCaptureFixture, stored: bool) -> None:
+    engine = tiny_engine(cache_dir=tmp_path if stored else None)
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine, ratio=1.0, max_tokens=12), context_tokens=400)
+    everything: list[ChatMessage] = []
+    lengths = []
+    for i in range(40):
+        chunk = [ChatMessage(f"My number {i} is {7 * i}."), ChatMessage("Noted.", role="assistant")]
+        await flush(block, chunk)
+        everything += chunk
+        lengths.append(block.context("ana").n_tokens)
+        if stored and i % 7 == 0:  # others have read the file from its beginning
+            engine.shared.clear()
+    assert max(lengths) <= 400
+    assert min(lengths[10:]) > 140
+    assert sum(after < before for before, after in pairwise(lengths)) >= 3
+    assert "have left the context" in caplog.text
+    # The context is that of the newest turns alone.
+    newest = [engine.load(plain_messages(everything[i:])[0], ratio=1.0) for i in range(60, 80, 2)]
+    assert block.context("ana").token_ids.tolist() in [context.token_ids.tolist() for context in newest]
+    with pytest.raises(WindowError):
+        await flush(block, [ChatMessage("word " * 5000), ChatMessage("Noted.", role="assistant")])
+    await flush(block, turns(1))
+    assert [message.content for message in (await block.aget([], session_id="ana"))[1:]] == []
+    assert said(block, await block.aget([], session_id="ana")) == said(block, turns(1))
 
 
 async def test_turns_that_could_not_be_read_are_told_and_read_later(engine: KVzipEngine, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     The block gives one empty message that stands for the context; only :class:`KVzipLLM` over the same engine reads it, other models
     see nothing. Each session has a context of its own, by the block's name and the session's id, shared by all blocks over one engine. It
-    takes room in the model's window, as much as the turns would.
+    takes room in the model's window, as much as the turns would; beyond ``context_tokens`` the oldest turns leave it.
 
     If the engine has a ``cache_dir`` the turns are written there, too: another process or another model goes on from them, and builds
     the context again where it is lost. Turns that could not be read into the context are told as they are, behind it, and are read with
@@ -44,7 +45,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     Raises:
         InputError: by ``aput``: messages that are not text; the block does not take them.
-        WindowError: by ``aput``: the turns outgrow the window.
+        WindowError: by ``aput``: a turn is longer than the window.
         BudgetError, ModelError: by ``aput``, as for :meth:`KVzipEngine.extend`.
     """
 
@@ -53,22 +54,24 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     name: str = "history"
     ratio: float | None = None
     """Fraction of key-value pairs kept; None is the model's."""
+    context_tokens: int | None = Field(None, gt=0)
+    """Turns of more tokens have the oldest leave the context, until half as many are left. None is half of the window."""
 
     async def _aget(self, messages: list[ChatMessage] | None = None, session_id: str = "", **block_kwargs: Any) -> list[ChatMessage]:
         session = self._session(session_id)
         if not session.is_current:
-            await asyncio.to_thread(session.read, self._ratio)
+            await asyncio.to_thread(session.read, self._ratio, self._limit)
         return session.told()
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         if messages:
             session = self._session(messages[0].additional_kwargs.get("session_id", ""))
-            await asyncio.to_thread(session.grow, messages, self._ratio)
+            await asyncio.to_thread(session.grow, messages, self._ratio, self._limit)
 
     def context(self, session_id: str = "") -> CompressedContext | None:
         """The context of a session's old turns, None before there are any."""
         session = self._session(session_id)
-        session.read(self._ratio)
+        session.read(self._ratio, self._limit)
         return session.known.context
 
     def forget(self, session_id: str = "") -> None:
@@ -79,6 +82,10 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     def _ratio(self) -> float | None:
         return self.llm.ratio if self.ratio is None else self.ratio
 
+    @property
+    def _limit(self) -> int:
+        return self.context_tokens or self.llm.engine.window // 2
+
     def _session(self, session_id: str) -> _Session:
         engine = self.llm.engine
         of_engine: dict[tuple[str, str], _Session] = engine.shared.setdefault("llama_index.memory", {})
@@ -87,10 +94,11 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
 @dataclass(frozen=True)
 class _Known:
-    """A session's old turns; the context holds the first ``count`` of them, ``size`` bytes of the file were read."""
+    """A session's old turns; the context holds those from ``first`` to ``count``, ``size`` bytes of the file were read."""
 
     turns: tuple[Message, ...] = ()
     context: CompressedContext | None = None
+    first: int = 0
     count: int = 0
     size: int = 0
 
@@ -98,8 +106,8 @@ class _Known:
 class _Session:
     """The old turns of a session. They are the truth, in a file if the engine has a folder; their context is made of them.
 
-    A record, a line of JSON, is ``{"turns": [...]}`` or, when turns have been read, ``{"context": key, "count": turns in it, "model":
-    fingerprint}``.
+    A record, a line of JSON, is ``{"turns": [...]}`` or, when turns have been read, ``{"context": key, "first": its first turn, "count":
+    the turn behind its last, "model": fingerprint}``.
     """
 
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
@@ -122,18 +130,18 @@ class _Session:
         handle = [] if known.context is None else [ChatMessage("", role="system", additional_kwargs={CONTEXT_KEY: known.context.key})]
         return handle + [_message(turn) for turn in known.turns[known.count :]]
 
-    def read(self, ratio: float | None) -> None:
+    def read(self, ratio: float | None, limit: int) -> None:
         """What other processes have written."""
         with self._lock:
             if self.is_current:
                 return
             self._read()
             try:
-                self._build(ratio)
+                self._build(ratio, limit)
             except KVzipError as error:  # they are told as they are, and whoever asks will say so
                 logger.warning("%s: the turns are not compressed: %s", self._tag, error)
 
-    def grow(self, messages: list[ChatMessage], ratio: float | None) -> None:
+    def grow(self, messages: list[ChatMessage], ratio: float | None, limit: int) -> None:
         """Take in turns, and put those that are in no context yet into it."""
         turns = [turn for turn in plain_messages(messages)[0] if turn["content"].strip() or turn.get("tool_calls")]
         with self._lock:
@@ -141,7 +149,7 @@ class _Session:
                 self._read()
             self._write({"turns": turns})
             self.known = replace(self.known, turns=(*self.known.turns, *turns), size=self._size())
-            self._build(ratio)
+            self._build(ratio, limit)
 
     def forget(self) -> None:
         with self._lock:
@@ -153,24 +161,36 @@ class _Session:
                 if set(entry.tags) == {self._tag} and not entry.names:
                     registry.remove(entry.key)
 
-    def _build(self, ratio: float | None) -> None:
+    def _build(self, ratio: float | None, limit: int) -> None:
         known = self.known
-        new = known.turns[known.count :]
-        if not new or new[-1].get("tool_calls"):  # the calls' results are to come
+        if known.count == len(known.turns) or known.turns[-1].get("tool_calls"):  # the calls' results are to come
             return
-        context = self._built(known.context, new, ratio)
-        self._write({"context": context.key, "count": len(known.turns), "model": self._engine.fingerprint})
-        self.known = replace(known, context=context, count=len(known.turns), size=self._size())
+        first = self._first(limit)
+        context = self._built(first, ratio)
+        self._write({"context": context.key, "first": first, "count": len(known.turns), "model": self._engine.fingerprint})
+        self.known = replace(known, context=context, first=first, count=len(known.turns), size=self._size())
 
-    def _built(self, before: CompressedContext | None, new: tuple[Message, ...], ratio: float | None) -> CompressedContext:
-        if before is not None:
+    def _first(self, limit: int) -> int:
+        """The first turn that the context is to have: the one it has, or a later one of a user if there are too many tokens."""
+        turns, first, count = self.known.turns, self.known.first, self._engine.count_tokens
+        later = [i for i in range(first + 1, len(turns)) if turns[i]["role"] == "user"]
+        if not later or count(turns[first:]) <= limit:
+            return first
+        fitting = bisect_left(later, True, key=lambda i: count(turns[i:]) <= limit // 2)
+        first = later[min(fitting, len(later) - 1)]
+        logger.warning("%s: more than %s tokens; the oldest %d turns have left the context", self._tag, f"{limit:,}", first)
+        return first
+
+    def _built(self, first: int, ratio: float | None) -> CompressedContext:
+        known = self.known
+        if known.context is not None and first == known.first:
             try:
-                return self._engine.extend(before, new, ratio=ratio, tags=self._tag, behind=True)
+                return self._engine.extend(known.context, known.turns[known.count :], ratio=ratio, tags=self._tag, behind=True)
             except WindowError:
                 raise
             except InputError as error:  # such as an assistant's turn behind another
                 logger.debug("%s is read again: %s", self._tag, error)
-        return self._engine.load(self.known.turns, ratio=ratio, tags=self._tag)
+        return self._engine.load(known.turns[first:], ratio=ratio, tags=self._tag)
 
     # -- the file ------------------------------------------------------------------------------------------------
 
@@ -181,7 +201,7 @@ class _Session:
 
     def _read(self) -> None:
         turns: list[Message] = []
-        key, count = None, 0
+        key, first, count = None, 0, 0
         content = self._path.read_bytes() if self._path and self._path.exists() else b""
         for line in content.splitlines():
             try:
@@ -191,12 +211,13 @@ class _Session:
                 continue
             turns += record.get("turns", ())
             if record.get("model") == self._engine.fingerprint:
-                key, count = record["context"], record["count"]
+                key, first, count = record["context"], record["first"], record["count"]
         context = None
         if key is not None:
             with suppress(KVzipError):
                 context = self._engine.get(key)
-        self.known = _Known(tuple(turns), context, count if context else 0, len(content))
+        known = _Known(tuple(turns), size=len(content))
+        self.known = known if context is None else replace(known, context=context, first=first, count=count)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._path is None:
