@@ -4,6 +4,7 @@ import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import compress
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,28 @@ def test_the_oracle_is_what_transformers_calls_attentions(engine: KVzipEngine) -
         attentions = model(input_ids=everything[None], output_attentions=True).attentions
     expected = torch.stack([mean_mass(weights[0, :, context.n_tokens :], context) for weights in attentions])
     torch.testing.assert_close(masses(engine, context, ids), expected, atol=1e-5, rtol=1e-4)
+
+
+async def test_of_several_contexts_the_one_that_a_question_is_about_alone_is_asked(smollm2: KVzipEngine) -> None:
+    llm = KVzipLLM(engine=smollm2, ratio=0.5, max_tokens=8)
+    documents = [Document(text=page, doc_id=str(number)) for number, page in enumerate(PAGES)]
+    index = KVzipIndex.from_documents(documents, llm=llm, context_tokens=140)
+
+    def asked(response: Any) -> list[str]:
+        return [id_ for part in response.metadata["parts"] for id_ in part["ref_doc_ids"]]
+
+    query_engine, streaming = index.as_query_engine(), index.as_query_engine(streaming=True)
+    for question, number in {"Who is given two carrots?": 1, "Who is the keeper of the lamp?": 0}.items():
+        response = query_engine.query(question)
+        alone = KVzipQueryEngine.from_context(index.parts()[number].context, [documents[number]], llm=llm).query(question)
+        assert str(response) == str(await query_engine.aquery(question)) == str(streaming.query(question)) == str(alone)
+        assert asked(response) == [node.node.ref_doc_id for node in response.source_nodes] == [str(number)]
+        assert response.metadata["usage"] == alone.metadata["usage"]
+    assert {n.node.ref_doc_id for n in index.as_query_engine(source_top_k=2).query("Who is given two carrots?").source_nodes} == {"1"}
+    for question in ("Summarise all documents.", "¿Quién es?", "Who is given two carrots, and who is the keeper of the lamp?"):
+        assert asked(query_engine.query(question)) == asked(await query_engine.aquery(question)) == ["0", "1", "2"]
+    everything = index.as_query_engine(response_mode="accumulate").query("Who is given two carrots?")
+    assert len(everything.metadata["parts"]) == 3
 
 
 def test_relevance_counts_the_question_and_its_answer_and_compares_all_contexts(engine: KVzipEngine) -> None:

@@ -41,8 +41,9 @@ class KVzipQueryEngine(BaseQueryEngine):
         query_engine = KVzipQueryEngine.from_documents(documents, llm=llm)
         print(query_engine.query("Who signed the lease?"))
 
-    Where there are several contexts all are asked at one time and one more call combines their answers, which
-    ``metadata["parts"]`` shows. More answers than a prompt takes are combined a few at a time before, and none of them is longer
+    Where there are several contexts and the question is about one of them alone, as its words and the attention it pays agree, only that
+    is asked. Otherwise all are asked at one time and one more call combines their answers. ``metadata["parts"]`` shows
+    which were asked and what they said. More answers than a prompt takes are combined a few at a time before, and none of them is longer
     than a quarter of the window. ``metadata["usage"]`` sums up all calls.
 
     Args:
@@ -106,8 +107,8 @@ class KVzipQueryEngine(BaseQueryEngine):
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self._event(query_bundle) as event:
-            question, parts = query_bundle.query_str, self._checked_parts()
-            nodes = self._sources(parts, question)
+            question = query_bundle.query_str
+            parts, nodes = self._aimed(question)
             answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
             if self._asks_each(parts):
@@ -133,8 +134,8 @@ class KVzipQueryEngine(BaseQueryEngine):
 
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self._event(query_bundle) as event:
-            question, parts = query_bundle.query_str, await asyncio.to_thread(self._checked_parts)
-            nodes = await asyncio.to_thread(self._sources, parts, question)
+            question = query_bundle.query_str
+            parts, nodes = await asyncio.to_thread(self._aimed, question)
             answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
             if self._asks_each(parts):
@@ -195,11 +196,14 @@ class KVzipQueryEngine(BaseQueryEngine):
     def _event(self, query_bundle: QueryBundle) -> Any:
         return self.callback_manager.event(CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str})
 
-    def _checked_parts(self) -> Sequence[Part]:
+    def _aimed(self, question: str) -> tuple[Sequence[Part], list[NodeWithScore]]:
+        """The parts to ask, and the sources."""
         parts = self._parts()
         if not parts:
             raise InputError("there are no documents to answer from; insert some")
-        return parts
+        if self._mode in _ONE_ANSWER and len(parts) > 1 and (only := self._sources.about_one(parts, question)):
+            parts = [only]
+        return parts, self._sources(parts, question)
 
     def _ask(self, part: Part, question: str) -> ChatResponse:
         return self._llm.with_context(part.context).chat([ChatMessage(question)], **self._options_of_part())
@@ -232,11 +236,9 @@ def _metadata(
     parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse], calls: Sequence[ChatResponse] = ()
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {node.node.node_id: node.node.metadata for node in nodes}
-    if answers:
-        facts["parts"] = [
-            {"context": part.context.key, "ref_doc_ids": [node.node.ref_doc_id for node in part.nodes], "answer": answer.message.content}
-            for part, answer in zip(parts, answers, strict=True)
-        ]
+    facts["parts"] = [{"context": part.context.key, "ref_doc_ids": [node.node.ref_doc_id for node in part.nodes]} for part in parts]
+    for asked, answer in zip(facts["parts"], answers, strict=False):  # no answers of parts if one was asked, which gave the answer
+        asked["answer"] = answer.message.content
     if calls:
         raws: list[Any] = [call.raw for call in calls]
         usage: Counter[str] = Counter()

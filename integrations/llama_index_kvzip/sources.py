@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from llama_index.core.node_parser import NodeParser, TextSplitter
 from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, TextNode
+from torch import Tensor
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.attribution import Span, blend, bm25
@@ -18,8 +19,15 @@ from kvzip_memory.prompt import Message
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
 TOKENS_KEY = "kvzip_tokens"
 
+# A passage far behind another has less than this share of its score; see docs/benchmarks.md.
+_FAR = 0.3
+
 # A paragraph shorter than this is joined with the next, as headings are; one that is longer is cut behind a line or a sentence.
 _SHORT, _LONG = 100, 1500
+
+
+# Passages of a part, and the tokens of its context that each covers, None if that is not known.
+_Passages = list[tuple[TextNode, Span | None]]
 
 
 @dataclass(frozen=True)
@@ -96,24 +104,52 @@ class Ranking:
         """The sources of an answer from these parts, best first."""
         if self.top_k is None:
             return [node for part in parts for node in part.nodes]
-        parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
-        found = [_passages(self.engine, part, parser) for part in parts]
+        found = self._found(parts)
         passages = [passage for of_part in found for passage, _ in of_part]
         if not passages:
             return []
-        last = question if isinstance(question, str) else str(question[-1]["content"])
-        kinds = [bm25(last, [passage.text for passage in passages])]
-        if all(span is not None for of_part in found for _, span in of_part):
-            spans = [(part.context, [span for _, span in of_part if span]) for part, of_part in zip(parts, found, strict=True) if of_part]
-            kinds.append(torch.cat(self.engine.relevance(spans, question)))
+        kinds = [torch.cat(scores) for scores in (_words(found, question), self._attention(parts, found, question)) if scores]
         scores = blend(*kinds)
         best = scores.argsort(descending=True, stable=True)[: self.top_k]
         return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
 
+    def about_one(self, parts: Sequence[Part], question: str) -> Part | None:
+        """The only part that the question is about, as both its words and the attention it pays say; None if that is not clear."""
+        found = self._found(parts)
+        part = _only(_words(found, question))
+        if part is None or _only(self._attention(parts, found, question)) != part:
+            return None
+        return parts[part]
 
-def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> list[tuple[TextNode, Span | None]]:
+    def _found(self, parts: Sequence[Part]) -> list[_Passages]:
+        parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
+        return [_passages(self.engine, part, parser) for part in parts]
+
+    def _attention(self, parts: Sequence[Part], found: Sequence[_Passages], question: str | Sequence[Message]) -> list[Tensor]:
+        """Scores of each part's passages; nothing if it is not known where they lie."""
+        spans = [[span for _, span in of_part if span] for of_part in found]
+        if [*map(len, spans)] != [*map(len, found)] or not any(spans):
+            return []
+        return self.engine.relevance([(part.context, of_part) for part, of_part in zip(parts, spans, strict=True)], question)
+
+
+def _words(found: Sequence[_Passages], question: str | Sequence[Message]) -> list[Tensor]:
+    """Scores of each part's passages."""
+    asked = question if isinstance(question, str) else str(question[-1]["content"])
+    scores = bm25(asked, [passage.text for of_part in found for passage, _ in of_part])
+    return list(scores.split([*map(len, found)]))
+
+
+def _only(scores: Sequence[Tensor]) -> int | None:
+    """The part whose best passage leaves those of all others far behind."""
+    best = [float(of_part.max()) if len(of_part) else 0.0 for of_part in scores]
+    near = [number for number, score in enumerate(best) if score >= _FAR * max(best) > 0]
+    return near[0] if len(near) == 1 else None
+
+
+def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> _Passages:
     """Passages of a part's documents and the tokens they cover."""
-    found: list[tuple[TextNode, Span | None]] = []
+    found: _Passages = []
     for scored in part.nodes:
         document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
         before = getattr(document, "start_char_idx", None) or 0  # of a node that is a piece of its document
