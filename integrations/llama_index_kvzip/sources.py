@@ -115,15 +115,14 @@ class Ranking:
 
     def about_one(self, parts: Sequence[Part], question: str) -> Part | None:
         """The only part that the question is about, as both its words and the attention it pays say; None if that is not clear."""
-        found = self._found(parts)
-        part = _only(_words(found, question))
-        if part is None or _only(self._attention(parts, found, question)) != part:
+        part = _only(_words(self._found(parts, located=False), question))
+        if part is None or _only(self._attention(parts, self._found(parts), question)) != part:
             return None
         return parts[part]
 
-    def _found(self, parts: Sequence[Part]) -> list[_Passages]:
+    def _found(self, parts: Sequence[Part], located: bool = True) -> list[_Passages]:
         parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
-        return [_passages(self.engine, part, parser) for part in parts]
+        return [_passages(self.engine, part, parser, located) for part in parts]
 
     def _attention(self, parts: Sequence[Part], found: Sequence[_Passages], question: str | Sequence[Message]) -> list[Tensor]:
         """Scores of each part's passages; nothing if it is not known where they lie."""
@@ -147,14 +146,14 @@ def _only(scores: Sequence[Tensor]) -> int | None:
     return near[0] if len(near) == 1 else None
 
 
-def _passages(engine: KVzipEngine, part: Part, parser: NodeParser) -> _Passages:
-    """Passages of a part's documents and the tokens they cover."""
+def _passages(engine: KVzipEngine, part: Part, parser: NodeParser, located: bool) -> _Passages:
+    """Passages of a part's documents and, if they are to be located, the tokens they cover."""
     found: _Passages = []
     for scored in part.nodes:
         document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
         before = getattr(document, "start_char_idx", None) or 0  # of a node that is a piece of its document
         try:
-            offsets = [] if covered is None else engine.token_offsets(document.get_content())
+            offsets = engine.token_offsets(document.get_content()) if located and covered is not None else []
         except InputError:  # a slow tokenizer
             offsets = []
         for passage in parser([document]):
