@@ -186,6 +186,16 @@ def memory_block() -> str:
     return "\n".join([*lines, "", facts, str(result["versions"])])
 
 
+def aiming() -> str:
+    result = json.loads((RESULTS / "aiming.json").read_text())
+    lines = ["| contexts | questions about | questions | asked of one | of them wrong | by words alone | of them wrong |", "|---" * 7 + "|"]
+    for row in result["table"]:
+        share = {method: f"{100 * row[f'{method}_one'] / row['questions']:.0f} %" for method in ("ours", "words")}
+        cells = [row["contexts"], row["questions_about"], row["questions"]]
+        lines.append("| " + " | ".join(map(str, [*cells, share["ours"], row["ours_wrong"], share["words"], row["words_wrong"]])) + " |")
+    return "\n".join(lines)
+
+
 def sources() -> str:
     result = json.loads((RESULTS / "sources.json").read_text())
     lines = ["| ranked by | first | among the first three | where the answer is right |", "|---" * 4 + "|"]
@@ -199,7 +209,21 @@ def sources() -> str:
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
-    tables = (build, decode, agents, speculation, registry, guidance, standard_suites, memory, llm_contract, indexes, memory_block, sources)
+    tables = (
+        build,
+        decode,
+        agents,
+        speculation,
+        registry,
+        guidance,
+        standard_suites,
+        memory,
+        llm_contract,
+        indexes,
+        aiming,
+        memory_block,
+        sources,
+    )
     for table in tables:
         if (RESULTS / f"{table.__name__}.json").exists():
             print(f"{table.__name__}\n\n{table()}\n")
