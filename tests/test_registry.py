@@ -773,6 +773,22 @@ def planted(tmp_path: Path) -> tuple[Path, Callable[..., None]]:
     return tmp_path, plant
 
 
+def test_of_a_damaged_index_what_can_be_read_is_kept(planted: tuple[Path, Callable[..., None]]) -> None:
+    folder, plant = planted
+    engine = tiny_engine(cache_dir=folder, ratio=0.4)
+    engine.load(TEXT, name="later", tags="red")
+    engine.registry.pin("later")
+    other = engine.load(TEXT + "More.", name="more")
+    engine.registry.pin("more")
+    engine.close()
+    plant(f"context:{other.key}", 1, 1, None, "0123456789abcdef{}")
+    engine = tiny_engine(cache_dir=folder, ratio=0.4)
+    told = {entry.name: (sorted(entry.names), entry.tags, entry.pinned) for entry in engine.registry.contexts()}
+    assert told == {"later": (["later", "page"], ("red",), True), "more": (["more"], (), False)}
+    assert engine.load(TEXT).receipt.tier == "disk"
+    engine.close()
+
+
 @pytest.mark.parametrize("kind", ["pickled value", "pickled key", "file outside", "row with a path for a key", "foreign row"])
 def test_planted_rows_are_refused_without_executing_or_reading_anything(
     planted: tuple[Path, Callable[..., None]], kind: str, caplog: pytest.LogCaptureFixture

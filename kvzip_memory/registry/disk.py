@@ -635,8 +635,12 @@ class DiskTier:
         except IndexDamagedError as error:
             self._replace_index(str(error))
 
-    def _start_index(self) -> None:
-        """Rows of a new index from the blobs; of an empty folder, none."""
+    def _start_index(self, salvaged: Mapping[str, Entry] | None = None) -> None:
+        """Rows of a new index from the blobs; of an empty folder, none.
+
+        Args:
+            salvaged: what was known of some contexts and is not in their files.
+        """
         index = self._index
         assert index is not None
         if index.get("totals") is not None:
@@ -647,7 +651,7 @@ class DiskTier:
             if next(index.keys(""), None) is not None:
                 raise IndexDamagedError("the row of totals is missing")
             usage = 0
-            entries = [(path, self._entry_of_file(path)) for path in self._blobs()]
+            entries = [(path, _completed(self._entry_of_file(path), (salvaged or {}).get(path.stem))) for path in self._blobs()]
             for path, entry in sorted(entries, key=lambda e: e[1].used if e[1] else 0.0):
                 if entry is None:
                     self._quarantine_unlisted(path)
@@ -682,12 +686,18 @@ class DiskTier:
     def _replace_index(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
         with FileLock(self.root / "locks" / "index.lock", thread_local=False, mode=0o600):
+            salvaged = self._salvaged()
             with suppress(Exception):
                 if self._index is not None:
                     self._index.close()
             self._index = None
             if self._index_file() == self._opened_file:
-                logger.warning("the index of %s is damaged (%s); made anew from the stored contexts, pins are lost", self.root, reason)
+                logger.warning(
+                    "the index of %s is damaged (%s); made anew from the stored contexts, with the pins and later names of %d",
+                    self.root,
+                    reason,
+                    len(salvaged),
+                )
                 os.replace(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")
                 (self.root / "index").mkdir(mode=0o700)
                 for older in sorted((self.root / "quarantine").glob("index.*"))[:-1]:
@@ -695,7 +705,19 @@ class DiskTier:
                 self.quarantined += 1
             self._opened_file = self._index_file()
             self._index = Index(self.root / "index")
-            self._start_index()
+            self._start_index(salvaged)
+
+    def _salvaged(self) -> dict[str, Entry]:
+        """The contexts' rows of a damaged index that are sound."""
+        index, found = self._index, dict[str, Entry]()
+        if index is None:
+            return found
+        with suppress(Exception):  # SQLite may fail in any way
+            for key in index.keys(_CONTEXT):
+                with suppress(IndexDamagedError):
+                    if (entry := _entry(index, key)) is not None:
+                        found[key] = entry
+        return found
 
     def _index_file(self) -> int | None:
         """The inode of the index: another one means that another process has made it anew."""
@@ -762,12 +784,21 @@ def _entry(index: Index, key: str) -> Entry | None:
     if row is None:
         return None
     try:
-        entry = Entry(**{**row, "tags": tuple(row["tags"])})
-    except (TypeError, KeyError):
+        names = {str(name): float(time) for name, time in row["names"].items()}
+        entry = Entry(**{**row, "names": names, "tags": tuple(map(str, row["tags"])), "used": float(row["used"])})
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise IndexDamagedError(f"row {key!r} has other fields than a context's") from None
     if entry.key != key or not _KEY.fullmatch(key):
         raise IndexDamagedError(f"row {key!r} is not one of ours")
     return entry
+
+
+def _completed(entry: Entry | None, known: Entry | None) -> Entry | None:
+    """An entry made from a file, with what a row knew beside it."""
+    if entry is None or known is None:
+        return entry
+    tags = tuple(sorted({*entry.tags, *known.tags}))
+    return replace(entry, names=latest(entry.names, known.names), tags=tags, pinned=known.pinned, used=known.used)
 
 
 def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
