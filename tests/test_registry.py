@@ -697,6 +697,9 @@ async def test_the_async_twins_do_not_block_the_event_loop() -> None:
 def test_a_damaged_file_goes_to_quarantine_with_its_reason_and_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     context = load_and_close(tmp_path)
     (path,) = blobs(tmp_path)
+    registry = ContextRegistry(torch.device("cpu"), tmp_path / "contexts")
+    registry.pin(context.key)
+    registry.close()
     broken = bytearray(path.read_bytes())
     broken[-5000] ^= 4
     path.write_bytes(broken)
@@ -713,6 +716,7 @@ def test_a_damaged_file_goes_to_quarantine_with_its_reason_and_is_built_again(tm
     assert engine.stats()["quarantined"] == 1
     engine.close()
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    assert engine.registry.one(context.key).pinned
     assert engine.load(TEXT).receipt.tier == "disk"  # type: ignore[union-attr]
     assert engine.registry.gc()["quarantined"] == 1
     assert engine.registry.quarantine() == []

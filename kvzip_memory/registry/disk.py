@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = 1
 _CONTEXT, _GROUP, _NAME, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "name:", "bad:", "tokens:", "lengths:"
+_LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -272,6 +273,7 @@ class DiskTier:
             self._make_room(index, entry, old.file_nbytes if old else 0)
             if old is not None:
                 self._drop(index, old)
+                index.set(_LOST + old.key, asdict(old))
             usage, writing = self._totals(index)
             self._set_totals(index, usage + entry.file_nbytes, {**writing, entry.key: entry.file_nbytes})
 
@@ -323,7 +325,8 @@ class DiskTier:
             if counted == 0 and index.get(_CONTEXT + entry.key) is not None:
                 return  # the index was made anew from the blobs in between
             self._set_totals(index, usage + entry.file_nbytes - counted, writing)
-            self._add(index, entry)
+            self._add(index, _completed(entry, _entry(index, entry.key, _LOST)))
+            index.delete(_LOST + entry.key)
 
     def _add(self, index: Index, entry: Entry) -> None:
         index.move_to_end(_CONTEXT + entry.key, asdict(entry))
@@ -379,6 +382,7 @@ class DiskTier:
                 return False
             if (entry := _entry(index, key)) is not None:
                 self._drop(index, entry)
+                index.set(_LOST + key, asdict(entry))
             usage, writing = self._totals(index)
             if self.budget is not None and usage + nbytes > self.budget:  # it has grown, or never had a row
                 (self.root / "quarantine" / name).unlink()
@@ -482,6 +486,7 @@ class DiskTier:
         """Delete a context; False if there was none."""
         index = self._opened()
         with index.transaction():
+            index.delete(_LOST + key)
             if (entry := _entry(index, key)) is not None:
                 self._drop(index, entry)
                 return True
@@ -651,13 +656,13 @@ class DiskTier:
             if next(index.keys(""), None) is not None:
                 raise IndexDamagedError("the row of totals is missing")
             usage = 0
-            entries = [(path, _completed(self._entry_of_file(path), (salvaged or {}).get(path.stem))) for path in self._blobs()]
-            for path, entry in sorted(entries, key=lambda e: e[1].used if e[1] else 0.0):
-                if entry is None:
-                    self._quarantine_unlisted(path)
-                else:
-                    self._add(index, entry)
-                    usage += entry.file_nbytes
+            found = [(path, self._entry_of_file(path)) for path in self._blobs()]
+            entries = [_completed(entry, (salvaged or {}).get(entry.key)) for _, entry in found if entry is not None]
+            for entry in sorted(entries, key=lambda entry: entry.used):
+                self._add(index, entry)
+                usage += entry.file_nbytes
+            for path in (path for path, entry in found if entry is None):
+                self._quarantine_unlisted(path)
             writing = {path.stem: path.lstat().st_size for path in (self.root / "tmp").iterdir() if not self._delete_dead(path)}
             usage += sum(writing.values())
             for path in (self.root / "quarantine").iterdir():
@@ -778,9 +783,9 @@ class DiskTier:
         )
 
 
-def _entry(index: Index, key: str) -> Entry | None:
+def _entry(index: Index, key: str, prefix: str = _CONTEXT) -> Entry | None:
     """A context's row; its key becomes a file name, so it must look like one of ours."""
-    row = index.get(_CONTEXT + key)
+    row = index.get(prefix + key)
     if row is None:
         return None
     try:
@@ -793,12 +798,12 @@ def _entry(index: Index, key: str) -> Entry | None:
     return entry
 
 
-def _completed(entry: Entry | None, known: Entry | None) -> Entry | None:
-    """An entry made from a file, with what a row knew beside it."""
-    if entry is None or known is None:
+def _completed(entry: Entry, known: Entry | None) -> Entry:
+    """An entry made from a file or anew, with what an earlier row knew."""
+    if known is None:
         return entry
-    tags = tuple(sorted({*entry.tags, *known.tags}))
-    return replace(entry, names=latest(entry.names, known.names), tags=tags, pinned=known.pinned, used=known.used)
+    tags, used = tuple(sorted({*entry.tags, *known.tags})), max(entry.used, known.used)
+    return replace(entry, names=latest(entry.names, known.names), tags=tags, pinned=known.pinned, used=used)
 
 
 def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
