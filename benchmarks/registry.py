@@ -157,7 +157,7 @@ def ten_thousand(folder: Path, count: int) -> dict[str, Any]:
     disk = DiskTier(folder)
     for i in tqdm(range(count), desc="small contexts"):
         asked = synthetic.wanted(i)
-        disk.put(synthetic.context(i, pairs=16), asked.group, name=asked.name)
+        disk.put(synthetic.context(i, pairs=16), asked.group, names={str(asked.name): time.time()})
     disk.close()
     began = time.perf_counter()
     registry = ContextRegistry(CPU, folder)
