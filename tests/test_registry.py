@@ -25,6 +25,7 @@ from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
 from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.index import Index, IndexDamagedError
 from kvzip_memory.registry.memory import packed
 
 ROOT = Path(__file__).parent.parent
@@ -775,6 +776,26 @@ def planted(tmp_path: Path) -> tuple[Path, Callable[..., None]]:
             )
 
     return tmp_path, plant
+
+
+@pytest.mark.parametrize("newest_first", [True, False])
+def test_a_damaged_table_is_told_by_iterating_over_it(tmp_path: Path, newest_first: bool) -> None:
+    index = Index(tmp_path)
+    for number in range(300):
+        index.set(f"context:{number}", {"text": "x" * 100})
+    index.close()
+    with sqlite3.connect(tmp_path / "cache.db") as database:
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'Cache'").fetchone()
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    database.close()
+    with (tmp_path / "cache.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    index = Index(tmp_path)
+    with pytest.raises(IndexDamagedError):
+        list(index.keys("", newest_first))
+    index.close()
 
 
 def test_of_a_damaged_index_what_can_be_read_is_kept(planted: tuple[Path, Callable[..., None]]) -> None:

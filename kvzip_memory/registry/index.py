@@ -134,7 +134,8 @@ class Index:
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
         """Keys that start with ``prefix``, without it."""
-        keys = iter(reversed(self._rows) if newest_first else self._rows)
+        with _translated():  # it reads a first row already
+            keys = iter(reversed(self._rows) if newest_first else self._rows)
         while True:
             with _translated():
                 key = next(keys, None)
