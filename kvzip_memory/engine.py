@@ -32,7 +32,7 @@ from kvzip_memory.errors import InputError, KVzipError, WindowError
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.prompt import Message, Prompt, PromptBuilder, read_source
+from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.identity import (
@@ -47,6 +47,7 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.sources import Message, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
@@ -238,7 +239,7 @@ class KVzipEngine:
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
-                :class:`~kvzip_memory.prompt.Document`), chat messages (mappings with ``role`` and ``content``, or the
+                :class:`~kvzip_memory.sources.Document`), chat messages (mappings with ``role`` and ``content``, or the
                 frameworks' own), or a list of documents or of messages.
             name: an alias, for :meth:`get` and the command line; not part of the key.
             ratio: kept fraction, the engine's if None.

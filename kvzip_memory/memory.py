@@ -17,7 +17,8 @@ from typing import Any
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
-from kvzip_memory.prompt import Message, Prompt
+from kvzip_memory.prompt import Prompt
+from kvzip_memory.sources import Message
 from kvzip_memory.tools import Tool
 
 logger = logging.getLogger(__name__)

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.errors import InputError
+from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, header
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
 #: Used when a tokenizer has no chat template: plain text, the question on a line of its own, then ``Answer:``.
@@ -43,27 +41,10 @@ _STRFTIME = "".join(
 )
 _PINNED_CLOCK = "{% macro strftime_now(format) %}{{ format" + _STRFTIME + " }}{% endmacro %}"
 
-Message = Mapping[str, Any]
-
-_ROLES = ("system", "user", "assistant", "tool")
-_SEPARATOR = "\n\n"
 
 # What stands in a rendered template for a message's text, and for a string inside a tool or a call.
 _MARK = re.compile(r"\[\[kvzip (text|leaf) (\d+)\]\]")
-# Around a block of text up to which a prompt is loaded once. Made anew by each process, so that no text can hold it.
-_CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 _IDENTIFIER = re.compile(r"[A-Za-z_$][\w$-]*")
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Document:
-    """A text to load, with the name and metadata that stay with the context as its source."""
-
-    text: str
-    name: str | None = None
-    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +140,7 @@ class PromptBuilder:
             start = len(ids)
             ids += self.text_ids(document.text)
             sources.append(Source(name, _storable(document.metadata or {}), start, len(ids)))
-        recipe = Recipe((), _SEPARATOR, tuple(pieces[-1]), self._next_turn(messages))
+        recipe = Recipe((), SEPARATOR, tuple(pieces[-1]), self._next_turn(messages))
         names = [document.name if len(documents) > 1 else None for document in documents]
         texts = [document.text for document in documents]
         spans = self._kept_spans(texts, [source.start for source in sources], keep)
@@ -351,7 +332,7 @@ class PromptBuilder:
         tools = checked_tools(tools)
         messages: list[Message] = []
         if recipe is None or recipe.role == "assistant" or question or isinstance(question, str):
-            messages = _as_messages(question)
+            messages = as_messages(question)
             if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
         if recipe is None:
@@ -371,13 +352,13 @@ class PromptBuilder:
 
         In the system turn what stands before that block is protected, and it is not.
         """
-        messages, tools = _as_messages(messages), checked_tools(tools)
-        if not any(_CUT in message["content"] for message in messages):
+        messages, tools = as_messages(messages), checked_tools(tools)
+        if not any(CUT in message["content"] for message in messages):
             return None
         turns = self._turns(messages, tools)
         pieces, texts = self._laid_out(turns, tools if self._knows_tools else ())
-        last = max(i for i, text in enumerate(texts) if _CUT in text)
-        head, _, block = texts[last].rpartition(_CUT)[0].rpartition(_CUT)
+        last = max(i for i, text in enumerate(texts) if CUT in text)
+        head, _, block = texts[last].rpartition(CUT)[0].rpartition(CUT)
         first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
         protected = len(self._ids(pieces[: first + 1], texts[:first]))
         before = [*self._ids(pieces[: last + 1], texts[:last]), *self.text_ids(head)]
@@ -385,9 +366,9 @@ class PromptBuilder:
         role = turns[last]["role"]
         around, _ = self._laid_out([*_lead(role), {"role": "user", "content": ""}] if role != "user" else _lead(role))
         opening = tuple(around[-2]) if role != "user" else ()
-        separator = "" if opening else _SEPARATOR
+        separator = "" if opening else SEPARATOR
         recipe = Recipe(opening, separator, tuple(around[-1]), self.free_recipe().next_turn, role, _digest([*tools]) if tools else None)
-        said = _digest([_said(turn) for turn in turns[:last]] + [head.replace(_CUT, ""), block])
+        said = _digest([_said(turn) for turn in turns[:last]] + [head.replace(CUT, ""), block])
         return Prompt(tuple(ids), min(protected, len(before)) if last < first else protected, recipe, (), (), said, None)
 
     def count(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
@@ -413,7 +394,7 @@ class PromptBuilder:
             if message["role"] == "system":
                 said.append(message["content"])
             elif said and message["role"] == "user":
-                turns.append({"role": "user", "content": _SEPARATOR.join([*said, message["content"]])})
+                turns.append({"role": "user", "content": SEPARATOR.join([*said, message["content"]])})
                 said = []
             else:
                 turns += [{"role": "user", "content": text} for text in said]
@@ -423,11 +404,11 @@ class PromptBuilder:
 
     def head(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
         """How many ids of a question without a context are template head and system prompt."""
-        return self.conversation(_as_messages(question), tools=tools).protected
+        return self.conversation(as_messages(question), tools=tools).protected
 
     def next_question(self, recipe: Recipe, question: str) -> list[int]:
         """Ids of a later question, after the tokens of the answer before it."""
-        _as_messages(question)
+        as_messages(question)
         return [*recipe.next_turn, *self.text_ids(question), *recipe.closing]
 
     def free_recipe(self) -> Recipe:
@@ -453,7 +434,7 @@ class PromptBuilder:
 
     def _harmless(self, text: str) -> list[str]:
         parts = []
-        for section in text.split(_CUT):
+        for section in text.split(CUT):
             start = 0
             while self._literals and (found := self._literals.search(section, start)):
                 parts.append(section[start : found.start() + 1])
@@ -470,7 +451,7 @@ class PromptBuilder:
         if not self._knows_tools:
             turns = in_plain_turns(turns, tools, self._knows_system)
         if self._moves_system and [turn["role"] for turn in turns[:2]] == ["system", "user"]:
-            turns = [{"role": "user", "content": _SEPARATOR.join(turn["content"] for turn in turns[:2])}, *turns[2:]]
+            turns = [{"role": "user", "content": SEPARATOR.join(turn["content"] for turn in turns[:2])}, *turns[2:]]
         return _merged(turns) if self._merges else turns
 
     def _ids(self, pieces: Sequence[Sequence[int]], texts: Sequence[str]) -> list[int]:
@@ -572,169 +553,8 @@ class PromptBuilder:
 
 def _recipe_behind(role: str, pieces: Sequence[Sequence[int]], joins: bool, next_turn: tuple[int, ...], tools: str | None) -> Recipe:
     """The recipe of a conversation that ends in a role, from the pieces of it and, unless that ``joins``, an empty user's turn."""
-    opening, separator = ((), _SEPARATOR) if joins else (tuple(pieces[-2]), "")
+    opening, separator = ((), SEPARATOR) if joins else (tuple(pieces[-2]), "")
     return Recipe(opening, separator, tuple(pieces[-1]), next_turn, role, tools)
-
-
-def read_source(source: Any) -> tuple[list[Document], list[Message]]:
-    """Sort a source given by a user into documents or messages; one of the two lists is empty.
-
-    Accepts a string, a path, a document (LangChain's, LlamaIndex's or ours), a message (a mapping with role and
-    content, LangChain's or LlamaIndex's), or a sequence of documents or of messages.
-
-    Raises:
-        InputError: nothing to read, an unknown type, an unreadable file, or documents mixed with messages.
-    """
-    items = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
-    documents, messages = [], []
-    for item in items:
-        message = as_message(item)
-        if message is None:
-            documents.append(as_document(item))
-        else:
-            messages.append(message)
-    if documents and messages:
-        raise InputError(f"{len(documents)} documents and {len(messages)} messages in one source; load them as two contexts")
-    for number, document in enumerate(documents, 1):
-        if not document.text.strip():
-            where = f" {document.name!r}" if document.name else f" {number} of {len(documents)}" if len(documents) > 1 else ""
-            raise InputError(f"document{where} is empty; there is nothing to load")
-    if messages:
-        check_messages(messages)
-    elif not documents:
-        raise InputError("the source is an empty list; there is nothing to load")
-    return documents, messages
-
-
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises:
-    InputError: no message, an unknown role, or nothing but empty texts.
-    """
-    if not messages:
-        raise InputError("no messages; give at least one from the user")
-    for message in messages:
-        if message["role"] not in _ROLES:
-            raise InputError(f"message role {message['role']!r} is not supported; use one of {', '.join(_ROLES)}")
-    for before, message in zip([None, *messages], messages, strict=False):
-        if message["role"] == "tool" and not (before and (before["role"] == "tool" or before.get("tool_calls"))):
-            raise InputError("a tool's result does not follow the assistant's call; send both, or neither")
-    if not any(message["content"].strip() for message in messages):
-        raise InputError("the text is empty; there is nothing to ask or load")
-
-
-def as_message(item: Any) -> Message | None:
-    """A message in one form, or None if ``item`` is no message.
-
-    Takes mappings in OpenAI's form and LangChain's and LlamaIndex's messages. Gives a mapping with ``role`` and ``content``
-    (a string); an assistant's may have ``tool_calls``, each with ``id``, ``name`` and ``arguments`` (a mapping), a tool's has
-    the ``tool_call_id`` of the call it answers.
-
-    Raises:
-        InputError: a mapping that lacks a role or content, content other than text, or a call that is none.
-    """
-    if isinstance(item, Mapping):
-        if "role" not in item or ("content" not in item and not item.get("tool_calls")):
-            raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(item)}")
-        role, content = item["role"], item.get("content")
-    else:
-        kind = str(getattr(item, "type", "")).removesuffix("MessageChunk").lower()
-        role = getattr(item, "role", None) or {"human": "user", "ai": "assistant"}.get(kind, kind)
-        if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
-            return None
-        role, content = str(getattr(role, "value", role)), item.content
-
-    def get(name: str) -> Any:
-        return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
-
-    calls = get("tool_calls") or [block for block in get("blocks") or () if getattr(block, "block_type", None) == "tool_call"]
-    message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _plain(content)}
-    if role == "assistant" and calls:
-        message["tool_calls"] = [_as_call(call) for call in calls]
-    if role == "tool":
-        message["tool_call_id"] = get("tool_call_id") or (get("additional_kwargs") or {}).get("tool_call_id")
-    return message
-
-
-# Blocks of an assistant's content that are not said to anybody, or are in ``tool_calls`` too.
-_SILENT_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "input_json_delta", "reasoning", "thinking", "redacted_thinking"}
-
-
-def _plain(content: Any) -> str:
-    """The text of a message's content: a string, or blocks of text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InputError(f"message content is a {type(content).__name__}, not a string")
-    texts = []
-    for block in content:
-        kind = "text" if isinstance(block, str) else block.get("type") if isinstance(block, Mapping) else type(block).__name__
-        if kind == "text":
-            text = block if isinstance(block, str) else block["text"]
-            texts.append(f"{_CUT}{text}{_CUT}" if isinstance(block, Mapping) and block.get("cache_control") else text)
-        elif kind not in _SILENT_BLOCKS:
-            raise InputError(f"content blocks of type {kind!r} are not supported; send text")
-    return "".join(texts)
-
-
-def _as_call(call: Any) -> dict[str, Any]:
-    """A call of OpenAI's, LangChain's or LlamaIndex's form in ours."""
-    if not isinstance(call, Mapping):
-        call = {"id": call.tool_call_id, "name": call.tool_name, "arguments": call.tool_kwargs}
-    function = call.get("function", call)
-    arguments: Any = next((function[name] for name in ("arguments", "args") if name in function), {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None
-    if not isinstance(arguments, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f"a tool call has a name and a JSON object of arguments, not {str(call)[:80]!r}")
-    return {"id": call.get("id"), "name": function["name"], "arguments": dict(arguments)}
-
-
-def header(number: int, name: str) -> str:
-    """What is put before the text of one of several documents."""
-    return f"{'' if number == 1 else _SEPARATOR}Document {number}: {name}\n\n"
-
-
-def as_document(item: Any) -> Document:
-    """A document of ours, LangChain's or LlamaIndex's, a text or a path in one form.
-
-    Raises:
-        InputError: none of these, or an unreadable file.
-    """
-    if isinstance(item, Document):
-        return item
-    if isinstance(item, str):
-        if len(item) < 256 and "\n" not in item and Path(item).is_file():
-            logger.warning("loading the text %r itself; there is a file of that name: give a Path to load the file", item)
-        return Document(item)
-    if isinstance(item, Path):
-        try:
-            return Document(item.read_text(encoding="utf-8"), item.name, {"source": str(item)})
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {str(item)!r} as UTF-8 text: {error}") from error
-    if hasattr(item, "page_content"):  # LangChain
-        text = item.page_content
-    elif hasattr(item, "get_content"):  # LlamaIndex
-        text = item.get_content()
-    else:
-        raise InputError(f"cannot load a {type(item).__name__}; give a string, a path, documents or chat messages")
-    metadata = dict(item.metadata or {})
-    name = next((str(metadata[k]) for k in ("title", "file_name", "source") if metadata.get(k)), None)
-    return Document(text, name, metadata)
-
-
-def _as_messages(question: Any) -> list[Message]:
-    """A question, one message or several as checked messages."""
-    if isinstance(question, str):
-        question = {"role": "user", "content": question}
-    items = list(question) if isinstance(question, Sequence) else [question]
-    messages = [as_message(item) for item in items]
-    if any(message is None for message in messages):
-        raise InputError(f"cannot ask a {type(question).__name__}; give a string, or chat messages with 'role' and 'content'")
-    check_messages(messages)  # type: ignore[arg-type]
-    return messages  # type: ignore[return-value]
 
 
 def _digest(value: Any) -> str | None:
@@ -756,7 +576,7 @@ def _system(system: str | None) -> list[Message]:
 def _said(message: Message) -> list[Any]:
     """What a message says, without the ids of calls: frameworks make them up anew."""
     calls = [[call["name"], call["arguments"]] for call in message.get("tool_calls", ())]
-    return [message["role"], message["content"].replace(_CUT, ""), *([calls] if calls else [])]
+    return [message["role"], message["content"].replace(CUT, ""), *([calls] if calls else [])]
 
 
 def _merged(turns: Sequence[Message]) -> list[Message]:
@@ -765,7 +585,7 @@ def _merged(turns: Sequence[Message]) -> list[Message]:
     for turn in turns:
         before = merged[-1] if merged else None
         if before and before["role"] == turn["role"] != "tool" and not before.get("tool_calls"):
-            merged[-1] = {**turn, "content": _SEPARATOR.join(filter(None, [before["content"], turn["content"]]))}
+            merged[-1] = {**turn, "content": SEPARATOR.join(filter(None, [before["content"], turn["content"]]))}
         else:
             merged.append(turn)
     return merged

@@ -20,7 +20,8 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.prompt import Message, PromptBuilder
+from kvzip_memory.prompt import PromptBuilder
+from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
 from kvzip_memory.tools import Tool
 

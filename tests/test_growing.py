@@ -16,8 +16,8 @@ from conftest import TEXT, kept_positions, masked_logits, own_logits, row_over, 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.prompt import Document
 from kvzip_memory.registry.doctor import examine
+from kvzip_memory.sources import Document
 
 FIRST = [
     {"role": "system", "content": "Be brief."},

@@ -21,8 +21,8 @@ from pydantic import BaseModel
 import kvzip_memory.engine
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
-from kvzip_memory.prompt import as_message
 from kvzip_memory.registry.identity import model_identity
+from kvzip_memory.sources import as_message
 from langchain_kvzip import ChatKVzip, KVzipChatModel
 from test_guidance import babble
 

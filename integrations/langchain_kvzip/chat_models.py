@@ -35,7 +35,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
-from kvzip_memory.prompt import as_message
+from kvzip_memory.sources import as_message
 from kvzip_memory.tools import FORMS, CallReader
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
-from kvzip_memory.prompt import Message, as_message
+from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
 
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.

@@ -20,7 +20,7 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
-from kvzip_memory.prompt import Message
+from kvzip_memory.sources import Message
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
-from kvzip_memory.prompt import as_document, header
+from kvzip_memory.sources import as_document, header
 from llama_index_kvzip.llm import KVzipLLM
 
 logger = logging.getLogger(__name__)

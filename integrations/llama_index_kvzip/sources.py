@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.attribution import Span, blend, bm25
-from kvzip_memory.prompt import Message
+from kvzip_memory.sources import Message
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
 TOKENS_KEY = "kvzip_tokens"
