@@ -43,7 +43,9 @@ def _sentencepiece(normalizer: Any = None, pre_tokenizer: Any = None, byte_fallb
     trained.normalizer = _PREPEND
     trained.train_from_iterator(_corpus(), trainers.BpeTrainer(vocab_size=700, special_tokens=_SPECIAL, show_progress=False))
     model = json.loads(trained.to_str())["model"]
-    vocab = {token: i for i, token in enumerate([*_SPECIAL, *(_BYTES if byte_fallback else []), *sorted(model["vocab"].keys() - {*_SPECIAL})])}
+    vocab = {
+        token: i for i, token in enumerate([*_SPECIAL, *(_BYTES if byte_fallback else []), *sorted(model["vocab"].keys() - {*_SPECIAL})])
+    }
     merges = [tuple(pair) for pair in model["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback))
     if normalizer is not None:

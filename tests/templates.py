@@ -195,7 +195,7 @@ SMOLLM3 = """{%- set mode = '/no_think' if enable_thinking is defined and not en
 #: What stands before ``</think>`` is dropped, and the answer begins in it.
 R1 = """{%- set ns = namespace(system='') %}
 {%- for message in messages %}{%- if message.role == 'system' %}{%- set ns.system = message.content %}{%- endif %}{%- endfor %}
-{{- bos_token + ns.system }}
+{{- bos_token }}{{- ns.system }}
 {%- for message in messages %}
     {%- if message.role == 'user' %}{{- '<｜User｜>' + message.content }}
     {%- elif message.role == 'assistant' %}{{- '<｜Assistant｜>' + message.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{%- endif %}

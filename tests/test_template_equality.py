@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +30,8 @@ from templates import FAMILIES, Family
 
 STRESS = bool(os.environ.get("KVZIP_STRESS"))
 Messages = list[dict[str, Any]]
+#: The day of every prompt.
+DAY = datetime.date(2024, 7, 26)
 
 TOOLS = [
     {
@@ -69,11 +73,25 @@ CONVERSATIONS: dict[str, tuple[Messages, list[dict[str, Any]] | None]] = {
     "question": ([turn("user", "What is the capital of France?")], None),
     "system": ([SYSTEM, turn("user", "What is it?")], None),
     "turns": (
-        [SYSTEM, turn("user", "Name a town."), turn("assistant", "Oslo."), turn("user", "Another?"), turn("assistant", "Rome"), turn("user", "Why")],
+        [
+            SYSTEM,
+            turn("user", "Name a town."),
+            turn("assistant", "Oslo."),
+            turn("user", "Another?"),
+            turn("assistant", "Rome"),
+            turn("user", "Why"),
+        ],
         None,
     ),
     "call": (
-        [SYSTEM, turn("user", "How warm is Oslo?"), ONE, *results(ONE, '{"celsius": 4}'), turn("assistant", "4 degrees."), turn("user", "And Rome?")],
+        [
+            SYSTEM,
+            turn("user", "How warm is Oslo?"),
+            ONE,
+            *results(ONE, '{"celsius": 4}'),
+            turn("assistant", "4 degrees."),
+            turn("user", "And Rome?"),
+        ],
         TOOLS,
     ),
     "two calls": ([turn("user", "How warm is Oslo, how high Rome?"), TWO, *results(TWO, "4 degrees", '{"m": 21}')], TOOLS),
@@ -130,12 +148,18 @@ def _tokenizer(pair: Pair) -> Any:
     return tokenizer
 
 
+_maker = cache(maker)
+
+
 def _real(name: str, family: str, own: bool = False, strip: bool = False, **options: Any) -> Pair:
     """A maker's tokenizer with a family's template, or ``own`` one that behaves like that family's."""
 
     def load(special: Sequence[Any], tags: Sequence[str]) -> Any:
+        if name == "qwen3":  # loaded once, since that takes seconds; its vocabulary has no other family's control tokens as text
+            others = [FAMILIES[other] for other in ("smollm3", "r1", "phi4", "granite")]
+            special, tags = [token for other in others for token in other.special], FAMILIES["r1"].tags
         special = [AddedToken(token, rstrip=True, special=True) for token in special] if strip else special
-        return maker(name, special, tags, **options)
+        return copy.copy(_maker(name, tuple(special), tuple(tags), **options))
 
     known = replace(FAMILIES[family], template=None, special=(), tags=()) if own else FAMILIES[family]
     shown = f"{name}{' first' if options else ''}"
@@ -164,9 +188,13 @@ MORE = [
     _real("deepseek_v3", "r1"),
     _real("gptoss", "harmony"),
 ]
-_EVERY = [_tiny(kind, family) for kind in KINDS for family in FAMILIES]
-#: Each family on one byte-level tokenizer and one of SentencePiece's kind, and each kind with three families.
-TINY = [pair for number, pair in enumerate(_EVERY) if STRESS or number % len(FAMILIES) in {(number // len(FAMILIES) * 3 + i) % len(FAMILIES) for i in (0, 5, 10)}]
+#: Each kind with three of the families, so that every family is on a byte-level and on a SentencePiece kind; under stress each with all.
+TINY = [
+    _tiny(kind, family)
+    for number, kind in enumerate(KINDS)
+    for place, family in enumerate(FAMILIES)
+    if STRESS or (place - 3 * number) % len(FAMILIES) in (0, 5, 10)
+]
 PAIRS = {pair.name: pair for pair in [*REAL, *MORE, *TINY]}
 
 pairs = pytest.mark.parametrize("name", PAIRS)
@@ -179,7 +207,7 @@ def as_written(family: Family, messages: Sequence[Mapping[str, Any]], tools: Any
     """Messages and tools as one who knows what the template takes would write them."""
     shown: list[Any] = [*messages]
     if family.tools is None and (tools or any(message["role"] == "tool" for message in messages)):
-        shown = [*in_plain_turns([as_message(message) or {} for message in messages], tools or (), family.system in ("own", "first"))]
+        shown = [*in_plain_turns([as_message(message) or {} for message in messages], tools or ())]
         tools = None
     if family.tools == "llama3":
         shown = list(_one_by_one(shown))
@@ -218,10 +246,10 @@ class _Refused(Exception):
     """The template does not take these messages, or they hold control tokens, however they are written."""
 
 
-def own_text(pair: Pair, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> str:
-    """The rendering, on the day that prompts print."""
-    shown, tools = as_written(pair.family, messages, tools)
-    kwargs = {"date_string": "26 Jul 2024", "strftime_now": datetime.date(2024, 7, 26).strftime, **pair.family.kwargs}
+def rendered(pair: Pair, shown: Messages, tools: Any) -> str:
+    """The rendering of messages as they are, on the day that prompts print."""
+    template = re.sub(r"strftime_now\('(.*?)'\)", lambda found: repr(DAY.strftime(found[1])), pair.tokenizer.chat_template)
+    kwargs = {"date_string": "26 Jul 2024", "chat_template": template, **pair.family.kwargs}
     try:
         return pair.tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=True, **kwargs)
     except Exception as error:
@@ -234,11 +262,12 @@ def own_ids(pair: Pair, messages: Sequence[Mapping[str, Any]], tools: Any = None
     Raises:
         _Refused: see there.
     """
-    text = own_text(pair, messages, tools)
+    shown, tools = as_written(pair.family, messages, tools)
+    text = rendered(pair, shown, tools)
     for token in [*pair.tokenizer.all_special_tokens, *pair.family.special, *pair.family.tags]:
-        if any(token in message["content"] for message in messages):
-            without = [{**message, "content": message["content"].replace(token, "")} for message in messages]
-            if own_text(pair, without, tools).count(token) != text.count(token):
+        if any(token in message["content"] for message in shown):
+            without = [{**message, "content": message["content"].replace(token, "")} for message in shown]
+            if rendered(pair, without, tools).count(token) != text.count(token):
                 raise _Refused
     return pair.tokenizer(text, add_special_tokens=False).input_ids
 
@@ -270,15 +299,15 @@ def equal_ones(pair: Pair) -> dict[str, bool | None]:
 def test_a_prompt_is_the_models_own_rendering(name: str) -> None:
     equal = equal_ones(PAIRS[name])
     assert [conversation for conversation, same in equal.items() if same is False] == []
-    assert sum(same is not None for same in equal.values()) >= 8
+    assert sum(same is not None for same in equal.values()) >= 7
 
 
 @pairs
 def test_a_greeting_first_works_on_every_template(name: str) -> None:
     pair = PAIRS[name]
     messages, _ = CONVERSATIONS["greeting"]
-    shown = pair.tokenizer.decode(asked(pair.builder, messages))
-    places = [shown.find(message["content"]) for message in messages]
+    ids = asked(pair.builder, messages)
+    places = [place(pair, ids, message["content"]) for message in messages]
     assert -1 not in places
     assert places == sorted(places)
 
@@ -304,14 +333,21 @@ def document_and_question(pair: Pair, text: str, system: str | None) -> tuple[li
 @pytest.mark.parametrize("system", [None, "Be brief."], ids=["", "system"])
 def test_a_document_and_a_question_are_the_models_own_rendering(name: str, system: str | None) -> None:
     for text in DOCUMENTS.values():
-        prefix, rest, whole = document_and_question(PAIRS[name], text, system)
-        assert [*prefix, *rest] == whole
+        assert_equal(*document_and_question(PAIRS[name], text, system), PAIRS[name])
 
 
 @pairs
 def test_behind_a_document_at_most_a_merge_at_the_cut_differs(name: str) -> None:
     for text in LOOSE_DOCUMENTS.values():
         assert_joined(*document_and_question(PAIRS[name], text, None), PAIRS[name])
+
+
+def assert_equal(prefix: list[int], rest: list[int], whole: list[int], pair: Pair) -> None:
+    """No token of a maker's vocabulary spans these cuts; the tiny ones have such."""
+    if pair in TINY:
+        assert_joined(prefix, rest, whole, pair)
+    else:
+        assert [*prefix, *rest] == whole
 
 
 def assert_joined(prefix: list[int], rest: list[int], whole: list[int], pair: Pair) -> None:
@@ -349,14 +385,16 @@ def test_turns_and_what_follows_them_are_the_models_own_rendering(name: str) -> 
         checked = [as_message(message) or {} for message in messages]
         for k in cuts(pair, messages):
             prompt = builder.conversation(checked[:k], tools=tools)
-            if [*prompt.token_ids, *builder.question(prompt.recipe, checked[k:], tools)] != whole:
+            try:
+                assert_equal([*prompt.token_ids], builder.question(prompt.recipe, checked[k:], tools), whole, pair)
+            except AssertionError:
                 different.append((conversation, k))
     assert different == []
 
 
 # -- Mistral's own -----------------------------------------------------------------------------------------------------
 
-MISTRALS = {
+_MISTRALS = {
     "v1": Family(None, system="first"),
     "v2": Family(None, system="last", tools="mistral"),
     "v3": Family(None, system="last", tools="mistral"),
@@ -366,6 +404,7 @@ MISTRALS = {
     "tekken-v11": Family(None, tools="mistral-args"),
     "tekken-v13": Family(None, tools="mistral-args"),
 }
+MISTRALS = {version: family for version, family in _MISTRALS.items() if STRESS or version not in ("v2", "tekken-v7", "tekken-v11")}
 
 
 @pytest.mark.parametrize("version", MISTRALS)
@@ -374,8 +413,8 @@ def test_a_prompt_is_what_mistral_common_encodes(version: str) -> None:
     builder = PromptBuilder(tokenizer)
     different = []
     for conversation, (messages, tools) in CONVERSATIONS.items():
-        if version == "v2" and conversation == "two calls":
-            continue  # it takes one result
+        if version == "v2" and conversation in ("call", "two calls"):
+            continue  # it takes one result, and drops those of earlier questions
         shown, described = as_written(family, messages, tools)
         whole = tokenizer.apply_chat_template(shown, tools=described, add_generation_prompt=True, return_dict=False)
         if asked(builder, messages, tools) != whole:
@@ -421,22 +460,23 @@ def filled(text: str) -> tuple[Messages, list[dict[str, Any]]]:
 
 
 def control(pair: Pair, ids: Sequence[int]) -> list[int]:
-    """The control ids among some, without the one for unknown characters."""
-    names = {*pair.tokenizer.all_special_tokens, *pair.family.special, *pair.family.tags} - {pair.tokenizer.unk_token}
+    """The control ids among some: special ones and tags of the template, without the one for unknown characters."""
+    tags = {tag for tag in pair.family.tags if tag in pair.tokenizer.chat_template}
+    names = {*pair.tokenizer.all_special_tokens, *pair.family.special, *tags} - {pair.tokenizer.unk_token}
     known = set(pair.tokenizer.convert_tokens_to_ids([*names]))
     return [i for i in ids if i in known]
 
 
-def holds(pair: Pair, ids: Sequence[int], text: str) -> bool:
-    """Whether the text can be read in what the ids spell, as far as the tokenizer keeps characters at all."""
-    shown, kind = pair.tokenizer.decode(ids), pair.name
-    if "unknown" in kind and "unk" not in shown:
-        return False
-    if "unknown" in kind:
-        return True
-    if "NFKC" in kind or "normalized" in kind:
-        return unicodedata.normalize("NFKC", text) in unicodedata.normalize("NFKC", shown)
-    return text in shown
+def place(pair: Pair, ids: Sequence[int], text: str) -> int:
+    """Where a text begins in what the ids spell, as far as the tokenizer keeps characters at all; -1 if it cannot be read there."""
+    shown = pair.tokenizer.decode(ids)
+    if "unknown" in pair.name:
+        known = pair.tokenizer.get_vocab()
+        found = re.search("".join(re.escape(char) if char in known or char == " " else "(<unk>)?" for char in text), shown)
+        return -1 if found is None else found.start()
+    if "NFKC" in pair.name or "normalized" in pair.name:
+        text, shown = unicodedata.normalize("NFKC", text), unicodedata.normalize("NFKC", shown)
+    return shown.find(text)
 
 
 @pairs
@@ -457,28 +497,26 @@ def test_texts_with_spelled_control_tokens_are_kept(name: str) -> None:
     builder = pair.builder
     for attack in spellings(pair):
         said = [turn("user", attack), turn("assistant", "Yes."), turn("user", f"{attack}!")]
-        assert holds(pair, asked(builder, said), f"{attack}!"), attack
+        assert place(pair, asked(builder, said), f"{attack}!") > -1, attack
         prompt = builder.documents([Document(attack)], "Be brief.")
         ids = [*prompt.token_ids, *builder.question(prompt.recipe, f"{attack}?")]
-        assert holds(pair, ids, attack + SEPARATOR + attack + "?"), attack
-        assert holds(pair, [*prompt.token_ids], attack), attack
+        assert place(pair, ids, attack + SEPARATOR + attack + "?") > -1, attack
+        assert place(pair, [*prompt.token_ids], attack) > -1, attack
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_spelled_across_a_border(kind: str) -> None:
     """Neither by a text and the template's next letters, nor by two texts."""
-    template = (
-        "{{ '<|im_start|>' }}{% for m in messages %}{{ m.content }}{% endfor %}{{ '|im_end|>' }}{{ '<|im_end|>' }}"
-        "{% for m in messages %}{{ '|' + m.role + ' <|im' + m.content }}{% endfor %}"
-    )
-    tokenizer = tiny(kind, ["<|im_start|>", "<|im_end|>"], ["<think>"])
-    tokenizer.chat_template = template.split("{{ '<|im_end|>' }}")[0] + "{{ '<|im_end|>' }}"
-    pair = Pair(kind, Family(tokenizer.chat_template, ("<|im_start|>", "<|im_end|>"), ("<think>",)), lambda *_: tokenizer)
+    template = "{{ '<|im_start|>' }}{% for m in messages %}{{ m.content }}{% endfor %}{{ '|im_end|>' }}{{ '<|im_end|>' }}{# <think> #}"
+    special, tags = ("<|im_start|>", "<|im_end|>"), ("<think>",)
+    tokenizer = tiny(kind, special, tags)
+    tokenizer.chat_template = template
+    pair = Pair(kind, Family(template, special, tags), lambda *_: tokenizer)
     builder = PromptBuilder(tokenizer)
     for first, second in [("a<|im_", "end|>b"), ("a<th", "ink>b"), ("<|im_start|", "><"), ("a<", "/s><"), ("a", "<")]:
         ids = asked(builder, [turn("system", first), turn("user", second)])
         assert control(pair, ids) == control(pair, asked(builder, [turn("system", "a"), turn("user", "b")]))
-        assert holds(pair, ids, first + second + "|im_end|>"), (first, second)
+        assert place(pair, ids, first + second + "|im_end|>") > -1, (first, second)
 
 
 # -- the matrix --------------------------------------------------------------------------------------------------------
@@ -490,7 +528,8 @@ def test_the_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     for name, pair in PAIRS.items():
         equal = equal_ones(pair)
         wrong = [conversation for conversation, same in equal.items() if same is False]
-        lines.append(f"{name:40} {sum(map(bool, equal.values())):2} of {sum(same is not None for same in equal.values()):2}  {', '.join(wrong)}")
+        given = [same for same in equal.values() if same is not None]
+        lines.append(f"{name:34} {sum(given):2} of {len(given):2}  {', '.join(wrong)}")
     with capsys.disabled():
         print("\n" + "\n".join(lines))  # noqa: T201
     assert all(same is not False for pair in PAIRS.values() for same in equal_ones(pair).values())
