@@ -152,7 +152,6 @@ def test_a_path_is_read_and_named(engine: KVzipEngine, tmp_path: Path) -> None:
         (["text", ""], "document 2 of 2 is empty"),
         (["text", {"role": "user", "content": "hi"}], "two contexts"),
         ([{"role": "critic", "content": "hi"}], "'critic' is not supported"),
-        ([{"role": "tool", "content": "hi"}], "does not follow the assistant's call"),
         ([{"role": "user", "content": " "}], "empty"),
         ([{"role": "user"}], "'role' and 'content'"),
         (42, "cannot load a int"),
