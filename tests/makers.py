@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent.parent / ".tokenizers"
 VERSION = "3.7.2"
@@ -58,6 +57,8 @@ def maker(name: str, special: Sequence[Any] = (), tags: Sequence[Any] = (), **op
     begin with one; with ``legacy=False`` before the first piece only; ``llama2-file`` is ``tokenizer.json`` as it is, which puts it
     before every piece, spaces or not.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # here, so that fetching does not wait for them
+
     folder = path_of(name.removesuffix("-file"))
     if name.endswith("-file"):
         config = json.loads((folder / "tokenizer_config.json").read_text())
