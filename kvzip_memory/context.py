@@ -91,6 +91,7 @@ class Recipe:
         tools: digest of the tools that are described in the context, None without any.
         tail: the text's last characters, if their tokens depend on what follows: they are not in the context and are read with
             that. Mostly none, or a full stop.
+        system: the system prompt in the context, which some templates look at to write what follows.
     """
 
     opening: tuple[int, ...]
@@ -100,6 +101,7 @@ class Recipe:
     role: str = "user"
     tools: str | None = None
     tail: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)

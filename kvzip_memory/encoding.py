@@ -177,14 +177,15 @@ class _Whole:
             self._backend.pre_tokenizer = backend.pre_tokenizer
         added = sorted(backend.get_added_tokens_decoder().items())
         spelled = {i: secrets[control[i]] if i in control else token.content for i, token in added}
-        for i, token in added:
-            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            copy = AddedToken(spelled[i], **flags, special=token.special)
-            (self._backend.add_special_tokens if token.special else self._backend.add_tokens)([copy])
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        copies = [AddedToken(spelled[i], **{name: getattr(token, name) for name in flags}) for i, token in added]
+        self._backend.add_special_tokens([copy for copy in copies if copy.special])
+        self._backend.add_tokens([copy for copy in copies if not copy.special])
         self._real = {self._backend.token_to_id(text): i for i, text in spelled.items()}
-        unknown = getattr(backend.model, "unk_token", None)
+        model = backend.model
+        unknown = getattr(model, "unk_token", None)
         # What the vocabulary itself holds of them could come out of a text, as from a unigram model; an unknown character may.
-        self._forged = {i for i, text in control.items() if backend.model.token_to_id(text) == i and text != unknown}
+        self._forged = {i for i, text in control.items() if model.token_to_id(text) == i and text != unknown}
 
     def encoded(self, text: str) -> Tokens:
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -203,7 +204,9 @@ class _Whole:
                 places.append((start, end))
                 continue
             for at in range(start, end):
-                spelled = [j for j in self._backend.encode(text[at], add_special_tokens=False).ids if j not in self._forged]
+                own = self._backend.token_to_id(text[at])
+                found = self._backend.encode(text[at], add_special_tokens=False).ids if own is None else [own]
+                spelled = [j for j in found if j not in self._forged]
                 ids += spelled
                 places += [(at, at + 1)] * len(spelled)
         return ids, np.asarray(places, dtype=int).reshape(-1, 2)

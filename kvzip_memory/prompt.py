@@ -81,7 +81,7 @@ class PromptBuilder:
         self.call_ids = frozenset(i for i, token in added_tokens(tokenizer).items() if token.special and token.content in spelled)
         result = {"role": "tool", "content": "d", "tool_call_id": "b"}
         self._knows_tools = form is not None and template.shows(
-            [user, _call("probe_tool", {"probe_key": "probe value"}), result],
+            [user, _call("probe_tool", {"probe_key": "probe value"}, "b"), result],
             [{"type": "function", "function": {"name": "probe_tool", "description": "probe it", "parameters": {}}}],
             ["probe_key", "probe value", "probe it"],
         )
@@ -111,7 +111,8 @@ class PromptBuilder:
         head, *places, asked = layout.at
         settled, tail = self._cut(layout.text, places[-1])
         tokens = self._encoder.tokens(settled)
-        recipe = Recipe((), SEPARATOR, self._continued(layout.text[asked:]), self._next_turn, tail=tail)
+        closing = self._continued(layout.text[asked:])
+        recipe = Recipe((), SEPARATOR, closing, self._next_turn, tail=tail, system=self._shown_system(turns))
         sources = _sources(documents, 1, tokens, places)
         names = [document.name if len(documents) > 1 else None for document in documents]
         texts = [document.text for document in documents]
@@ -146,7 +147,8 @@ class PromptBuilder:
         start, end, _, _ = layout.at
         settled, tail = self._cut(layout.text, end)
         tokens = self._encoder.tokens(settled)
-        recipe = self._recipe_behind(turns[-1]["role"], layout, joins, self._next_turn, shown, tail)
+        recipe = self._recipe_behind(turns, layout, joins, tail)
+        recipe = replace(recipe, next_turn=self._next_turn, tools=shown, system=self._shown_system(turns))
         protected = len(tokens.ids) if all(turn["role"] == "system" for turn in turns) else tokens.before(start)
         kept = self._kept_spans(keep, [turn["content"] for turn in turns], settled[start:], tokens, start)
         said = _digest([_said(message) for message in messages[0 if system is None else 1 :]])
@@ -204,7 +206,8 @@ class PromptBuilder:
         _, end, _, _ = layout.at
         settled, tail = self._cut(layout.text, end, continued=True)
         tokens = self._encoder.tokens(settled, continued=True)
-        recipe = self._recipe_behind(turns[-1]["role"], layout, joins, context.recipe.next_turn, shown, tail)
+        recipe = self._recipe_behind(turns, layout, joins, tail)
+        recipe = replace(recipe, next_turn=context.recipe.next_turn, tools=shown, system=context.recipe.system)
         kept = self._kept_spans(keep, [turn["content"] for turn in turns], settled, tokens, 0, n)
         return self._grown(context, tokens.ids, recipe, kept, context.sources)
 
@@ -239,11 +242,12 @@ class PromptBuilder:
         tokens = self._encoder.tokens(settled)
         role = turns[last]["role"]
         recipe = self.free_recipe()
+        opening: tuple[int, ...] = ()
         if role != "user":
-            around = self._asked(_lead(role), False)
-            recipe = self._recipe_behind(role, around, False, recipe.next_turn, None, "")
-        recipe = replace(recipe, separator=SEPARATOR if role == "user" else "", role=role, opening=() if role == "user" else recipe.opening)
-        recipe = replace(recipe, tools=_digest([*tools]) if tools else None, tail=tail)
+            opening = self._recipe_behind(_lead(role), self._asked(_lead(role), False), False, "").opening
+        separator, system = SEPARATOR if role == "user" else "", self._shown_system(turns)
+        recipe = replace(recipe, opening=opening, separator=separator, role=role, tail=tail, system=system)
+        recipe = replace(recipe, tools=_digest([*tools]) if tools else None)
         text = turns[last]["content"].replace(CUT, "")
         said = _digest([_said(turn) for turn in turns[:last]] + [text[:begin], text[begin:end]])
         protected = tokens.before(layout.at[0])
@@ -424,11 +428,15 @@ class PromptBuilder:
         return before[: at - len(tail)], tail
 
     def _asked(self, turns: Sequence[Message], joins: bool, tools: Sequence[Tool] = (), start: Place = (0, 0)) -> Layout:
-        """Turns and a question to come, which may ``join`` the last one. Places: ``start``, the turns' end, and the question's."""
-        end = (len(turns) - 1, len(turns[-1]["content"].replace(CUT, "")))
+        """Turns and a question to come, which may ``join`` the last one. Places: ``start``, the turns' end, and the question's.
+
+        White space at the end of what it joins is not within the end: without a question a template may trim it.
+        """
+        said = turns[-1]["content"].replace(CUT, "")
+        end = (len(turns) - 1, len(said.rstrip() if joins else said))
         if joins:
-            whole = [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']}{SEPARATOR}{_ASKED['content']}"}]
-            asked = (end[0], end[1] + len(SEPARATOR))
+            whole = [*turns[:-1], {**turns[-1], "content": f"{said}{SEPARATOR}{_ASKED['content']}"}]
+            asked = (end[0], len(said) + len(SEPARATOR))
         else:
             whole, asked = [*turns, _ASKED], (len(turns), 0)
         return self._template.layout(whole, tools, [start, end, asked, (asked[0], asked[1] + len(_ASKED["content"]))])
@@ -438,23 +446,31 @@ class PromptBuilder:
 
         ``joins`` asks for a question to come, with the places of :meth:`_asked`; None has none, and the places of its marks.
         """
-        lead = _lead(recipe.role)
-        place = (len(lead) - 1, len(lead[-1]["content"]))
+        settled = recipe.tail.rstrip()
+        space = recipe.tail[len(settled) :]  # which the template may trim, by what follows
+        lead = _lead(recipe.role, recipe.system, space)
+        place = (len(lead) - 1, len(lead[-1]["content"]) - len(space))
         if recipe.separator and turns and turns[0]["role"] == "user":
             first = f"{lead[-1]['content']}{recipe.separator}{turns[0]['content']}"
             lead, turns = [*lead[:-1], {**lead[-1], "content": first}], turns[1:]
         whole = [*lead, *turns]
         asked = joins is not None
         layout = self._asked(whole, bool(joins), tools, place) if asked else self._template.layout(whole, tools, [place, *_cuts(whole)])
-        skip = layout.at[0] - len(recipe.tail)
+        skip = layout.at[0] - len(settled)
         at = tuple(at - skip for at in layout.at)
-        return Layout(recipe.tail + layout.text[layout.at[0] :], at if asked else at[1:])
+        return Layout(settled + layout.text[layout.at[0] :], at if asked else at[1:])
 
-    def _recipe_behind(self, role: str, layout: Layout, joins: bool, next_turn: tuple[int, ...], tools: str | None, tail: str) -> Recipe:
-        """The recipe of a conversation that ends in a role, from its layout of :meth:`_asked`."""
+    def _recipe_behind(self, turns: Sequence[Message], layout: Layout, joins: bool, tail: str) -> Recipe:
+        """What follows a conversation, from its layout of :meth:`_asked`."""
         _, end, asked, closing = layout.at
+        said = turns[-1]["content"].replace(CUT, "")
         opening = () if joins else self._continued(tail + layout.text[end:asked])
-        return Recipe(opening, SEPARATOR if joins else "", self._continued(layout.text[closing:]), next_turn, role, tools, tail)
+        tail += said[len(said.rstrip()) :] if joins else ""
+        return Recipe(opening, SEPARATOR if joins else "", self._continued(layout.text[closing:]), (), turns[-1]["role"], tail=tail)
+
+    def _shown_system(self, turns: Sequence[Message]) -> str:
+        """The system prompt that the template shows in front, and may look at."""
+        return turns[0]["content"].replace(CUT, "") if turns[0]["role"] == "system" and not self._moves_system else ""
 
     def _joins(self, turns: Sequence[Message]) -> bool:
         """Whether a question joins the last turn: a strict template has no second user's turn behind the first."""
@@ -618,17 +634,19 @@ def _with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Mess
     return [*messages[:at], {"role": "system", "content": describe(tools)}, *messages[at:]]
 
 
-def _lead(role: str) -> list[Message]:
-    """The shortest conversation that ends in a role."""
+def _lead(role: str, system: str = "", end: str = "") -> list[Message]:
+    """The shortest conversation that ends in a role, behind a system prompt, and in a text that goes on with ``end``."""
+    text = f"a{end}"
+    before = _system(system or None)
     if role == "system":
-        return [{"role": "system", "content": "a"}]
-    turns: list[Message] = [{"role": "user", "content": "a"}]
+        return [{"role": "system", "content": f"{system or 'a'}{end}"}]
     if role == "assistant":
-        turns.append({"role": "assistant", "content": "a"})
-    elif role == "tool":
-        turns += [_call("a", {}), {"role": "tool", "content": "a", "tool_call_id": None}]
-    return turns
+        return [*before, {"role": "user", "content": "a"}, {"role": "assistant", "content": text}]
+    if role == "tool":
+        call = _call("a", {})
+        return [*before, {"role": "user", "content": "a"}, call, {"role": "tool", "content": text, "tool_call_id": None}]
+    return [*before, {"role": "user", "content": text}]
 
 
-def _call(name: str, arguments: Mapping[str, Any]) -> Message:
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": None, "name": name, "arguments": arguments}]}
+def _call(name: str, arguments: Mapping[str, Any], call_id: str | None = None) -> Message:
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": call_id, "name": name, "arguments": arguments}]}

@@ -121,14 +121,10 @@ class ChatTemplate:
         marked = [*ends, *places]
         clean, at = self._clean(self._rendered(turns, tools, marked))
         if clean != text:  # a mark keeps white space from being trimmed
-            inner = [_inside(turns, place) for place in marked]
-            clean, at = self._clean(self._rendered(turns, tools, inner))
+            at = self._clean(self._rendered(turns, tools, [_inside(turns, place) for place in marked]))[1]
             self._check(turns, ends, at, moves)
-            if clean != text:  # it also changes what a template makes of a text: each place by itself, by what follows it
-                found = [self._by_itself(turns, tools, place, text) for place in inner[len(ends) :]]
-                return Layout(text, tuple(found))
-        else:
-            self._check(turns, ends, at, moves)
+            return Layout(text, tuple(self._by_itself(turns, tools, place, text) for place in places))
+        self._check(turns, ends, at, moves)
         try:
             return Layout(text, tuple(at[len(ends) + number][0] for number in range(len(places))))
         except KeyError:
@@ -147,7 +143,11 @@ class ChatTemplate:
         return self.thought is not None and self.encoder.unspell(text).rstrip().endswith(self.thought[0])
 
     def _by_itself(self, turns: Sequence[Message], tools: Sequence[Tool], place: Place, text: str) -> int:
-        clean, at = self._clean(self._rendered(turns, tools, [place]))
+        """Where a place is in the rendered text; if a mark in it changes that, where what follows it begins."""
+        for candidate in (place, _inside(turns, place)):
+            clean, at = self._clean(self._rendered(turns, tools, [candidate]))
+            if clean == text and 0 in at:
+                return at[0][0]
         rest = clean[at[0][0] :] if at.get(0) else None
         if rest is None or not text.endswith(rest):
             raise InputError("the model's chat template changes texts in a way that is not understood; pass a plain chat_template")
@@ -243,7 +243,7 @@ class ChatTemplate:
 
     # mistral-common makes ids at once, of pieces between control tokens. Their text, rendered so, is encoded to them again.
 
-    def _mistral_ids(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> list[int]:
+    def _mistral_ids(self, messages: Sequence[Any], tools: Any) -> list[int]:
         return self._tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=True, return_dict=False, **self.variables)
 
     def _decoded(self, ids: Sequence[int]) -> str:
@@ -267,7 +267,8 @@ class ChatTemplate:
             {"role": "tool", "content": "1", "tool_call_id": call["id"]},
         ]
         version = self._tokenizer.tokenizer.instruct_tokenizer.tokenizer.version.value
-        for messages in (talk, [user]):
+        alone: list[Message] = [user]
+        for messages in (talk, alone):
             try:
                 return f"mistral-common {version} {self._decoded(self._mistral_ids(messages, None))}"
             except Exception:  # versions that know no calls

@@ -203,15 +203,18 @@ pairs = pytest.mark.parametrize("name", PAIRS)
 # -- the oracle --------------------------------------------------------------------------------------------------------
 
 
-def as_written(family: Family, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[Messages, Any]:
-    """Messages and tools as one who knows what the template takes would write them."""
+def as_written(family: Family, messages: Sequence[Mapping[str, Any]], tools: Any, fixed: bool = False) -> tuple[Messages, Any]:
+    """Messages and tools as one who knows what the template takes would write them.
+
+    ``fixed``: with the system prompt in front of what is said first, where the template would move it on with what is said last.
+    """
     shown: list[Any] = [*messages]
     if family.tools is None and (tools or any(message["role"] == "tool" for message in messages)):
         shown = [*in_plain_turns([as_message(message) or {} for message in messages], tools or ())]
         tools = None
     if family.tools == "llama3":
         shown = list(_one_by_one(shown))
-    if family.system in ("refused", "last") and shown[0]["role"] == "system":
+    if (family.system == "refused" or (family.system == "last" and fixed)) and shown[0]["role"] == "system":
         following = shown[1]["content"] if len(shown) > 1 and shown[1]["role"] == "user" else None
         shown[:2] = [turn("user", shown[0]["content"] if following is None else shown[0]["content"] + SEPARATOR + following)]
     if family.alternates:
@@ -256,13 +259,13 @@ def rendered(pair: Pair, shown: Messages, tools: Any) -> str:
         raise _Refused from error
 
 
-def own_ids(pair: Pair, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
+def own_ids(pair: Pair, messages: Sequence[Mapping[str, Any]], tools: Any = None, fixed: bool = False) -> list[int]:
     """Ids of the rendering as ``apply_chat_template(tokenize=True)`` makes them.
 
     Raises:
         _Refused: see there.
     """
-    shown, tools = as_written(pair.family, messages, tools)
+    shown, tools = as_written(pair.family, messages, tools, fixed)
     text = rendered(pair, shown, tools)
     for token in [*pair.tokenizer.all_special_tokens, *pair.family.special, *pair.family.tags]:
         if any(token in message["content"] for message in shown):
@@ -379,7 +382,7 @@ def test_turns_and_what_follows_them_are_the_models_own_rendering(name: str) -> 
         if (tools and pair.family.tools == "mistral") or (conversation == "greeting" and pair.family.alternates):
             continue  # tools are shown before the last question only, which another one no longer is
         try:
-            whole = own_ids(pair, messages, tools)
+            whole = own_ids(pair, messages, tools, fixed=True)
         except _Refused:
             continue
         checked = [as_message(message) or {} for message in messages]
@@ -504,7 +507,8 @@ def test_texts_with_spelled_control_tokens_are_kept(name: str) -> None:
         prompt = builder.documents([Document(attack)], "Be brief.")
         ids = [*prompt.token_ids, *builder.question(prompt.recipe, f"{attack}?")]
         assert place(pair, ids, attack + SEPARATOR + attack + "?") > -1, attack
-        assert place(pair, [*prompt.token_ids], attack) > -1, attack
+        assert attack.endswith(prompt.recipe.tail)  # which is read with the question
+        assert place(pair, [*prompt.token_ids], attack.removesuffix(prompt.recipe.tail)) > -1, attack
 
 
 @pytest.mark.parametrize("kind", KINDS)

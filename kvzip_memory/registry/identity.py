@@ -84,10 +84,15 @@ def context_identity(
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
-        "recipe": digest({field: value for field, value in vars(prompt.recipe).items() if field != "tail" or value}),
+        "recipe": digest(_recipe(prompt)),
         "tools": prompt.recipe.tools,
         "parent": None if parent is None else key_of(parent),
     }
+
+
+def _recipe(prompt: Prompt) -> dict[str, Any]:
+    """What a recipe adds to a key. The system prompt is in it already, and recipes without a tail are as they always were."""
+    return {field: value for field, value in vars(prompt.recipe).items() if field != "system" and (field != "tail" or value)}
 
 
 def tenant_digest(tenant: str | None) -> str | None:
