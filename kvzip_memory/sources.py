@@ -148,8 +148,8 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
         role = getattr(item, "role", None) or kind
         if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
             return None
-        names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "tool_call_id", "additional_kwargs")
-        fields = {name: getattr(item, name, None) for name in names}
+        names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "function_call", "tool_call_id", "additional_kwargs")
+        fields = {name: getattr(item, name, None) for name in (*names, "refusal", "reasoning_content", "reasoning")}
     role = str(getattr(role, "value", role))
     role = _ROLES.get(role, role)
     more = {**(fields.get("additional_kwargs") or {}), **{name: value for name, value in fields.items() if value}}
@@ -244,7 +244,7 @@ def _kind(block: Any, role: str) -> tuple[str, Mapping[str, Any]]:
         kind = getattr(block, "block_type", None) or getattr(block, "type", None)
         if kind is None:
             return ("json" if role == "tool" else type(block).__name__), {"json": block}
-        block = {**{name: value for name, value in vars(block).items() if value is not None}, "type": kind}
+        block = {**{name: value for name, value in getattr(block, "__dict__", {}).items() if value is not None}, "type": kind}
     while block.get("type") == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's wrapping
         block = block["value"]
     kind = block.get("type", block.get("block_type"))

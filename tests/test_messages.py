@@ -270,6 +270,7 @@ THOUGHTS: list[Any] = [
     ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="yes")]),
     {"role": "assistant", "content": "yes", "reasoning_content": "hm"},
     {"role": "assistant", "content": "yes", "reasoning": "hm"},
+    SimpleNamespace(role="assistant", content="yes", reasoning_content="hm"),
     {"role": "model", "content": [{"text": "hm", "thought": True}, {"text": "yes"}]},
     {"role": "assistant", "content": [{"reasoningContent": {"reasoningText": {"text": "hm"}}}, {"text": "yes"}]},
 ]
@@ -293,6 +294,7 @@ def test_nothing_thought_is_no_thought() -> None:
     [
         {"role": "assistant", "content": None, "refusal": "no"},
         AIMessage("", additional_kwargs={"refusal": "no"}),
+        SimpleNamespace(role="assistant", content=None, refusal="no", tool_calls=None),
         {"role": "assistant", "content": None, "audio": {"id": "1", "data": "x", "transcript": "no"}},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
     ],
@@ -307,6 +309,7 @@ CALLS: list[Any] = [
     {"role": "assistant", "content": None, "tool_calls": [OPENAI]},
     {"role": "assistant", "tool_calls": [OPENAI]},
     {"role": "assistant", "content": "", "tool_calls": [OBJECT]},
+    SimpleNamespace(role="assistant", content=None, tool_calls=[OBJECT]),  # of OpenAI's own library
     {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": "b"}}]},
     {"role": "assistant", "content": [{"toolUse": {"toolUseId": "1", "name": "f", "input": {"a": "b"}}}]},
     {"role": "assistant", "content": [{"type": "function_call", "id": "fc_9", "call_id": "1", "name": "f", "arguments": '{"a": "b"}'}]},
