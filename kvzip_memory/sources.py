@@ -48,7 +48,7 @@ def clean(text: str, where: str) -> str:
     A surrogate alone stands for none. Extractors of PDFs make them, and files read with ``surrogateescape``. It becomes U+FFFD, with a
     warning that names ``where`` the text is from and the place in it; one for each text, as conversations are read again every turn.
     """
-    text = text.removeprefix("\ufeff")
+    text = text.lstrip("\ufeff")
     try:
         text.encode()
         return text
@@ -148,11 +148,12 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
         role = getattr(item, "role", None) or kind
         if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
             return None
-        names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "tool_call_id", "additional_kwargs")
-        fields = {name: getattr(item, name, None) for name in names}
+        names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "function_call", "tool_call_id", "additional_kwargs")
+        fields = {name: getattr(item, name, None) for name in (*names, "refusal", "reasoning_content", "reasoning")}
     role = str(getattr(role, "value", role))
     role = _ROLES.get(role, role)
-    more = {**(fields.get("additional_kwargs") or {}), **{name: value for name, value in fields.items() if value}}
+    beside = fields.get("additional_kwargs")
+    more = {**(beside if isinstance(beside, Mapping) else {}), **{name: value for name, value in fields.items() if value}}
     in_blocks = isinstance(fields.get("blocks"), list)  # its content is the texts alone, each on a line of its own
     content = fields["blocks"] if in_blocks else fields.get("content")
     parts = _parts(content, role, where, lines=in_blocks)
@@ -161,15 +162,15 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
         text = clean(_words(more.get("refusal")) or _words(more.get("audio")), where)
     message: dict[str, Any] = {"role": role, "content": text}
     if role == "assistant":
-        told = [*(fields.get("tool_calls") or ()), *(fields.get("invalid_tool_calls") or ())]
-        told = told or parts.calls or more.get("tool_calls") or ([more["function_call"]] if more.get("function_call") else [])
+        told = _listed(fields.get("tool_calls")) + _listed(fields.get("invalid_tool_calls"))
+        told = told or parts.calls or _listed(more.get("tool_calls")) or _listed(more.get("function_call"))
         if calls := [made for call in told if (made := _as_call(call, where))]:
             message["tool_calls"] = calls
         thoughts = "\n\n".join(filter(None, parts.thoughts)) or _words(more.get("reasoning_content")) or _words(more.get("reasoning"))
-        if thoughts:
-            message["reasoning"] = clean(thoughts, where)
+        if thoughts := clean(thoughts, where):
+            message["reasoning"] = thoughts
     if role == "tool":
-        message["tool_call_id"] = more.get("tool_call_id")
+        message["tool_call_id"] = _id(more.get("tool_call_id"), where)
     return message
 
 
@@ -220,7 +221,9 @@ def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
         elif role == "tool":
             text, alone = _as_json(kind, block, where), True
         elif kind == "tool_result" and role != "assistant":  # Anthropic's and Bedrock's are said by the user
-            text, alone = response("".join(_parts(block.get("toolResult", block).get("content"), "tool", where).texts)), True
+            result = block.get("toolResult", block)
+            result = result.get("content") if isinstance(result, Mapping) else result
+            text, alone = response("".join(_parts(result, "tool", where).texts)), True
         elif kind in _THOUGHTS:
             parts.thoughts.append(_words(block))
             continue
@@ -244,7 +247,7 @@ def _kind(block: Any, role: str) -> tuple[str, Mapping[str, Any]]:
         kind = getattr(block, "block_type", None) or getattr(block, "type", None)
         if kind is None:
             return ("json" if role == "tool" else type(block).__name__), {"json": block}
-        block = {**{name: value for name, value in vars(block).items() if value is not None}, "type": kind}
+        block = {**{name: value for name, value in getattr(block, "__dict__", {}).items() if value is not None}, "type": kind}
     while block.get("type") == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's wrapping
         block = block["value"]
     kind = block.get("type", block.get("block_type"))
@@ -308,10 +311,18 @@ def _as_call(call: Any, where: str) -> dict[str, Any] | None:
             arguments = cleaned(parsed, where) if isinstance(parsed, Mapping) else arguments
     arguments = cleaned({} if arguments is None else arguments, where)
     return {
-        "id": first("call_id", "id", "tool_call_id", "tool_id", "toolUseId"),
+        "id": _id(first("call_id", "id", "tool_call_id", "tool_id", "toolUseId"), where),
         "name": clean(name, where),
         "arguments": arguments if isinstance(arguments, dict | str) else json.dumps(arguments, ensure_ascii=False),
     }
+
+
+def _id(value: Any, where: str) -> str | None:
+    return None if value is None else clean(str(value), where)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
 def header(number: int, name: str) -> str:

@@ -125,7 +125,7 @@ def results_in_order(messages: Sequence[Mapping[str, Any]], one_call: bool = Fal
             continue
         calls = turns[-1].get("tool_calls", ()) if turns else ()
         if not calls:
-            turns.append({"role": "user", "content": "\n".join(response(result["content"]) for result in group)})
+            turns += map(_orphan, group)
             continue
         numbers = {call["id"]: number for number, call in enumerate(calls)}
         group.sort(key=lambda message: numbers.get(message.get("tool_call_id"), len(numbers)))
@@ -134,14 +134,20 @@ def results_in_order(messages: Sequence[Mapping[str, Any]], one_call: bool = Fal
             whole = turns.pop()
             turns.append(_told(whole, [call for call in calls if call["id"] not in ids]))
             calls = turns[-1]["tool_calls"]
-        if one_call and len(calls) > 1 and ids == [call["id"] for call in calls]:
-            whole = turns.pop()
-            for call, result in zip(calls, group, strict=True):
+        if one_call and len(calls) > 1:
+            whole = _told(turns.pop(), calls[len(group) :])
+            for call, result in zip(calls, group, strict=False):
                 turns += [{**whole, "tool_calls": [call]}, result]
                 whole = {"role": whole["role"], "content": ""}
+            turns += map(_orphan, group[len(calls) :])
         else:
             turns += group
     return turns
+
+
+def _orphan(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A result without its call, as what the user says."""
+    return {"role": "user", "content": response(result["content"])}
 
 
 def _told(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

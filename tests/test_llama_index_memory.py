@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import ImageBlock, ToolCallBlock
+from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import Memory
 
@@ -16,6 +16,7 @@ from conftest import tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from llama_index_kvzip.llm import plain_messages
+from llama_index_kvzip.memory import _message
 
 
 @pytest.fixture
@@ -199,3 +200,10 @@ async def test_calls_and_their_results_are_remembered_together(llm: KVzipLLM) ->
     await flush(block, ended)
     [handle] = await block.aget([], session_id="ana")
     assert said(block, [handle]) == said(block, [*asked, *ended])
+
+
+def test_a_turn_is_the_message_it_was() -> None:
+    call = ToolCallBlock(tool_call_id="1", tool_name="f", tool_kwargs={"a": "b"})
+    message = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="yes"), call])
+    [turn] = plain_messages([message])[0]
+    assert _message(turn) == message

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ToolCallBlock
+from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
@@ -230,7 +230,8 @@ class _Session:
 
 
 def _message(turn: Message) -> ChatMessage:
-    blocks: list[ContentBlock] = [TextBlock(text=turn["content"])] if turn["content"] else []
+    blocks: list[ContentBlock] = [ThinkingBlock(content=turn["reasoning"])] if turn.get("reasoning") else []
+    blocks += [TextBlock(text=turn["content"])] if turn["content"] else []
     blocks += [ToolCallBlock(tool_call_id=c["id"], tool_name=c["name"], tool_kwargs=c["arguments"]) for c in turn.get("tool_calls", ())]
     told = {"tool_call_id": turn["tool_call_id"]} if turn.get("tool_call_id") else {}
     return ChatMessage(role=turn["role"], blocks=blocks, additional_kwargs=told)
