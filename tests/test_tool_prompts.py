@@ -237,7 +237,9 @@ def test_a_template_of_single_calls_shows_several_one_by_one() -> None:
 def test_a_template_that_moves_the_system_prompt_keeps_it_in_front_of_a_conversation() -> None:
     builder, tools = builder_of(MISTRAL), None
     talk = [SYSTEM, CONVERSATION[0], {"role": "assistant", "content": "4 degrees."}, CONVERSATION[-1]]
-    ids = asked(builder, talk, tools)
+    own = builder.tokenizer.decode(asked(builder, talk, tools))
+    assert own.index("4 degrees.") < own.index("Be brief.") < own.index("And Rome?")
+    ids = builder.question(None, talk, tools, fixed=True)
     assert builder.tokenizer.decode(ids).count("Be brief.") == 1
     assert ids[: len(builder.conversation(talk[:3]).token_ids)] == list(builder.conversation(talk[:3]).token_ids)
     assert asked(builder, talk[:2], tools) == builder.question(None, "Be brief.\n\nHow warm is Oslo?")
