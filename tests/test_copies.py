@@ -56,7 +56,7 @@ def test_a_copy_of_a_session_is_a_fork(engine: KVzipEngine, context: CompressedC
     twin = copied(session)
     twin.ask("Something else?", max_new_tokens=9)
     assert session.ask("When?", max_new_tokens=6).text == other.ask("When?", max_new_tokens=6).text
-    assert len(twin._ends) == 2
+    assert len(twin._talk.ends) == 2
 
 
 def things(engine: KVzipEngine, context: CompressedContext) -> dict[str, tuple[Any, Callable[[Any], object]]]:

@@ -21,7 +21,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
 from kvzip_memory import CompressedContext, InputError
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import readable
+from llama_index_kvzip.packing import encodable, readable
 from llama_index_kvzip.sources import Part, Ranking, whole
 
 _ONE_ANSWER = (ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)
@@ -101,7 +101,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         **kwargs: Any,
     ) -> KVzipQueryEngine:
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
-        documents = readable(documents)
+        documents = [encodable(document) for document in readable(documents)]
         context = llm.engine.load(documents, name=name, ratio=llm.ratio if ratio is None else ratio, system=system)
         return cls.from_context(context, documents, llm=llm, **kwargs)
 

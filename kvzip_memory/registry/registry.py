@@ -27,7 +27,7 @@ from kvzip_memory.locks import Notice
 from kvzip_memory.locks import held as holding
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
-from kvzip_memory.registry.index import IndexUnavailableError
+from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
 
 logger = logging.getLogger(__name__)
@@ -480,7 +480,7 @@ class ContextRegistry:
             self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags, ttl=ttl)
         except (OSError, BudgetError) as error:
             self._disk_failed("store", error)
-            if isinstance(error, IndexUnavailableError):
+            if isinstance(error, IndexHeldError):
                 self._unstored.add(held.key)
             return False
         self._unstored.discard(held.key)
@@ -808,7 +808,7 @@ class ContextRegistry:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there."""
         self.flush()
         if self._unstored:
-            logger.warning("%d contexts are not on disk, as the index could not be used", len(self._unstored))
+            logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
         disk, self._disk, self.no_disk = self._disk, None, "the registry was closed"
         if disk is not None:
             self._writer.submit(disk.close)  # SQLite's connections belong to their threads
