@@ -1,12 +1,13 @@
 """Answers of many threads, decoded together: each as if it were alone."""
 
+import asyncio
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, QueueFullError, threads
 from kvzip_memory.batching import Admission, Gate, Worker
 from kvzip_memory.cache import Row
+from kvzip_memory.integration import Started, in_thread
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
 
@@ -197,6 +199,34 @@ def test_who_runs_and_who_waits_since_when_is_told() -> None:
         "waiting": 0,
         "oldest_wait_s": 0.0,
     }
+
+
+async def test_answers_for_an_event_loop_take_a_thread_each_and_wait_without_one() -> None:
+    engine, go = tiny_engine(max_running=2), threading.Event()
+    expected = engine.generate(None, "Who?", max_new_tokens=6).text
+    forward = engine._model._batcher._forward
+
+    def held(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
+        go.wait()
+        return forward(rows, ids, n_logits)
+
+    def pieces(started: Started) -> Iterator[str]:
+        with engine.stream(None, "Who?", max_new_tokens=6) as stream:
+            started(stream)
+            yield from stream
+
+    async def answer() -> str:
+        return "".join([piece async for piece in in_thread(pieces, engine, lambda: engine)])
+
+    engine._model._batcher._forward = held
+    before = threading.active_count()
+    answers = asyncio.gather(*(answer() for _ in range(5)))
+    while engine.stats()["running"] < 2:
+        await asyncio.sleep(0.001)
+    assert engine.stats()["waiting"] == 3
+    assert threading.active_count() == before + 2
+    go.set()
+    assert await answers == [expected] * 5
 
 
 def test_more_answers_than_may_wait_are_refused_with_a_clear_error() -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine
+from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, loading
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.locks import held
@@ -987,18 +987,29 @@ def test_an_index_that_somebody_holds_costs_a_second_and_a_warning(
     again.close()
 
 
-def test_who_waits_for_another_process_is_told_after_a_second(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_waits_for_another_process_is_told_after_a_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     key = load_and_close(tmp_path / "elsewhere").key
     with engine.registry._disk.lock(key):  # type: ignore[union-attr]
-        loading = threading.Thread(target=engine.load, args=(TEXT,))
-        loading.start()
+        asking = threading.Thread(target=engine.load, args=(TEXT,))
+        asking.start()
         while "waiting for another process" not in caplog.text:
-            assert loading.is_alive()
+            assert asking.is_alive()
             time.sleep(0.01)
-    loading.join()
-    lock = FileLock(tmp_path / "lock")
-    with lock:
+    asking.join()
+    monkeypatch.setattr(loading, "_convert", lambda *args: None)
+    source = tmp_path / "tiny.gguf"
+    source.write_bytes(b"weights")
+    with FileLock(f"{loading._converted(source, 'float32', tmp_path)}.lock"):
+        converting = threading.Thread(target=loading._converted, args=(source, "float32", tmp_path))
+        converting.start()
+        while "is converting tiny.gguf" not in caplog.text:
+            assert converting.is_alive()
+            time.sleep(0.01)
+    converting.join()
+    with FileLock(tmp_path / "lock"):
         for timeout, told in ((0.1, False), (1.2, True)):
             caplog.clear()
             with pytest.raises(Timeout), held(FileLock(tmp_path / "lock"), "tidying up", timeout):
