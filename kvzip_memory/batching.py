@@ -22,7 +22,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.errors import InputError, QueueFullError
+from kvzip_memory.errors import InputError, KVzipError, QueueFullError
 from kvzip_memory.threads import release
 
 T = TypeVar("T")
@@ -30,6 +30,20 @@ T = TypeVar("T")
 #: A step waits for the rows of the last one to come back with their next token, at most so many seconds, or this
 #: fraction of the time that step took.
 GATHER_S, GATHER_FRACTION = 0.004, 0.1
+
+#: Where one thread waits until another puts None there; that waits for nothing, so it may happen while garbage is collected.
+Gate = SimpleQueue[None]
+
+
+def check_thread(thread: threading.Thread) -> None:
+    """Raises:
+    KVzipError: the process was forked since; of its threads only the one that forked goes on in the new process.
+    """
+    if not thread.is_alive():
+        raise KVzipError(
+            f"the thread {thread.name!r}, which computes, is not in this process: it was forked from the one that made the engine, or is "
+            "ending. Make an engine in this one, or start processes by multiprocessing's 'spawn' or 'forkserver'"
+        )
 
 
 class Worker:
@@ -43,12 +57,17 @@ class Worker:
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        thread = threading.Thread(target=_work_through, args=(self._queue,), name="kvzip", daemon=True)
-        thread.start()
-        Worker._queues[thread] = self._queue
+        self._thread = threading.Thread(target=_work_through, args=(self._queue,), name="kvzip", daemon=True)
+        self._thread.start()
+        Worker._queues[self._thread] = self._queue
         weakref.finalize(self, self._queue.put, None)
 
+    def check(self) -> None:
+        """Raises what :func:`check_thread` does."""
+        check_thread(self._thread)
+
     def submit(self, work: Callable[[], T]) -> Future[T]:
+        self.check()
         last, Worker._last = Worker._last() if Worker._last else None, weakref.ref(self)
         if last is not None and last is not self:
             last._queue.put((Future(), release))
@@ -100,39 +119,76 @@ class Admission:
         self._limit, self._queue_limit = running, waiting
         self._lock = threading.RLock()  # collecting garbage may end an answer on the thread that holds it
         self._running = 0
-        self._queue: deque[threading.Event] = deque()
+        self._queue: dict[Gate, float] = {}  # since when each waits, the oldest first
 
     @property
     def running(self) -> int:
         return self._running
 
-    @contextmanager
-    def admitted(self, cancelled: threading.Event | None = None) -> Iterator[None]:
-        """Runs the block when it is its turn, or when it is ``cancelled`` before that."""
-        turn = threading.Event()
+    @property
+    def waiting(self) -> list[float]:
+        """Since when each answer waits, on the monotonic clock."""
         with self._lock:
-            if self._running < self._limit:
+            return list(self._queue.values())
+
+    @contextmanager
+    def admitted(self, entry: Gate | None = None) -> Iterator[None]:
+        """Runs the block when it is its turn; before that, and not as one of those that run, if somebody else opens its ``entry``."""
+        entry = SimpleQueue() if entry is None else entry
+        with self._lock:
+            waits = self._running == self._limit
+            if not waits:
                 self._running += 1
-                turn.set()
             elif len(self._queue) < self._queue_limit:
-                self._queue.append(turn)
+                self._queue[entry] = time.monotonic()
             else:
                 raise QueueFullError(
                     f"{self._running} answers are running and {len(self._queue)} wait, which is the limit; "
                     "ask again later, or make the engine with a larger max_waiting"
                 )
         try:
-            while not turn.wait(0.5 if cancelled else None) and not (cancelled and cancelled.is_set()):
-                pass
+            if waits:
+                entry.get()
             yield
         finally:
             with self._lock:
-                if turn in self._queue:
-                    self._queue.remove(turn)
+                if entry in self._queue:
+                    del self._queue[entry]
                 elif self._queue:
-                    self._queue.popleft().set()
+                    following = next(iter(self._queue))
+                    del self._queue[following]
+                    following.put(None)
                 else:
                     self._running -= 1
+
+
+class Places:
+    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._lock = limit, threading.Lock()
+        self._running, self._queue = 0, deque[tuple[float, Callable[[], object]]]()
+
+    @property
+    def waiting(self) -> list[float]:
+        """Since when each piece of work waits, on the monotonic clock."""
+        with self._lock:
+            return [since for since, _ in self._queue]
+
+    def start(self, work: Callable[[], object]) -> None:
+        with self._lock:
+            if self._running == self._limit:
+                self._queue.append((time.monotonic(), work))
+                return
+            self._running += 1
+        threading.Thread(target=self._run, args=(work,), name="kvzip-answer", daemon=True).start()
+
+    def _run(self, work: Callable[[], object] | None) -> None:
+        while work is not None:
+            work()
+            with self._lock:
+                work = self._queue.popleft()[1] if self._queue else None
+                self._running -= work is None
 
 
 #: From a row's logits ``[n, vocab]`` fp32 to its next tokens; runs on the model's thread.
@@ -178,6 +234,7 @@ class Batcher:
 
     def step(self, row: Row, ids: Sequence[int], n_logits: int, choose: Choose) -> list[int]:
         """Feed a row its next tokens, together with whoever else waits; what ``choose`` makes of its logits."""
+        self._worker.check()
         request = _Request(row, ids, n_logits, choose)
         release()
         with self._changed:

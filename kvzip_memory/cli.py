@@ -45,6 +45,7 @@ def _registry(cache_dir: Path) -> ContextRegistry:
     registry = ContextRegistry(torch.device("cpu"), folder, tenant=EVERYONE)
     if registry.no_disk is not None:
         raise typer.BadParameter(registry.no_disk, param_hint="--cache-dir")
+    registry.check_disk()
     return registry
 
 

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvzip_memory.sharing import Shared
+
 
 @dataclass(frozen=True, eq=False)
 class RaggedLayer:
@@ -160,8 +162,10 @@ class Storage(Protocol):
     def lease(self, key: str) -> AbstractContextManager[Lease]: ...
 
 
-class Resident:
+class Resident(Shared):
     """Layers that stay where they are for as long as the object lives."""
+
+    _way_out = "save() the context that they belong to and open() the file"
 
     def __init__(self, layers: tuple[RaggedLayer, ...]) -> None:
         self.layers = layers
@@ -175,12 +179,12 @@ class Resident:
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class CompressedContext:
+class CompressedContext(Shared):
     """A token prefix and what is left of its KV cache. Immutable: any number of sessions read one context at a time.
 
     A context loaded by an engine is a light handle: its pairs lie in the engine's registry, which may move them from
     the device to the host's memory and to disk between two answers, and brings them back for the next one. A context
-    opened from a file by hand holds its pairs itself.
+    opened from a file by hand holds its pairs itself. A copy, deep or not, is the context itself.
 
     Attributes:
         key: content hash of everything that determines the bytes (see :mod:`kvzip_memory.registry.identity`).
@@ -207,6 +211,8 @@ class CompressedContext:
     sources: tuple[Source, ...] = ()
     name: str | None = None
     receipt: Receipt | None = None
+
+    _way_out = "give its key, which engine.get() finds in the same cache_dir, or save() it and open() the file"
 
     def lease(self) -> AbstractContextManager[Lease]:
         """The layers on the model's device, not moved or freed while the ``with`` block runs.

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from kvzip_memory import loading
 from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
+from kvzip_memory.batching import Places
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -47,6 +48,7 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import Message, as_messages, clean, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
@@ -57,11 +59,12 @@ logger = logging.getLogger(__name__)
 FREE_TOKENS = 256
 
 
-class KVzipEngine:
+class KVzipEngine(Shared):
     """Loads texts into compressed contexts and answers from them.
 
     ``ratio`` is the fraction of key-value pairs **kept** (kvpress' ``compression_ratio`` is the fraction removed).
-    May be used from any number of threads: their answers are decoded together, builds take turns with them.
+    May be used from any number of threads: their answers are decoded together, builds take turns with them. A copy, deep or not, is
+    the engine itself.
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
@@ -90,6 +93,8 @@ class KVzipEngine:
         UnsupportedModelError: the model's cache cannot be compressed.
         InputError: a ratio outside (0, 1], an unknown allocator, an attention that cannot compute on the model's device.
     """
+
+    _way_out = "make one in each process, with the same cache_dir"
 
     def __init__(
         self,
@@ -130,8 +135,8 @@ class KVzipEngine:
             host_bytes = 0 if device.type == "cpu" else _memory_nbytes(torch.device("cpu")) // 8
         #: Answers decoded together.
         self.max_running = max_running
-        #: The folder given, None if contexts are in memory only.
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
+        #: The folder given, wherever the process goes later; None if contexts are in memory only.
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
         #: What integrations keep for as long as the engine is there, by their names.
         self.shared: dict[str, Any] = {}
         self.registry = ContextRegistry(
@@ -187,13 +192,13 @@ class KVzipEngine:
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
-        folder = None if cache_dir is None else Path(cache_dir).expanduser()
+        folder = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
             loaded,
             tokenizer,
             ratio,
-            cache_dir=cache_dir,
+            cache_dir=folder,
             device_bytes=device_bytes,
             host_bytes=host_bytes,
             disk_bytes=disk_bytes,
@@ -212,6 +217,11 @@ class KVzipEngine:
     @property
     def model(self) -> PreTrainedModel:
         return self._model.model
+
+    @property
+    def places(self) -> Places:
+        """Threads for answers that an event loop waits for; for the integrations."""
+        return self._model.places
 
     @property
     def window(self) -> int:
@@ -558,8 +568,10 @@ class KVzipEngine:
         return digest(self._identity)
 
     def stats(self) -> dict[str, Any]:
-        """Bytes and budgets of the tiers, hits, builds and evictions, see :meth:`ContextRegistry.stats`; and the attention's name."""
-        return {**self.registry.stats(), "attention": self._model.backend}
+        """Bytes and budgets of the tiers, hits, builds and evictions, see :meth:`ContextRegistry.stats`; how many answers are
+        ``running`` and how many are ``waiting`` for their turn, the oldest of them for ``oldest_wait_s`` seconds; the attention's name.
+        """
+        return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend}
 
     def close(self) -> None:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
@@ -604,10 +616,7 @@ class KVzipEngine:
             WindowError: context and question fill the model's window.
             UnfinishedError: the JSON or the call was cut by ``max_new_tokens`` or ``stop``.
         """
-        with self.stream(context, question, **params) as stream:
-            for _ in stream:
-                pass
-            return stream.reply
+        return self.stream(context, question, **params).whole()
 
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """:meth:`generate` in a thread, so that an event loop goes on."""
@@ -759,8 +768,10 @@ def _strings(keep: str | Sequence[str]) -> list[str]:
     return [clean(wanted, "keep") for wanted in ([keep] if isinstance(keep, str) else keep)]
 
 
-class _Managed:
+class _Managed(Shared):
     """The storage of a loaded context: in the registry, which moves it as it sees fit and has it built if it was lost."""
+
+    _way_out = CompressedContext._way_out
 
     def __init__(
         self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage, parent: CompressedContext | None = None

@@ -43,6 +43,10 @@ class QueueFullError(KVzipError, RuntimeError):
     """More answers were asked for at one time than may wait."""
 
 
+class NotPicklableError(KVzipError, TypeError):
+    """An object that cannot be pickled, or sent to another process."""
+
+
 class CorruptFileError(KVzipError, ValueError):
     """A stored context that is damaged, incomplete or not one of our files."""
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, suppress
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from transformers import PreTrainedConfig
 
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.session import Stream
+from kvzip_memory.sharing import Shared
 
 T = TypeVar("T")
 
 
-class LazyEngine:
+class LazyEngine(Shared):
     """One engine for all copies of a framework's model object, made by whichever needs it first."""
+
+    _way_out = "make the model anew in each process, with the same cache_dir"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -34,35 +37,29 @@ class LazyEngine:
             return self.engine
 
 
+class LazyEngines(Shared, dict[str, LazyEngine]):
+    """Those of one model object and its copies, by what they are made of."""
+
+    _way_out = LazyEngine._way_out
+
+
+def located(path: str) -> str:
+    """A path on this machine, wherever the process goes later; a hub id stays what it is."""
+    here = Path(path).expanduser()
+    return str(here.absolute()) if here.exists() else path
+
+
+def fixed_folder(folder: str | None) -> str | None:
+    """A folder that may not be there yet, wherever the process goes later."""
+    return None if folder is None else str(Path(folder).expanduser().absolute())
+
+
 def configured_window(model: str) -> int | None:
     """A model's window by its configuration on this machine; None if it is not here yet, or for a ``.gguf`` file."""
     with suppress(OSError, ValueError):
         window: int | None = PreTrainedConfig.get_config_dict(model, local_files_only=True)[0].get("max_position_embeddings")
         return window
     return None
-
-
-class _Places:
-    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._running, self._waiting = 0, deque[Callable[[], object]]()
-
-    def start(self, work: Callable[[], object]) -> None:
-        with self._lock:
-            if self._running == self._limit:
-                self._waiting.append(work)
-                return
-            self._running += 1
-        threading.Thread(target=self._run, args=(work,), name="kvzip-answer", daemon=True).start()
-
-    def _run(self, work: Callable[[], object] | None) -> None:
-        while work is not None:
-            work()
-            with self._lock:
-                work = self._waiting.popleft() if self._waiting else None
-                self._running -= work is None
 
 
 #: Told which stream an answer comes from, as soon as there is one.
@@ -75,7 +72,8 @@ async def in_thread(
     """What a generator yields, run in a thread of its own with this task's context variables.
 
     The loop's own pool has a handful of threads, which would be the limit of what is decoded together. As many run at a time as
-    the engine decodes; more wait, as many as there are. When the iteration is left, the stream is cancelled.
+    the engine decodes; more wait, as many as there are. What is yielded is kept for the loop, so these threads decode themselves. When
+    the iteration is left, the stream is cancelled.
 
     Args:
         pieces: makes the generator.
@@ -91,7 +89,7 @@ async def in_thread(
                 loop.call_soon_threadsafe(queue.put_nowait, (piece, error, ended))
 
     def started(stream: Stream) -> None:
-        streams.append(stream)
+        streams.append(stream.in_this_thread())
         if left.is_set():
             stream.cancel()
 
@@ -111,7 +109,7 @@ async def in_thread(
     work = partial(contextvars.copy_context().run, run)
 
     def begin(ready: KVzipEngine) -> None:
-        ready.shared.setdefault("async answers", _Places(ready.max_running)).start(work)
+        ready.places.start(work)
 
     def load_first() -> None:
         try:

@@ -16,10 +16,11 @@ from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.locks import held
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CACHE = Path("~/.cache/kvzip_memory").expanduser()
+DEFAULT_CACHE = Path("~/.cache/kvzip_memory").expanduser().absolute()
 
 # A tokenizer converted from GGUF and saved has been seen to come back as another class that splits text into garbage.
 _TOKENIZER_PROBE = (
@@ -47,7 +48,7 @@ def load_model(
     if source.suffix == ".gguf":
         if not os.path.isfile(source):
             raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
-        model = _converted(source, dtype, cache_dir or DEFAULT_CACHE)
+        model = _converted(source, dtype, (cache_dir or DEFAULT_CACHE).absolute())
     if source.suffix == ".gguf" and not Path(model, "tokenizer.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     else:
@@ -67,7 +68,7 @@ def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
     name = f"{source.stem}-{digest.hexdigest()[:16]}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
     folder = cache_dir / "gguf" / name
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(f"{folder}.lock"):
+    with held(FileLock(f"{folder}.lock"), f"converting {source.name}"):
         if not folder.exists():
             logger.info("converting %s once into %s", source.name, folder)
             staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))

@@ -41,7 +41,12 @@ class EngineCollector(Collector):
             events.add_metric([self._name, event], stats[event])
         for tier, count in stats["spills"].items():
             events.add_metric([self._name, f"spills_{tier}"], count)
-        yield from (nbytes, budget, contexts, lookups, events)
+        answers = GaugeMetricFamily("kvzip_answers", "Answers that run, and that wait for their turn", labels=["engine", "state"])
+        for state in ("running", "waiting"):
+            answers.add_metric([self._name, state], stats[state])
+        oldest = GaugeMetricFamily("kvzip_oldest_wait_seconds", "How long the oldest of those has waited", labels=["engine"])
+        oldest.add_metric([self._name], stats["oldest_wait_s"])
+        yield from (nbytes, budget, contexts, lookups, events, answers, oldest)
 
 
 def export_metrics(engine: KVzipEngine, name: str = "default", registry: CollectorRegistry = REGISTRY) -> EngineCollector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
-from kvzip_memory.batching import Admission, Batcher, Choose, Worker
+from kvzip_memory.batching import Admission, Batcher, Choose, Gate, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.errors import UnsupportedModelError
 from kvzip_memory.graphs import DecodeSteps
@@ -54,6 +55,7 @@ class LanguageModel:
         eos_ids: ids that end an answer.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
+        places: threads for answers that an event loop waits for.
 
     Raises:
         UnsupportedModelError: naming the property of the model that stands in the way.
@@ -84,6 +86,7 @@ class LanguageModel:
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
+        self.places = Places(max_running)
         if config.model_type not in TESTED:
             self._compare_with_original()
 
@@ -91,6 +94,15 @@ class LanguageModel:
     def alone(self) -> bool:
         """Whether at most one answer is running."""
         return self._admission.running <= 1
+
+    def load(self) -> dict[str, int | float]:
+        """How many answers run, how many wait for their turn, and for how many seconds the oldest has waited."""
+        waiting = [*self._admission.waiting, *self.places.waiting]
+        return {
+            "running": self._admission.running,
+            "waiting": len(waiting),
+            "oldest_wait_s": time.monotonic() - min(waiting) if waiting else 0.0,
+        }
 
     @property
     def device(self) -> torch.device:
@@ -162,13 +174,15 @@ class LanguageModel:
         return self._batcher.step(row, last, n_logits, choose)
 
     @contextmanager
-    def answering(self, tail: Tail, cancelled: threading.Event | None = None) -> Iterator[None]:
-        """Around an answer into a tail, from its question to its last token; it does not wait for its turn once it is ``cancelled``.
+    def answering(self, tail: Tail, entry: Gate | None = None) -> Iterator[None]:
+        """Around an answer into a tail, from its question to its last token; it does not wait for its turn once its ``entry`` is open.
 
         Raises:
             QueueFullError: more answers run and wait than the engine allows.
+            KVzipError: the process was forked since the engine was made.
         """
-        with self._admission.admitted(cancelled):
+        self._worker.check()
+        with self._admission.admitted(entry):
             try:
                 yield
             finally:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 
+from kvzip_memory.batching import Gate, check_thread
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
@@ -21,9 +24,11 @@ from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import PromptBuilder
+from kvzip_memory.sharing import NotPickled
 from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
 from kvzip_memory.talk import Asked, Talk
+from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool
 
 
@@ -51,7 +56,7 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: up to the end of the turn or a stop string.
+        text: up to the end of the turn or a stop string; what was read of it if it was cancelled.
         usage: token counts.
         finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``.
         receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
@@ -71,32 +76,88 @@ class Reply:
 Fold = Callable[[CompressedContext | None, Sequence[int], int, DensePairs, float | None, str | None], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
+_LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
 
 
-@dataclass
+@dataclass(eq=False)
 class _Turn:
-    """An answer under way; shared by the stream that shows it and the session that computes it."""
+    """An answer under way; shared by the stream that shows it and the session that computes it.
+
+    It is over when nothing more is decoded, and settled when the session has kept it or taken it back. Streams are dropped wherever
+    garbage is collected, so what that calls waits for nobody: a lock that lets its own thread in again, and gates.
+    """
 
     asked: Asked
     params: GenerationParams
     answer: Answer = field(default_factory=Answer)
-    cancelled: threading.Event = field(default_factory=threading.Event)
     prefilled: float | None = None  # when its first token was there
     reply: Reply | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)  # nobody waits for it
+    entry: Gate = field(default_factory=SimpleQueue)  # opened when it is its turn, or when it is cancelled
+    over: bool = False
+    kept: bool | None = None  # None until it is settled
+    settled: Gate = field(default_factory=SimpleQueue)  # opened then
+    lock: threading.RLock = field(default_factory=threading.RLock)
 
 
-class Stream(Iterator[str]):
+class _Ahead(Iterator[str]):
+    """Pieces that a generator yields in a thread of its own, whether or not they are read."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True)
+        self._thread.start()
+
+    def __next__(self) -> str:
+        release()
+        if not self._thread.is_alive() and self._pieces.empty():  # its last words are there before it ends
+            check_thread(self._thread)
+        piece = self._pieces.get()
+        if isinstance(piece, str):
+            return piece
+        self._pieces.put(None)  # for whoever asks again
+        raise StopIteration if piece is None else piece
+
+
+def _run_ahead(pieces: Iterator[str], read: SimpleQueue[str | BaseException | None]) -> None:
+    try:
+        for piece in pieces:
+            read.put(piece)
+        read.put(None)
+    except BaseException as error:
+        read.put(error)
+
+
+class Stream(NotPickled, Iterator[str]):
     """An answer as it is generated: iterate over its pieces; :attr:`reply` is there when they have ended.
 
-    An answer that is closed, cancelled, dropped or fails is taken back: its session is as it was before the question.
+    Decoding begins when the first piece is asked for, and goes on in a thread of its own, whether or not the pieces are read: a
+    reader that is away keeps nobody waiting, and pieces that are not read are a little text. The answer is part of its session
+    once it was read to its end. One that is closed, cancelled or dropped before, or fails, is taken back: its session is as it was
+    before the question.
     """
+
+    _way_out = "it is read once; copy what it has given"
 
     def __init__(self, session: Session, turn: _Turn) -> None:
         self._session, self._turn = session, turn
-        self._pieces = session._answer(turn)
+        self._pieces: Iterator[str] | None = None  # None until the first one is asked for
+        self._here = False
+        self._read: list[str] = []
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        session, turn = self._session, self._turn
+        with turn.lock:
+            if self._pieces is None and not turn.cancelled.is_set():
+                answer = session._answer(turn)
+                self._pieces = answer if self._here else _Ahead(answer)
+        for piece in self._pieces or ():
+            if not turn.cancelled.is_set():
+                self._read.append(piece)
+                return piece
+        session._settle(turn, keep=not turn.cancelled.is_set())
+        raise StopIteration
 
     def __enter__(self) -> Stream:
         return self
@@ -107,18 +168,35 @@ class Stream(Iterator[str]):
     def __del__(self) -> None:
         self.close()
 
+    def in_this_thread(self) -> Stream:
+        """Decode in the thread that iterates, which saves one. For readers that do not stop before the end."""
+        self._here = True
+        return self
+
+    def whole(self) -> Reply:
+        """Read what is left, in this thread; the whole answer."""
+        with self.in_this_thread():
+            deque(self, maxlen=0)
+            return self.reply
+
     def cancel(self) -> None:
-        """End the answer after the token being computed; may be called from any thread."""
-        self._turn.cancelled.set()
+        """End the answer after the token being computed, and what was not read of it; may be called from any thread."""
+        turn = self._turn
+        if turn.kept is not None:
+            return
+        turn.cancelled.set()
+        turn.entry.put(None)
+        with turn.lock:
+            turn.over = turn.over or self._pieces is None
+        if turn.over:
+            self._session._settle(turn, keep=False)
 
     def close(self) -> None:
-        """End the answer now; from another thread than the one that iterates, after the token being computed."""
-        try:
-            self._pieces.close()
-        except ValueError:  # the generator is running, in another thread
-            self.cancel()
-            return
-        self._session._release(self._turn)  # a generator that never started has not released it
+        """:meth:`cancel`; the session may be asked at once, and waits for that token."""
+        self.cancel()
+        if isinstance(self._pieces, Generator):
+            with suppress(ValueError):  # it is running, in another thread, and will end
+                self._pieces.close()
 
     @property
     def reply(self) -> Reply:
@@ -127,17 +205,20 @@ class Stream(Iterator[str]):
         Raises:
             SessionBusyError: it has not ended yet.
         """
-        if self._turn.reply is None:
+        turn = self._turn
+        if turn.kept is None or turn.reply is None:
             raise SessionBusyError("the answer has not ended; iterate over the stream first")
-        return self._turn.reply
+        return turn.reply if turn.kept else replace(turn.reply, text="".join(self._read), finish_reason="cancelled")
 
 
-class Session:
+class Session(NotPickled):
     """One conversation over a context, or over none: questions and answers so far, in a private tail.
 
     The context is shared and never changed. A session answers one question at a time; different sessions may be
-    used from different threads.
+    used from different threads. A copy, deep or not, is a :meth:`fork`.
     """
+
+    _way_out = "fold() its turns and give the key of the context that this makes, or ask with the conversation as messages"
 
     def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None, fold: Fold) -> None:
         self._model, self._prompts, self._fold = model, prompts, fold
@@ -159,10 +240,7 @@ class Session:
             WindowError: the conversation would not fit into the model's window.
             SessionBusyError: the session is still answering.
         """
-        with self.stream(question, tools, behind, **params) as stream:
-            for _ in stream:
-                pass
-            return stream.reply
+        return self.stream(question, tools, behind, **params).whole()
 
     def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
@@ -194,6 +272,12 @@ class Session:
             twin = Session(self._model, self._prompts, self.context, self._fold)
             twin._tail, twin._talk = self._tail.copy(), self._talk.copy()
             return twin
+
+    def __copy__(self) -> Session:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Session:
+        return self.fork()
 
     def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
         """Compress the older turns: they become part of a context of their own, over which the session goes on.
@@ -256,11 +340,14 @@ class Session:
         self._talk = Talk(self._prompts, context)
 
     def _check_idle(self) -> None:
+        turn = self._turn
+        if turn is not None and turn.cancelled.is_set():
+            turn.settled.get()  # within a token
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
-        """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
+        """Compute the pieces of an answer; take it back unless it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = turn.asked.start, self._start + turn.asked.start
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
@@ -269,7 +356,7 @@ class Session:
         tail.crop(start)
         began = time.perf_counter()
         try:
-            with model.answering(tail, turn.cancelled), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+            with model.answering(tail, turn.entry), self._lease(turn) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
@@ -280,15 +367,20 @@ class Session:
             receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
             turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
         finally:
-            if complete:
-                self._commit(turn)
-            else:
-                tail.crop(start)
-            self._release(turn)
+            turn.over = True
+            if not complete or turn.cancelled.is_set():
+                self._settle(turn, keep=False)
+
+    def _lease(self, turn: _Turn) -> AbstractContextManager[Lease]:
+        if self.context is None or turn.cancelled.is_set():
+            return nullcontext(_NO_LEASE if self.context is None else _LEFT)
+        return self.context.lease()
 
     def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
+        if turn.cancelled.is_set():  # while it waited
+            return
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         lookup = PromptLookup(np.concatenate([read, self._talk.ids[: row.tail.length], turn.asked.ids]), model.device.type)
         chosen = model.feed(row, turn.asked.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
@@ -322,6 +414,17 @@ class Session:
         reader = Detokenizer(self._prompts.tokenizer, self._shown)
         return "".join(map(reader.push, ids)) + reader.flush()
 
-    def _release(self, turn: _Turn) -> None:
-        if self._turn is turn:
+    def _settle(self, turn: _Turn, keep: bool) -> None:
+        """Make an answer that is over part of the conversation, or take it back; once."""
+        with turn.lock:
+            if turn.kept is not None:
+                return
+            turn.kept = keep
+        try:
+            if keep:
+                self._commit(turn)
+            else:
+                self._tail.crop(turn.asked.start)
+        finally:
             self._turn = None
+            turn.settled.put(None)

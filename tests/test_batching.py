@@ -1,12 +1,13 @@
 """Answers of many threads, decoded together: each as if it were alone."""
 
+import asyncio
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import torch
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, QueueFullError, threads
-from kvzip_memory.batching import Admission, Worker
+from kvzip_memory.batching import Admission, Gate, Worker
 from kvzip_memory.cache import Row
+from kvzip_memory.integration import Started, in_thread
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
 
@@ -148,9 +150,88 @@ def test_a_long_question_is_fed_in_chunks_between_the_steps_of_others(monkeypatc
     assert max(between) > 1  # steps of the running answer lie between its chunks
 
 
+@pytest.mark.parametrize("count", [4, 32])
+def test_streams_that_are_open_and_unread_stop_nobody(count: int) -> None:
+    engine = tiny_engine(max_running=count)
+    expected = engine.generate(None, "Who?", max_new_tokens=30).text
+    pieces: list[list[str]] = []
+
+    def open_all() -> None:
+        streams = [engine.stream(None, "Who?", max_new_tokens=30) for _ in range(count + 1)]  # the last one in the same thread
+        pieces.extend([next(stream)] for stream in streams)
+        assert engine.generate(None, "Who?", max_new_tokens=30).text == expected
+        for read, stream in zip(pieces, streams, strict=True):
+            read.extend(stream)
+            assert stream.reply.text == expected
+
+    thread = threading.Thread(target=open_all, daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert ["".join(read) for read in pieces] == [expected] * (count + 1)
+    assert engine.stats()["running"] == 0
+
+
+def test_who_runs_and_who_waits_since_when_is_told() -> None:
+    engine, go = tiny_engine(max_running=2), threading.Event()
+    forward = engine._model._batcher._forward
+
+    def held(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
+        go.wait()
+        return forward(rows, ids, n_logits)
+
+    engine._model._batcher._forward = held
+    asked = [threading.Thread(target=lambda: engine.generate(None, "Who?", max_new_tokens=2)) for _ in range(5)]
+    began = time.monotonic()
+    for thread in asked:
+        thread.start()
+    while engine.stats()["waiting"] < 3:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    stats, passed = engine.stats(), time.monotonic() - began
+    assert (stats["running"], stats["waiting"]) == (2, 3)
+    assert 0.05 <= stats["oldest_wait_s"] <= passed
+    go.set()
+    for thread in asked:
+        thread.join()
+    assert {what: engine.stats()[what] for what in ("running", "waiting", "oldest_wait_s")} == {
+        "running": 0,
+        "waiting": 0,
+        "oldest_wait_s": 0.0,
+    }
+
+
+async def test_answers_for_an_event_loop_take_a_thread_each_and_wait_without_one() -> None:
+    engine, go = tiny_engine(max_running=2), threading.Event()
+    expected = engine.generate(None, "Who?", max_new_tokens=6).text
+    forward = engine._model._batcher._forward
+
+    def held(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
+        go.wait()
+        return forward(rows, ids, n_logits)
+
+    def pieces(started: Started) -> Iterator[str]:
+        with engine.stream(None, "Who?", max_new_tokens=6) as stream:
+            started(stream)
+            yield from stream
+
+    async def answer() -> str:
+        return "".join([piece async for piece in in_thread(pieces, engine, lambda: engine)])
+
+    engine._model._batcher._forward = held
+    before = threading.active_count()
+    answers = asyncio.gather(*(answer() for _ in range(5)))
+    while engine.stats()["running"] < 2:
+        await asyncio.sleep(0.001)
+    assert engine.stats()["waiting"] == 3
+    assert threading.active_count() == before + 2
+    go.set()
+    assert await answers == [expected] * 5
+
+
 def test_more_answers_than_may_wait_are_refused_with_a_clear_error() -> None:
     engine = tiny_engine(max_running=1, max_waiting=1)
-    running = engine.stream(None, "Go on.", max_new_tokens=50)
+    running = engine.stream(None, "Go on.", max_new_tokens=1500)
     next(running)
     waiting = threading.Thread(target=lambda: engine.generate(None, "Who?", max_new_tokens=2))
     waiting.start()
@@ -184,27 +265,27 @@ def test_admission_is_first_come_first_served() -> None:
 
 
 def test_whoever_leaves_the_queue_takes_no_place_along() -> None:
-    admission, cancelled, waiting = Admission(1, 10), threading.Event(), threading.Event()
+    admission, entry = Admission(1, 10), Gate()
 
     def enter() -> None:
-        waiting.set()
-        with admission.admitted(cancelled):
+        with admission.admitted(entry):
             pass
 
     with admission.admitted():
         thread = threading.Thread(target=enter)
         thread.start()
-        waiting.wait()
-        cancelled.set()
+        while not admission.waiting:
+            time.sleep(0.001)
+        entry.put(None)
         thread.join(timeout=30)
         assert not thread.is_alive()
     assert admission.running == 0
 
-    class Interrupt(threading.Event):
-        def is_set(self) -> bool:
+    class Interrupt:
+        def get(self) -> None:
             raise KeyboardInterrupt
 
-    with admission.admitted(), pytest.raises(KeyboardInterrupt), admission.admitted(Interrupt()):
+    with admission.admitted(), pytest.raises(KeyboardInterrupt), admission.admitted(Interrupt()):  # type: ignore[arg-type]
         pass
     assert admission.running == 0
     with pytest.raises(InputError, match="max_running is 0"):
@@ -311,4 +392,36 @@ begun.wait()
 def test_answers_that_run_when_the_main_thread_ends_end() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     out = subprocess.run([sys.executable, "-c", ENDING], env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    assert out.split() == ["True"] * 3
+
+
+ENDING_UNREAD = """
+import os
+import sys
+from conftest import tiny_engine
+from kvzip_memory import KVzipError
+
+engine = tiny_engine(max_running=2)
+streams = [engine.stream(None, "Who?", max_new_tokens=1500) for _ in range(2)]
+for stream in streams:
+    next(stream)
+if (pid := os.fork()) == 0:
+    for attempt in (lambda: next(streams[0]), lambda: engine.session().ask("Who?")):
+        while True:
+            try:
+                attempt()
+            except KVzipError as error:
+                print("spawn" in str(error), flush=True)
+                break
+    streams[0].close()
+    os._exit(0)
+os.waitpid(pid, 0)
+print(len("".join(streams[0])) > 0)
+"""
+
+
+def test_a_process_that_ends_or_forks_while_streams_are_unread_does_not_hang() -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-W", "ignore", "-c", ENDING_UNREAD]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
     assert out.split() == ["True"] * 3

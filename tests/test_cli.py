@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -158,4 +160,19 @@ def test_prometheus_reads_the_counters(tmp_path: Path) -> None:
     assert value("kvzip_tier_contexts", tier="disk") == 1
     assert value("kvzip_tier_bytes", tier="device") == engine.stats()["tiers"]["device"]["nbytes"]
     assert value("kvzip_events_total", event="stored") == 1
+    assert (value("kvzip_answers", state="running"), value("kvzip_answers", state="waiting")) == (0, 0)
+    assert value("kvzip_oldest_wait_seconds") == 0
     engine.close()
+
+
+def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN IMMEDIATE")
+        for command in (["ls"], ["show", "page"], ["gc"], ["stats"]):
+            out = CliRunner().invoke(app, [*command, "--cache-dir", str(folder)])
+            assert isinstance(out.exception, OSError)
+            assert "another process holds the index locked" in str(out.exception)
+        doctor = run(folder, "doctor", code=1)
+        assert [finding["found"] for finding in doctor if finding["what"] == "index"] == ["another process holds the index locked"]
+        holder.execute("ROLLBACK")
+    assert len(run(folder, "ls")) == 2

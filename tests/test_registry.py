@@ -10,19 +10,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 
 import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine
+from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, loading
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
+from kvzip_memory.locks import held
 from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import Index, IndexDamagedError
@@ -235,7 +238,7 @@ def test_a_context_that_is_answered_from_is_not_moved(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.4, device_bytes=size)
     engine.registry._wait_s = 0.3
     context = engine.load(TEXT)
-    with engine.stream(context, "Who?", max_new_tokens=4) as stream:
+    with engine.stream(context, "Who?", max_new_tokens=1500) as stream:
         next(stream)
         with pytest.raises(BudgetError, match=r"1 contexts in use"):
             engine.load(TEXT[:-5])
@@ -945,6 +948,88 @@ def test_a_read_only_file_system_serves_what_it_has(tmp_path: Path) -> None:
     )
     prepare = f"cp -r {tmp_path / 'cache'}/* {tmp_path / 'mounted'}/ && mount -o remount,ro {tmp_path / 'mounted'}"
     assert in_a_mount(tmp_path / "mounted", "20m", prepare, script).split() == ["disk", "built", "True"]
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["reads too", "writes"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_index_that_somebody_holds_costs_a_second_and_a_warning(
+    everything: bool, when: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_and_close(tmp_path)
+    if when == "after":
+        engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        if everything and when == "before":  # nobody else may have it open
+            holder.execute("PRAGMA locking_mode=EXCLUSIVE")
+        holder.execute("BEGIN IMMEDIATE")
+        holder.execute("CREATE TABLE held (x)")
+        began = time.monotonic()
+        if when == "before":
+            engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+        stored, new, third = engine.load(TEXT), engine.load(TEXT + "More."), engine.load(TEXT + "Still more.")
+        engine.registry.flush()
+        assert time.monotonic() - began < 8  # it was some minutes
+        assert (stored.receipt.tier, new.receipt.tier) == ("disk", "built")  # type: ignore[union-attr]
+        assert engine.generate(new, "Who?", max_new_tokens=2).text
+        assert len(blobs(tmp_path)) == 1
+        holder.execute("ROLLBACK")
+    assert "cache.db" in os.listdir(tmp_path / "contexts" / "index")
+    assert sum("for a second" in record.message for record in caplog.records) == 1
+    engine.generate(new, "Who?", max_new_tokens=2)  # its next use
+    engine.registry._writer.submit(lambda: None).result()
+    assert engine.registry.tiers(new.key) == ["device", "disk"]
+    assert len(blobs(tmp_path)) == 2
+    engine.close()  # the others
+    assert {path.stem for path in blobs(tmp_path)} == {stored.key, new.key, third.key}
+    assert "free again" in caplog.text
+    again = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    assert {entry.key for entry in again.registry.contexts()} == {stored.key, new.key, third.key}
+    again.close()
+
+
+def test_who_waits_for_another_process_is_told_after_a_second(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    key = load_and_close(tmp_path / "elsewhere").key
+    with engine.registry._disk.lock(key):  # type: ignore[union-attr]
+        asking = threading.Thread(target=engine.load, args=(TEXT,))
+        asking.start()
+        while "waiting for another process" not in caplog.text:
+            assert asking.is_alive()
+            time.sleep(0.01)
+    asking.join()
+    monkeypatch.setattr(loading, "_convert", lambda *args: None)
+    source = tmp_path / "tiny.gguf"
+    source.write_bytes(b"weights")
+    with FileLock(f"{loading._converted(source, 'float32', tmp_path)}.lock"):
+        converting = threading.Thread(target=loading._converted, args=(source, "float32", tmp_path))
+        converting.start()
+        while "is converting tiny.gguf" not in caplog.text:
+            assert converting.is_alive()
+            time.sleep(0.01)
+    converting.join()
+    with FileLock(tmp_path / "lock"):
+        for timeout, told in ((0.1, False), (1.2, True)):
+            caplog.clear()
+            with pytest.raises(Timeout), held(FileLock(tmp_path / "lock"), "tidying up", timeout):
+                pass
+            assert ("is tidying up" in caplog.text) == told
+    engine.close()
+
+
+def test_a_folder_is_fixed_when_the_engine_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    engine, registry = tiny_engine(cache_dir="cache"), ContextRegistry(torch.device("cpu"), Path("cache/contexts"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert engine.cache_dir == tmp_path / "cache"
+    context = engine.load(TEXT)
+    engine.close()
+    assert [path.stem for path in blobs(tmp_path / "cache")] == [context.key]
+    assert [entry.key for entry in registry.contexts()] == [context.key]
+    registry.close()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> None:

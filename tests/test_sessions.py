@@ -1,7 +1,10 @@
 """Conversations: each alone, whatever others do."""
 
 import gc
+import signal
 import threading
+import time
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +66,9 @@ def test_a_reset_session_is_like_a_new_one(engine: KVzipEngine) -> None:
     assert all(torch.equal(x, y) for x, y in zip(first, converse(session, QUESTIONS), strict=True))
 
 
-@pytest.mark.parametrize("end", ["close", "drop", "cancel", "exception", "never started"])
+@pytest.mark.parametrize(
+    "end", ["close", "drop", "cancel", "exception", "never started", "all decoded", "all decoded, cancel", "in a cycle"]
+)
 def test_an_answer_that_does_not_end_is_taken_back(engine: KVzipEngine, end: str) -> None:
     session = engine.session(engine.load(TEXT, ratio=0.4))
     session.ask(QUESTIONS[0], max_new_tokens=6)
@@ -72,10 +77,20 @@ def test_an_answer_that_does_not_end_is_taken_back(engine: KVzipEngine, end: str
     if end != "never started":
         next(stream)
         next(stream)
-    if end == "cancel":
-        threading.Thread(target=stream.cancel).start()
-        list(stream)
-        assert stream.reply.finish_reason == "cancelled"
+    if end.startswith("all decoded"):
+        while engine.stats()["running"]:
+            time.sleep(0.001)
+        assert session.n_tokens == length  # it counts when it has been read
+    if end.endswith("cancel"):
+        thread = threading.Thread(target=stream.cancel)
+        thread.start()
+        read = stream._read[:2]
+        while piece := next(stream, ""):
+            read.append(piece)
+        thread.join()
+        assert (stream.reply.finish_reason, stream.reply.text) == ("cancelled", "".join(read))
+    elif end == "in a cycle":
+        stream.itself = stream  # type: ignore[attr-defined]
     elif end == "exception":
         with pytest.raises(KeyError), stream:
             raise KeyError
@@ -87,7 +102,8 @@ def test_an_answer_that_does_not_end_is_taken_back(engine: KVzipEngine, end: str
     assert torch.equal(probe(session), before)
 
 
-def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipEngine) -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipEngine, streamed: bool) -> None:
     session = engine.session(engine.load(TEXT, ratio=0.4))
     session.ask(QUESTIONS[0], max_new_tokens=6)
     before = probe(session)
@@ -97,7 +113,7 @@ def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipE
 
     handle = engine.model.model.layers[2].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        session.ask(QUESTIONS[1])
+        next(session.stream(QUESTIONS[1])) if streamed else session.ask(QUESTIONS[1])
     handle.remove()
     assert torch.equal(probe(session), before)
     assert session.ask(QUESTIONS[1], max_new_tokens=6).text
@@ -111,6 +127,41 @@ def test_a_session_that_is_answering_says_so(engine: KVzipEngine) -> None:
             with pytest.raises(SessionBusyError):
                 attempt()
     assert session.ask(QUESTIONS[0], max_new_tokens=6).text
+
+
+def test_a_stream_that_nobody_reads_decodes_on_and_lets_go_of_its_context() -> None:
+    alone = tiny_engine(ratio=0.4)
+    context = alone.load(TEXT)
+    expected = alone.generate(context, QUESTIONS[0], max_new_tokens=40)
+    engine = tiny_engine(ratio=0.4, device_bytes=context.nbytes)
+    session = engine.session(engine.load(TEXT))
+    stream, unread = session.stream(QUESTIONS[0], max_new_tokens=40), engine.stream(None, "Who?")
+    pieces = [next(stream)]
+    assert engine.load(TEXT[:-5]).nbytes < context.nbytes  # waits for its end; there is no room beside it
+    assert "".join([*pieces, *stream]) == expected.text
+    assert stream.reply.usage == expected.usage
+    assert engine.stats()["running"] == 0
+    assert (unread._pieces, session.n_tokens) == (None, session.context.n_tokens + len(session._talk.ids))  # type: ignore[union-attr]
+
+
+def test_an_interrupted_reader_gets_the_rest(engine: KVzipEngine) -> None:
+    expected = engine.generate(None, QUESTIONS[0], max_new_tokens=20).text
+    forward, go = engine._model._batcher._forward, threading.Event()
+
+    def held(*args: Any) -> list[torch.Tensor]:
+        go.wait()
+        return forward(*args)
+
+    engine._model._batcher._forward = held
+    session = engine.session()
+    stream = session.stream(QUESTIONS[0], max_new_tokens=20)
+    timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    go.set()
+    assert "".join(stream) == expected
+    assert session.n_tokens == len(session._talk.ids) > 0
 
 
 def test_threads_get_the_answers_each_gets_alone(engine: KVzipEngine) -> None:

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
-from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
+from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
 
@@ -183,7 +183,7 @@ class KVzipChatModel(BaseChatModel):
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
-    engines: Any = Field(default_factory=dict, exclude=True, repr=False)
+    engines: Any = Field(default_factory=LazyEngines, exclude=True, repr=False)
     """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
     @model_validator(mode="before")
@@ -205,6 +205,8 @@ class KVzipChatModel(BaseChatModel):
         if not self.model_name and self.given_engine is not None:
             name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
             self.model_name = Path(name).name if os.path.isdir(name) else name
+        elif self.given_engine is None:  # loaded later, perhaps from elsewhere
+            self.model_name, self.cache_dir = located(self.model_name), fixed_folder(self.cache_dir)
         return self
 
     @model_validator(mode="after")

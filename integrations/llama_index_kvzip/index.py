@@ -28,6 +28,7 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInf
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import CALL_OPTIONS, KVzipLLM
 from llama_index_kvzip.packing import encodable, readable, room, size
@@ -67,7 +68,7 @@ class _WholeDocuments(TransformComponent):
 _WHOLE: list[TransformComponent] = [_WholeDocuments()]
 
 
-class KVzipIndex(BaseManagedIndex):
+class KVzipIndex(Shared, BaseManagedIndex):
     """Documents in as few compressed contexts as the model's window allows; every question is answered from all of them.
 
     .. code-block:: python
@@ -81,7 +82,7 @@ class KVzipIndex(BaseManagedIndex):
     Texts and the split into contexts are persisted by the ``StorageContext``; the contexts lie in the registry of the model's
     engine, on disk if it has a ``cache_dir``, and are built again only if they are found nowhere. A change rebuilds the contexts
     that the changed documents leave and join, no others; one that fails leaves the documents as they were. Query engines and
-    retrievers made before a change see it.
+    retrievers made before a change see it, also copies of them: a copy of the index, deep or not, is the index itself.
 
     Args:
         llm: what reads the documents and answers.
@@ -96,6 +97,7 @@ class KVzipIndex(BaseManagedIndex):
     """
 
     index_struct_cls = IndexDict
+    _way_out = "persist() its storage context, and open it there by from_storage"
 
     def __init__(
         self,

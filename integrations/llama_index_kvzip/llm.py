@@ -34,8 +34,8 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
-from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
+from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
 
@@ -112,7 +112,18 @@ class KVzipLLM(FunctionCallingLLM):
                 raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
             name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
             self.model = Path(name).name if os.path.isdir(name) else name
+        elif self.given_engine is None:  # loaded later, perhaps from elsewhere
+            self.model, self.cache_dir = located(self.model), fixed_folder(self.cache_dir)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle makes the engine anew; LlamaIndex would leave out one that was given, and make one of a like name."""
+        if self.given_engine is not None or self.context is not None:
+            raise NotPicklableError(
+                "a KVzipLLM with an engine or a context cannot be pickled or sent to another process; make it there with model= and the "
+                "same cache_dir, and give it the context's key"
+            )
+        return super().__getstate__()
 
     @classmethod
     def class_name(cls) -> str:

@@ -35,9 +35,10 @@ from filelock import FileLock, Timeout
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
+from kvzip_memory.locks import QUIET_S, held
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
 from kvzip_memory.registry.identity import family_of
-from kvzip_memory.registry.index import Index, IndexDamagedError, IndexUnavailableError
+from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +105,15 @@ class NotStoredError(Exception):
 
 
 def _needs_index(method: Callable[Concatenate[DiskTier, P], T]) -> Callable[Concatenate[DiskTier, P], T]:
-    """Make a damaged index anew from the blobs and try again, once."""
+    """Make a damaged index anew from the blobs and try again, once. One that is held is left alone until it is free."""
 
     @wraps(method)
     def guarded(self: DiskTier, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(self, *args, **kwargs)
+        except IndexHeldError:
+            self._note_held()
+            raise
         except IndexDamagedError as error:
             try:
                 self._replace_index(str(error))
@@ -141,10 +145,9 @@ class DiskTier:
                 self._check_layout()
         self._index: Index | None = None
         self._opened_file: int | None = None
+        self._held = False  # by another process, when last looked at
         with suppress(IndexUnavailableError):  # what is stored can be read without it
-            self._open_index()
-            self._collect_dead_writers()
-            self._reconcile()
+            self._tidy()
 
     def _check_layout(self) -> None:
         path = self.root / "FORMAT"
@@ -315,9 +318,16 @@ class DiskTier:
             nbytes = writing.pop(key, 0)
             self._set_totals(index, usage - nbytes, writing)
 
-    @_needs_index
     def _insert(self, entry: Entry) -> None:
-        """Turn the reservation into a row."""
+        """Turn the reservation into a row. The file is there, so it has some patience."""
+        for _ in range(9):
+            with suppress(IndexHeldError):
+                return self._insert_now(entry)
+            time.sleep(QUIET_S)
+        self._insert_now(entry)
+
+    @_needs_index
+    def _insert_now(self, entry: Entry) -> None:
         index = self._opened()
         with index.transaction():
             usage, writing = self._totals(index)
@@ -624,12 +634,35 @@ class DiskTier:
 
     # -- keeping the index sound ---------------------------------------------------------------------------------
 
+    def check_free(self) -> None:
+        """Raises:
+        IndexUnavailableError: another process held the index when it was last used, and holds it still.
+        """
+        if self._held:
+            if not is_free(self.root / "index"):
+                raise IndexHeldError(HELD)
+            self._held = False
+            logger.warning("the index of %s is free again", self.root)
+
     def _opened(self) -> Index:
+        self.check_free()
         if self._index is None:
             self._open_index()
         if self._index is None:
             raise IndexUnavailableError("the index could not be opened")
         return self._index
+
+    def _note_held(self) -> None:
+        if not self._held:
+            self._held = True
+            logger.warning("%s for a second: %s; until it is free contexts are stored in memory only", HELD, self.root / "index")
+
+    @_needs_index
+    def _tidy(self) -> None:
+        """What killed processes have left, when a folder is opened."""
+        self._opened()
+        self._collect_dead_writers()
+        self._reconcile()
 
     def _open_index(self) -> None:
         self._opened_file = self._index_file()
@@ -690,7 +723,7 @@ class DiskTier:
 
     def _replace_index(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
-        with FileLock(self.root / "locks" / "index.lock", thread_local=False, mode=0o600):
+        with held(FileLock(self.root / "locks" / "index.lock", thread_local=False, mode=0o600), "making a damaged index anew"):
             salvaged = self._salvaged()
             with suppress(Exception):
                 if self._index is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.index import IndexHeldError
 
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"}
 
@@ -78,6 +79,9 @@ def _space(root: Path) -> Finding:
 def _index(disk: DiskTier) -> Finding:
     try:
         counted, measured = disk.usage(), disk.measured()
+    except IndexHeldError as error:
+        advice = f"contexts are served, but none is stored; find out who has {disk.root / 'index'} open"
+        return Finding("problem", "index", str(error), advice)
     except OSError as error:
         return Finding("problem", "index", f"cannot be used: {error}", "contexts are served, but none is stored; make the folder writable")
     if disk.quarantined:

@@ -12,13 +12,15 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import diskcache
 import xxhash
 from diskcache.core import MODE_RAW, UNKNOWN
+
+from kvzip_memory.locks import QUIET_S
 
 Row = dict[str, Any]
 
@@ -33,12 +35,20 @@ _DAMAGE = {
 }
 
 
+#: Why nothing is looked up or stored meanwhile.
+HELD = "another process holds the index locked"
+
+
 class IndexDamagedError(Exception):
     """The index holds something we have not written, or SQLite says it is malformed."""
 
 
 class IndexUnavailableError(OSError):
     """The index cannot be read or written now: a full disk, a read-only folder, another process that holds it."""
+
+
+class IndexHeldError(IndexUnavailableError):
+    """Another process has kept the index locked for a second."""
 
 
 class _Rows(diskcache.Disk):
@@ -85,9 +95,11 @@ class Index:
             database = folder / "cache.db"
             if not database.exists():  # SQLite gives its other files the same mode
                 os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+            if not is_free(folder, QUIET_S):  # diskcache would try for a minute
+                raise IndexHeldError(HELD)
             self._rows = diskcache.Cache(
                 str(folder),
-                timeout=10,
+                timeout=QUIET_S,
                 disk=_Rows,
                 eviction_policy="none",
                 cull_limit=0,
@@ -155,6 +167,21 @@ class Index:
         return xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) + text
 
 
+def is_free(folder: Path, wait_s: float = 0.05) -> bool:
+    """Whether an index can be written, as far as locks go; waits so long for others."""
+    try:
+        with closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("ROLLBACK")
+    except sqlite3.Error as error:
+        return not _is_held(error)
+    return True
+
+
+def _is_held(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def _unpacked(key: str, packed: str) -> Row:
     checksum, text = packed[:16], packed[16:]
     if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
@@ -180,8 +207,13 @@ def _translated() -> Iterator[None]:
     except (IndexDamagedError, IndexUnavailableError, UnicodeEncodeError):  # the last is what was asked for
         raise
     except diskcache.Timeout as error:
-        raise IndexUnavailableError("the index is locked by another process, or its folder cannot be written") from error
+        cause = error.__context__
+        if isinstance(cause, sqlite3.Error) and _is_held(cause):
+            raise IndexHeldError(HELD) from error
+        raise IndexUnavailableError(f"SQLite: {cause}") from error
     except sqlite3.Error as error:
+        if _is_held(error):
+            raise IndexHeldError(HELD) from error
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _DAMAGE:
             raise IndexDamagedError(f"SQLite: {error}") from error
         raise IndexUnavailableError(f"SQLite: {error}") from error

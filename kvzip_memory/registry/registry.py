@@ -23,8 +23,11 @@ from filelock import FileLock, Timeout
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.locks import Notice
+from kvzip_memory.locks import held as holding
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
+from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
 
 logger = logging.getLogger(__name__)
@@ -125,12 +128,13 @@ class ContextRegistry:
         self._counts: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
         self._warned: set[str] = set()
+        self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
         self._disk: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder, budget)
+                self._disk = DiskTier(folder.expanduser().absolute(), budget)
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
@@ -200,6 +204,8 @@ class ContextRegistry:
             if error is not None:
                 raise error
         self._annotate(held, wanted)
+        if held.key in self._unstored:
+            self._store_later([held])
         return held, story
 
     def _alive(self, held: Held) -> bool:
@@ -402,6 +408,7 @@ class ContextRegistry:
             return None, None
         began = time.perf_counter()
         lock = self._disk.lock(wanted.key)
+        notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
                 with suppress(Timeout):
@@ -411,6 +418,7 @@ class ContextRegistry:
                     return None, held
                 if lock.is_locked:
                     return lock, None
+                notice.look()
                 note = self._disk.reported(wanted.key) or {}
                 waiting(str(note.get("stage", "waiting")), int(note.get("done", 0)), int(note.get("total", 0)))
                 time.sleep(_POLL_S)
@@ -441,6 +449,26 @@ class ContextRegistry:
             lock.release()
             self._let_go(held)
 
+    def _store_later(self, unstored: Sequence[Held]) -> None:
+        """Try again, in the background, to store contexts for which the index was not free. With them in use, or the lock held."""
+        with self._changed:
+            for held in unstored:
+                self._unstored.discard(held.key)
+                held.users += 1
+
+        def write(held: Held) -> None:
+            try:
+                if not self.is_removed(held.key):
+                    self._stored_under_lock(held)
+            finally:
+                self._let_go(held)
+
+        for held in unstored:
+            try:
+                self._writer.submit(write, held)
+            except RuntimeError:  # closed meanwhile
+                self._let_go(held)
+
     def _store(self, held: Held) -> bool:
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
         ttl = None if held.expires is None else max(0.0, held.expires - time.time())
@@ -448,10 +476,14 @@ class ContextRegistry:
         try:
             if self._disk is None:
                 return False
+            self._disk.check_free()  # before anything is copied
             self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags, ttl=ttl)
         except (OSError, BudgetError) as error:
             self._disk_failed("store", error)
+            if isinstance(error, IndexHeldError):
+                self._unstored.add(held.key)
             return False
+        self._unstored.discard(held.key)
         self._count("stored")
         self._count("stored.ms", round(1e3 * (time.perf_counter() - began)))
         return True
@@ -473,6 +505,7 @@ class ContextRegistry:
         if tier is self._device:
             self.check_fits(nbytes)
         deadline = time.monotonic() + self._wait_s
+        notice = Notice("waiting for room for %s bytes in the %s tier, all of which answers use", f"{nbytes:,}", tier.name)
         while True:
             with self._changed:
                 if tier.has_room(nbytes):
@@ -488,6 +521,7 @@ class ContextRegistry:
                             f"{sum(held.pinned for held in tier.held.values())} pinned take {tier.nbytes:,} of {tier.budget:,} bytes "
                             f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
                         )
+                    notice.look()
                     self._changed.wait(min(remaining, 0.5))
                     continue
             self._move_down(victim, tier)
@@ -532,7 +566,7 @@ class ContextRegistry:
     def _stored_under_lock(self, held: Held) -> bool:
         assert self._disk is not None
         try:
-            with self._disk.lock(held.key).acquire(timeout=self._wait_s):
+            with holding(self._disk.lock(held.key), f"building or writing context {held.key[:12]}", self._wait_s):
                 return self._disk.has(held.key) or self._store(held)
         except (OSError, Timeout) as error:
             self._disk_failed("store", error)
@@ -623,6 +657,13 @@ class ContextRegistry:
             if usable := [entry for entry in entries if not entry.expired]:
                 return max(usable, key=lambda entry: entry.ratio)
         return None
+
+    def check_disk(self) -> None:
+        """Raises:
+        OSError: what is on disk cannot be listed now.
+        """
+        if self._disk is not None:
+            self._disk.usage()
 
     def is_empty(self) -> bool:
         """Whether no tier holds anything."""
@@ -757,13 +798,17 @@ class ContextRegistry:
         }
 
     def flush(self) -> None:
-        """Wait until everything built so far is on disk."""
+        """Wait until everything built so far is on disk, as far as that can be."""
         if self._disk is not None:
+            with self._changed:
+                self._store_later([h for tier in (self._device, self._host) for h in tier.held.values() if h.key in self._unstored])
             self._writer.submit(lambda: None).result()  # one thread, in order
 
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there."""
         self.flush()
+        if self._unstored:
+            logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
         disk, self._disk, self.no_disk = self._disk, None, "the registry was closed"
         if disk is not None:
             self._writer.submit(disk.close)  # SQLite's connections belong to their threads

@@ -1,0 +1,54 @@
+"""Locks between processes, and waits that say after a second what they wait for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+#: Who waits longer than that is told what for.
+QUIET_S = 1.0
+
+
+class Notice:
+    """A warning, once, when a wait has lasted for more than :data:`QUIET_S`."""
+
+    def __init__(self, text: str, *values: object) -> None:
+        self._text, self._values = text, values
+        self._due: float | None = time.monotonic() + QUIET_S
+
+    def look(self) -> None:
+        """To be called now and then while waiting."""
+        if self._due is not None and time.monotonic() >= self._due:
+            self._due = None
+            logger.warning(self._text, *self._values)
+
+
+@contextmanager
+def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
+    """Runs the block with a file lock; says so if another process holds it for more than a second.
+
+    Args:
+        doing: what that process is likely to do with it.
+        timeout: seconds to wait for it; below 0 for ever.
+
+    Raises:
+        Timeout: it is still held.
+    """
+    quiet = QUIET_S if timeout < 0 else min(QUIET_S, timeout)
+    try:
+        lock.acquire(timeout=quiet)
+    except Timeout:
+        if quiet == timeout:
+            raise
+        logger.warning("waiting for another process, which is %s (it holds %s)", doing, lock.lock_file)
+        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet)
+    try:
+        yield
+    finally:
+        lock.release()
