@@ -406,9 +406,13 @@ class PromptBuilder:
 
     def _alone(self, messages: Sequence[Message], tools: Sequence[Tool], fixed: bool) -> Layout:
         """A prompt without a context. Places: its marks."""
-        moves = self._moves_system and not fixed
-        turns = self._turns(messages, tools, moves)
-        return self._template.layout(turns, tools if self._knows_tools else (), _cuts(turns), moves)
+        shown = tools if self._knows_tools else ()
+        if self._moves_system and not fixed:
+            with suppress(InputError):  # with a result as the last message some templates drop the system prompt
+                turns = self._turns(messages, tools, moves=True)
+                return self._template.layout(turns, shown, _cuts(turns), moves=True)
+        turns = self._turns(messages, tools)
+        return self._template.layout(turns, shown, _cuts(turns))
 
     def _until_block(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int] | None:
         """Ids of a prompt of which those of :meth:`until_mark` come first, None without a marked block."""
