@@ -13,6 +13,7 @@ from itertools import takewhile
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs
@@ -52,7 +53,8 @@ class Reply:
     Attributes:
         text: up to the end of the turn or a stop string.
         usage: token counts.
-        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``.
+        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; ``"forced"`` if JSON or a tool call is complete because guidance made it
+            end: the limit of tokens came near, or a text in it repeated itself.
         receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
     """
 
@@ -185,6 +187,8 @@ class Session:
                     tokens=taken + len(ids),
                     window=self._model.window,
                 )
+            if checked.grammar is not None:
+                self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
             self._turn = _Turn(ids, checked)
             return Stream(self, self._turn)
 
@@ -258,6 +262,21 @@ class Session:
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
+    def _check_least(self, least: int, limit: int, taken: int) -> None:
+        """Raises where no answer of ``least`` tokens can be finished."""
+        if least > limit:
+            raise InputError(
+                f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens and max_new_tokens is {limit:,}; "
+                "allow more tokens, or ask for less"
+            )
+        if least > self._model.window - taken:
+            raise WindowError(
+                f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens, and {taken:,} of the model's "
+                f"window of {self._model.window:,} tokens are taken; ask shorter, reset() the session, load less, or ask for less",
+                tokens=taken + least,
+                window=self._model.window,
+            )
+
     def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool = False) -> list[int]:
         prompts, context = self._prompts, self.context
         if not self._ends:
@@ -277,14 +296,18 @@ class Session:
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = tail.length, self._start + tail.length
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
-        sampler = Sampler(turn.params, model.device)
+        read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
+        seen = np.concatenate([read, self._ids[:start], turn.ids]).astype(np.int64)
+        sampler = Sampler(turn.params, model.device, limit, seen)
         complete = False
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.cancelled), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
+                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+            if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
+                answer.finish_reason = "forced"
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
@@ -298,11 +321,10 @@ class Session:
                 tail.crop(start)
             self._release(turn)
 
-    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int) -> Iterator[int]:
+    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
-        read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
-        lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]), model.device.type)
+        lookup = PromptLookup(seen, model.device.type)
         chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit
