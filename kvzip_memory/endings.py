@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from math import inf
+from math import inf, isinf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,8 @@ _FEW = 8
 _QUOTE, _ESCAPE = frozenset(b'"'), ord("\\")
 #: What may stand behind a number or a word.
 _BEHIND_A_VALUE = frozenset(b",]}")
+#: Numbers of fewer digits are finite.
+_LARGE = 308
 #: A text goes round in circles when it ends in so many times the same, of at most so many tokens, and of at least so many in all.
 _TIMES, _PERIOD, _ROUND = 3, 64, 24
 
@@ -196,6 +198,15 @@ class Place(NamedTuple):
             return Place(path[0] if path else ())
         return self if char == " " else Place(path, word + bytes([byte]))
 
+    def overflows(self) -> bool:
+        """Whether one is in a number that is too large to be one."""
+        if self.quoted or (len(self.word) < _LARGE and b"e" not in self.word and b"E" not in self.word):
+            return False
+        try:
+            return isinf(float(self.word))
+        except ValueError:  # not complete yet
+            return False
+
 
 def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float = inf) -> Ending:
     """The ending with the fewest tokens from where a matcher of the alphabet is.
@@ -323,6 +334,8 @@ class Reach:
             for symbol in symbols:
                 byte = self._alphabet.byte(symbol)
                 place = Place() if byte is None else place.then(byte)
+                if place.overflows():  # 1e999 is valid JSON, and no number that Python has
+                    return False
             ending = self._behind(token, tuple(symbols), matcher, place)
             if ending is None:
                 self.forced = True

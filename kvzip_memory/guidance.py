@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +20,7 @@ from torch import Tensor
 
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
-
-# One way to write each value: a model cannot lose itself in whitespace.
-#: Formats of strings that llguidance keeps to.
-_FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+from kvzip_memory.schemas import guiding, json_rule
 
 
 class Grammar:
@@ -142,7 +138,11 @@ class Guidance:
         Raises:
             InputError: not a schema, or one with a keyword that cannot be kept to; names it.
         """
-        return self.lark(f"start: {json_rule(schema)}")
+        try:
+            return self.lark(f"start: {json_rule(schema)}")
+        except InputError as error:
+            names = guiding(schema)[1]
+            raise InputError(f"{error}; what cannot be kept to is {', '.join(map(repr, names))}" if names else str(error)) from None
 
     def lark(self, grammar: str, slack: int = 0) -> Grammar:
         """A grammar in llguidance's variant of Lark. ``slack`` as for :class:`Grammar`.
@@ -161,7 +161,7 @@ class Guidance:
         compiled = LLMatcher.grammar_from_lark(grammar)
         matcher, symbolic = (LLMatcher(tokenizer, compiled, log_level=0) for tokenizer in (prepared, alphabet.tokenizer))
         if matcher.is_error():
-            raise InputError(f"answers cannot be guided by this schema: {matcher.get_error().strip().splitlines()[0]}")
+            raise InputError(f"answers cannot be guided by this schema: {_reason(matcher)}")
         return Grammar(matcher, alphabet, symbolic, slack)
 
     def literal(self, text: str) -> str:
@@ -185,38 +185,6 @@ def _in_regex(text: str) -> str:
     return re.escape(text).replace("/", "\\/")
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """A grammar's expression for the JSON of a schema."""
-    return "%json " + json.dumps({**closed(schema), "x-guidance": _LAYOUT})
-
-
-def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
-    """The schema with no other properties than it names, where it does not say otherwise, and without formats that say nothing.
-
-    ``parts`` are references to what is a part of an ``allOf``: these see each other's properties, so that none can forbid what it
-    does not name.
-    """
-    parts = frozenset(_references(schema)) if parts is None else parts
-    if isinstance(schema, list):
-        return [closed(item, parts) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    made: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
-            made[key] = {name: item if f"#/{key}/{name}" in parts else closed(item, parts) for name, item in value.items()}
-        elif key != "format" or not isinstance(value, str) or value in _FORMATS:  # others are annotations; a value is no schema
-            made[key] = value if key in ("allOf", "enum", "const", "default", "examples") else closed(value, parts)
-    if isinstance(schema.get("properties"), Mapping) and not {"additionalProperties", "patternProperties", "allOf"} & schema.keys():
-        made["additionalProperties"] = False
-    return made
-
-
-def _references(schema: Any, inside: bool = False) -> Iterator[str]:
-    """What a schema refers to within its ``allOf``."""
-    for item in schema if isinstance(schema, list) else ():
-        yield from _references(item, inside)
-    for key, value in schema.items() if isinstance(schema, Mapping) else ():
-        if key == "$ref" and inside and isinstance(value, str):
-            yield value
-        yield from _references(value, inside or key == "allOf")
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong with a grammar, without where in it."""
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error().strip().splitlines()[0]).rstrip(":")

@@ -264,15 +264,13 @@ class Session:
 
     def _check_least(self, least: int, limit: int, taken: int) -> None:
         """Raises where no answer of ``least`` tokens can be finished."""
+        shortest = f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens"
         if least > limit:
-            raise InputError(
-                f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens and max_new_tokens is {limit:,}; "
-                "allow more tokens, or ask for less"
-            )
+            raise InputError(f"{shortest} and max_new_tokens is {limit:,}; allow more tokens, or ask for less")
         if least > self._model.window - taken:
             raise WindowError(
-                f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens, and {taken:,} of the model's "
-                f"window of {self._model.window:,} tokens are taken; ask shorter, reset() the session, load less, or ask for less",
+                f"{shortest}, and {taken:,} of the model's window of {self._model.window:,} tokens are taken; ask shorter, reset() the "
+                "session, load less, or ask for less",
                 tokens=taken + least,
                 window=self._model.window,
             )

@@ -30,13 +30,8 @@ class TestIntegration(ChatModelIntegrationTests):
     context: CompressedContext | None = None
 
     @pytest.fixture(autouse=True)
-    def _share_the_engine(self, smollm2: KVzipEngine, request: pytest.FixtureRequest) -> None:
+    def _share_the_engine(self, smollm2: KVzipEngine) -> None:
         type(self).engine = smollm2  # type: ignore[attr-defined]
-        needs_json = any(word in request.node.name for word in ("structured", "json", "tool"))
-        type(self).max_tokens = 120 if needs_json else 12  # type: ignore[attr-defined] # lean
-        # Greedy, a model of this size repeats itself within a string until it is cut, which is an error. This seed's jokes are short.
-        makes_up = any(word in request.node.name for word in ("structured_output", "json_mode"))
-        type(self).sampling = {"temperature": 0.8, "seed": 2} if makes_up else {"temperature": 0.0}  # type: ignore[attr-defined]
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -44,7 +39,7 @@ class TestIntegration(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine, "max_tokens": self.max_tokens, **self.sampling}  # type: ignore[attr-defined]
+        return {"engine": self.engine}  # type: ignore[attr-defined]
 
     @property
     def supports_model_override(self) -> bool:
