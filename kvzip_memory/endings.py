@@ -315,14 +315,14 @@ class Reach:
         self._unread: list[int] = []  # symbols the matcher has not seen yet
         self._text: list[int] = []  # tokens that changed nothing about how the answer can end: those of a string
 
-    def take(self, token: int, free: bool) -> bool:
+    def take(self, token: int, complete: bool) -> bool:
         """The answer goes on with a token; False, and nothing happens, if it could not end in time then.
 
         Args:
-            free: the answer may end behind the token.
+            complete: the answer may end behind the token.
         """
         symbols = self._alphabet.symbols(token)
-        if free:
+        if complete:
             self._unread += symbols
             self._place, self.ending, self._text = Place(), Ending((), ()), []
         else:
@@ -350,7 +350,7 @@ class Reach:
 
     def give_up(self) -> None:
         """The next token is the ending's."""
-        self.only, self.forced = self.ending.tokens[0], True
+        self.only, self.forced = self.ending.tokens[0] if self.ending.tokens else self._alphabet.eos_token_id, True
 
     def _behind(self, token: int, symbols: tuple[int, ...], matcher: LLMatcher, place: Place) -> Ending | None:
         """An ending behind a token. Most often the one known so far is one, too, or what of it is not said yet."""
@@ -360,14 +360,13 @@ class Reach:
             rest = known.symbols[len(symbols) :]
             tokens = known.tokens[1:] if token == known.tokens[0] else alphabet.spell(rest)
             ending = None if tokens is None else Ending(rest, tokens)
-        elif known.symbols and alphabet.ends(matcher, known.symbols):
-            ending = known
-        else:
-            for start in range(len(known.symbols) - 1, 0, -1):
+        else:  # what begins with a digit could go on with a number, which is not the shortest and may become too large
+            whole, parts = range(bool(known.symbols)), range(len(known.symbols) - 1, 0, -1)
+            for start in (*parts, *whole) if place.word and not place.quoted else (*whole, *parts):
                 rest = known.symbols[start:]
                 if alphabet.ends(matcher, rest):
-                    tokens = alphabet.spell(rest)
-                    ending = None if tokens is None else Ending(rest, tokens)
+                    tokens = known.tokens if start == 0 else alphabet.spell(rest)
+                    ending = known if start == 0 else None if tokens is None else Ending(rest, tokens)
                     break
         if ending is not None and len(ending.tokens) < self._left:
             return ending

@@ -80,11 +80,11 @@ class Guide:
     def take(self, token: int) -> bool:
         """The answer goes on with ``token``, one that the mask allowed; False, and nothing happens, if it could not end in time then."""
         self._matcher.consume_token(token)
-        owed = 0 if self._matcher.is_accepting() else self._owed + 1
-        if self._reach is not None and not self._reach.take(token, free=owed <= self._slack):
+        complete = self._matcher.is_accepting()
+        if self._reach is not None and not self._reach.take(token, complete):
             self._matcher.rollback(1)
             return False
-        self._owed = owed
+        self._owed = 0 if complete else self._owed + 1
         return True
 
     def give_up(self) -> None:

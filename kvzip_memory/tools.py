@@ -276,11 +276,11 @@ def _call_schema(tool: Tool, form: ToolForm) -> Mapping[str, Any]:
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
     """The schema of a tool's arguments, which are an object whatever it says."""
-    parameters = tool["function"].get("parameters") or {}
+    parameters = tool["function"].get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
         raise InputError(f"the parameters of the tool {tool['function']['name']!r} are {parameters!r}; they must be a JSON schema")
-    if parameters.get("type") in (None, "any") and not {"$ref", "anyOf", "oneOf", "allOf"} & parameters.keys():
-        return {"properties": {}, **parameters, "type": "object"}
+    if parameters.get("type") in (None, "any") and not {"$ref", "anyOf", "oneOf", "allOf", "const", "enum"} & parameters.keys():
+        return {**parameters, "type": "object"}
     return parameters
 
 
