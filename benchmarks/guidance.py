@@ -203,19 +203,24 @@ def coverage(name: str, tokenizer: PreTrainedTokenizerFast, size: int) -> dict[s
 
 
 def whole_cost(tokenizer: PreTrainedTokenizerFast, size: int) -> dict[str, Any]:
-    """What guidance adds to a sampled token in this package: mask, masked logits, and the next state."""
+    """What guidance adds to a sampled token in this package: mask, masked logits, the next state, and an ending within reach; and what it
+    takes once an answer to know the shortest."""
     guidance = Guidance(tokenizer, size, frozenset({tokenizer.eos_token_id}))
-    rng, logits, ms = random.Random(7), torch.randn(size), []
+    rng, logits, ms, search_ms = random.Random(7), torch.randn(size), [], []
     for _ in range(SCHEMAS):
         schema = random_schema(rng)
         value = random_value(schema, rng)
-        guide = guidance.json(schema).start()
+        grammar = guidance.json(schema)
+        began = time.perf_counter()
+        limit = 1000 + grammar.least
+        search_ms.append(1e3 * (time.perf_counter() - began))
+        guide = grammar.start(limit)
         for token in tokenizer(json.dumps(value, ensure_ascii=False), add_special_tokens=False).input_ids:
             began = time.perf_counter()
             guide.mask(logits)
             guide.take(token)
             ms.append(1e3 * (time.perf_counter() - began))
-    return {"vocabulary": size, "ms_a_token": _spread(ms)}
+    return {"vocabulary": size, "ms_a_token": _spread(ms), "ms_the_shortest_answer": _spread(search_ms)}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -56,9 +56,7 @@ class TestPeer(TestIntegration):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        heat = self.sampling["temperature"]  # type: ignore[attr-defined]
-        sampling = {"do_sample": True, "temperature": heat} if heat else {"do_sample": False}
-        return peer(self.engine, max_new_tokens=self.max_tokens, **sampling)  # type: ignore[attr-defined]
+        return peer(self.engine, max_new_tokens=self.options.get("max_tokens", 120), do_sample=False)  # type: ignore[attr-defined]
 
     def small(self) -> BaseChatModel:
         return ChatHuggingFace(**peer(self.engine, max_new_tokens=3))  # type: ignore[attr-defined]

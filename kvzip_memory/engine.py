@@ -608,13 +608,14 @@ class KVzipEngine(Shared):
             form: how calls are written, if not as :attr:`tool_form` says.
             behind: messages come behind the context, also those that say what it begins with once more; otherwise such are taken for
                 the whole conversation, of which the context holds a part.
-            params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None``, see
-                :class:`~kvzip_memory.generation.GenerationParams`.
+            params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None, repetition_penalty=None,
+                no_repeat_ngram_size=None``, see :class:`~kvzip_memory.generation.GenerationParams`.
 
         Raises:
-            InputError: an empty question, a parameter outside its range, or a schema with a keyword that cannot be kept to.
+            InputError: an empty question, a parameter outside its range, a schema with a keyword that cannot be kept to, or JSON or a call
+                that ``max_new_tokens`` are too few for.
             WindowError: context and question fill the model's window.
-            UnfinishedError: the JSON or the call was cut by ``max_new_tokens`` or ``stop``.
+            UnfinishedError: the JSON or the call was cut by ``stop``.
         """
         return self.stream(context, question, **params).whole()
 

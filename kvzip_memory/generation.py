@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
-from kvzip_memory.guidance import Grammar
+from kvzip_memory.guidance import Grammar, Guide
 
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """How an answer is generated.
+    """How an answer is generated. None is the default of each, and a text that spells a number is that number.
 
     Attributes:
         max_new_tokens: at most so many tokens, cut to what the window still holds.
         temperature: 0 takes the likeliest token (greedy), else logits are divided by it before sampling.
         top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1].
         top_k: sample from the k likeliest tokens.
-        seed: makes sampling repeatable; None draws one.
+        seed: makes sampling repeatable, any integer of 64 bits; None draws one.
         stop: texts that end the answer; they are not part of it.
+        repetition_penalty: as in transformers: logits of tokens that have occurred, in what the answer sees or says, are divided by it
+            (multiplied where negative). 1 is off. What a context has evicted has occurred.
+        no_repeat_ngram_size: as in transformers: no n tokens come twice, those that the answer sees included; 0 is off. What a grammar
+            prescribes may.
         grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
         speculate: guess tokens, by prompt lookup and by what the grammar leaves, and check several in one step while no other
             answer runs. The answer is the same, sooner where it quotes the context or keeps to a form.
@@ -39,19 +54,23 @@ class GenerationParams:
     top_k: int | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     grammar: Grammar | None = None
     speculate: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; it must be a whole number, at least 1")
-        if not self.temperature >= 0:
-            raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; it must be at least 1")
-        if "" in self.stops:
+        for parameter in fields(self):
+            if getattr(self, parameter.name) is None:
+                object.__setattr__(self, parameter.name, parameter.default)
+        for name, whole, holds, wanted in _RANGES:
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _number(name, value, whole, holds, wanted))
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"stop is {self.stop!r}; it must be a text or a list of texts")
+        if "" in texts:
             raise InputError("a stop string is empty; every answer would end at once")
 
     @property
@@ -59,17 +78,60 @@ class GenerationParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class Sampler:
-    """Picks the next token of one row with transformers' logits processors, among those that the grammar allows."""
+#: Of the parameters that are numbers: name, whether whole, what must hold, and that in words.
+_RANGES: tuple[tuple[str, bool, Callable[[Any], bool], str], ...] = (
+    ("max_new_tokens", True, lambda n: n >= 1, "a whole number, at least 1"),
+    ("temperature", False, lambda t: 0 <= t < inf, "a number, 0 (greedy) or more"),
+    ("top_p", False, lambda p: 0 < p <= 1, "a number in (0, 1]"),
+    ("top_k", True, lambda k: k >= 1, "a whole number, at least 1; None is off"),
+    ("seed", True, lambda n: -(2**63) <= n < 2**64, "a whole number of 64 bits, from -2**63 to 2**64 - 1"),
+    ("repetition_penalty", False, lambda p: 0 < p < inf, "a number above 0; 1 is off"),
+    ("no_repeat_ngram_size", True, lambda n: n >= 0, "a whole number, at least 1; 0 is off"),
+)
 
-    def __init__(self, params: GenerationParams, device: torch.device) -> None:
-        self.guide = params.grammar.start() if params.grammar else None
-        self._greedy = params.temperature == 0
+
+def _number(name: str, value: Any, whole: bool, holds: Callable[[Any], bool], wanted: str) -> int | float:
+    """A parameter's value as the number that it is or spells."""
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        if isinstance(value, bool | bytes | bytearray):
+            raise TypeError
+        spelled = isinstance(value, str) and value.strip().lstrip("+-").isdigit()
+        exact = int(value) if spelled or hasattr(value, "__index__") else float(value)
+        number = int(exact) if whole else float(exact)
+        if number == exact and holds(number):
+            return number
+    raise InputError(f"{name} is {value!r}; it must be {wanted}")
+
+
+#: A token that cannot end in time is left out and another one picked, so often; then the ending's is taken.
+_PICKS = 8
+#: Below this temperature logits divided by it overflow; the likeliest token is all that is left long before.
+_COLD = 1e-6
+
+
+class Sampler:
+    """Picks the next token of one row with transformers' logits processors, among those that the grammar allows.
+
+    Args:
+        device: of the logits.
+        limit: tokens the answer may have: a grammar's answer ends within them.
+        ids: all that the answer sees, for processors that look at it.
+    """
+
+    def __init__(self, params: GenerationParams, device: torch.device, limit: int | None = None, ids: ArrayLike = ()) -> None:
+        self.guide = params.grammar.start(limit) if params.grammar else None
+        self._rules = LogitsProcessorList()
+        if params.repetition_penalty not in (None, 1):
+            self._rules.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+        if params.no_repeat_ngram_size:
+            self._rules.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
+        self._seen = torch.as_tensor(np.array(ids if self._rules else (), dtype=np.int64), device=device)[None]
+        self._greedy = params.temperature < _COLD
         if self._greedy:
             return
         self._processors = LogitsProcessorList()
         if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(float(params.temperature)))
+            self._processors.append(TemperatureLogitsWarper(params.temperature))
         if params.top_k is not None:
             self._processors.append(TopKLogitsWarper(params.top_k))
         if params.top_p is not None and params.top_p < 1:
@@ -80,17 +142,38 @@ class Sampler:
         else:
             self._generator.manual_seed(params.seed)
 
+    @property
+    def hurried(self) -> bool:
+        """Whether a grammar's answer was made to end."""
+        return self.guide is not None and self.guide.hurried
+
     def __call__(self, logits: Tensor) -> int:
         """Token for ``logits [vocab]``.
 
         Raises:
             ModelError: a logit is not a number.
         """
-        if self.guide is not None:
-            logits = self.guide.mask(logits)
-        token = self._pick(logits)
-        if self.guide is not None:
-            self.guide.take(token)
+        scores = self._rules(self._seen, logits[None])[0] if self._rules else logits
+        token = self._pick(scores) if self.guide is None else self._guided(self.guide, scores, logits)
+        if self._rules:
+            self._seen = torch.cat([self._seen, torch.tensor([[token]], device=self._seen.device)], 1)
+        return token
+
+    def _guided(self, guide: Guide, scores: Tensor, logits: Tensor) -> int:
+        """A token that the grammar allows, with which the answer can still end in time."""
+        masked = guide.mask(scores)
+        if self._rules and masked.max() == -inf:  # all that the grammar allows has been ruled out
+            masked = guide.mask(logits)
+        for _ in range(_PICKS):
+            token = self._pick(masked)
+            if guide.take(token):
+                return token
+            masked[token] = -inf
+            if masked.max() == -inf:
+                break
+        guide.give_up()
+        token = self._pick(guide.mask(logits))
+        guide.take(token)
         return token
 
     def _pick(self, logits: Tensor) -> int:
@@ -183,7 +266,8 @@ class Answer:
     Attributes:
         ids: sampled tokens; the one that ended the answer is not among them.
         text: their text up to a stop string.
-        finish_reason: ``"stop"`` (end of turn or stop string), ``"length"`` or ``"cancelled"``, None while it goes on.
+        finish_reason: ``"stop"`` (end of turn or stop string), ``"length"`` or ``"cancelled"``, None while it goes on. ``"forced"`` is
+            the session's word for a stop that guidance saw to.
         cut: whether a stop string ended it, so that the last ids may say more than the text.
     """
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,10 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
+from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
+from kvzip_memory.schemas import guiding, json_rule
 from kvzip_memory.sharing import Shared
-
-# One way to write each value: a model cannot lose itself in whitespace.
-#: Formats of strings that llguidance keeps to.
-_FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Grammar(Shared):
@@ -31,36 +29,76 @@ class Grammar(Shared):
 
     Args:
         matcher: at the beginning.
+        alphabet: of the matcher's vocabulary.
+        symbolic: a matcher of the same grammar and of the alphabet.
         slack: an answer that could have ended so many tokens ago may end, too.
     """
 
     _way_out = "make it from its schema there"
 
-    def __init__(self, matcher: LLMatcher, slack: int = 0) -> None:
-        self._matcher, self._slack = matcher, slack
+    def __init__(self, matcher: LLMatcher, alphabet: Alphabet, symbolic: LLMatcher, slack: int = 0) -> None:
+        self._matcher, self._alphabet, self._symbolic, self._slack = matcher, alphabet, symbolic, slack
 
-    def start(self) -> Guide:
-        """The guide of one answer."""
-        return Guide(self._matcher.deep_copy(), self._slack)
+    def start(self, limit: int | None = None) -> Guide:
+        """The guide of one answer.
+
+        Args:
+            limit: the guide sees to it that the answer ends within so many tokens, where :meth:`check` found that it can.
+        """
+        reach = None
+        if limit is not None and isinstance(self._shortest, Ending) and len(self._shortest.tokens) <= limit:
+            reach = Reach(self._alphabet, self._symbolic.deep_copy(), self._shortest, limit)
+        return Guide(self._matcher.deep_copy(), self._slack, reach)
+
+    @property
+    def least(self) -> int:
+        """Tokens of the shortest answer, or fewer where a grammar is too large to tell."""
+        return len(self._shortest.tokens) if isinstance(self._shortest, Ending) else self._shortest
+
+    @cached_property
+    def _shortest(self) -> Ending | int:
+        try:
+            return shortest(self._alphabet, self._symbolic, Place())
+        except Unknown as unknown:
+            return unknown.least
 
 
 class Guide:
     """Where in its grammar one answer is."""
 
-    def __init__(self, matcher: LLMatcher, slack: int) -> None:
-        self._matcher, self._slack = matcher, slack
+    def __init__(self, matcher: LLMatcher, slack: int, reach: Reach | None = None) -> None:
+        self._matcher, self._slack, self._reach = matcher, slack, reach
         self._owed = 0  # tokens since the answer could have ended
 
     def mask(self, logits: Tensor) -> Tensor:
         """``logits [vocab]`` with minus infinity where a token cannot follow."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = torch.from_numpy(np.unpackbits(bits, count=logits.numel(), bitorder="little").view(bool))
+        if self._reach is not None and self._reach.only is not None:
+            allowed = torch.zeros(logits.numel(), dtype=torch.bool)
+            allowed[self._reach.only] = True
+        else:
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+            allowed = torch.from_numpy(np.unpackbits(bits, count=logits.numel(), bitorder="little").view(bool))
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
-    def take(self, token: int) -> None:
-        """The answer goes on with ``token``, one that the mask allowed."""
+    def take(self, token: int) -> bool:
+        """The answer goes on with ``token``, one that the mask allowed; False, and nothing happens, if it could not end in time then."""
         self._matcher.consume_token(token)
-        self._owed = 0 if self._matcher.is_accepting() else self._owed + 1
+        complete = self._matcher.is_accepting()
+        if self._reach is not None and not self._reach.take(token, complete):
+            self._matcher.rollback(1)
+            return False
+        self._owed = 0 if complete else self._owed + 1
+        return True
+
+    def give_up(self) -> None:
+        """The next token must be one that ends the answer."""
+        if self._reach is not None:
+            self._reach.give_up()
+
+    @property
+    def hurried(self) -> bool:
+        """Whether the answer was not free to go on as the grammar allows: it had to end in time, or went round in circles."""
+        return self._reach is not None and self._reach.forced
 
     def forced(self) -> list[int]:
         """Tokens that must follow, spelled as the tokenizer spells them; a model may still spell them otherwise."""
@@ -91,6 +129,7 @@ class Guidance:
         self._size = max(vocab_size, len(tokenizer))
         self._lock = threading.Lock()
         self._prepared: LLTokenizer | None = None
+        self._alphabet: Alphabet | None = None
         self.added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._plain_added = sorted(set(self.added.values()) - special)
@@ -102,7 +141,11 @@ class Guidance:
         Raises:
             InputError: not a schema, or one with a keyword that cannot be kept to; names it.
         """
-        return self.lark(f"start: {json_rule(schema)}")
+        try:
+            return self.lark(f"start: {json_rule(schema)}")
+        except InputError as error:
+            names = guiding(schema)[1]
+            raise InputError(f"{error}; what cannot be kept to is {', '.join(map(repr, names))}" if names else str(error)) from None
 
     def lark(self, grammar: str, slack: int = 0) -> Grammar:
         """A grammar in llguidance's variant of Lark. ``slack`` as for :class:`Grammar`.
@@ -111,15 +154,18 @@ class Guidance:
             InputError: what is wrong with it.
         """
         with self._lock:
-            if self._prepared is None:
+            if self._prepared is None or self._alphabet is None:
                 try:
                     self._prepared = from_tokenizer(self._tokenizer, n_vocab=self._size, eos_token=self._eos_ids)
                 except ValueError as error:
                     raise InputError(f"guided decoding cannot use this tokenizer ({error}); use its fast version") from error
-        matcher = LLMatcher(self._prepared, LLMatcher.grammar_from_lark(grammar), log_level=0)
+                self._alphabet = Alphabet(self._prepared, self._eos_ids)
+            prepared, alphabet = self._prepared, self._alphabet
+        compiled = LLMatcher.grammar_from_lark(grammar)
+        matcher, symbolic = (LLMatcher(tokenizer, compiled, log_level=0) for tokenizer in (prepared, alphabet.tokenizer))
         if matcher.is_error():
-            raise InputError(f"answers cannot be guided by this schema: {matcher.get_error().strip().splitlines()[0]}")
-        return Grammar(matcher, slack)
+            raise InputError(f"answers cannot be guided by this schema: {_reason(matcher)}")
+        return Grammar(matcher, alphabet, symbolic, slack)
 
     def literal(self, text: str) -> str:
         """A grammar's expression for a text that may spell control tokens, which are addressed by their ids."""
@@ -142,38 +188,6 @@ def _in_regex(text: str) -> str:
     return re.escape(text).replace("/", "\\/")
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """A grammar's expression for the JSON of a schema."""
-    return "%json " + json.dumps({**closed(schema), "x-guidance": _LAYOUT})
-
-
-def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
-    """The schema with no other properties than it names, where it does not say otherwise, and without formats that say nothing.
-
-    ``parts`` are references to what is a part of an ``allOf``: these see each other's properties, so that none can forbid what it
-    does not name.
-    """
-    parts = frozenset(_references(schema)) if parts is None else parts
-    if isinstance(schema, list):
-        return [closed(item, parts) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    made: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
-            made[key] = {name: item if f"#/{key}/{name}" in parts else closed(item, parts) for name, item in value.items()}
-        elif key != "format" or not isinstance(value, str) or value in _FORMATS:  # others are annotations; a value is no schema
-            made[key] = value if key in ("allOf", "enum", "const", "default", "examples") else closed(value, parts)
-    if isinstance(schema.get("properties"), Mapping) and not {"additionalProperties", "patternProperties", "allOf"} & schema.keys():
-        made["additionalProperties"] = False
-    return made
-
-
-def _references(schema: Any, inside: bool = False) -> Iterator[str]:
-    """What a schema refers to within its ``allOf``."""
-    for item in schema if isinstance(schema, list) else ():
-        yield from _references(item, inside)
-    for key, value in schema.items() if isinstance(schema, Mapping) else ():
-        if key == "$ref" and inside and isinstance(value, str):
-            yield value
-        yield from _references(value, inside or key == "allOf")
+def _reason(matcher: LLMatcher) -> str:
+    """What is wrong with a grammar, without where in it."""
+    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", matcher.get_error().strip().splitlines()[0]).rstrip(":")

@@ -15,6 +15,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvzip_memory.batching import Gate, check_thread
 from kvzip_memory.cache import Row, Tail
@@ -58,7 +59,8 @@ class Reply:
     Attributes:
         text: up to the end of the turn or a stop string; what was read of it if it was cancelled.
         usage: token counts.
-        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``.
+        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; ``"forced"`` if JSON or a tool call is complete because guidance made it
+            end: the limit of tokens came near, or a text in it repeated itself.
         receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
     """
 
@@ -262,6 +264,8 @@ class Session(NotPickled):
                     tokens=taken + len(ids),
                     window=self._model.window,
                 )
+            if checked.grammar is not None:
+                self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
             self._turn = _Turn(asked, checked)
             return Stream(self, self._turn)
 
@@ -346,20 +350,37 @@ class Session(NotPickled):
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
+    def _check_least(self, least: int, limit: int, taken: int) -> None:
+        """Raises where no answer of ``least`` tokens can be finished."""
+        shortest = f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens"
+        if least > limit:
+            raise InputError(f"{shortest} and max_new_tokens is {limit:,}; allow more tokens, or ask for less")
+        if least > self._model.window - taken:
+            raise WindowError(
+                f"{shortest}, and {taken:,} of the model's window of {self._model.window:,} tokens are taken; ask shorter, reset() the "
+                "session, load less, or ask for less",
+                tokens=taken + least,
+                window=self._model.window,
+            )
+
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; take it back unless it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = turn.asked.start, self._start + turn.asked.start
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
-        sampler = Sampler(turn.params, model.device)
+        read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
+        seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
+        sampler = Sampler(turn.params, model.device, limit, seen)
         complete = False
         tail.crop(start)
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.entry), self._lease(turn) as lease:
-                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit)
+                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+            if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
+                answer.finish_reason = "forced"
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
@@ -376,13 +397,12 @@ class Session(NotPickled):
             return nullcontext(_NO_LEASE if self.context is None else _LEFT)
         return self.context.lease()
 
-    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int) -> Iterator[int]:
+    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
         if turn.cancelled.is_set():  # while it waited
             return
-        read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
-        lookup = PromptLookup(np.concatenate([read, self._talk.ids[: row.tail.length], turn.asked.ids]), model.device.type)
+        lookup = PromptLookup(seen, model.device.type)
         chosen = model.feed(row, turn.asked.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.guidance import Grammar, Guidance, json_rule
+from kvzip_memory.guidance import Grammar, Guidance
+from kvzip_memory.schemas import guiding, json_rule, one_of_as_any
 from kvzip_memory.sources import cleaned, response
 
 #: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
@@ -208,13 +210,15 @@ def calls_grammar(
 ) -> Grammar:
     """A grammar for answers that may, must or must not call tools.
 
+    What of a tool's schema cannot guide and only narrows is left out with a warning: the tool validates again.
+
     Args:
         choice: ``"auto"``, ``"none"``, ``"any"``, ``"required"`` or True, a tool's name, or OpenAI's mapping with one.
         schema: what an answer without calls is; None for any text.
         parallel: whether an answer may hold several calls; None allows them where the model chooses.
 
     Raises:
-        InputError: a choice that is none of these, or names no tool.
+        InputError: a choice that is none of these, or names no tool; or no call of a tool can be guided.
     """
     names = [tool["function"]["name"] for tool in tools]
     if isinstance(choice, Mapping):
@@ -224,8 +228,40 @@ def calls_grammar(
         if choice not in names:
             raise InputError(f"tool_choice is {choice!r}; it is 'auto', 'any', 'none' or one of the tools {names}")
         tools = [tool for tool in tools if tool["function"]["name"] == choice]
-    said = "free" if schema is None else "json"
     several = parallel if parallel is not None else choice == "auto"
+    try:
+        return _grammar(guidance, form, tools, choice, schema, several)
+    except InputError:
+        return _grammar(guidance, form, [_guiding(guidance, tool) for tool in tools], choice, schema, several)
+
+
+def _guiding(guidance: Guidance, tool: Tool) -> Tool:
+    """The tool with what of its schema can guide."""
+    function, whole = tool["function"], _parameters(tool)
+
+    def reason(parameters: Mapping[str, Any]) -> str | None:
+        try:
+            guidance.json(parameters)
+        except InputError as error:
+            return str(error)
+        return None
+
+    if reason(whole) is None:
+        return tool
+    parameters, names = guiding(whole)
+    if (why := reason(parameters)) is not None:
+        parameters, names = one_of_as_any(parameters), [*names, "oneOf"]
+        if reason(parameters) is not None:
+            raise InputError(f"calls of the tool {function['name']!r}: {why}; change its schema, or leave the tool out")
+    left = ", ".join(map(repr, names))
+    warnings.warn(f"calls of the tool {function['name']!r} are not guided by {left} of its schema; the tool must check that", stacklevel=4)
+    return {**tool, "function": {**function, "parameters": parameters}}
+
+
+def _grammar(
+    guidance: Guidance, form: ToolForm, tools: Sequence[Tool], choice: str, schema: Mapping[str, Any] | None, several: bool
+) -> Grammar:
+    said = "free" if schema is None else "json"
     more = f" ({guidance.literal(form.between + form.open)} call {guidance.literal(form.close)})*" if several else ""
     rest = f"call {guidance.literal(form.close)}{more} {guidance.literal(form.end)}"
     lines = []
@@ -270,7 +306,13 @@ def _call_schema(tool: Tool, form: ToolForm) -> Mapping[str, Any]:
 
 
 def _parameters(tool: Tool) -> Mapping[str, Any]:
-    return tool["function"].get("parameters") or {"type": "object", "properties": {}}
+    """The schema of a tool's arguments, which are an object whatever it says."""
+    parameters = tool["function"].get("parameters") or {"properties": {}}
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"the parameters of the tool {tool['function']['name']!r} are {parameters!r}; they must be a JSON schema")
+    if parameters.get("type") in (None, "any") and not {"$ref", "anyOf", "oneOf", "allOf", "const", "enum"} & parameters.keys():
+        return {**parameters, "type": "object"}
+    return parameters
 
 
 # -- reading -----------------------------------------------------------------------------------------------------

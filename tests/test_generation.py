@@ -1,5 +1,10 @@
 """Sampling, stop strings and incremental text."""
 
+import re
+from dataclasses import fields
+from math import inf, nan
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,12 +109,78 @@ def test_a_seed_repeats_a_sample_and_none_does_not(engine: KVzipEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "params",
-    [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": [""]}],
+    ("name", "value"),
+    [
+        *[("max_new_tokens", value) for value in (0, -1, 1.5, True, "abc", "", inf, nan, [3], b"7")],
+        *[("temperature", value) for value in (-1, nan, inf, -inf, True, "warm", "nan", [0.5])],
+        *[("top_p", value) for value in (0, 1.1, nan, -0.5, True, "much")],
+        *[("top_k", value) for value in (0, -3, 2.5, True, "", "five")],
+        *[("seed", value) for value in (2**70, -(2**70), 1.5, True, "x", 2**64)],
+        *[("stop", value) for value in ([3], ["a", None], 7, {"a": 1}.items(), b"x", True)],
+        *[("repetition_penalty", value) for value in (0, -1, nan, inf, True, "x")],
+        *[("no_repeat_ngram_size", value) for value in (-1, 1.5, True, "x")],
+    ],
 )
-def test_parameters_out_of_range_name_the_value(engine: KVzipEngine, params: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=next(iter(params)) if "stop" not in params else "stop string"):
-        engine.generate(None, "Hello?", **params)
+def test_a_value_out_of_its_range_is_named_before_anything_is_computed(engine: KVzipEngine, name: str, value: object) -> None:
+    engine._model.forward = engine._model.feed = None  # type: ignore
+    with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}; it must be ")):
+        engine.generate(None, "Hello?", **{name: value})
+    session = engine.session()
+    with pytest.raises(InputError, match=name):
+        session.stream("Hello?", **{name: value})
+    assert session.n_tokens == 0
+
+
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""]])
+def test_an_empty_stop_string_is_refused(stop: object) -> None:
+    with pytest.raises(InputError, match="a stop string is empty"):
+        GenerationParams(stop=stop)  # type: ignore[arg-type]
+
+
+def test_none_is_the_default_and_a_text_that_spells_a_number_is_that_number() -> None:
+    assert GenerationParams(**dict.fromkeys((field.name for field in fields(GenerationParams)), None)) == GenerationParams()
+    spelled = GenerationParams(max_new_tokens="7", temperature=" 0.5 ", top_p="1", top_k="3.0", seed=str(2**63 - 1), repetition_penalty="2")  # type: ignore
+    assert spelled == GenerationParams(max_new_tokens=7, temperature=0.5, top_p=1, top_k=3, seed=2**63 - 1, repetition_penalty=2)
+    assert GenerationParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=4.0) == GenerationParams(3, 0.5, top_k=4)  # type: ignore
+    assert GenerationParams(stop="x").stops == GenerationParams(stop=["x"]).stops == ("x",)
+    assert GenerationParams(stop=()).stops == ()
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-7])
+def test_a_temperature_of_nearly_nothing_is_greedy(engine: KVzipEngine, temperature: float) -> None:
+    greedy = engine.generate(None, "Go on.", max_new_tokens=8).text
+    assert engine.generate(None, "Go on.", max_new_tokens=8, temperature=temperature, seed=1).text == greedy
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1, 2**64 - 1])
+def test_seeds_of_64_bits_work(engine: KVzipEngine, seed: int) -> None:
+    one, other = (engine.generate(None, "Go on.", max_new_tokens=8, temperature=1.0, seed=seed).text for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    "params", [{"repetition_penalty": 1.4}, {"no_repeat_ngram_size": 1}, {"repetition_penalty": 2.0, "no_repeat_ngram_size": 2}]
+)
+def test_repetition_is_held_back_as_transformers_does(params: dict[str, Any]) -> None:
+    """Without a context our greedy ids are those of transformers' own generate."""
+    engine = tiny_engine()
+    ids = engine.prompt_ids(None, "Go on.")
+    theirs = engine.model.generate(
+        torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=sorted(engine._model.eos_ids), pad_token_id=0, **params
+    )
+    session = engine.session()
+    answer = session.ask("Go on.", max_new_tokens=40, **params)
+    assert session._ids == theirs[0].tolist()
+    assert answer.text != engine.generate(None, "Go on.", max_new_tokens=40).text
+
+
+def test_what_a_context_has_read_has_occurred(engine: KVzipEngine) -> None:
+    context = engine.load(TEXT, ratio=0.3)
+    seen = {*context.token_ids.tolist(), *engine.prompt_ids(context, "Go on.")}
+    session = engine.session(context)
+    session.ask("Go on.", max_new_tokens=4, no_repeat_ngram_size=1)
+    assert not seen & set(session._ids[len(engine.prompt_ids(context, "Go on.")) :])
+    assert session.ask("And?", max_new_tokens=2, no_repeat_ngram_size=1).usage.output_tokens == 2
 
 
 def test_a_lookup_guesses_what_followed_and_learns() -> None:

@@ -155,8 +155,13 @@ def test_tool_choice_is_kept_to_and_a_cut_call_is_an_error(llm: KVzipLLM) -> Non
     none = llm.chat_with_tools([PAINT], "Do it.", tool_choice="none")
     with pytest.raises(ValueError, match="calls no tool"):
         llm.get_tool_calls_from_response(none)
-    with pytest.raises(UnfinishedError):
+    with pytest.raises(InputError, match="max_new_tokens is 3"):
         llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=3)
+    with pytest.raises(UnfinishedError):
+        model.chat_with_tools([PAINT], "Do it.", tool_required=True, stop=["paint"])
+    forced = llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=75)
+    assert forced.raw["finish_reason"] == "forced"
+    assert len(llm.get_tool_calls_from_response(forced)) == 1
 
 
 def test_calls_and_results_are_told_as_by_openais_messages(llm: KVzipLLM, engine: KVzipEngine) -> None:

@@ -400,7 +400,9 @@ class KVzipChatModel(BaseChatModel):
     def _metadata(self, reply: Reply, called: bool) -> dict[str, Any]:
         receipt = reply.receipt
         facts: dict[str, Any] = {"tier": receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
-        metadata = {"model_name": self.model_name, "finish_reason": "tool_calls" if called else reply.finish_reason, "kvzip": facts}
+        metadata = {"model_name": self.model_name, "finish_reason": reply.finish_reason, "kvzip": facts}
+        if called and reply.finish_reason != "forced":
+            metadata["finish_reason"] = "tool_calls"
         if receipt.key is None:
             return metadata | {"model_provider": "kvzip"}
         facts |= {"context": receipt.key, "tokens": reply.usage.cached_tokens, "nbytes": receipt.nbytes}
@@ -485,8 +487,9 @@ class KVzipChatModel(BaseChatModel):
     ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
         """This model answering with what validates against a schema.
 
-        Decoding is guided by the schema whatever the method: the answer always validates, unless ``max_tokens`` cuts it, which is an
-        :class:`~kvzip_memory.UnfinishedError`.
+        Decoding is guided by the schema whatever the method: the answer always validates and ends within ``max_tokens``. An
+        :class:`~kvzip_memory.InputError` says before anything is computed if they are too few, an
+        :class:`~kvzip_memory.UnfinishedError` that a stop string cut the answer.
 
         Args:
             schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.

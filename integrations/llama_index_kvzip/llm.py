@@ -71,7 +71,7 @@ class KVzipLLM(FunctionCallingLLM):
     Raises:
         InputError: by every call: unknown options, messages that are not text or that the template refuses.
         WindowError: by every call: context and messages fill the model's window.
-        UnfinishedError: by every call: JSON or a tool call was cut by ``max_tokens`` or ``stop``.
+        UnfinishedError: by every call: JSON or a tool call was cut by ``stop``. ``max_tokens`` too few for one are an InputError.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -257,7 +257,7 @@ class KVzipLLM(FunctionCallingLLM):
         receipt = reply.receipt
         return {
             "model": self.model,
-            "finish_reason": "tool_calls" if called else reply.finish_reason,
+            "finish_reason": "tool_calls" if called and reply.finish_reason != "forced" else reply.finish_reason,
             "usage": usage_of(reply),
             "kvzip": {"context": receipt.key, "tier": receipt.tier, "nbytes": receipt.nbytes, "ms": dict(receipt.ms)},
         }
