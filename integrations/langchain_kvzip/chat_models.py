@@ -7,7 +7,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,20 @@ from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.base import OutputParserLike
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.json_schema import GenerateJsonSchema
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, model_validator
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
 from kvzip_memory.sources import as_message
 from kvzip_memory.tools import FORMS, CallReader
+from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.
-_ASKED = "Answer with one JSON object that validates against this JSON schema: {}"
+_ASKED = "Answer with one JSON {} that validates against this JSON schema: {}"
 
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
@@ -315,23 +311,29 @@ class KVzipChatModel(BaseChatModel):
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
-        form, shown = options["form"], options.pop("shown")
+        form, shown, kept = options["form"], options.pop("shown"), options.pop("keep_unfinished")
         if shown and options["schema"] is not None and turns and turns[-1]["role"] in ("user", "tool"):
-            turns[-1] = {
-                **turns[-1],
-                "content": f"{turns[-1]['content']}\n\n{_ASKED.format(json.dumps(options['schema'], ensure_ascii=False))}",
-            }
+            kind = "object" if Wanted(options["schema"]).is_object else "value"
+            asked = _ASKED.format(kind, json.dumps(options["schema"], ensure_ascii=False))
+            turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{asked}"}
         reader = CallReader(form) if options["tools"] and options["tool_choice"] != "none" else None
         called = False
-        with engine.stream(context, turns, **options) as pieces:
-            started(pieces)
-            for piece in pieces:
-                text, deltas = reader.push(piece) if reader else (piece, [])
-                called |= bool(deltas)
-                calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]
-                if text or calls:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=calls))
-            reply = pieces.reply
+        try:
+            with engine.stream(context, turns, **options) as pieces:
+                started(pieces)
+                for piece in pieces:
+                    text, deltas = reader.push(piece) if reader else (piece, [])
+                    called |= bool(deltas)
+                    calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]
+                    if text or calls:
+                        yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=calls))
+                reply = pieces.reply
+        except UnfinishedError as error:
+            if not kept:
+                raise
+            facts = {"model_name": self.model_name, "finish_reason": "length", "kvzip": {"unfinished": str(error)}}
+            yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata=facts, chunk_position="last"))
+            return
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content=reader.flush() if reader else "",
@@ -356,6 +358,7 @@ class KVzipChatModel(BaseChatModel):
             "parallel_tool_calls": given.pop("parallel_tool_calls", None),
             "schema": _response_schema(response_format := given.pop("response_format", None)),
             "shown": not _is_json_mode(response_format),
+            "keep_unfinished": given.pop("keep_unfinished", False),  # what is cut is given as it is, not raised
             "form": self.engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser],
         }
         if given:
@@ -473,50 +476,43 @@ class KVzipChatModel(BaseChatModel):
 
     def with_structured_output(
         self,
-        schema: dict[str, Any] | type,
+        schema: Any,
         *,
         method: str = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
         **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+    ) -> Runnable[LanguageModelInput, Any]:
         """This model answering with what validates against a schema.
 
-        Decoding is guided by the schema whatever the method: the answer always validates, unless ``max_tokens`` cuts it, which is an
-        :class:`~kvzip_memory.UnfinishedError`.
+        Decoding is guided by the JSON schema whatever the method: the answer always validates against it, unless ``max_tokens`` cuts it,
+        which is an :class:`~kvzip_memory.UnfinishedError`. What a class checks beyond its schema may still fail, as an
+        ``OutputParserException``.
 
         Args:
-            schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
+            schema: a Pydantic class, an ``Enum``, a dataclass or any other type that Pydantic validates, of which the answer is a value; a
+                ``TypedDict`` class, a JSON schema, or an OpenAI tool, of which it is a dictionary.
             method: how the model is told. ``"json_schema"`` puts the schema behind what the user or a tool says last,
                 ``"function_calling"`` shows it as a tool, ``"json_mode"`` leaves it to your prompt.
-            include_raw: give ``{"raw", "parsed", "parsing_error"}``.
+            include_raw: give ``{"raw", "parsed", "parsing_error"}``; then nothing is raised for what is wrong with an answer.
             strict: accepted; answers are always strict.
+
+        Raises:
+            InputError: another ``method``, or a schema that is none of these.
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
             raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
-        if method == "function_calling":
-            own = _own_schema(schema)
-            if own and ("enum" in own or own.get("type", "object") != "object"):
-                raise InputError(f"a tool's arguments are an object, which {str(own)[:80]} is not; use method='json_schema'")
-            if isinstance(schema, dict) and own:
-                schema = {"title": "answer", **schema}  # LangChain asks for one
-            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
-        json_schema = _json_schema(schema)
-        named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
-        llm = self.bind(
-            response_format={"type": "json_schema" if method == "json_schema" else "json_object", "json_schema": named},
-            ls_structured_output_format={"kwargs": {"method": method}, "schema": json_schema},
-        )
-        parser: OutputParserLike[Any] = JsonOutputParser()
-        if isinstance(schema, type) and is_basemodel_subclass(schema):
-            parser = PydanticOutputParser(pydantic_object=schema)
-        if not include_raw:
-            return llm | parser
-        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-        failed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+        wanted = Wanted.of({"type": "object"} if schema is None and method == "json_mode" else schema)
+        options = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": wanted.schema}, "keep_unfinished": include_raw}
+        if method == "function_calling":
+            llm = self.bind_tools([wanted.as_tool()], tool_choice="any", **options)
+        else:
+            named = {"name": wanted.schema.get("title", "answer"), "schema": wanted.schema}
+            kind = "json_schema" if method == "json_schema" else "json_object"
+            llm = self.bind(response_format={"type": kind, "json_schema": named}, **options)
+        return llm | AnswerParser(wanted=wanted, in_call=method == "function_calling", include_raw=include_raw)
 
 
 ChatKVzip = KVzipChatModel
@@ -548,36 +544,12 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     if isinstance(response_format, Mapping) and "json_schema" in response_format:
         schema: dict[str, Any] = response_format["json_schema"]["schema"]
         return schema
-    return {"type": "object"} if _is_json_mode(response_format) else _json_schema(response_format)
-
-
-class _Untitled(GenerateJsonSchema):
-    """Pydantic's schema of a class without a title for each field, which only says its name once more."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def _own_schema(schema: Any) -> dict[str, Any] | None:
-    """A Pydantic class's own schema, or a dictionary that is one. What LangChain makes of it lacks references to itself and keywords."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return schema.model_json_schema(schema_generator=_Untitled)
-    if isinstance(schema, dict) and schema.get("type") != "function" and not {"name", "toolSpec"} & schema.keys():
-        return schema
-    return None
-
-
-def _json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI tool, or a JSON schema. What it is about comes first, as LangChain has it."""
-    own = _own_schema(schema)
-    if own is None:
-        return convert_to_json_schema(schema)
-    return {key: own[key] for key in ("title", "description") if key in own} | own
+    return {"type": "object"} if _is_json_mode(response_format) else Wanted.of(response_format).schema
 
 
 def _openai_tool(tool: Any) -> dict[str, Any]:
     """A tool in OpenAI's form."""
-    made, own = convert_to_openai_tool(tool), _own_schema(tool)
+    made, own = convert_to_openai_tool(tool), own_schema(tool)
     if own and "function" in made:
         made["function"]["parameters"] = {key: value for key, value in own.items() if key not in ("title", "description")}
     return made
