@@ -30,6 +30,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
+from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.sources import as_message
 from kvzip_memory.tools import FORMS, CallReader
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
@@ -39,6 +40,9 @@ _ASKED = "Answer with one JSON {} that validates against this JSON schema: {}"
 
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
+
+# With ``keep_unfinished`` what is cut is given as it is, not raised.
+_KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls", "response_format", "model", "keep_unfinished"}
 
 Documents = BaseLoader | Document | str | Path | Iterable[Document]
 
@@ -55,7 +59,8 @@ class KVzipChatModel(BaseChatModel):
         ```
 
     Instantiate:
-        Weights load on first use. Other fields are options of every call, too: ``llm.invoke(..., temperature=1.0)``.
+        Weights load on first use. What says how an answer is generated is an option of every call, too, which comes first:
+        ``llm.invoke(..., temperature=1.0)``; None is what the model has.
 
         ```python
         from langchain_kvzip import KVzipChatModel
@@ -171,6 +176,8 @@ class KVzipChatModel(BaseChatModel):
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     streaming: bool = False
     """Whether :meth:`invoke` streams to callbacks."""
     tool_call_parser: str = "auto"
@@ -184,6 +191,7 @@ class KVzipChatModel(BaseChatModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = for_fields(values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
         if unknown := sorted(values.keys() - known - _FOR_SERVERS):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
@@ -195,6 +203,7 @@ class KVzipChatModel(BaseChatModel):
             raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio}; it is the fraction of pairs kept, above 0 and at most 1")
+        self._sampling({})  # tells what is wrong with a field
         if self.tool_call_parser not in ("auto", *FORMS):
             raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
@@ -301,8 +310,9 @@ class KVzipChatModel(BaseChatModel):
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
     ) -> Iterator[ChatGenerationChunk]:
-        engine = self.engine
         options = self._options(stop, kwargs)
+        engine = self.engine
+        options["form"] = engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser]
         turns, file_ids = _plain(messages)
         context = engine.one_context([self.context, *file_ids])
         options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
@@ -345,27 +355,25 @@ class KVzipChatModel(BaseChatModel):
 
     def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of :meth:`KVzipEngine.stream` for a call."""
-        given = {name: value for name, value in kwargs.items() if name not in _IGNORED}
-        if (model := given.pop("model", self.model_name)) != self.model_name:
+        given = renamed({**kwargs, "stop": stop if stop is not None else kwargs.get("stop")})
+        if (model := given.get("model") or self.model_name) != self.model_name:
             raise InputError(f"model={model!r} was asked of a chat model over {self.model_name!r}; make another one with the same engine")
-        fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed")}
-        options = {
-            **fields,
-            "max_new_tokens": given.pop("max_tokens", self.max_tokens),
-            "stop": stop if stop is not None else self.stop,
-            "tools": given.pop("tools", None),
-            "tool_choice": given.pop("tool_choice", None),
-            "parallel_tool_calls": given.pop("parallel_tool_calls", None),
-            "schema": _response_schema(response_format := given.pop("response_format", None)),
+        if unknown := sorted(given.keys() - _KNOWN - _IGNORED):
+            raise InputError(f"options {unknown} are unknown; known are {sorted(_KNOWN)}")
+        response_format = given.get("response_format")
+        return {
+            **self._sampling(given),
+            "tools": given.get("tools"),
+            "tool_choice": given.get("tool_choice"),
+            "parallel_tool_calls": given.get("parallel_tool_calls"),
+            "schema": _response_schema(response_format),
             "shown": not _is_json_mode(response_format),
-            "keep_unfinished": given.pop("keep_unfinished", False),  # what is cut is given as it is, not raised
-            "form": self.engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser],
+            "keep_unfinished": given.get("keep_unfinished", False),
         }
-        if given:
-            raise InputError(
-                f"options {sorted(given)} are unknown; known are {sorted({*fields, 'max_tokens', 'stop', 'tools', 'tool_choice'})}"
-            )
-        return options
+
+    def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in CALL_OPTIONS}
+        return sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
 
     def _generate(
         self,
@@ -383,6 +391,7 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        self._options(stop, kwargs)  # tells what is wrong with them before the weights are loaded
         answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
         async with aclosing(answer) as chunks:
             async for chunk in chunks:
@@ -426,12 +435,7 @@ class KVzipChatModel(BaseChatModel):
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "seed": self.seed,
-            "stop": self.stop,
+            **{name: getattr(self, name) for name in CALL_OPTIONS},
             "tool_call_parser": self.tool_call_parser,
         }
 

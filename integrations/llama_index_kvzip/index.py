@@ -29,8 +29,9 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInf
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory.options import CALL_OPTIONS, renamed
 from llama_index_kvzip.chat_engine import KVzipChatEngine
-from llama_index_kvzip.llm import CALL_OPTIONS, KVzipLLM
+from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
@@ -362,6 +363,7 @@ class KVzipIndex(BaseManagedIndex):
         if isinstance(llm, StructuredLLM):
             raise InputError("a chat engine answers in text; give the llm itself, or the structured one to as_query_engine")
         model = self._checked(llm)
+        kwargs = renamed(kwargs)
         if chat_mode in _CHAT_ENGINES:
             _check_names(kwargs, _QUERY_OPTIONS | _CHAT_OPTIONS)
             asking = {name: value for name, value in kwargs.items() if name in _QUERY_OPTIONS}

@@ -22,6 +22,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import BaseModel
 
 from kvzip_memory import CompressedContext, InputError
+from kvzip_memory.options import renamed
 from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import readable
 from llama_index_kvzip.sources import Part, Ranking, whole
@@ -99,7 +100,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     ) -> None:
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._output_cls = unwrapped(llm, output_cls)
-        self._parts, self._streaming, self._options = parts, streaming, options
+        self._parts, self._streaming, self._options = parts, streaming, renamed(options)
         self._llm.stream_options(options)  # tells at once what is unknown
         self._mode = _checked_mode(response_mode, streaming, self._output_cls)
         self._sources = Ranking(self._llm.engine, source_top_k, node_parser)
@@ -216,7 +217,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         """Options of a call whose answer is combined with others."""
         if self._mode == ResponseMode.ACCUMULATE:
             return self._options
-        limit = self._options.get("max_tokens") or self._llm.max_tokens
+        limit: int = self._llm.stream_options(self._options)["max_new_tokens"]
         return {**self._options, "max_tokens": min(limit, self._quarter)}
 
     def _combined_before(self, question: str, answers: Sequence[ChatResponse]) -> int:
