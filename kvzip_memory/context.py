@@ -89,6 +89,8 @@ class Recipe:
         next_turn: ids that end an assistant's turn and open the user's.
         role: whose turn the context ends in.
         tools: digest of the tools that are described in the context, None without any.
+        tail: the text's last characters, if their tokens depend on what follows: they are not in the context and are read with
+            that. Mostly none, or a full stop.
     """
 
     opening: tuple[int, ...]
@@ -97,6 +99,7 @@ class Recipe:
     next_turn: tuple[int, ...]
     role: str = "user"
     tools: str | None = None
+    tail: str = ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ from kvzip_memory.registry.identity import (
     weights_stamp,
 )
 from kvzip_memory.session import Reply, Session, Stream
-from kvzip_memory.sources import Message, read_source
+from kvzip_memory.sources import Message, as_messages, clean, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
@@ -257,7 +257,7 @@ class KVzipEngine:
         """
         _checked_ratio(self.ratio if ratio is None else ratio)
         began = time.perf_counter()
-        prompt = self._prompt(source, system, [keep] if isinstance(keep, str) else keep, tools)
+        prompt = self._prompt(source, system, _strings(keep), tools)
         return self._load(prompt, ratio, name, tags, began)
 
     def load_marked(
@@ -317,7 +317,7 @@ class KVzipEngine:
         began = time.perf_counter()
         self._check_parent(context)
         documents, messages = read_source(more)
-        kept = [keep] if isinstance(keep, str) else keep
+        kept = _strings(keep)
         if documents and tools:
             raise InputError("tools belong to a conversation; give them with the question about these documents")
         prompt = (
@@ -456,6 +456,7 @@ class KVzipEngine:
         documents, messages = read_source(source)
         if documents and tools:
             raise InputError("tools belong to a conversation; give them with the question about these documents")
+        system = None if system is None else clean(system, "system prompt")
         prompt = (
             self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep, tools)
         )
@@ -674,7 +675,7 @@ class KVzipEngine:
             first = max(0, len(ids) - closing - len(self._prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
 
-        last = question if isinstance(question, str) else str(question[-1]["content"])
+        last, answer = as_messages(question)[-1]["content"], clean(answer, "answer")
         with context.lease() as lease:
             n = context.n_tokens
             asked = mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, question), last, self._prompts.text_ids(answer))
@@ -686,7 +687,7 @@ class KVzipEngine:
         Raises:
             InputError: the tokenizer does not know them; a fast one does.
         """
-        return self._prompts.offsets(text)
+        return self._prompts.offsets(clean(text, "document"))
 
     def relevance(
         self, parts: Sequence[tuple[CompressedContext, Sequence[Span]]], question: str | Sequence[Message], answer: str = ""
@@ -752,6 +753,10 @@ class KVzipEngine:
 
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
+
+
+def _strings(keep: str | Sequence[str]) -> list[str]:
+    return [clean(wanted, "keep") for wanted in ([keep] if isinstance(keep, str) else keep)]
 
 
 class _Managed:

@@ -45,7 +45,7 @@ def load_model(
     shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
     source = Path(model)
     if source.suffix == ".gguf":
-        if not source.is_file():
+        if not os.path.isfile(source):
             raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
         model = _converted(source, dtype, cache_dir or DEFAULT_CACHE)
     if source.suffix == ".gguf" and not Path(model, "tokenizer.json").exists():

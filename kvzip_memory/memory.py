@@ -152,7 +152,8 @@ class _Talk:
     ) -> None:
         self.engine, self.messages, self.tools, self.base = engine, list(messages), tools, base
         self._prompts = engine._prompts
-        self.ids = [*(base.token_ids.tolist() if base else []), *engine.prompt_ids(base, messages, tools)]
+        recipe = base.recipe if base else None
+        self.ids = [*(base.token_ids.tolist() if base else []), *self._prompts.question(recipe, messages, tools, fixed=True)]
         said = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(self.messages))
         #: Numbers of messages that a context may stand for.
         self.borders = [

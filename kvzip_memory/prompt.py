@@ -1,12 +1,12 @@
-"""From sources and questions to token ids. Templates are rendered around marks and cut; texts are put in as ids.
+"""From sources and questions to token ids: prefixes that contexts are built from, and what follows them.
 
-The chat template is the model's own. It is rendered with a mark in the place of every text and cut at the marks, so
-that template and texts are tokenised apart: control tokens come from the template only, and a text that spells one
-stays text. What a context's prefix needs afterwards (:class:`~kvzip_memory.context.Recipe`) is cut out in the same
-go and kept as ids.
+A prompt is rendered whole by the model's own template and tokenised whole (:mod:`kvzip_memory.template`,
+:mod:`kvzip_memory.encoding`), so its ids are those of ``apply_chat_template``. A context is cut from it at a token's end. The
+characters before the cut whose token would reach over it stay out of the context and are read with what follows
+(:attr:`~kvzip_memory.context.Recipe.tail`), so prefix and question together are the ids of the whole prompt, too.
 
-Tools, calls and their results are rendered by the template too, where it knows them. Where it does not they are put in
-plain turns (:func:`~kvzip_memory.tools.in_plain_turns`).
+Tools, calls and their results are rendered by the template where it knows them. Where it does not they are put in plain
+turns (:func:`~kvzip_memory.tools.in_plain_turns`).
 """
 
 from __future__ import annotations
@@ -17,34 +17,18 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe, Source
+from kvzip_memory.encoding import Tokens, added_tokens
 from kvzip_memory.errors import InputError
 from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, header
+from kvzip_memory.template import ChatTemplate, Layout, Place
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
-#: Used when a tokenizer has no chat template: plain text, the question on a line of its own, then ``Answer:``.
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
-    "{% elif message['role'] == 'user' %}{{ message['content'] }}\nAnswer:"
-    "{% else %} {{ message['content'] }}\n\n{% endif %}{% endfor %}"
-)
-
-# Templates that print today's date would give another prefix, and so another key, every day. They get this one, by the
-# variable some of them read and by a macro in the place of transformers' function.
-_DATE = "26 Jul 2024"
-_STRFTIME = "".join(
-    f" | replace('{code}', '{text}')"
-    for code, text in {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24"}.items()
-)
-_PINNED_CLOCK = "{% macro strftime_now(format) %}{{ format" + _STRFTIME + " }}{% endmacro %}"
-
-
-# What stands in a rendered template for a message's text, and for a string inside a tool or a call.
-_MARK = re.compile(r"\[\[kvzip (text|leaf) (\d+)\]\]")
-_IDENTIFIER = re.compile(r"[A-Za-z_$][\w$-]*")
+# Stands for a question that is not known yet. A digit merges with nothing that comes before it.
+_ASKED: Message = {"role": "user", "content": "0"}
 
 
 @dataclass(frozen=True)
@@ -80,44 +64,37 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
-        self.template: str = PLAIN_TEMPLATE if tokenizer.chat_template is None else tokenizer.get_chat_template()
-        if "strftime_now" in self.template:
-            self.template = _PINNED_CLOCK + self.template
-        self._kwargs: dict[str, Any] = {"date_string": _DATE, **(template_kwargs or {})}
-        if tokenizer.chat_template is None:
-            first = tokenizer("a").input_ids[:1]
-            adds_bos = bool(first) and first[0] == tokenizer.bos_token_id
-            self._kwargs["bos_token"] = tokenizer.bos_token if adds_bos else ""
-        added = tokenizer.added_tokens_decoder
-        # Special tokens, and the template's own tags (such as <think>) even where they are not flagged special.
-        control = {
-            i: token.content
-            for i, token in added.items()
-            if token.special or (len(token.content.strip()) > 2 and token.content in self.template)
-        }
-        self.control_ids = frozenset(control) | frozenset(tokenizer.all_special_ids)
-        literals = sorted({*control.values(), *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._literals = re.compile("|".join(map(re.escape, literals))) if literals else None
-        user = {"role": "user", "content": "a"}
-        self._merges = not self._renders([user, user])
+        self._template = template = ChatTemplate(tokenizer, template_kwargs)
+        self._encoder = template.encoder
+        #: The template's text.
+        self.template = template.source
+        #: Tokens that only the template may write.
+        self.control_ids = template.control_ids
+        #: What the model writes around its reasoning, None if it does not.
+        self.thought = template.thought
+        user, answer, system = ({"role": role, "content": "a"} for role in ("user", "assistant", "system"))
+        self._merges = not template.shows([user, user])
         form = form_of(self.template)
         self.form = form or FORMS["hermes"]
-        spelled = "".join([self.form.begin, self.form.open, self.form.close, self.form.end, self.form.prefix or ""])
-        #: Special tokens that calls are written with; they show in an answer's text.
-        self.call_ids = frozenset(i for i, token in added.items() if token.special and token.content in spelled)
-        self._knows_tools = form is not None and self._renders(
-            [user, _call("probe_tool", {"a": "b c"}), {"role": "tool", "content": "d", "tool_call_id": None}],
-            [{"type": "function", "function": {"name": "probe_tool", "description": "e f", "parameters": {}}}],
+        spelled = "".join([self.form.begin, self.form.open, self.form.close, self.form.end, self.form.prefix or "", *(self.thought or ())])
+        #: Special tokens that calls and reasoning are written with; they show in an answer's text.
+        self.call_ids = frozenset(i for i, token in added_tokens(tokenizer).items() if token.special and token.content in spelled)
+        result = {"role": "tool", "content": "d", "tool_call_id": "b"}
+        self._knows_tools = form is not None and template.shows(
+            [user, _call("probe_tool", {"probe_key": "probe value"}), result],
+            [{"type": "function", "function": {"name": "probe_tool", "description": "probe it", "parameters": {}}}],
+            ["probe_key", "probe value", "probe it"],
         )
         calls = [{"id": i, "name": "probe_tool", "arguments": {"a": i}} for i in "bc"]
-        results = [{"role": "tool", "content": "d", "tool_call_id": i} for i in "bc"]
+        both: list[Message] = [{"role": "assistant", "content": "", "tool_calls": calls}, result, {**result, "tool_call_id": "c"}]
         #: Whether the template shows no more than one call in an answer.
-        self.one_call = self._knows_tools and not self._renders([user, {"role": "assistant", "content": "", "tool_calls": calls}, *results])
-        system, answer = {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}
-        self._knows_system = self._renders([system, user])
+        self.one_call = self._knows_tools and not template.shows([user, *both])
+        self._knows_system = template.shows([system, user])
+        self._knows_late_system = self._knows_system and template.shows([system, system, user, answer, system, user])
+        self._greets = template.shows([answer, user])
         # Some templates put the system's text before what the user says last, wherever that stands.
         talk = [user, answer, user]
-        self._moves_system = self._knows_system and self._renders(talk) and not self._renders([system, *talk])
+        self._moves_system = self._knows_system and template.shows(talk) and not template.shows([system, *talk])
 
     # -- prefixes ------------------------------------------------------------------------------------------------
 
@@ -126,25 +103,21 @@ class PromptBuilder:
 
         ``keep`` are strings whose tokens are never evicted, wherever they occur in the documents.
         """
-        messages = [*_system(system), {"role": "user", "content": ""}]
-        pieces, _ = self._laid_out(messages)
-        ids: list[int] = []
-        for piece, message in zip(pieces, messages[:-1], strict=False):
-            ids += piece + self.text_ids(message["content"])
-        ids += pieces[-2]
-        protected, sources = len(ids), []
-        for number, document in enumerate(documents, 1):
-            name = document.name or f"document {number}"
-            if len(documents) > 1:
-                ids += self.text_ids(header(number, name))
-            start = len(ids)
-            ids += self.text_ids(document.text)
-            sources.append(Source(name, _storable(document.metadata or {}), start, len(ids)))
-        recipe = Recipe((), SEPARATOR, tuple(pieces[-1]), self._next_turn(messages))
+        shown, spans = _shown(documents)
+        turns = self._turns([*_system(system), {"role": "user", "content": f"{shown}{SEPARATOR}{_ASKED['content']}"}])
+        before = turns[-1].get("head", 0)
+        ends = [before, *(before + at for span in spans for at in span)]
+        layout = self._template.layout(turns, places=[(len(turns) - 1, at) for at in [*ends, len(turns[-1]["content"])]])
+        head, *places, asked = layout.at
+        settled, tail = self._cut(layout.text, places[-1])
+        tokens = self._encoder.tokens(settled)
+        recipe = Recipe((), SEPARATOR, self._continued(layout.text[asked:]), self._next_turn, tail=tail)
+        sources = _sources(documents, 1, tokens, places)
         names = [document.name if len(documents) > 1 else None for document in documents]
         texts = [document.text for document in documents]
-        spans = self._kept_spans(texts, [source.start for source in sources], keep)
-        return Prompt(tuple(ids), protected, recipe, tuple(sources), spans, _digest([names, texts]), _digest(system))
+        protected = tokens.before(head)
+        kept = self._kept_spans(keep, texts, settled[head:], tokens, head)
+        return Prompt(tuple(tokens.ids), protected, recipe, sources, kept, _digest([names, texts]), _digest(system))
 
     def conversation(
         self,
@@ -161,29 +134,23 @@ class PromptBuilder:
             InputError: it ends between calls and their results, or in roles that the template refuses.
         """
         messages, tools = [*_system(system), *messages], checked_tools(tools)
-        if messages[-1].get("tool_calls"):
-            raise InputError("the conversation ends in tool calls without their results; add the results or end before the calls")
+        _check_ends_said(messages)
         turns = self._turns(messages, tools)
-        joins = self._merges and turns[-1]["role"] == "user"  # a strict template has no second user's turn behind the first
-        whole = turns if joins else [*turns, {"role": "user", "content": ""}]
-        pieces, texts = self._laid_out(whole)
+        joins = self._joins(turns)
+        layout = self._asked(turns, joins, (), _start(turns))
         shown = None
         if tools:
-            with_tools = (pieces, texts) if not self._knows_tools else self._laid_out(whole, tools)
-            if not self._knows_tools or with_tools[0][: len(turns)] != pieces[: len(turns)]:
-                (pieces, texts), shown = with_tools, _digest([*tools])
-        ids: list[int] = []
-        protected, starts = None, []
-        for turn, piece, text in zip(turns, pieces, texts, strict=False):
-            ids += piece
-            if protected is None and turn["role"] != "system":
-                protected = len(ids)
-            starts.append(len(ids))
-            ids += self.text_ids(text)
-        recipe = _recipe_behind(turns[-1]["role"], pieces, joins, self._next_turn(turns), shown)
-        spans = self._kept_spans(texts[: len(turns)], starts, keep)
+            described = layout if not self._knows_tools else self._asked(turns, joins, tools, _start(turns))
+            if not self._knows_tools or described.text[: described.at[1]] != layout.text[: layout.at[1]]:
+                layout, shown = described, _digest([*tools])
+        start, end, _, _ = layout.at
+        settled, tail = self._cut(layout.text, end)
+        tokens = self._encoder.tokens(settled)
+        recipe = self._recipe_behind(turns[-1]["role"], layout, joins, self._next_turn, shown, tail)
+        protected = len(tokens.ids) if all(turn["role"] == "system" for turn in turns) else tokens.before(start)
+        kept = self._kept_spans(keep, [turn["content"] for turn in turns], settled[start:], tokens, start)
         said = _digest([_said(message) for message in messages[0 if system is None else 1 :]])
-        return Prompt(tuple(ids), len(ids) if protected is None else protected, recipe, (), spans, said, _digest(system))
+        return Prompt(tuple(tokens.ids), protected, recipe, (), kept, said, _digest(system))
 
     def more_documents(self, context: CompressedContext, documents: Sequence[Document], keep: Sequence[str] = ()) -> Prompt:
         """The prefix of a context of documents and further ones, each with a header. ``keep`` may name their strings only.
@@ -193,15 +160,15 @@ class PromptBuilder:
         """
         if not context.sources or context.sources[-1].end != context.n_tokens:
             raise InputError("documents cannot follow a conversation; extend it with messages, or put the text into one")
-        ids, sources = context.token_ids.tolist(), [*context.sources]
-        for number, document in enumerate(documents, len(sources) + 1):
-            name = document.name or f"document {number}"
-            ids += self.text_ids(header(number, name))
-            sources.append(Source(name, _storable(document.metadata or {}), len(ids), len(ids) + len(text := self.text_ids(document.text))))
-            ids += text
-        added = sources[len(context.sources) :]
-        spans = self._kept_spans([document.text for document in documents], [source.start for source in added], keep)
-        return self._grown(context, ids, context.recipe, spans, tuple(sources))
+        first, before = len(context.sources) + 1, context.recipe.tail
+        shown, spans = _shown(documents, first)
+        settled, tail = self._cut(f"{before}{shown}{SEPARATOR}{_ASKED['content']}", len(before) + len(shown), continued=True)
+        tokens = self._encoder.tokens(settled, continued=True)
+        n = context.n_tokens
+        sources = _sources(documents, first, tokens, [len(before) + at for span in spans for at in span], n)
+        kept = self._kept_spans(keep, [document.text for document in documents], settled[len(before) :], tokens, len(before), n)
+        recipe = replace(context.recipe, tail=tail)
+        return self._grown(context, tokens.ids, recipe, kept, (*context.sources, *sources))
 
     def more_turns(
         self,
@@ -222,28 +189,24 @@ class PromptBuilder:
         if not behind and (whole := self._repeating(context, messages, keep, tools)):
             if len(whole.token_ids) > n:
                 spans = tuple(span for span in whole.keep if span[0] >= n)
-                return self._grown(context, whole.token_ids, whole.recipe, spans, context.sources)
+                return self._grown(context, whole.token_ids[n:], whole.recipe, spans, context.sources)
             messages = []
         if not messages or not any(message["content"].strip() or message.get("tool_calls") for message in messages):
             raise InputError("these messages add nothing to the context")
-        if messages[-1].get("tool_calls"):
-            raise InputError("the conversation ends in tool calls without their results; add the results or end before the calls")
-        if messages[0]["role"] == context.recipe.role == "assistant":
-            raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
+        _check_ends_said(messages)
+        _check_follows(context.recipe, messages)
         shown = context.recipe.tools
         if tools and _digest([*tools]) != shown and not self._ends_in_tools(context.recipe, messages, tools):
             shown, messages = _digest([*tools]), _with_tools(messages, tools)
-        turns = self._behind_turns(messages)
-        joins = self._merges and turns[-1]["role"] == "user"
-        pieces, texts = self._behind(context.recipe, turns if joins else [*turns, {"role": "user", "content": ""}])
-        ids, starts = context.token_ids.tolist(), []
-        said = texts if joins else texts[:-1]
-        for piece, text in zip(pieces, said, strict=False):
-            ids += piece
-            starts.append(len(ids))
-            ids += self.text_ids(text)
-        recipe = _recipe_behind(turns[-1]["role"], pieces, joins, context.recipe.next_turn, shown)
-        return self._grown(context, ids, recipe, self._kept_spans(said, starts, keep), context.sources)
+        turns = self._turns_behind(messages)
+        joins = self._joins(turns)
+        layout = self._behind(context.recipe, turns, joins=joins)
+        _, end, _, _ = layout.at
+        settled, tail = self._cut(layout.text, end, continued=True)
+        tokens = self._encoder.tokens(settled, continued=True)
+        recipe = self._recipe_behind(turns[-1]["role"], layout, joins, context.recipe.next_turn, shown, tail)
+        kept = self._kept_spans(keep, [turn["content"] for turn in turns], settled, tokens, 0, n)
+        return self._grown(context, tokens.ids, recipe, kept, context.sources)
 
     def _repeating(
         self, context: CompressedContext, messages: Sequence[Message], keep: Sequence[str], tools: Sequence[Tool] | None
@@ -257,78 +220,111 @@ class PromptBuilder:
 
     def _ends_in_tools(self, recipe: Recipe, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
         """Whether the template describes tools near the end of a prompt, not in what comes before the last question."""
-        turns = self._behind_turns([*messages, {"role": "user", "content": "a"}])
-        return self._knows_tools and self._behind(recipe, turns, tools) != self._behind(recipe, turns)
+        turns = self._turns_behind([*messages, _ASKED])
+        return self._knows_tools and self._behind(recipe, turns, tools).text != self._behind(recipe, turns).text
+
+    def until_mark(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> Prompt | None:
+        """The prefix of a prompt up to the last block of text that carries ``cache_control``; None without such a block.
+
+        In the system turn what stands before that block is protected, and it is not. What follows the block does not matter:
+        it may be another question.
+        """
+        messages, tools = as_messages(messages), checked_tools(tools)
+        turns = self._turns(messages, tools)
+        if (block := _last_block(turns)) is None:
+            return None
+        (last, begin), (_, end) = block
+        layout = self._template.layout(turns, tools if self._knows_tools else (), [_start(turns), *block])
+        settled, tail = self._cut(layout.text, layout.at[2], apart=True)
+        tokens = self._encoder.tokens(settled)
+        role = turns[last]["role"]
+        recipe = self.free_recipe()
+        if role != "user":
+            around = self._asked(_lead(role), False)
+            recipe = self._recipe_behind(role, around, False, recipe.next_turn, None, "")
+        recipe = replace(recipe, separator=SEPARATOR if role == "user" else "", role=role, opening=() if role == "user" else recipe.opening)
+        recipe = replace(recipe, tools=_digest([*tools]) if tools else None, tail=tail)
+        text = turns[last]["content"].replace(CUT, "")
+        said = _digest([_said(turn) for turn in turns[:last]] + [text[:begin], text[begin:end]])
+        protected = tokens.before(layout.at[0])
+        if (last, begin) < _start(turns):
+            protected = min(protected, tokens.before(layout.at[1]))
+        return Prompt(tuple(tokens.ids), protected, recipe, (), (), said, None)
 
     def folded(self, context: CompressedContext | None, ids: Sequence[int], protected: int) -> Prompt:
         """The prefix of a context, or of none, and the ids of turns behind it that end in an answer's text."""
         before = self.free_recipe() if context is None else context.recipe
-        recipe = replace(before, opening=before.next_turn, separator="", role="assistant")
+        recipe = replace(before, opening=before.next_turn, separator="", role="assistant", tail="")
         if context is not None:
-            return self._grown(context, [*context.token_ids.tolist(), *ids], recipe, (), context.sources)
+            return self._grown(context, ids, recipe, (), context.sources)
         return Prompt(tuple(ids), protected, recipe, (), (), _digest([None, list(ids)]), None)
 
     def _grown(
         self,
         context: CompressedContext,
-        ids: Sequence[int],
+        more: Sequence[int],
         recipe: Recipe,
         keep: tuple[tuple[int, int], ...],
         sources: tuple[Source, ...],
     ) -> Prompt:
-        text = _digest([context.identity["text"], list(ids[context.n_tokens :])])
-        return Prompt(tuple(ids), context.protected, recipe, sources, keep, text, context.identity["system"])
+        """The prefix of a context and more ids behind it."""
+        text = _digest([context.identity["text"], list(more)])
+        return Prompt((*context.token_ids.tolist(), *more), context.protected, recipe, sources, keep, text, context.identity["system"])
 
-    def _kept_spans(self, texts: Sequence[str], starts: Sequence[int], keep: Sequence[str]) -> tuple[tuple[int, int], ...]:
-        """Token spans of every occurrence of every string of ``keep`` in texts whose ids start at ``starts``."""
-        spans = []
-        for wanted in keep:
-            if not wanted or not any(wanted in text for text in texts):
-                raise InputError(f"keep: {wanted!r} does not occur in the text; give strings as they are spelled there")
-        for text, first in zip(texts, starts, strict=True) if keep else ():
-            offsets = self.offsets(text)
-            for wanted in keep:
-                for found in re.finditer(re.escape(wanted), text):
-                    tokens = [i for i, (start, end) in enumerate(offsets) if start < found.end() and end > found.start()]
-                    spans.append((first + tokens[0], first + tokens[-1] + 1))
-        return tuple(sorted(set(spans)))
+    def _kept_spans(
+        self, keep: Sequence[str], texts: Sequence[str], shown: str, tokens: Tokens, start: int, first: int = 0
+    ) -> tuple[tuple[int, int], ...]:
+        """Token spans of every occurrence of every string of ``keep``.
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Characters ``[start, end)`` of each of the text's ids.
-
-        Raises:
-            InputError: a slow tokenizer, which does not know them.
+        Args:
+            texts: where each must occur.
+            shown: the texts as they are shown, from character ``start`` of what the tokens are of.
+            first: number of the first of the tokens.
         """
-        offsets: list[tuple[int, int]] = []
-        before = 0
-        for part in self._harmless(text):
-            try:
-                encoded = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-            except NotImplementedError:
-                raise InputError("this needs a tokenizer that knows its tokens' places in the text (a fast one)") from None
-            offsets += [(before + start, before + end) for start, end in encoded.offset_mapping]
-            before += len(part)
-        return offsets
-
-    def _next_turn(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        turns: list[Message] = [*messages]
-        if turns[-1]["role"] != "user":
-            turns.append({"role": "user", "content": ""})
-        pieces, _ = self._laid_out([*turns, {"role": "assistant", "content": ""}, {"role": "user", "content": ""}])
-        return tuple(pieces[-2])
+        spans = set[tuple[int, int]]()
+        shown = self._encoder.blank(shown) if keep else ""
+        for wanted in keep:
+            if not wanted or not any(wanted in text.replace(CUT, "") for text in texts):
+                raise InputError(f"keep: {wanted!r} does not occur in the text; give strings as they are spelled there")
+            for spelled in {wanted, json.dumps(wanted, ensure_ascii=False)[1:-1]}:  # templates show results as JSON, too
+                for found in re.finditer(re.escape(spelled), shown):
+                    span = tokens.span(start + found.start(), start + found.end())
+                    if span[0] < span[1]:
+                        spans.add((first + span[0], first + span[1]))
+        return tuple(sorted(spans))
 
     # -- what follows --------------------------------------------------------------------------------------------
 
-    def question(self, recipe: Recipe | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None) -> list[int]:
+    def question(
+        self,
+        recipe: Recipe | None,
+        question: str | Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        fixed: bool = False,
+    ) -> list[int]:
         """Ids of a question, or of a conversation that ends with one, after a context or (recipe None) on its own.
 
         After a context a system message cannot be moved to the front; its text goes before the question it precedes, and so
         does the description of tools that the context was not made with. A context that ends in what a user or a tool
         says can be followed by nothing, ``[]``.
 
+        Args:
+            fixed: on its own, so that it begins with the ids of :meth:`conversation`, where the template would let the system
+                prompt move on with what the user says last.
+
         Raises:
             InputError: nothing to answer, or roles that the template refuses or that cannot follow the context.
         """
+        if recipe is None and (ids := self._until_block(as_messages(question), checked_tools(tools))):
+            return ids
+        text = self.rendered(recipe, question, tools, fixed=fixed).text
+        return self._encoder.ids(text) if recipe is None else self._encoder.continued(text)
+
+    def rendered(
+        self, recipe: Recipe | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, *, fixed: bool = False
+    ) -> Layout:
+        """The text of :meth:`question`, spelled, and where in it the marks lie that stand in the messages."""
         tools = checked_tools(tools)
         messages: list[Message] = []
         if recipe is None or recipe.role == "assistant" or question or isinstance(question, str):
@@ -336,225 +332,218 @@ class PromptBuilder:
             if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
         if recipe is None:
-            return self._ids(*self._laid_out(self._turns(messages, tools), tools if self._knows_tools else ()))
-        if messages and messages[0]["role"] == recipe.role == "assistant":
-            raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
+            return self._alone(messages, tools, fixed)
+        _check_follows(recipe, messages)
         if tools and _digest([*tools]) != recipe.tools:
             if self._knows_tools:
-                ids = self._ids(*self._behind(recipe, self._behind_turns(messages), tools))
-                if ids != self._ids(*self._behind(recipe, self._behind_turns(messages))):
-                    return ids  # the template puts tools near the end
+                turns = self._turns_behind(messages)
+                layout = self._behind(recipe, turns, tools)
+                if layout.text != self._behind(recipe, turns).text:
+                    return layout  # the template puts tools near the end
             messages = _with_tools(messages, tools)
-        return self._ids(*self._behind(recipe, self._behind_turns(messages)))
+        return self._behind(recipe, self._turns_behind(messages))
 
-    def until_mark(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> Prompt | None:
-        """The prefix of a prompt up to the last block of text that carries ``cache_control``; None without such a block.
+    def pieces(self, recipe: Recipe | None, layout: Layout) -> list[list[int]]:
+        """Ids of a rendered conversation, cut at its marks."""
+        ends = [*layout.at, len(layout.text)]
+        texts = [layout.text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return [self._encoder.ids(text) if recipe is None and not n else self._encoder.continued(text) for n, text in enumerate(texts)]
 
-        In the system turn what stands before that block is protected, and it is not.
-        """
-        messages, tools = as_messages(messages), checked_tools(tools)
-        if not any(CUT in message["content"] for message in messages):
-            return None
-        turns = self._turns(messages, tools)
-        pieces, texts = self._laid_out(turns, tools if self._knows_tools else ())
-        last = max(i for i, text in enumerate(texts) if CUT in text)
-        head, _, block = texts[last].rpartition(CUT)[0].rpartition(CUT)
-        first = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
-        protected = len(self._ids(pieces[: first + 1], texts[:first]))
-        before = [*self._ids(pieces[: last + 1], texts[:last]), *self.text_ids(head)]
-        ids = [*before, *self.text_ids(block)]
-        role = turns[last]["role"]
-        around, _ = self._laid_out([*_lead(role), {"role": "user", "content": ""}] if role != "user" else _lead(role))
-        opening = tuple(around[-2]) if role != "user" else ()
-        separator = "" if opening else SEPARATOR
-        recipe = Recipe(opening, separator, tuple(around[-1]), self.free_recipe().next_turn, role, _digest([*tools]) if tools else None)
-        said = _digest([_said(turn) for turn in turns[:last]] + [head.replace(CUT, ""), block])
-        return Prompt(tuple(ids), min(protected, len(before)) if last < first else protected, recipe, (), (), said, None)
+    def ids_behind(self, text: str, n: int) -> list[int]:
+        """Ids of a rendered text's part behind its first ``n`` characters, as a model would write them."""
+        return self._encoder.continued(self._encoder.behind(text, n))
+
+    def unspelled(self, text: str) -> str:
+        """A rendered text as a model would write it."""
+        return self._encoder.unspell(text)
 
     def count(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
-        """Tokens of any messages as a prompt, the answer's header included."""
-        tools = checked_tools(tools)
-        turns = self._turns([turn for message in messages if (turn := as_message(message)) is not None], tools)
-        return len(self._ids(*self._laid_out(turns, tools if self._knows_tools else ())))
+        """Tokens of any messages as a prompt, the answer's header included; of what no template takes, those of its texts."""
+        said = [turn for message in messages if (turn := as_message(message)) is not None]
+        if not said:
+            return 0
+        try:
+            return len(self._encoder.ids(self._alone(said, checked_tools(tools), fixed=False).text))
+        except InputError:
+            return sum(len(self.text_ids(turn["content"])) for turn in said)
 
-    def _behind(self, recipe: Recipe, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[list[int]], list[str]]:
-        """Pieces and texts, as of :meth:`_laid_out`, of turns behind a context: rendered behind a stand-in that ends in
-        the same role, and cut there."""
-        lead = _lead(recipe.role)
-        joins = bool(recipe.separator and turns and turns[0]["role"] == "user")
-        pieces, texts = self._laid_out([*lead, *(turns[1:] if joins else turns)], tools)
-        pieces, texts = pieces[len(lead) :], texts[len(lead) :]
-        return ([[], *pieces], [recipe.separator + turns[0]["content"], *texts]) if joins else (pieces, texts)
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` of each of a document's ids, in the order in which they lie in its context."""
+        tokens = self._encoder.tokens(f"{SEPARATOR}{text}{SEPARATOR}", continued=True)
+        first, last = tokens.span(len(SEPARATOR), len(SEPARATOR) + len(text))
+        starts, ends = (places[first:last] - len(SEPARATOR) for places in (tokens.starts, tokens.ends))
+        return [(max(0, start), min(len(text), end)) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
-    def _behind_turns(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages as turns, system messages as part of the user's turn they precede."""
-        turns: list[Message] = []
-        said: list[str] = []
-        for message in messages:
-            if message["role"] == "system":
-                said.append(message["content"])
-            elif said and message["role"] == "user":
-                turns.append({"role": "user", "content": SEPARATOR.join([*said, message["content"]])})
-                said = []
-            else:
-                turns += [{"role": "user", "content": text} for text in said]
-                said = []
-                turns.append(message)
-        return self._turns(turns)
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of plain text inside of a prompt. What it spells of control tokens is text."""
+        return self._encoder.continued(text.replace(CUT, ""))
 
     def head(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
         """How many ids of a question without a context are template head and system prompt."""
         return self.conversation(as_messages(question), tools=tools).protected
 
-    def next_question(self, recipe: Recipe, question: str) -> list[int]:
-        """Ids of a later question, after the tokens of the answer before it."""
-        as_messages(question)
-        return [*recipe.next_turn, *self.text_ids(question), *recipe.closing]
-
     def free_recipe(self) -> Recipe:
         """The recipe of a session without a context."""
-        question = [{"role": "user", "content": ""}]
-        (opening, closing), _ = self._laid_out(question)
-        return Recipe(tuple(opening), "", tuple(closing), self._next_turn(question))
+        layout = self._template.layout([_ASKED], places=[(0, 0), (0, len(_ASKED["content"]))])
+        start, end = layout.at
+        return Recipe(tuple(self._encoder.ids(layout.text[:start])), "", self._continued(layout.text[end:]), self._next_turn)
 
-    # -- pieces --------------------------------------------------------------------------------------------------
+    @cached_property
+    def _next_turn(self) -> tuple[int, ...]:
+        """Ids between an answer and the user's next text."""
+        answer = {"role": "assistant", "content": "a"}
+        layout = self._template.layout([*_lead("user"), answer, _ASKED], places=[(1, 1), (2, 0)])
+        return self._continued(layout.text[slice(*layout.at)])
 
-    def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text. A control token's spelling inside it is cut, so that no control id comes out."""
-        ids: list[int] = []
-        for part in self._harmless(text):
-            ids += self.tokenizer(part, add_special_tokens=False).input_ids
-        if not self.control_ids.isdisjoint(ids):
-            found = sorted(self.control_ids.intersection(ids))
-            raise InputError(
-                f"the tokenizer turns plain text into control tokens {self.tokenizer.convert_ids_to_tokens(found)}; "
-                "remove their spelling from the text"
-            )
-        return ids
+    def _continued(self, text: str) -> tuple[int, ...]:
+        return tuple(self._encoder.continued(text))
 
-    def _harmless(self, text: str) -> list[str]:
-        parts = []
-        for section in text.split(CUT):
-            start = 0
-            while self._literals and (found := self._literals.search(section, start)):
-                parts.append(section[start : found.start() + 1])
-                start = found.start() + 1
-            parts.append(section[start:])
-        return [part for part in parts if part]
+    # -- layouts -------------------------------------------------------------------------------------------------
 
-    def _template_ids(self, piece: str) -> list[int]:
-        return list(self.tokenizer(piece, add_special_tokens=False).input_ids) if piece else []
+    def _alone(self, messages: Sequence[Message], tools: Sequence[Tool], fixed: bool) -> Layout:
+        """A prompt without a context. Places: its marks."""
+        moves = self._moves_system and not fixed
+        turns = self._turns(messages, tools, moves)
+        return self._template.layout(turns, tools if self._knows_tools else (), _cuts(turns), moves)
 
-    def _turns(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Message]:
-        """Messages as the template can take them."""
-        turns = results_in_order(messages, self.one_call)
+    def _until_block(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int] | None:
+        """Ids of a prompt of which those of :meth:`until_mark` come first, None without a marked block."""
+        if not any(CUT in message["content"] for message in messages):
+            return None
+        layout = self._alone(messages, tools, fixed=True)
+        settled, _ = self._cut(layout.text, layout.at[-1], apart=True)
+        return [*self._encoder.ids(settled), *self._encoder.continued(layout.text[len(settled) :])]
+
+    def _cut(self, text: str, at: int, continued: bool = False, apart: bool = False) -> tuple[str, str]:
+        """A layout's text up to a character, less what is read with what follows, and that.
+
+        ``apart``: whatever follows, so that another question has the same prefix.
+        """
+        before, after = text[:at], f"{SEPARATOR}{_ASKED['content']}" if apart else text[at:]
+        tail = self._encoder.unsettled(before, after, continued)
+        return before[: at - len(tail)], tail
+
+    def _asked(self, turns: Sequence[Message], joins: bool, tools: Sequence[Tool] = (), start: Place = (0, 0)) -> Layout:
+        """Turns and a question to come, which may ``join`` the last one. Places: ``start``, the turns' end, and the question's."""
+        end = (len(turns) - 1, len(turns[-1]["content"].replace(CUT, "")))
+        if joins:
+            whole = [*turns[:-1], {**turns[-1], "content": f"{turns[-1]['content']}{SEPARATOR}{_ASKED['content']}"}]
+            asked = (end[0], end[1] + len(SEPARATOR))
+        else:
+            whole, asked = [*turns, _ASKED], (len(turns), 0)
+        return self._template.layout(whole, tools, [start, end, asked, (asked[0], asked[1] + len(_ASKED["content"]))])
+
+    def _behind(self, recipe: Recipe, turns: Sequence[Message], tools: Sequence[Tool] = (), joins: bool | None = None) -> Layout:
+        """What comes behind a context: rendered behind a stand-in that ends in the same role.
+
+        ``joins`` asks for a question to come, with the places of :meth:`_asked`; None has none, and the places of its marks.
+        """
+        lead = _lead(recipe.role)
+        place = (len(lead) - 1, len(lead[-1]["content"]))
+        if recipe.separator and turns and turns[0]["role"] == "user":
+            first = f"{lead[-1]['content']}{recipe.separator}{turns[0]['content']}"
+            lead, turns = [*lead[:-1], {**lead[-1], "content": first}], turns[1:]
+        whole = [*lead, *turns]
+        asked = joins is not None
+        layout = self._asked(whole, bool(joins), tools, place) if asked else self._template.layout(whole, tools, [place, *_cuts(whole)])
+        skip = layout.at[0] - len(recipe.tail)
+        at = tuple(at - skip for at in layout.at)
+        return Layout(recipe.tail + layout.text[layout.at[0] :], at if asked else at[1:])
+
+    def _recipe_behind(self, role: str, layout: Layout, joins: bool, next_turn: tuple[int, ...], tools: str | None, tail: str) -> Recipe:
+        """The recipe of a conversation that ends in a role, from its layout of :meth:`_asked`."""
+        _, end, asked, closing = layout.at
+        opening = () if joins else self._continued(tail + layout.text[end:asked])
+        return Recipe(opening, SEPARATOR if joins else "", self._continued(layout.text[closing:]), next_turn, role, tools, tail)
+
+    def _joins(self, turns: Sequence[Message]) -> bool:
+        """Whether a question joins the last turn: a strict template has no second user's turn behind the first."""
+        return self._merges and turns[-1]["role"] == "user"
+
+    def _turns(self, messages: Sequence[Message], tools: Sequence[Tool] = (), moves: bool = False) -> list[Message]:
+        """Messages as the template can take them. ``moves``: a system prompt may be shown behind other turns."""
+        turns: list[Message] = results_in_order(messages, self.one_call)
+        if tools and not self._knows_tools:
+            turns = _described(turns, tools)
+        if not self._knows_late_system:
+            said = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+            first = turns[: said if self._knows_system else 0]
+            joined = [{"role": "system", "content": SEPARATOR.join(turn["content"] for turn in first)}] if first else []
+            turns = [*joined, *_in_user_turns(turns[len(first) :])]
         if not self._knows_tools:
-            turns = in_plain_turns(turns, tools, self._knows_system)
-        if self._moves_system and [turn["role"] for turn in turns[:2]] == ["system", "user"]:
-            turns = [{"role": "user", "content": SEPARATOR.join(turn["content"] for turn in turns[:2])}, *turns[2:]]
+            turns = in_plain_turns(turns)
+        if self._moves_system and not moves:
+            turns = _in_user_turns(turns)
+        said = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+        if not self._greets and turns[said:] and turns[said]["role"] == "assistant":
+            turns.insert(said, {"role": "user", "content": ""})
         return _merged(turns) if self._merges else turns
 
-    def _ids(self, pieces: Sequence[Sequence[int]], texts: Sequence[str]) -> list[int]:
-        ids = list(pieces[0])
-        for text, piece in zip(texts, pieces[1:], strict=True):
-            ids += [*self.text_ids(text), *piece]
-        return ids
-
-    def _laid_out(self, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[list[int]], list[str]]:
-        """The template's ids around every turn's text, ``len(turns) + 1`` pieces, and the texts as they go between them."""
-        leaves: dict[str, int] = {}
-        rest = self._render(turns, tools, leaves)
-        strings = list(leaves)
-        pieces: list[list[int]] = []
-        texts: list[str] = []
-        parts: list[tuple[bool, str]] = []  # of the current piece: whether it is text, and it
-        start = 0
-        for mark in _MARK.finditer(rest):
-            kind, number = mark[1], int(mark[2])
-            parts.append((False, rest[start : mark.start()]))
-            start = mark.end()
-            quoted = rest[mark.start() - 1 : mark.start()] == rest[start : start + 1] == '"'
-            if kind == "leaf":
-                parts.append((True, _escaped(strings[number]) if quoted else strings[number]))
-                continue
-            while len(texts) < number and turns[len(texts)].get("tool_calls"):  # some templates show calls without the text
-                pieces.append([])
-                texts.append("")
-            if len(texts) != number:
-                break
-            text = turns[number]["content"]
-            texts.append(_escaped(text) if quoted and turns[number]["role"] == "tool" else text)
-            pieces.append(self._piece_ids(parts))
-            parts = []
-        while len(texts) < len(turns) and turns[len(texts)].get("tool_calls"):
-            pieces.append([])
-            texts.append("")
-        if len(texts) != len(turns):
-            raise InputError("the model's chat template drops, repeats or reorders messages; pass a plain chat_template")
-        return [*pieces, self._piece_ids([*parts, (False, rest[start:])])], texts
-
-    def _render(self, turns: Sequence[Message], tools: Sequence[Tool], leaves: dict[str, int]) -> str:
-        """The template's text with marks; ``leaves`` is filled with what the marks inside tools and calls stand for."""
-        names = {}
-        marked: list[dict[str, Any]] = []
-        for number, turn in enumerate(turns):
-            calls = turn.get("tool_calls", ())
-            shown = {"role": turn["role"], "content": f"[[kvzip text {number}]]" if turn["content"] or not calls else ""}
-            if calls:
-                shown["tool_calls"] = []
-            for call in calls:
-                names[call["id"]] = call_id, name = _call_id(call), call["name"]
-                function = {"name": _marked(name, leaves), "arguments": _marked(call["arguments"], leaves)}
-                shown["tool_calls"].append({"id": call_id, "type": "function", "function": function})
-            if turn["role"] == "tool":
-                call_id, name = names.get(turn.get("tool_call_id"), (_call_id({"name": "", "arguments": turn.get("tool_call_id")}), ""))
-                shown |= {"tool_call_id": call_id, "name": _marked(name, leaves)}
-            marked.append(shown)
-        try:
-            return self.tokenizer.apply_chat_template(
-                marked,
-                tools=_marked(list(tools), leaves) or None,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=True,
-                **self._kwargs,
-            )
-        except Exception as error:  # templates raise whatever they like
-            roles = [turn["role"] for turn in turns]
-            raise InputError(f"the model's chat template does not accept the roles {roles}: {error}") from error
-
-    def _renders(self, turns: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
-        """Whether the template shows all of these turns and tools."""
-        leaves: dict[str, int] = {}
-        try:
-            self._laid_out(turns, tools)
-            text = self._render(turns, tools, leaves)
-        except InputError:
-            return False
-        return all(f"[[kvzip leaf {i}]]" in text for i in leaves.values())
-
-    def _piece_ids(self, parts: Sequence[tuple[bool, str]]) -> list[int]:
-        """Ids of a piece of template with strings of tools and calls in it.
-
-        Tokenised as one, as the model knows it, unless that would make a control token out of a string.
-        """
-        joined, control, at = "".join(text for _, text in parts), [], 0
-        for is_text, text in parts:
-            if not is_text:
-                control += [(at + start, at + end) for start, end in self._control_spans(text)]
-            at += len(text)
-        if self._control_spans(joined) == control:
-            return self._template_ids(joined)
-        return [i for is_text, text in parts for i in (self.text_ids(text) if is_text else self._template_ids(text))]
-
-    def _control_spans(self, text: str) -> list[tuple[int, int]]:
-        return [found.span() for found in self._literals.finditer(text)] if self._literals else []
+    def _turns_behind(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages behind a context as turns. There is no place for a system prompt any more."""
+        turns: list[Message] = results_in_order(_in_user_turns(messages), self.one_call)
+        if not self._knows_tools:
+            turns = in_plain_turns(turns)
+        return _merged(turns) if self._merges else turns
 
 
-def _recipe_behind(role: str, pieces: Sequence[Sequence[int]], joins: bool, next_turn: tuple[int, ...], tools: str | None) -> Recipe:
-    """The recipe of a conversation that ends in a role, from the pieces of it and, unless that ``joins``, an empty user's turn."""
-    opening, separator = ((), SEPARATOR) if joins else (tuple(pieces[-2]), "")
-    return Recipe(opening, separator, tuple(pieces[-1]), next_turn, role, tools)
+def _shown(documents: Sequence[Document], first: int = 1) -> tuple[str, list[tuple[int, int]]]:
+    """Documents as one text, and where in it each of them lies. Several get headers, and so do those behind others."""
+    text, spans = "", list[tuple[int, int]]()
+    for number, document in enumerate(documents, first):
+        if len(documents) > 1 or first > 1:
+            text += header(number, _name(document, number))
+        spans.append((len(text), len(text) + len(document.text)))
+        text += document.text
+    return text, spans
+
+
+def _name(document: Document, number: int) -> str:
+    return document.name or f"document {number}"
+
+
+def _sources(documents: Sequence[Document], first: int, tokens: Tokens, places: Sequence[int], before: int = 0) -> tuple[Source, ...]:
+    """Documents as sources; ``places`` are start and end of each in the text that the tokens are of, which follow ``before`` others."""
+    sources = []
+    for number, (document, start, end) in enumerate(zip(documents, places[::2], places[1::2], strict=True), first):
+        begins, ends = tokens.span(start, end)
+        sources.append(Source(_name(document, number), _storable(document.metadata or {}), before + begins, before + ends))
+    return tuple(sources)
+
+
+def _start(turns: Sequence[Message]) -> Place:
+    """Where what is said begins, behind the system prompt."""
+    number = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns) - 1)
+    return number, turns[number].get("head", 0)
+
+
+def _last_block(turns: Sequence[Message]) -> tuple[Place, Place] | None:
+    """Where the last block with ``cache_control`` begins and ends, None without one."""
+    for number, turn in reversed([*enumerate(turns)]):
+        before, cut, _ = turn["content"].rpartition(CUT)
+        if cut:
+            head = before.rpartition(CUT)[0].replace(CUT, "")
+            return (number, len(head)), (number, len(before.replace(CUT, "")))
+    return None
+
+
+def _cuts(turns: Sequence[Message]) -> list[Place]:
+    """Where marks stand in turns."""
+    return [
+        (number, found.start() - nth * len(CUT))
+        for number, turn in enumerate(turns)
+        for nth, found in enumerate(re.finditer(re.escape(CUT), turn["content"]))
+    ]
+
+
+def _check_ends_said(messages: Sequence[Message]) -> None:
+    if messages[-1].get("tool_calls"):
+        raise InputError("the conversation ends in tool calls without their results; add the results or end before the calls")
+
+
+def _check_follows(recipe: Recipe, messages: Sequence[Message]) -> None:
+    if messages and messages[0]["role"] == recipe.role == "assistant":
+        raise InputError("the first message after a context is from 'assistant', and so is the last one in it")
 
 
 def _digest(value: Any) -> str | None:
@@ -585,10 +574,40 @@ def _merged(turns: Sequence[Message]) -> list[Message]:
     for turn in turns:
         before = merged[-1] if merged else None
         if before and before["role"] == turn["role"] != "tool" and not before.get("tool_calls"):
-            merged[-1] = {**turn, "content": SEPARATOR.join(filter(None, [before["content"], turn["content"]]))}
+            text = SEPARATOR.join(filter(None, [before["content"], turn["content"]]))
+            merged[-1] = {**turn, "content": text, "head": before.get("head", 0)}
         else:
             merged.append(turn)
     return merged
+
+
+def _in_user_turns(messages: Sequence[Message]) -> list[Message]:
+    """Messages with what the system says in front of what the user says next; ``head`` of that is how long it is."""
+    turns: list[Message] = []
+    said: list[str] = []
+    for message in messages:
+        if message["role"] == "system":
+            said.append(message["content"])
+        elif said and message["role"] == "user":
+            head = SEPARATOR.join([*said, ""])
+            turns.append({**message, "content": head + message["content"], "head": len(head.replace(CUT, ""))})
+            said = []
+        else:
+            turns += map(_from_system, said)
+            said = []
+            turns.append(message)
+    return [*turns, *map(_from_system, said)]
+
+
+def _from_system(text: str) -> Message:
+    return {"role": "user", "content": text, "head": len(text.replace(CUT, ""))}
+
+
+def _described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Messages with the tools described in the system prompt."""
+    first = messages[0] if messages and messages[0]["role"] == "system" else None
+    text = f"{first['content']}{SEPARATOR}{describe(tools)}" if first else describe(tools)
+    return [{"role": "system", "content": text}, *messages[1 if first else 0 :]]
 
 
 def _with_tools(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
@@ -613,23 +632,3 @@ def _lead(role: str) -> list[Message]:
 
 def _call(name: str, arguments: Mapping[str, Any]) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [{"id": None, "name": name, "arguments": arguments}]}
-
-
-def _call_id(call: Mapping[str, Any]) -> str:
-    """An id as Mistral's templates want them, made of what is called: the ids of frameworks are random and would be misses."""
-    return hashlib.sha256(json.dumps([call["name"], call["arguments"]], default=str).encode()).hexdigest()[:9]
-
-
-def _marked(value: Any, leaves: dict[str, int]) -> Any:
-    """``value`` with a mark for each string that is more than an identifier; templates look at those."""
-    if isinstance(value, str):
-        if _IDENTIFIER.fullmatch(value):
-            return value
-        return f"[[kvzip leaf {leaves.setdefault(value, len(leaves))}]]"
-    if isinstance(value, Mapping):
-        return {_marked(key, leaves): _marked(item, leaves) for key, item in value.items()}
-    return [_marked(item, leaves) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _escaped(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -23,6 +23,7 @@ from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import PromptBuilder
 from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
+from kvzip_memory.talk import Asked, Talk
 from kvzip_memory.tools import Tool
 
 
@@ -76,7 +77,7 @@ _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked withou
 class _Turn:
     """An answer under way; shared by the stream that shows it and the session that computes it."""
 
-    ids: list[int]
+    asked: Asked
     params: GenerationParams
     answer: Answer = field(default_factory=Answer)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -140,12 +141,10 @@ class Session:
 
     def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None, fold: Fold) -> None:
         self._model, self._prompts, self._fold = model, prompts, fold
+        self._talk: Talk
         self._go_on(context)
         self._shown = prompts.call_ids
         self._tail = Tail()
-        self._ids: list[int] = []  # of the tail, and of what is not yet in it: an answer's last token is never fed
-        self._ends: list[int] = []  # where in them each turn ends
-        self._first: tuple[str | Sequence[Message], Sequence[Tool] | None] = ("", None)  # what begins them
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
 
@@ -167,17 +166,17 @@ class Session:
 
     def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        return self._stream(lambda: self._question_ids(question, tools, behind), GenerationParams(**params))
+        return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length), GenerationParams(**params))
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
         """Answer what ``ids`` ask, which go on behind all that the session holds."""
-        return self._stream(lambda: [*self._pending, *ids], params)
+        return self._stream(lambda: Asked(self._tail.length, [*self._pending, *ids]), params)
 
-    def _stream(self, question_ids: Callable[[], list[int]], checked: GenerationParams) -> Stream:
+    def _stream(self, question: Callable[[], Asked], checked: GenerationParams) -> Stream:
         with self._lock:
             self._check_idle()
-            ids = question_ids()
-            taken = self._start + self._tail.length
+            asked = question()
+            taken, ids = self._start + asked.start, asked.ids
             if taken + len(ids) >= self._model.window:
                 raise WindowError(
                     f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._model.window:,} "
@@ -185,7 +184,7 @@ class Session:
                     tokens=taken + len(ids),
                     window=self._model.window,
                 )
-            self._turn = _Turn(ids, checked)
+            self._turn = _Turn(asked, checked)
             return Stream(self, self._turn)
 
     def fork(self) -> Session:
@@ -193,7 +192,7 @@ class Session:
         with self._lock:
             self._check_idle()
             twin = Session(self._model, self._prompts, self.context, self._fold)
-            twin._tail, twin._ids, twin._ends, twin._first = self._tail.copy(), list(self._ids), list(self._ends), self._first
+            twin._tail, twin._talk = self._tail.copy(), self._talk.copy()
             return twin
 
     def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
@@ -215,18 +214,20 @@ class Session:
         """
         with self._lock:
             self._check_idle()
-            if keep < 0 or len(self._ends) <= keep:
-                raise InputError(f"keep is {keep}; there are {len(self._ends)} turns to fold, of which fewer can stay (0 or more)")
-            cut = self._ends[len(self._ends) - 1 - keep]
+            ends = self._talk.ends
+            if keep < 0 or len(ends) <= keep:
+                raise InputError(f"keep is {keep}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
+            turns = len(ends) - keep
+            cut = ends[turns - 1]
             if cut > self._tail.length:
                 with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                     deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
-            head = 0 if self.context else self._prompts.head(*self._first)
-            context = self._fold(self.context, self._ids[:cut], head, pairs, ratio, name)
+            head = 0 if self.context else self._talk.head
+            context = self._fold(self.context, self._talk.ids[:cut], head, pairs, ratio, name)
+            talk = self._talk.rest(context, turns)
             self._go_on(context)
-            self._tail, self._ids = Tail(), self._ids[cut:]
-            self._ends = [end - cut for end in self._ends if end > cut]
+            self._tail, self._talk = Tail(), talk
             return context
 
     def reset(self) -> None:
@@ -234,51 +235,38 @@ class Session:
         with self._lock:
             self._check_idle()
             self._tail.crop(0)
-            self._ids, self._ends = [], []
+            self._talk = Talk(self._prompts, self.context)
 
     @property
     def n_tokens(self) -> int:
         """Tokens the conversation takes in the window, context included."""
-        return self._start + len(self._ids)
+        return self._start + len(self._talk.ids)
 
     def __repr__(self) -> str:
-        return f"<Session over {self.context!r}: {len(self._ends)} turns, {self._tail.length} tokens>"
+        return f"<Session over {self.context!r}: {len(self._talk.ends)} turns, {self._tail.length} tokens>"
 
     @property
     def _pending(self) -> list[int]:
         """Ids that are answered but not yet in the tail."""
-        return self._ids[self._tail.length :]
+        return self._talk.ids[self._tail.length :]
 
     def _go_on(self, context: CompressedContext | None) -> None:
         self.context = context
         self._start = context.n_tokens if context else 0
-        self._recipe = context.recipe if context else self._prompts.free_recipe()
+        self._talk = Talk(self._prompts, context)
 
     def _check_idle(self) -> None:
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
-    def _question_ids(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool = False) -> list[int]:
-        prompts, context = self._prompts, self.context
-        if not self._ends:
-            self._first = (question, tools)
-            if context is not None and not isinstance(question, str) and not behind:
-                with suppress(InputError):  # what does not stand alone does not repeat the context
-                    ids = prompts.question(None, question, tools)
-                    if len(ids) > self._start and ids[: self._start] == context.token_ids.tolist():
-                        return ids[self._start :]
-            return prompts.question(context.recipe if context else None, question, tools)
-        if not isinstance(question, str) or tools:
-            raise InputError("messages and tools can only be the first question of a session; go on with strings")
-        return [*self._pending, *prompts.next_question(self._recipe, question)]
-
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; make it part of the conversation if it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
-        start, cached = tail.length, self._start + tail.length
-        limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.ids))
+        start, cached = turn.asked.start, self._start + turn.asked.start
+        limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
         sampler = Sampler(turn.params, model.device)
         complete = False
+        tail.crop(start)
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.cancelled), self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
@@ -288,12 +276,12 @@ class Session:
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
-            usage = Usage(cached + len(turn.ids), len(answer.ids), cached)
+            usage = Usage(cached + len(turn.asked.ids), len(answer.ids), cached)
             receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
             turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
         finally:
             if complete:
-                self._commit(start, turn)
+                self._commit(turn)
             else:
                 tail.crop(start)
             self._release(turn)
@@ -302,8 +290,8 @@ class Session:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
-        lookup = PromptLookup(np.concatenate([read, self._ids[: row.tail.length], turn.ids]), model.device.type)
-        chosen = model.feed(row, turn.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
+        lookup = PromptLookup(np.concatenate([read, self._talk.ids[: row.tail.length], turn.asked.ids]), model.device.type)
+        chosen = model.feed(row, turn.asked.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit
         while chosen:
@@ -321,15 +309,14 @@ class Session:
             row.tail.crop(length + len(chosen))
             lookup.learn(len(guess), len(chosen) - 1)
 
-    def _commit(self, start: int, turn: _Turn) -> None:
+    def _commit(self, turn: _Turn) -> None:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
             while ids and len(self._text(ids)) > len(answer.text):
                 ids.pop()
-        self._ids[start:] = [*turn.ids, *ids]
-        self._tail.crop(len(self._ids))
-        self._ends.append(len(self._ids))
+        self._talk.answered(turn.asked, ids, answer.text, answer.text, "")
+        self._tail.crop(len(self._talk.ids))
 
     def _text(self, ids: Sequence[int]) -> str:
         reader = Detokenizer(self._prompts.tokenizer, self._shown)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os.path
+import re
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,19 @@ from kvzip_memory.errors import InputError
 
 Message = Mapping[str, Any]
 
-_ROLES = ("system", "user", "assistant", "tool")
+# Roles by their names in all frameworks.
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "model": "assistant",
+    "chatbot": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 #: Between two texts of one turn.
 SEPARATOR = "\n\n"
 
@@ -22,6 +38,41 @@ SEPARATOR = "\n\n"
 CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 
 logger = logging.getLogger(__name__)
+
+_LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
+
+
+def clean(text: str, where: str) -> str:
+    """A text as it can be encoded: without the mark of a file's beginning (BOM), pairs of surrogates as the characters they stand for.
+
+    A surrogate alone stands for none. Extractors of PDFs make them, and files read with ``surrogateescape``. It becomes U+FFFD, with a
+    warning that names ``where`` the text is from and the place in it; one for each text, as conversations are read again every turn.
+    """
+    text = text.removeprefix("\ufeff")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        places = [found.start() for found in _LONE_SURROGATE.finditer(text)]
+        if places:
+            _warn(f"{where}: character {places[0]} is half of a surrogate pair; {len(places)} such are read as U+FFFD", hash(text))
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+@lru_cache(maxsize=1024)
+def _warn(message: str, text: int) -> None:
+    logger.warning(message)
+
+
+def cleaned(value: Any, where: str) -> Any:
+    """A value as JSON can hold it, with every string in it as of :func:`clean`."""
+    if isinstance(value, str):
+        return clean(value, where)
+    if isinstance(value, Mapping):
+        return {clean(str(key), where): cleaned(item, where) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [cleaned(item, where) for item in value]
+    return value if value is None or isinstance(value, int | float) else clean(str(value), where)
 
 
 @dataclass(frozen=True)
@@ -44,10 +95,10 @@ def read_source(source: Any) -> tuple[list[Document], list[Message]]:
     """
     items = list(source) if isinstance(source, Sequence) and not isinstance(source, str) else [source]
     documents, messages = [], []
-    for item in items:
-        message = as_message(item)
+    for number, item in enumerate(items, 1):
+        message = as_message(item, f"message {number}")
         if message is None:
-            documents.append(as_document(item))
+            documents.append(as_document(item, f"document {number}"))
         else:
             messages.append(message)
     if documents and messages:
@@ -70,83 +121,197 @@ def check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise InputError("no messages; give at least one from the user")
     for message in messages:
-        if message["role"] not in _ROLES:
-            raise InputError(f"message role {message['role']!r} is not supported; use one of {', '.join(_ROLES)}")
-    for before, message in zip([None, *messages], messages, strict=False):
-        if message["role"] == "tool" and not (before and (before["role"] == "tool" or before.get("tool_calls"))):
-            raise InputError("a tool's result does not follow the assistant's call; send both, or neither")
+        if message["role"] not in _ROLES.values():
+            raise InputError(f"message role {message['role']!r} is not supported; use one of {', '.join(dict.fromkeys(_ROLES.values()))}")
     if not any(message["content"].strip() for message in messages):
         raise InputError("the text is empty; there is nothing to ask or load")
 
 
-def as_message(item: Any) -> Message | None:
+def as_message(item: Any, where: str = "a message") -> Message | None:
     """A message in one form, or None if ``item`` is no message.
 
     Takes mappings in OpenAI's form and LangChain's and LlamaIndex's messages. Gives a mapping with ``role`` and ``content``
-    (a string); an assistant's may have ``tool_calls``, each with ``id``, ``name`` and ``arguments`` (a mapping), a tool's has
-    the ``tool_call_id`` of the call it answers.
+    (a string); an assistant's may have ``tool_calls``, each with ``id``, ``name`` and ``arguments`` (a mapping, or text that is
+    no JSON object), and its ``reasoning``; a tool's has the ``tool_call_id`` of the call it answers.
+
+    Of an assistant's blocks what it did not say is left out; a tool's that are no text are given as JSON.
 
     Raises:
-        InputError: a mapping that lacks a role or content, content other than text, or a call that is none.
+        InputError: a mapping that lacks a role or content, content of a user other than text, or a call that is none.
     """
     if isinstance(item, Mapping):
-        if "role" not in item or ("content" not in item and not item.get("tool_calls")):
-            raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(item)}")
-        role, content = item["role"], item.get("content")
+        if "role" not in item or not item.keys() & {"content", "blocks", "tool_calls", "function_call"}:
+            raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(map(str, item))}")
+        role, fields = item["role"], item
     else:
         kind = str(getattr(item, "type", "")).removesuffix("MessageChunk").lower()
-        role = getattr(item, "role", None) or {"human": "user", "ai": "assistant"}.get(kind, kind)
+        role = getattr(item, "role", None) or kind
         if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
             return None
-        role, content = str(getattr(role, "value", role)), item.content
-
-    def get(name: str) -> Any:
-        return item.get(name) if isinstance(item, Mapping) else getattr(item, name, None)
-
-    calls = get("tool_calls") or [block for block in get("blocks") or () if getattr(block, "block_type", None) == "tool_call"]
-    message: dict[str, Any] = {"role": role, "content": "" if content is None and calls else _plain(content)}
-    if role == "assistant" and calls:
-        message["tool_calls"] = [_as_call(call) for call in calls]
+        names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "tool_call_id", "additional_kwargs")
+        fields = {name: getattr(item, name, None) for name in names}
+    role = str(getattr(role, "value", role))
+    role = _ROLES.get(role, role)
+    more = {**(fields.get("additional_kwargs") or {}), **{name: value for name, value in fields.items() if value}}
+    in_blocks = isinstance(fields.get("blocks"), list)  # its content is the texts alone, each on a line of its own
+    content = fields["blocks"] if in_blocks else fields.get("content")
+    parts = _parts(content, role, where, lines=in_blocks)
+    text = "".join(parts.texts)
+    if role == "assistant" and not text:  # OpenAI's, beside the content
+        text = clean(_words(more.get("refusal")) or _words(more.get("audio")), where)
+    message: dict[str, Any] = {"role": role, "content": text}
+    if role == "assistant":
+        told = [*(fields.get("tool_calls") or ()), *(fields.get("invalid_tool_calls") or ())]
+        told = told or parts.calls or more.get("tool_calls") or ([more["function_call"]] if more.get("function_call") else [])
+        if calls := [made for call in told if (made := _as_call(call, where))]:
+            message["tool_calls"] = calls
+        thoughts = "\n\n".join(filter(None, parts.thoughts)) or _words(more.get("reasoning_content")) or _words(more.get("reasoning"))
+        if thoughts:
+            message["reasoning"] = clean(thoughts, where)
     if role == "tool":
-        message["tool_call_id"] = get("tool_call_id") or (get("additional_kwargs") or {}).get("tool_call_id")
+        message["tool_call_id"] = more.get("tool_call_id")
     return message
 
 
-# Blocks of an assistant's content that are not said to anybody, or are in ``tool_calls`` too.
-_SILENT_BLOCKS = {"tool_use", "tool_call", "tool_call_chunk", "input_json_delta", "reasoning", "thinking", "redacted_thinking"}
+# Kinds of blocks, of all frameworks and makers of models: where those of text have it, what was thought, and calls.
+_TEXTS = {
+    "text": "text",
+    "text-plain": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "output_audio": "transcript",
+    "refusal": "refusal",
+    "guard_content": "guard_content",
+}
+_THOUGHTS = {"reasoning", "thinking", "redacted_thinking", "reasoning_content"}
+_CALLS = {"tool_use", "tool_call", "function_call", "invalid_tool_call"}
+_PIECES = {"tool_call_chunk", "input_json_delta"}  # of calls that are in ``tool_calls`` too
+_MEDIA = {"image", "image_url", "input_image", "audio", "input_audio", "video", "document", "file", "input_file", "file_data", "media"}
+# Where the words of a part are, the innermost first.
+_WORDS = (
+    *("text", "value", "transcript", "guardContent", "reasoningText", "reasoningContent", "reasoning_content", "reasoning", "thinking"),
+    *("summary", "content"),
+)
 
 
-def _plain(content: Any) -> str:
-    """The text of a message's content: a string, or blocks of text."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
+@dataclass(frozen=True)
+class _Parts:
+    """What is in a message's content: the texts to join, what was thought, and calls as they are."""
+
+    texts: list[str]
+    thoughts: list[str]
+    calls: list[Any]
+
+
+def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
+    """The content of a message: a string, or blocks of text and others; ``lines``: each text is on a line of its own."""
+    if not isinstance(content, str | list | tuple | Mapping | None) and role != "tool":
         raise InputError(f"message content is a {type(content).__name__}, not a string")
-    texts = []
-    for block in content:
-        kind = "text" if isinstance(block, str) else block.get("type") if isinstance(block, Mapping) else type(block).__name__
-        if kind == "text":
-            text = block if isinstance(block, str) else block["text"]
-            texts.append(f"{CUT}{text}{CUT}" if isinstance(block, Mapping) and block.get("cache_control") else text)
-        elif kind not in _SILENT_BLOCKS:
-            raise InputError(f"content blocks of type {kind!r} are not supported; send text")
-    return "".join(texts)
+    parts, alone = _Parts([], [], []), False
+    for item in content if isinstance(content, list | tuple) else [content]:
+        kind, block = _kind(item, role)
+        before = alone
+        if kind in _TEXTS and not (kind == "guard_content" and role == "assistant"):
+            text, alone = _words(block.get(_TEXTS[kind], block)), False
+        elif kind == "cache_point" or (kind == "cache" and "cache_control" in block):  # it says that the one before it is marked
+            if parts.texts:
+                parts.texts[-1] = f"{CUT}{parts.texts[-1]}{CUT}"
+            continue
+        elif role == "tool":
+            text, alone = _as_json(kind, block, where), True
+        elif kind == "tool_result" and role != "assistant":  # Anthropic's and Bedrock's are said by the user
+            text, alone = response("".join(_parts(block.get("toolResult", block).get("content"), "tool", where).texts)), True
+        elif kind in _THOUGHTS:
+            parts.thoughts.append(_words(block))
+            continue
+        elif kind in _CALLS:
+            parts.calls.append(block)
+            continue
+        elif role == "assistant" or kind in _PIECES:
+            continue
+        else:
+            raise InputError(f"content blocks of type {kind!r} are not supported ({where}); send text, such as what the file says")
+        text = ("\n" if parts.texts and (lines or alone or before) else "") + clean(text, where)
+        parts.texts.append(f"{CUT}{text}{CUT}" if block.get("cache_control") else text)
+    return parts
 
 
-def _as_call(call: Any) -> dict[str, Any]:
-    """A call of OpenAI's, LangChain's or LlamaIndex's form in ours."""
-    if not isinstance(call, Mapping):
-        call = {"id": call.tool_call_id, "name": call.tool_name, "arguments": call.tool_kwargs}
-    function = call.get("function", call)
-    arguments: Any = next((function[name] for name in ("arguments", "args") if name in function), {})
+def _kind(block: Any, role: str) -> tuple[str, Mapping[str, Any]]:
+    """What a block of content is, and the block as a mapping."""
+    if block is None or isinstance(block, str):
+        return "text", {"text": block}
+    if not isinstance(block, Mapping):  # LlamaIndex's, or of a maker's own library
+        kind = getattr(block, "block_type", None) or getattr(block, "type", None)
+        if kind is None:
+            return ("json" if role == "tool" else type(block).__name__), {"json": block}
+        block = {**{name: value for name, value in vars(block).items() if value is not None}, "type": kind}
+    while block.get("type") == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's wrapping
+        block = block["value"]
+    kind = block.get("type", block.get("block_type"))
+    if not isinstance(kind, str):  # Bedrock's and Google's are told by their keys; what else a tool returned is only data
+        kind = "text" if "text" in block else next(iter(block), "text")
+        if role == "tool" and (len(block) > 1 or kind not in ("text", "json", "cachePoint", *_MEDIA)):
+            return "json", {"json": block}
+    if block.get("thought") is True:
+        return "thinking", block
+    kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
+    return ("file" if kind == "text-plain" and "text" not in block else kind), block
+
+
+def _words(value: Any) -> str:
+    """The text in a part of a block, however deep the makers of models have put it."""
+    if isinstance(value, Mapping):
+        return next(filter(None, (_words(value.get(name)) for name in _WORDS)), "")
+    if isinstance(value, list | tuple):
+        return "\n\n".join(filter(None, map(_words, value)))
+    return value if isinstance(value, str) else ""
+
+
+def _as_json(kind: str, block: Mapping[str, Any], where: str) -> str:
+    """What a tool returned, as JSON; of images and files without their bytes, which say nothing to a model of texts."""
+    value = block["json"] if kind == "json" and "json" in block else {k: v for k, v in block.items() if k != "cache_control"}
+    return json.dumps(cleaned(_without_bytes(value) if kind in _MEDIA else value, where), ensure_ascii=False)
+
+
+def _without_bytes(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_bytes(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_bytes(item) for item in value]
+    coded = isinstance(value, str) and len(value) > 256 and value.isascii() and not re.search(r"\s", value)
+    return f"<{len(value):,} bytes>" if coded or isinstance(value, bytes) else value
+
+
+def response(text: str) -> str:
+    """A tool's result as a user's words."""
+    return f"<tool_response>\n{text}\n</tool_response>"
+
+
+def _as_call(call: Any, where: str) -> dict[str, Any] | None:
+    """A call in ours of OpenAI's, LangChain's, LlamaIndex's or another maker's form; None for one that names no tool, which a model may
+    have written."""
+    call = call if isinstance(call, Mapping) else getattr(call, "__dict__", {})
+    function = next((call[name] for name in ("function", "custom", "toolUse", "functionCall", "function_call") if call.get(name)), call)
+    function = function if isinstance(function, Mapping) else getattr(function, "__dict__", {})
+
+    def first(*names: str) -> Any:
+        return next((given[name] for given in (call, function) for name in names if given.get(name) is not None), None)
+
+    name, arguments = first("name", "tool_name"), first("arguments", "args", "input", "tool_kwargs")
+    if name == "" or (name is None and call.get("type") == "invalid_tool_call"):
+        return None
+    if not isinstance(name, str):
+        raise InputError(f"a tool call has a name and a JSON object of arguments, not {str(call)[:80]!r} ({where})")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            arguments = None
-    if not isinstance(arguments, Mapping) or not isinstance(function.get("name"), str):
-        raise InputError(f"a tool call has a name and a JSON object of arguments, not {str(call)[:80]!r}")
-    return {"id": call.get("id"), "name": function["name"], "arguments": dict(arguments)}
+        with suppress(ValueError, RecursionError):  # what a model has written may be no JSON; that is kept as it is
+            parsed = json.loads(arguments or "{}")
+            arguments = cleaned(parsed, where) if isinstance(parsed, Mapping) else arguments
+    arguments = cleaned({} if arguments is None else arguments, where)
+    return {
+        "id": first("call_id", "id", "tool_call_id", "tool_id", "toolUseId"),
+        "name": clean(name, where),
+        "arguments": arguments if isinstance(arguments, dict | str) else json.dumps(arguments, ensure_ascii=False),
+    }
 
 
 def header(number: int, name: str) -> str:
@@ -154,22 +319,32 @@ def header(number: int, name: str) -> str:
     return f"{'' if number == 1 else SEPARATOR}Document {number}: {name}\n\n"
 
 
-def as_document(item: Any) -> Document:
-    """A document of ours, LangChain's or LlamaIndex's, a text or a path in one form.
+def as_document(item: Any, where: str = "document") -> Document:
+    """A document of ours, LangChain's or LlamaIndex's, a text or a path in one form, and all its texts as of :func:`clean`.
 
     Raises:
         InputError: none of these, or an unreadable file.
     """
+    document = _document(item)
+    if not isinstance(document.text, str):
+        raise InputError(f"the text of {where} is a {type(document.text).__name__}, not a string")
+    name = None if document.name is None else clean(str(document.name), f"the name of {where}")
+    where = f"document {name!r}" if name else where
+    metadata = None if document.metadata is None else cleaned(document.metadata, f"metadata of {where}")
+    return Document(clean(document.text, where), name, metadata)
+
+
+def _document(item: Any) -> Document:
     if isinstance(item, Document):
         return item
     if isinstance(item, str):
-        if len(item) < 256 and "\n" not in item and Path(item).is_file():
+        if len(item) < 256 and "\n" not in item and os.path.isfile(item):  # unlike Path's it never raises: most texts are no names
             logger.warning("loading the text %r itself; there is a file of that name: give a Path to load the file", item)
         return Document(item)
     if isinstance(item, Path):
         try:
-            return Document(item.read_text(encoding="utf-8"), item.name, {"source": str(item)})
-        except (OSError, UnicodeDecodeError) as error:
+            return Document(item.read_text(encoding="utf-8-sig"), item.name, {"source": str(item)})
+        except (OSError, ValueError) as error:  # not UTF-8, or no name at all
             raise InputError(f"cannot read {str(item)!r} as UTF-8 text: {error}") from error
     if hasattr(item, "page_content"):  # LangChain
         text = item.page_content
@@ -183,12 +358,14 @@ def as_document(item: Any) -> Document:
 
 
 def as_messages(question: Any) -> list[Message]:
-    """A question, one message or several as checked messages."""
+    """A question, one message or several as checked messages. A system message that comes last is asked as if the user said it."""
     if isinstance(question, str):
         question = {"role": "user", "content": question}
     items = list(question) if isinstance(question, Sequence) else [question]
-    messages = [as_message(item) for item in items]
+    messages = [as_message(item, f"message {number}") for number, item in enumerate(items, 1)]
     if any(message is None for message in messages):
         raise InputError(f"cannot ask a {type(question).__name__}; give a string, or chat messages with 'role' and 'content'")
+    if messages and messages[-1]["role"] == "system":  # type: ignore[index]
+        messages[-1] = {**messages[-1], "role": "user"}  # type: ignore[dict-item]
     check_messages(messages)  # type: ignore[arg-type]
     return messages  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.guidance import Grammar, Guidance, json_rule
+from kvzip_memory.sources import cleaned, response
 
 #: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 Tool = Mapping[str, Any]
@@ -87,7 +88,7 @@ def checked_tools(tools: Sequence[Tool] | None) -> list[Tool]:
     """Raises:
     InputError: a tool that is no mapping of OpenAI's form, or two of one name.
     """
-    checked = list(tools or ())
+    checked = [cleaned(tool, f"tool {number}") if isinstance(tool, Mapping) else tool for number, tool in enumerate(tools or (), 1)]
     for tool in checked:
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -112,21 +113,48 @@ def describe(tools: Sequence[Tool]) -> str:
 def results_in_order(messages: Sequence[Mapping[str, Any]], one_call: bool = False) -> list[Mapping[str, Any]]:
     """The results of an answer's calls in the order of the calls; frameworks give them as they came, and not all templates show ids.
 
-    With ``one_call`` calls of one answer and their results become answers of a call each.
+    With ``one_call`` calls of one answer and their results become answers of a call each. Results without their calls and calls
+    without their results, which trimmed and broken off conversations have and many templates refuse, are put in plain text; only calls
+    that come last may still get their results.
     """
     turns: list[Mapping[str, Any]] = []
     for are_results, run in groupby(messages, key=lambda message: message["role"] == "tool"):
-        calls = turns[-1].get("tool_calls", ()) if are_results and turns else ()
+        group = list(run)
+        if not are_results:
+            turns += [*(_told(message, message.get("tool_calls", ())) for message in group[:-1]), group[-1]]
+            continue
+        calls = turns[-1].get("tool_calls", ()) if turns else ()
+        if not calls:
+            turns.append({"role": "user", "content": "\n".join(response(result["content"]) for result in group)})
+            continue
         numbers = {call["id"]: number for number, call in enumerate(calls)}
-        group = sorted(run, key=lambda message: numbers.get(message.get("tool_call_id"), len(numbers)))
-        if one_call and len(calls) > 1 and [message.get("tool_call_id") for message in group] == [*numbers]:
+        group.sort(key=lambda message: numbers.get(message.get("tool_call_id"), len(numbers)))
+        ids = [message.get("tool_call_id") for message in group]
+        if numbers.keys() > set(ids):
+            whole = turns.pop()
+            turns.append(_told(whole, [call for call in calls if call["id"] not in ids]))
+            calls = turns[-1]["tool_calls"]
+        if one_call and len(calls) > 1 and ids == [call["id"] for call in calls]:
             whole = turns.pop()
             for call, result in zip(calls, group, strict=True):
                 turns += [{**whole, "tool_calls": [call]}, result]
-                whole = {**whole, "content": ""}
+                whole = {"role": whole["role"], "content": ""}
         else:
             turns += group
     return turns
+
+
+def _told(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """An answer with some of its calls as text."""
+    if not calls:
+        return message
+    text = message["content"]
+    for call in calls:
+        shown = _json({"name": call["name"], "arguments": call["arguments"]})
+        text += f"{chr(10) if text else ''}<tool_call>\n{shown}\n</tool_call>"
+    rest = [call for call in message["tool_calls"] if call not in calls]
+    told = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**told, "content": text, **({"tool_calls": rest} if rest else {})}
 
 
 def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] = (), system: bool = True) -> list[Mapping[str, Any]]:
@@ -147,13 +175,10 @@ def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] 
     for message in messages:
         role, text = message["role"], message["content"]
         if role == "tool":
-            text = f"<tool_response>\n{text}\n</tool_response>"
+            text = response(text)
             if before == "tool":  # results of one answer's calls share a turn
                 text = f"{turns.pop()['content']}\n{text}"
-        for call in message.get("tool_calls", ()):
-            shown = _json({"name": call["name"], "arguments": call["arguments"]})
-            text += f"{chr(10) if text else ''}<tool_call>\n{shown}\n</tool_call>"
-        turns.append({"role": "user" if role == "tool" else role, "content": text})
+        turns.append({"role": "user", "content": text} if role == "tool" else _told(message, message.get("tool_calls", ())))
         before = role
     return turns
 

@@ -153,7 +153,7 @@ def test_speculation_changes_nothing_but_the_number_of_steps(architecture: str, 
         without = plain.ask(question, max_new_tokens=60, speculate=False, **params)
         assert with_guesses.text == without.text
         assert with_guesses.usage == without.usage
-        assert spoken._ids == plain._ids
+        assert spoken._talk.ids == plain._talk.ids
         assert spoken._tail.length == plain._tail.length
         assert len(steps) <= len(counts)
         counts.clear()

@@ -310,7 +310,7 @@ def talked(engine: KVzipEngine, context: CompressedContext | None, turns: int = 
 def probe(session: Session) -> torch.Tensor:
     """Logits of the next turn's tokens, without changing the session."""
     twin = session.fork()
-    ids = twin._question_ids(QUESTION, None)
+    ids = twin._talk.ask(QUESTION, None, False, twin._tail.length).ids
     return twin._model.forward([row_over(twin.context, twin._tail)], [ids], n_logits=len(ids))[0][-10:]
 
 
@@ -331,7 +331,7 @@ def test_folding_feeds_nothing_but_what_ranks_the_pairs(engine: KVzipEngine) -> 
     session = talked(engine, engine.load(FIRST, ratio=0.5))
     fed: list[int] = []
     hook = engine.model.model.register_forward_pre_hook(lambda m, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True)
-    cut = session._ends[1]
+    cut = session._talk.ends[1]
     session.fold(1, ratio=0.5)
     hook.remove()
     assert len(fed) == 1  # one repeat: its prompt, and the folded tokens
@@ -343,8 +343,8 @@ def test_a_folded_session_equals_dense_attention_with_evicted_pairs_masked(archi
     parent = engine.load(FIRST, ratio=0.5)
     session = talked(engine, parent)
     child = session.fold(1, ratio=0.4)
-    kept_turn = session._ids[: session._tail.length]
-    ids = session._question_ids(QUESTION, None)
+    kept_turn = session._talk.ids[: session._tail.length]
+    ids = session._talk.ask(QUESTION, None, False, session._tail.length).ids
     ours = session._model.forward([row_over(child, session._tail)], [ids], n_logits=len(ids))[0]
     theirs = masked_logits(engine, child, [*kept_turn, *ids], parent, folded_at=child.n_tokens + len(kept_turn))[len(kept_turn) :]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)

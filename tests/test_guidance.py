@@ -129,7 +129,7 @@ def test_what_a_grammar_leaves_no_choice_about_is_checked_in_few_steps(params: d
         steps.clear()
         assert set(json.loads(one.text)) == set(properties)
         assert (one.text, one.usage, one.finish_reason) == (other.text, other.usage, "stop")
-        assert guided._ids == plain._ids
+        assert guided._talk.ids == plain._talk.ids
         assert guided._tail.length == plain._tail.length
         assert 4 * few < many
 

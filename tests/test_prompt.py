@@ -152,7 +152,6 @@ def test_a_path_is_read_and_named(engine: KVzipEngine, tmp_path: Path) -> None:
         (["text", ""], "document 2 of 2 is empty"),
         (["text", {"role": "user", "content": "hi"}], "two contexts"),
         ([{"role": "critic", "content": "hi"}], "'critic' is not supported"),
-        ([{"role": "tool", "content": "hi"}], "does not follow the assistant's call"),
         ([{"role": "user", "content": " "}], "empty"),
         ([{"role": "user"}], "'role' and 'content'"),
         (42, "cannot load a int"),
@@ -177,8 +176,9 @@ def test_a_text_longer_than_the_window_names_tokens_window_and_the_way_out(tmp_p
     assert engine.stats()["lookups"] == 0
 
 
-def test_a_template_that_refuses_a_role_says_so() -> None:
+def test_a_template_without_a_system_role_shows_it_in_the_users_turn() -> None:
     refusing = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('none') }}{% endif %}{{ m.content }}{% endfor %}"
     engine = tiny_engine(template=refusing)
-    with pytest.raises(InputError, match="does not accept the roles"):
-        engine.load(TEXT, system="Be brief.")
+    context = engine.load(TEXT, system="Be brief.")
+    assert engine.tokenizer.decode(context.token_ids) == f"Be brief.\n\n{TEXT}"
+    assert engine.tokenizer.decode(context.token_ids[: context.protected]) == "Be brief.\n\n"

@@ -16,7 +16,7 @@ QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 def probe(session: Session) -> torch.Tensor:
     """Logits of the next token after a fixed text, without changing the session."""
     twin = session.fork()
-    return twin._model.forward([_row(twin)], [[*twin._ids[twin._tail.length :], 40, 41, 42]])[0][-1]
+    return twin._model.forward([_row(twin)], [[*twin._talk.ids[twin._tail.length :], 40, 41, 42]])[0][-1]
 
 
 def _row(session: Session) -> Row:
@@ -161,7 +161,7 @@ def test_later_turns_are_the_chat_templates_own_rendering(smollm2: KVzipEngine, 
         [{"role": role, "content": content} for role, content in turns], tokenize=False, add_generation_prompt=True
     )
     whole = smollm2.tokenizer(rendered + replies[1], add_special_tokens=False).input_ids
-    assert [*context.token_ids.tolist(), *fed, *session._ids[session._tail.length :]] == whole
+    assert [*context.token_ids.tolist(), *fed, *session._talk.ids[session._tail.length :]] == whole
 
 
 def test_after_a_stop_string_a_session_remembers_the_text_before_it_and_no_more(
@@ -231,7 +231,7 @@ def test_a_session_without_a_context_keeps_its_turns(engine: KVzipEngine) -> Non
     session = engine.session()
     session.ask("One?", max_new_tokens=4)
     session.ask("Two?", max_new_tokens=4)
-    assert session.n_tokens == len(session._ids)
+    assert session.n_tokens == len(session._talk.ids)
     reply = session.ask("Three?", max_new_tokens=4)
     assert reply.usage.cached_tokens > 0
     assert reply.receipt.key is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os.path
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -31,7 +32,7 @@ from pydantic import ConfigDict, Field, model_validator
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
-from kvzip_memory.sources import as_message
+from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
@@ -208,7 +209,7 @@ class KVzipChatModel(BaseChatModel):
             raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
             name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
-            self.model_name = Path(name).name if Path(name).is_dir() else name
+            self.model_name = Path(name).name if os.path.isdir(name) else name
         return self
 
     @model_validator(mode="after")
@@ -322,7 +323,7 @@ class KVzipChatModel(BaseChatModel):
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
         form, shown, kept = options["form"], options.pop("shown"), options.pop("keep_unfinished")
-        if shown and options["schema"] is not None and turns and turns[-1]["role"] in ("user", "tool"):
+        if shown and options["schema"] is not None and turns and turns[-1]["role"] != "assistant":
             kind = "object" if Wanted(options["schema"]).is_object else "value"
             asked = _ASKED.format(kind, json.dumps(options["schema"], ensure_ascii=False))
             turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{asked}"}
@@ -444,7 +445,7 @@ class KVzipChatModel(BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of a text by the model's own tokenizer."""
-        return list(self.engine.tokenizer(text, add_special_tokens=False).input_ids)
+        return list(self.engine.tokenizer(clean(text, "a text"), add_special_tokens=False).input_ids)
 
     def get_num_tokens_from_messages(
         self,
@@ -525,8 +526,8 @@ ChatKVzip = KVzipChatModel
 def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], list[str]]:
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
-    for message in messages:
-        if isinstance(message.content, list):
+    for number, message in enumerate(messages, 1):
+        if isinstance(message.content, list) and message.type not in ("ai", "AIMessageChunk"):  # a file it made is no context
             files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
             if files:
                 file_ids += [str(block["file_id"]) for block in files]
@@ -534,7 +535,7 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
                 if not rest and message.type == "system":
                     continue
                 message = message.model_copy(update={"content": rest})
-        turn = as_message(message)
+        turn = as_message(message, f"message {number}")
         if turn is None:
             raise InputError(f"messages of type {message.type!r} are not supported; send human, ai, system and tool messages")
         turns.append(turn)

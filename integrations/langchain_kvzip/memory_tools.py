@@ -11,6 +11,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from kvzip_memory import KVzipEngine
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import Entry
+from kvzip_memory.sources import clean
 
 
 def create_memory_tools(
@@ -29,7 +30,7 @@ def create_memory_tools(
         namespace: kept apart from the documents of other namespaces.
         max_tokens: of an answer of ``ask_document``.
     """
-    prefix = f"memory:{quote(namespace, safe='')}:"
+    prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else Path(folder).resolve()
     changing = threading.Lock()  # an agent may call several tools at a time
 
@@ -60,12 +61,17 @@ def create_memory_tools(
     def load_file(path: str) -> str:
         """Keep a text file under its path, to ask questions about it later."""
         assert root is not None
-        file = (root / path).resolve()
-        if not file.is_relative_to(root) or not file.is_file():
+        try:
+            file = (root / path).resolve()
+            is_there = file.is_relative_to(root) and file.is_file()
+        except (OSError, ValueError):  # no name that a file could have
+            is_there = False
+        if not is_there:
             raise ToolException(f"there is no file {path!r}")
         return loaded(path, file)
 
     def loaded(name: str, source: str | Path) -> str:
+        name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
         with changing:
@@ -82,7 +88,7 @@ def create_memory_tools(
 
     def ask_document(name: str, question: str) -> str:
         """Answer a question from a document that is kept."""
-        key = entry_of(name).key
+        key = entry_of(clean(name, "name")).key
         try:
             return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
         except KVzipError as error:
@@ -90,6 +96,7 @@ def create_memory_tools(
 
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
+        name = clean(name, "name")
         with changing:
             entry_of(name)
             let_go(name)

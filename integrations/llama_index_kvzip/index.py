@@ -32,7 +32,7 @@ from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.options import CALL_OPTIONS, renamed
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import readable, room, size
+from llama_index_kvzip.packing import encodable, readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import unwrapped
@@ -122,6 +122,7 @@ class KVzipIndex(BaseManagedIndex):
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
         """An index of documents; arguments and errors as for the class."""
         _check_index_options(kwargs)
+        documents = [encodable(document) for document in documents]
         storage = kwargs.get("storage_context")
         with nullcontext() if storage is None else _unchanged_on_failure(storage.docstore, documents):
             return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
@@ -241,6 +242,14 @@ class KVzipIndex(BaseManagedIndex):
             if forget:
                 self._forget_unused()
 
+    def insert(self, document: Document, **insert_kwargs: Any) -> None:
+        """Add a document; the contexts it joins are built again."""
+        super().insert(encodable(document), **insert_kwargs)
+
+    async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
+        """:meth:`insert`; building is done in a thread."""
+        await super().ainsert(encodable(document), **insert_kwargs)
+
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Add documents; the contexts they join are built again."""
         with self._change(nodes):
@@ -306,6 +315,7 @@ class KVzipIndex(BaseManagedIndex):
         counts = Counter(document.id_ for document in documents)
         if twice := [id_ for id_, count in counts.items() if count > 1]:
             raise InputError(f"the ids {twice} are of several documents each, of which a refresh would keep the last; give each its own")
+        documents = [encodable(document) for document in documents]
         with self._change(documents, forget=True), self._callback_manager.as_trace("refresh_ref_docs"):
             there = self.ref_doc_info
             old = [document.id_ in there and self.docstore.get_document_hash(document.id_) == document.hash for document in documents]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.llms.types import (
-    CachePoint,
     ChatMessage,
     ChatResponse,
     ChatResponseAsyncGen,
@@ -22,7 +22,6 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
-    ThinkingBlock,
     ToolCallBlock,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -45,13 +44,6 @@ from kvzip_memory.tools import CallReader
 CONTEXT_KEY = "kvzip_context"
 
 _KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls"}
-
-_ROLES = {
-    MessageRole.DEVELOPER: MessageRole.SYSTEM,
-    MessageRole.FUNCTION: MessageRole.TOOL,
-    MessageRole.CHATBOT: MessageRole.ASSISTANT,
-    MessageRole.MODEL: MessageRole.ASSISTANT,
-}
 
 
 class KVzipLLM(FunctionCallingLLM):
@@ -126,7 +118,7 @@ class KVzipLLM(FunctionCallingLLM):
             if self.given_engine is None:
                 raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
             name = str(self.given_engine.model.config.name_or_path or self.given_engine.model.config.model_type)
-            self.model = Path(name).name if Path(name).is_dir() else name
+            self.model = Path(name).name if os.path.isdir(name) else name
         return self
 
     @classmethod
@@ -218,8 +210,6 @@ class KVzipLLM(FunctionCallingLLM):
         options = self.stream_options(kwargs)
         engine = self.engine
         turns, keys = plain_messages(messages)
-        if len(turns) > 1 and turns[-1]["role"] == "system":  # so ends what agents send when they are out of iterations
-            turns[-1] = {**turns[-1], "role": "user"}
         context = engine.one_context([self.context, *keys])
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
@@ -353,33 +343,15 @@ def plain_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list
     """Messages for the engine, and the keys of the contexts that some of them stand for."""
     turns: list[Message] = []
     keys: list[str] = []
-    for message in messages:
+    for number, message in enumerate(messages, 1):
         if key := message.additional_kwargs.get(CONTEXT_KEY):
             keys.append(str(key))
             if not message.content:
                 continue
-        said = {"role": _ROLES.get(message.role, message.role).value, "content": _content(message.blocks)}
-        calls = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
-        if calls:
-            said["tool_calls"] = [{"id": call.tool_call_id, "name": call.tool_name, "arguments": _arguments(call)} for call in calls]
-        turn = as_message({**said, "tool_call_id": message.additional_kwargs.get("tool_call_id")})
+        turn = as_message(message, f"message {number}")
         assert turn is not None
         turns.append(turn)
     return turns, keys
-
-
-def _content(blocks: Sequence[ContentBlock]) -> list[dict[str, Any]]:
-    """Blocks of text in OpenAI's form; one before a ``CachePoint`` carries its ``cache_control``."""
-    content: list[dict[str, Any]] = []
-    for block in blocks:
-        if isinstance(block, TextBlock):
-            gap = "\n" if content else ""  # as in ChatMessage.content
-            content.append({"type": "text", "text": gap + block.text})
-        elif isinstance(block, CachePoint) and content:
-            content[-1]["cache_control"] = block.cache_control.model_dump()
-        elif not isinstance(block, CachePoint | ThinkingBlock | ToolCallBlock):
-            raise InputError(f"blocks of type {block.block_type!r} are not supported; send text")
-    return content
 
 
 def _arguments(call: ToolCallBlock) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
-from kvzip_memory.sources import Message
+from kvzip_memory.sources import Message, clean
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class _Session:
     """
 
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
-        self._engine, self._tag = engine, f"memory {name}: {session_id}"
+        self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
         self._path: Path | None = None
         if engine.cache_dir is not None:
             digest = hashlib.sha256(json.dumps([engine.registry.tenant, name, session_id]).encode()).hexdigest()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TypeVar
 
 from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
-from kvzip_memory.sources import as_document, header
+from kvzip_memory.sources import as_document, clean, cleaned, header
 from llama_index_kvzip.llm import KVzipLLM
 
 logger = logging.getLogger(__name__)
+
+Node = TypeVar("Node", bound=BaseNode)
 
 # Tokens that the template around all documents may take, and more documents than a context has.
 _HEAD, _MANY = 64, 9999
@@ -23,6 +26,18 @@ def readable(nodes: Sequence[BaseNode]) -> list[BaseNode]:
     if blank := [node.ref_doc_id or node.node_id for node in nodes if not node.get_content().strip()]:
         logger.warning("left out, since they have no text: %s", blank)
     return [node for node in nodes if node.get_content().strip()]
+
+
+def encodable(node: Node) -> Node:
+    """A node, or a copy of it as it is read if it holds half a surrogate pair: LlamaIndex would fail to hash it."""
+    try:
+        node.hash  # noqa: B018
+        return node
+    except UnicodeEncodeError:
+        copy, where = node.model_copy(deep=True), f"document {node.node_id!r}"
+        copy.metadata = cleaned(node.metadata, where)
+        copy.set_content(clean(node.get_content(), where))
+        return copy
 
 
 def room(llm: KVzipLLM, system: str | None = None, context_tokens: int | None = None) -> int:

@@ -84,7 +84,7 @@ def context_identity(
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
-        "recipe": digest(vars(prompt.recipe)),
+        "recipe": digest({field: value for field, value in vars(prompt.recipe).items() if field != "tail" or value}),
         "tools": prompt.recipe.tools,
         "parent": None if parent is None else key_of(parent),
     }
