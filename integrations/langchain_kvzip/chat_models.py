@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -27,7 +27,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, Started, configured_window, in_thread
@@ -49,6 +49,14 @@ Documents = BaseLoader | Document | str | Path | Iterable[Document]
 
 # Arguments that LangChain's chat models have for servers.
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
+
+
+class Witness(Protocol):
+    """Is told of the calls of a model and its copies."""
+
+    def asked(self, messages: list[BaseMessage]) -> None: ...
+
+    def answered(self) -> None: ...
 
 
 class KVzipChatModel(BaseChatModel):
@@ -189,6 +197,8 @@ class KVzipChatModel(BaseChatModel):
     engines: Any = Field(default_factory=dict, exclude=True, repr=False)
     """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
+    _witness: Witness | None = PrivateAttr(default=None)
+
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -303,8 +313,12 @@ class KVzipChatModel(BaseChatModel):
     def _answer(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
     ) -> Generator[ChatGenerationChunk, None, None]:
+        if self._witness is not None:
+            self._witness.asked(messages)
         try:
             yield from self._chunks(messages, stop, kwargs, started)
+            if self._witness is not None:
+                self._witness.answered()
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
