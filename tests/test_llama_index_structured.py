@@ -104,7 +104,7 @@ class Checked(BaseModel):
 
 def test_what_is_wrong_is_told(index: KVzipIndex, llm: KVzipLLM) -> None:
     with pytest.raises(UnfinishedError):
-        index.as_query_engine(output_cls=Lease, max_tokens=3).query("Who?")
+        index.as_query_engine(output_cls=Lease, stop=["Ito", "Abe"]).query("Who?")
     with pytest.raises(ValidationError):
         index.as_query_engine(output_cls=Checked).query("Who?")
     with pytest.raises(InputError, match="'accumulate' lists answers as text"):
