@@ -142,3 +142,43 @@ def test_a_wrong_option_of_a_call_loads_no_weights(tmp_path: Path, monkeypatch: 
     for aask in (KVzipChatModel(model=str(tmp_path)).ainvoke, KVzipLLM(model=str(tmp_path)).acomplete):
         with pytest.raises(InputError, match="temperature is -1"):
             asyncio.run(aask("Who?", temperature=-1))  # type: ignore[arg-type]
+
+
+# Numbers as texts, options of repetition, and values that are none.
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_number_may_be_a_text_and_repetition_is_held_back(engine: KVzipEngine, used: list[GenerationParams], entry: str) -> None:
+    ask = ENTRIES[entry](engine)
+    for of, call in (({"temperature": "0.5", "top_k": "3"}, {}), ({}, {"temperature": "0.5", "top_k": "3"})):
+        ask(of, call)
+        assert (used[-1].temperature, used[-1].top_k) == (0.5, 3)
+    ask({"repetition_penalty": 1.2, "no_repeat_ngram_size": 3}, {})
+    assert (used[-1].repetition_penalty, used[-1].no_repeat_ngram_size) == (1.2, 3)
+    ask({"repetition_penalty": 1.2}, {"repetition_penalty": "1.5", "no_repeat_ngram_size": None})
+    assert (used[-1].repetition_penalty, used[-1].no_repeat_ngram_size) == (1.5, None)
+    ask({}, {"temperature": 1e-40, "seed": "7"})
+    assert used[-1].seed == 7
+
+
+NONE = {
+    "temperature": "hot",
+    "max_tokens": "many",
+    "seed": 2**70,
+    "top_p": [],
+    "stop": 3,
+    "repetition_penalty": 0,
+    "no_repeat_ngram_size": -1,
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_is_no_value_of_an_option_is_our_error(engine: KVzipEngine, entry: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ENTRIES[entry](engine)
+    monkeypatch.setattr(KVzipEngine, "stream", None)
+    for name, value in NONE.items():
+        with pytest.raises(InputError, match=name):
+            ask({}, {name: value})
+        if entry != "configurable":
+            with pytest.raises(ValueError, match=name):
+                ask({name: value}, {})
