@@ -135,6 +135,9 @@ async def test_an_answer_is_the_same_however_it_is_asked_for(llm: KVzipChatModel
 def test_a_response_format_may_be_any_of_these_types(llm: KVzipChatModel) -> None:
     assert llm.invoke("Which?", response_format=Color).text in ('"red"', "2")
     assert llm.invoke("Which?", response_format=list[Literal[1]]).text.startswith("[")
+    for wrong in ({"type": "json_schema", "json_schema": {}}, {"type": "json_schema", "json_schema": None}):
+        with pytest.raises(InputError, match="needs a JSON schema at"):
+            llm.invoke("Which?", response_format=wrong)
 
 
 def test_a_model_is_told_that_a_value_is_asked_for(llm: KVzipChatModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -561,8 +561,10 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     if response_format is None or response_format == {"type": "text"}:
         return None
     if isinstance(response_format, Mapping) and "json_schema" in response_format:
-        schema: dict[str, Any] = response_format["json_schema"]["schema"]
-        return schema
+        schema = response_format["json_schema"].get("schema") if isinstance(response_format["json_schema"], Mapping) else None
+        if not isinstance(schema, Mapping):
+            raise InputError(f'response_format is {str(response_format)[:80]}; it needs a JSON schema at ["json_schema"]["schema"]')
+        return dict(schema)
     return {"type": "object"} if _is_json_mode(response_format) else Wanted.of(response_format).schema
 
 
