@@ -19,6 +19,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
+from kvzip_memory import turns
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
@@ -60,6 +61,15 @@ def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
     times = {k: _time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
     return {**facts, **times, "names": list(entry.names)}
+
+
+def _session(session: turns.Session) -> dict[str, Any]:
+    times = {"written": _time(session.written), "expires": _time(session.expires)}
+    return {"session": session.name, "turns": session.turns, "nbytes": session.nbytes, **times, "file": str(session.file.path)}
+
+
+def _sessions_of(cache_dir: Path, entry: Entry) -> list[turns.Session]:
+    return [session for session in turns.sessions(cache_dir.expanduser()) if entry.key in session.keys]
 
 
 def _time(seconds: float | None) -> str | None:
@@ -162,11 +172,31 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 
 @app.command()
 def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete a context. One of several names that is given by one of them only loses that name."""
-    entry = _registry(cache_dir).remove(reference)
-    called = escape(reference)
+    """Delete a context, or a session with its turns. One of several names that is given by one of them only loses that name."""
+    registry, called = _registry(cache_dir), escape(reference)
+    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference)):
+        count = session.remove(registry)
+        _show(_session(session), as_json, lambda: f"deleted {escape(session.name)}, {session.turns} turns and {count} contexts")
+        return
+    entry = registry.remove(reference)
     kept = f"{called} is no longer a name of {_called(entry)}; give {entry.key[:12]} to delete it"
-    _show(_facts(entry), as_json, lambda: kept if entry.names else f"deleted {called}, {decimal(entry.file_nbytes)}")
+    lines = [kept if entry.names else f"deleted {called}, {decimal(entry.file_nbytes)}"]
+    lines += [f"the turns it was made of are kept; rm {escape(repr(s.name))} deletes them" for s in _sessions_of(cache_dir, entry)]
+    _show(_facts(entry), as_json, lambda: "\n".join(lines))
+
+
+@app.command()
+def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
+    found = list(turns.sessions(cache_dir.expanduser()))
+
+    def render() -> Table:
+        table = Table("session", "turns", "bytes", "written", "")
+        for s in found:
+            table.add_row(escape(s.name), f"{s.turns:,}", decimal(s.nbytes), _ago(s.written), "expired" if s.expired else "")
+        return table
+
+    _show([_session(s) for s in found], as_json, render)
 
 
 @app.command()
@@ -188,6 +218,7 @@ def verify(
 def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Delete what is expired, in quarantine, or left behind by killed processes."""
     freed = _registry(cache_dir).gc()
+    freed["sessions"] = turns.remove_expired(cache_dir.expanduser())
     _show(freed, as_json, lambda: _pairs({**freed, "bytes": decimal(freed.get("bytes", 0))}))
 
 

@@ -20,7 +20,7 @@ from llama_index.core.memory import Memory
 import kvzip_memory.metrics
 import langchain_kvzip
 import llama_index_kvzip
-from conftest import TEXT, tiny_model, tiny_tokenizer
+from conftest import HANDBOOK, TEXT, tiny_model, tiny_tokenizer
 from kvzip_memory import KVzipEngine
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,8 @@ FENCED = re.compile(r"^ *```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 DIRECTIVE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
 PACKAGES = ("kvzip_memory", "integrations/langchain_kvzip", "integrations/llama_index_kvzip")
 SECTIONS = ["Setup", "Instantiate", "Invoke", "Stream", "Async", "Contexts", "Tools", "Structured output", "Usage"]
-FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *(p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 def snippets(path: Path) -> list[str]:
@@ -44,14 +45,12 @@ def run(snippet: str, names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working and home folder of a reader, with the files that snippets read."""
-    for name in ("contracts/lease.txt", "examples/handbook.md", "handbook.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("The lease was signed by Ms Ito on 3 May. " * 20)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working and home folder of a reader, with the repository's handbook, shortened."""
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/handbook.md").write_text(HANDBOOK.read_text()[:1200])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> KVzipEngine:
     def brief(engine: KVzipEngine, context: Any, question: Any, **options: Any) -> Any:
         guided = options.get("schema") is not None or options.get("tools")
         # Greedy, a random model may add digits to a number for ever.
-        changes = {"max_new_tokens": 300, "temperature": 1.0, "seed": 0} if guided else {"max_new_tokens": 6}
+        changes = {"max_new_tokens": 300, "temperature": 1.0, "seed": 1} if guided else {"max_new_tokens": 6}
         return stream(engine, context, question, **options | changes)
 
     monkeypatch.setattr(KVzipEngine, "stream", brief)
@@ -71,8 +70,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> KVzipEngine:
 
 
 @pytest.fixture
-def given(tiny: KVzipEngine) -> dict[str, Any]:
-    """What the snippets of a docstring, or of a page that says so, take as there."""
+def given(tiny: KVzipEngine, folder: None) -> dict[str, Any]:
+    """What the snippets of a docstring take as there."""
     exported = [kvzip_memory.metrics, langchain_kvzip, llama_index_kvzip]
     names = {name: value for module in exported for name, value in vars(module).items() if not name.startswith("_")}
     documents = [llama_index.core.Document(text=TEXT, doc_id="lease")]
@@ -98,8 +97,38 @@ def given(tiny: KVzipEngine) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if snippets(path)], ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_snippet_runs(path: Path, folder: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+# A word that waits to be replaced: alone in its line where figures were to come, or one that says so wherever it stands.
+PLACEHOLDER = re.compile(r"^[ \t]*[A-Z][A-Z_]{2,}[ \t]*$|\b(?:TODO|TBD|TBA|FIXME|XXX+|LOREM IPSUM)\b", re.MULTILINE)
+
+
+def placeholders(page: str) -> list[str]:
+    return [found[0].strip() for found in PLACEHOLDER.finditer(re.sub(r"^ *```.*?^ *```", "", page, flags=re.DOTALL | re.MULTILINE))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_nothing_is_left_to_be_filled_in(path: Path) -> None:
+    assert placeholders(path.read_text()) == []
+
+
+def test_a_placeholder_is_known_from_words_in_capitals() -> None:
+    assert placeholders("(two cores):\nSTRESS\n") == ["STRESS"]
+    assert placeholders("It takes TBD seconds. TODO: measure") == ["TBD", "TODO"]
+    assert placeholders("JSON and KV caches\n\n```sql\nSELECT\n```\n") == []
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if snippets(path)], ids=lambda path: path.name)
+@pytest.mark.usefixtures("folder", "tiny")
+def test_a_page_runs_from_top_to_bottom(path: Path) -> None:
+    """Nothing is defined for it and no folder made; there is the repository's handbook, and a small model for every hub id."""
+    names: dict[str, Any] = {}
+    for snippet in snippets(path):
+        run(snippet, names)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if snippets(path)], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_snippets_of_a_module_run(path: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("contracts").mkdir()
+    Path("contracts/lease.txt").write_text(TEXT)
     monkeypatch.setattr(prometheus_client, "start_http_server", lambda port: None)
     for snippet in snippets(path):
         run(snippet, given)

@@ -12,18 +12,19 @@ from typing import Any, Literal
 import pytest
 from jsonschema import Draft202012Validator
 from langchain_core.caches import InMemoryCache
-from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage, trim_messages
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel
 
 import kvzip_memory.engine
-from conftest import TEXT, tiny_engine
+from conftest import CHATML, TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
 from kvzip_memory.registry.identity import model_identity
 from kvzip_memory.sources import as_message
 from langchain_kvzip import ChatKVzip, KVzipChatModel
+from templates import GEMMA2, LLAMA31, MISTRAL_V01
 from test_guidance import babble
 
 
@@ -183,13 +184,10 @@ WHOLE = [
 def test_no_part_of_a_schema_is_lost(llm: KVzipChatModel, engine: KVzipEngine, schema: Any, method: str) -> None:
     if method == "json_schema":
         guiding = llm.with_structured_output(schema).first.kwargs["response_format"]["json_schema"]["schema"]  # type: ignore[attr-defined]
-    elif isinstance(schema, dict) and schema.keys() & {"items", "enum"}:
-        with pytest.raises(InputError, match="arguments are an object"):
-            llm.with_structured_output(schema, method=method)
-        return
     else:
         bound = llm.with_structured_output(schema, method=method).first  # type: ignore[attr-defined]
         guiding = bound.kwargs["tools"][0]["function"]["parameters"]
+        guiding = guiding.get("properties", {}).get("value", guiding) if schema in WHOLE[-2:] else guiding  # those are no objects
     grammar, answers = engine.guidance.json(guiding), set()
     validator = Draft202012Validator(schema if isinstance(schema, dict) else schema.model_json_schema())
     for seed in range(20):
@@ -211,3 +209,16 @@ def test_a_model_is_told_the_schema_behind_a_tools_result_too(llm: KVzipChatMode
     turns = [as_message(message) for message in [*messages[:2], ToolMessage(told, tool_call_id="1")]]
     ids = engine.prompt_ids(context, [turn for turn in turns if turn], tools)
     assert reply.usage_metadata["input_tokens"] == context.n_tokens + len(ids)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA2, MISTRAL_V01, LLAMA31], ids=["chatml", "gemma 2", "mistral 0.1", "llama 3.1"])
+def test_messages_are_trimmed_by_the_models_own_count(template: str) -> None:
+    llm = KVzipChatModel(engine=tiny_engine(template=template))
+    messages = [SystemMessage("Be brief."), HumanMessage("Who? " * 30), AIMessage("He. " * 30), HumanMessage("When?")]
+    limit = llm.get_num_tokens_from_messages(messages) // 2
+    assert llm.get_num_tokens_from_messages([]) == 0
+    for options in ({"strategy": "first"}, {"strategy": "first", "allow_partial": True}, {"include_system": True, "allow_partial": True}):
+        kept = trim_messages(messages, max_tokens=limit, token_counter=llm, **options)
+        assert 0 < len(kept) < 4
+        assert llm.get_num_tokens_from_messages(kept) <= limit
+    assert trim_messages(messages, max_tokens=1, token_counter=llm, allow_partial=True) == []

@@ -333,8 +333,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         index.as_query_engine(KVzipLLM(engine=tiny_engine()))
     with pytest.raises(InputError, match=r"options \['similarity_top_k'\] are unknown"):
         index.as_query_engine(similarity_top_k=3)
-    with pytest.raises(InputError, match="no documents to answer"):
-        KVzipIndex.from_documents([], llm=llm).as_query_engine().query("Who?")
     with pytest.raises(InputError, match="no documents to talk"):
         KVzipIndex.from_documents([], llm=llm).as_chat_engine()
     with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'storage_context'"):

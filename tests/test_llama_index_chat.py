@@ -1,12 +1,14 @@
 """KVzipChatEngine: conversations over documents."""
 
+import asyncio
+
 import pytest
 from llama_index.core import Document, SummaryIndex
 from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import ChatMessage
-from llama_index.core.memory import Memory
+from llama_index.core.memory import ChatMemoryBuffer, Memory
 
-from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory import InputError, KVzipEngine, SessionBusyError, WindowError
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
 from test_llama_index import DOCUMENTS, THIRD
 
@@ -83,3 +85,60 @@ async def test_other_modes_take_what_those_of_llama_index_take(llm: KVzipLLM) ->
             index.as_chat_engine(mode, nonsense=1, memory=memory)
     with pytest.raises(ValueError, match="deprecated and removed"):
         index.as_chat_engine("react", verbose=True)
+
+
+async def test_questions_are_answered_in_their_order_whether_answers_are_read_or_not(llm: KVzipLLM) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    model, said, history = llm.with_context(index.parts()[0].context), list[ChatMessage](), list[str]()
+    for question in ("Who?", "When?", "Where?", "Why?", "How?"):
+        answer = str(model.chat([*said, ChatMessage(question)]).message.content)
+        said += [ChatMessage(question), ChatMessage(answer, role="assistant")]
+        history += [question, answer.strip()]
+
+    def seen(chat_engine: KVzipChatEngine) -> list[str]:
+        return [str(message.content).strip() for message in chat_engine.chat_history]
+
+    chat_engine = index.as_chat_engine()
+    unread = [chat_engine.stream_chat("Who?"), chat_engine.stream_chat("When?")]
+    chat_engine.chat("Where?")
+    last = await chat_engine.astream_chat("Why?")
+    with pytest.raises(SessionBusyError, match="under way in this event loop"):
+        chat_engine.chat("How?")
+    with pytest.raises(SessionBusyError):
+        chat_engine.reset()
+    await chat_engine.achat("How?")
+    assert seen(chat_engine) == history
+    assert ["".join(stream.response_gen).strip() for stream in unread] == [history[1], history[3]]
+    assert "".join([piece async for piece in last.async_response_gen()]).strip() == history[7]
+
+    together = index.as_chat_engine()
+    cancelled = [asyncio.create_task(together.achat(question)) for question in ("Who?", "Nobody?", "When?")]
+    await asyncio.sleep(0)
+    cancelled[1].cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)
+    assert seen(together) == history[:4]
+
+    forgotten = index.as_chat_engine()
+    forgotten.stream_chat("Who?")
+    forgotten.reset()
+    assert seen(forgotten) == []
+
+
+@pytest.mark.parametrize("memory", [None, ChatMemoryBuffer], ids=["memory", "buffer"])
+async def test_a_question_without_an_answer_leaves_the_history(llm: KVzipLLM, memory: type[ChatMemoryBuffer] | None) -> None:
+    options = {"memory": memory.from_defaults(token_limit=10_000)} if memory else {}
+    chat_engine, long = KVzipIndex.from_documents(DOCUMENTS, llm=llm).as_chat_engine(**options), "Why? " * 500
+    chat_engine.chat("Who?")
+    before = list(chat_engine.chat_history)
+    with pytest.raises(WindowError):
+        chat_engine.chat(long)
+    with pytest.raises(WindowError):
+        await chat_engine.achat(long)
+    with pytest.raises(WindowError):
+        list(chat_engine.stream_chat(long).response_gen)
+    astreamed = await chat_engine.astream_chat(long)
+    with pytest.raises(WindowError):
+        [piece async for piece in astreamed.async_response_gen()]
+    assert chat_engine.chat_history == before
+    assert str(chat_engine.chat("When?"))
+    assert [message.role.value for message in chat_engine.chat_history] == ["user", "assistant"] * 2

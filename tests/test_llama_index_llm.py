@@ -235,7 +235,7 @@ def test_it_is_serialised_without_engine_and_context(llm: KVzipLLM, context: Com
 
 
 def test_unknown_fields_are_refused(engine: KVzipEngine) -> None:
-    with pytest.raises(ValueError, match=r"options \['device', 'max_new_tokens'\] are unknown; .* model_kwargs"):
-        KVzipLLM(engine=engine, device="cuda", max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"options \['device', 'max_token'\] are unknown; .* model_kwargs"):
+        KVzipLLM(engine=engine, device="cuda", max_token=5)
     llm = KVzipLLM(model="some/model", ratio=0.5, callback_manager=CallbackManager([]), system_prompt="Be brief.")
     assert KVzipLLM.from_dict(llm.to_dict()).ratio == KVzipLLM(**llm.to_dict()).ratio == 0.5

@@ -1,8 +1,11 @@
 """KVzipMemoryBlock: old turns that stay readable, whatever becomes of contexts, processes and builds."""
 
 import asyncio
+import json
+import os
 import shutil
 import stat
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,11 @@ import pytest
 from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import Memory
+from typer.testing import CliRunner
 
 from conftest import tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
+from kvzip_memory.cli import app
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from llama_index_kvzip.llm import plain_messages
 from llama_index_kvzip.memory import _message
@@ -207,3 +212,63 @@ def test_a_turn_is_the_message_it_was() -> None:
     message = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="yes"), call])
     [turn] = plain_messages([message])[0]
     assert _message(turn) == message
+
+
+def command(folder: Path, *args: str, code: int = 0) -> Any:
+    out = CliRunner().invoke(app, [*args, "--cache-dir", str(folder), "--json"])
+    assert out.exit_code == code, out.output
+    return json.loads(out.stdout)
+
+
+async def test_the_command_line_finds_and_deletes_the_turns_of_a_session(tmp_path: Path) -> None:
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path), ratio=0.4, max_tokens=12)
+    block = KVzipMemoryBlock(llm=llm)
+    for session_id in ("ana", "bob"):
+        await flush(block, [ChatMessage(f"I am {session_id}."), ChatMessage("Well.", role="assistant")], session_id)
+        await flush(block, turns(2), session_id)
+    of_bob = block.context("bob")
+    assert of_bob is not None
+    llm.engine.registry.flush()
+    listed = command(tmp_path, "sessions")
+    assert [(s["session"], s["turns"], s["expires"]) for s in listed] == [(f"memory history: {name}", 6, None) for name in ("bob", "ana")]
+
+    assert command(tmp_path, "rm", "memory history: ana")["turns"] == 6
+    assert [s["session"] for s in command(tmp_path, "sessions")] == ["memory history: bob"]
+    texts = b"".join(file.read_bytes() for file in (tmp_path / "memory").iterdir())
+    assert (b"I am ana" in texts, b"I am bob" in texts) == (False, True)
+    assert {tag for entry in command(tmp_path, "ls") for tag in entry["tags"]} == {"memory history: bob"}
+    assert await block.aget([], session_id="ana") == []  # also in a process that knew it
+
+    told = CliRunner().invoke(app, ["rm", of_bob.key, "--cache-dir", str(tmp_path)]).output
+    assert "'memory history: bob' deletes them" in " ".join(told.split())
+    assert command(tmp_path, "rm", listed[0]["file"].split("/")[-1][:12])["session"] == "memory history: bob"
+    assert command(tmp_path, "sessions") == []
+    missing = CliRunner().invoke(app, ["rm", "memory history: ana", "--cache-dir", str(tmp_path)])
+    assert isinstance(missing.exception, InputError)
+
+
+async def test_sessions_of_one_name_and_several_tenants_are_not_confused(tmp_path: Path) -> None:
+    for tenant in (None, "acme"):
+        await flush(KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, tenant=tenant))), turns(1))
+    refused = CliRunner().invoke(app, ["rm", "memory history: ana", "--cache-dir", str(tmp_path)])
+    assert "2 sessions are called 'memory history: ana', of several tenants" in str(refused.exception)
+    assert len(command(tmp_path, "sessions")) == 2
+
+
+async def test_the_turns_of_a_session_expire_after_its_last_one(tmp_path: Path) -> None:
+    llm = KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, ttl=3600), ratio=0.4, max_tokens=12)
+    block = KVzipMemoryBlock(llm=llm)
+    await flush(block, turns(2), "ana")
+    await flush(block, turns(2), "bob")
+    files = [Path(session["file"]) for session in command(tmp_path, "sessions")]
+    for file in files:
+        os.utime(file, (time.time() - 3500,) * 2)
+    assert command(tmp_path, "gc")["sessions"] == 0
+    assert len(await block.aget([], session_id="bob")) == 1
+    for file in files:
+        os.utime(file, (time.time() - 3700,) * 2)
+    assert await block.aget([], session_id="bob") == []
+    assert command(tmp_path, "gc")["sessions"] == 1  # the other one's
+    assert not [*(tmp_path / "memory").iterdir()]
+    await flush(block, turns(1), "bob")
+    assert said(block, await block.aget([], session_id="bob")) == said(block, turns(1))

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import pytest
 import torch
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelRequest
+from langchain.agents.middleware import AgentMiddleware, ModelFallbackMiddleware, ModelRequest, ModelRetryMiddleware
 from langchain.agents.structured_output import OutputToolBinding, ToolStrategy
+from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.tools import tool
@@ -298,3 +299,78 @@ def test_the_example_goes_on_in_its_second_run(smollm2: KVzipEngine, tmp_path: P
     assert second[0]["seen"] > first[-1]["seen"]
     assert second[0]["read"] < 400 < second[0]["seen"]
     assert second[0]["reply"].strip()
+
+
+class Shorter(AgentMiddleware[Any, Any, Any]):
+    """Asks with the last message only."""
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        return handler(request.override(messages=request.messages[-1:]))
+
+    async def awrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        return await handler(request.override(messages=request.messages[-1:]))
+
+
+class Elsewhere(AgentMiddleware[Any, Any, Any]):
+    """Asks another model."""
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        return handler(request.override(model=FakeListChatModel(responses=["Elsewhere."])))
+
+
+class Failing(KVzipChatModel):
+    """Over a context it fails on its first attempt of a question."""
+
+    failures: Any = None
+
+    def _chunks(self, messages: Any, *args: Any) -> Any:
+        text = str(messages[-1].content)
+        self.failures[text] = self.failures.get(text, 0) + 1
+        if self.context is not None and self.failures[text] == 1:
+            raise RuntimeError("busy")
+        yield from super()._chunks(messages, *args)
+
+
+def memory_warnings(seen: list[warnings.WarningMessage]) -> list[str]:
+    return [str(warning.message) for warning in seen if "behind KVzipMemoryMiddleware" in str(warning.message)]
+
+
+def test_a_middleware_behind_is_told_of_once_when_it_shows() -> None:
+    for behind, words in ((Shorter(), "changed the messages"), (Elsewhere(), "had another model answer")):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            agent = agent_of(tiny_engine(), memory(), behind)
+            talk(agent, 2)
+            assert memory_warnings(seen) == []  # nothing is in a context yet
+            talk(agent, 4)
+        [told] = memory_warnings(seen)
+        assert words in told
+        assert "put KVzipMemoryMiddleware last" in told
+
+
+async def test_a_middleware_behind_shows_in_async_agents_too() -> None:
+    agent = agent_of(tiny_engine(), memory(), Shorter())
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for turn in range(6):
+            await agent.ainvoke({"messages": [("user", f"Fact {turn}: lamp {turn} is wound.")]}, THREAD)
+    assert ["changed the messages" in told for told in memory_warnings(seen)] == [True]
+
+
+def test_what_asks_the_same_of_the_same_model_is_no_reason_to_warn() -> None:
+    retry, fallback = ModelRetryMiddleware(initial_delay=0, jitter=False), ModelFallbackMiddleware(FakeListChatModel(responses=["Well."]))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        talk(agent_of(tiny_engine(), memory(), Watch()), 6)
+        talk(agent_of(tiny_engine(), Shorter(), memory()), 6)
+        for cached in (False, True):
+            engine, cache = tiny_engine(), InMemoryCache()
+            for _ in range(2):  # all answers of the second agent are in the cache
+                talk(agent_of(engine, memory(), cache=cache if cached else None), 6)
+        llm = Failing(engine=tiny_engine(), max_tokens=6, failures={})
+        talk(create_agent(llm, middleware=[memory(), retry], checkpointer=InMemorySaver()), 6)
+        assert max(llm.failures.values()) == 2
+        assert memory_warnings(seen) == []
+        llm = Failing(engine=tiny_engine(), max_tokens=6, failures={})
+        talk(create_agent(llm, middleware=[memory(), fallback], checkpointer=InMemorySaver()), 6)
+    assert ["had another model answer" in told for told in memory_warnings(seen)] == [True]

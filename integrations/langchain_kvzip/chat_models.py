@@ -8,9 +8,8 @@ import os.path
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -24,31 +23,40 @@ from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
-from langchain_core.output_parsers.base import OutputParserLike
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
-from langchain_core.utils.pydantic import is_basemodel_subclass
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic.json_schema import GenerateJsonSchema
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, WindowError, __version__
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
+from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
+from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.
-_ASKED = "Answer with one JSON object that validates against this JSON schema: {}"
+_ASKED = "Answer with one JSON {} that validates against this JSON schema: {}"
 
 # Options of a call that say nothing to a local model.
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
+
+# With ``keep_unfinished`` what is cut is given as it is, not raised.
+_KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls", "response_format", "model", "keep_unfinished"}
 
 Documents = BaseLoader | Document | str | Path | Iterable[Document]
 
 # Arguments that LangChain's chat models have for servers.
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
+
+
+class Witness(Protocol):
+    """Is told of the calls of a model and its copies."""
+
+    def asked(self, messages: list[BaseMessage]) -> None: ...
+
+    def answered(self) -> None: ...
 
 
 class KVzipChatModel(BaseChatModel):
@@ -60,7 +68,8 @@ class KVzipChatModel(BaseChatModel):
         ```
 
     Instantiate:
-        Weights load on first use. Other fields are options of every call, too: ``llm.invoke(..., temperature=1.0)``.
+        Weights load on first use. What says how an answer is generated is an option of every call, too, which comes first:
+        ``llm.invoke(..., temperature=1.0)``; None is what the model has.
 
         ```python
         from langchain_kvzip import KVzipChatModel
@@ -176,6 +185,8 @@ class KVzipChatModel(BaseChatModel):
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     streaming: bool = False
     """Whether :meth:`invoke` streams to callbacks."""
     tool_call_parser: str = "auto"
@@ -186,9 +197,12 @@ class KVzipChatModel(BaseChatModel):
     engines: Any = Field(default_factory=LazyEngines, exclude=True, repr=False)
     """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
+    _witness: Witness | None = PrivateAttr(default=None)
+
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
+        values = for_fields(values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
         if unknown := sorted(values.keys() - known - _FOR_SERVERS):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
@@ -200,6 +214,7 @@ class KVzipChatModel(BaseChatModel):
             raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio}; it is the fraction of pairs kept, above 0 and at most 1")
+        self._sampling({})  # tells what is wrong with a field
         if self.tool_call_parser not in ("auto", *FORMS):
             raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
@@ -300,16 +315,21 @@ class KVzipChatModel(BaseChatModel):
     def _answer(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
     ) -> Generator[ChatGenerationChunk, None, None]:
+        if self._witness is not None:
+            self._witness.asked(messages)
         try:
             yield from self._chunks(messages, stop, kwargs, started)
+            if self._witness is not None:
+                self._witness.answered()
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
     def _chunks(
         self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
     ) -> Iterator[ChatGenerationChunk]:
-        engine = self.engine
         options = self._options(stop, kwargs)
+        engine = self.engine
+        options["form"] = engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser]
         turns, file_ids = _plain(messages)
         context = engine.one_context([self.context, *file_ids])
         options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
@@ -318,23 +338,29 @@ class KVzipChatModel(BaseChatModel):
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
             if context is not None and context.receipt is not None and not context.receipt.hit:
                 created = context.n_tokens
-        form, shown = options["form"], options.pop("shown")
+        form, shown, kept = options["form"], options.pop("shown"), options.pop("keep_unfinished")
         if shown and options["schema"] is not None and turns and turns[-1]["role"] != "assistant":
-            turns[-1] = {
-                **turns[-1],
-                "content": f"{turns[-1]['content']}\n\n{_ASKED.format(json.dumps(options['schema'], ensure_ascii=False))}",
-            }
+            kind = "object" if Wanted(options["schema"]).is_object else "value"
+            asked = _ASKED.format(kind, json.dumps(options["schema"], ensure_ascii=False))
+            turns[-1] = {**turns[-1], "content": f"{turns[-1]['content']}\n\n{asked}"}
         reader = CallReader(form) if options["tools"] and options["tool_choice"] != "none" else None
         called = False
-        with engine.stream(context, turns, **options) as pieces:
-            started(pieces)
-            for piece in pieces:
-                text, deltas = reader.push(piece) if reader else (piece, [])
-                called |= bool(deltas)
-                calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]
-                if text or calls:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=calls))
-            reply = pieces.reply
+        try:
+            with engine.stream(context, turns, **options) as pieces:
+                started(pieces)
+                for piece in pieces:
+                    text, deltas = reader.push(piece) if reader else (piece, [])
+                    called |= bool(deltas)
+                    calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]
+                    if text or calls:
+                        yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=calls))
+                reply = pieces.reply
+        except UnfinishedError as error:
+            if not kept:
+                raise
+            facts = {"model_name": self.model_name, "finish_reason": "length", "kvzip": {"unfinished": str(error)}}
+            yield ChatGenerationChunk(message=AIMessageChunk(content="", response_metadata=facts, chunk_position="last"))
+            return
         yield ChatGenerationChunk(
             message=AIMessageChunk(
                 content=reader.flush() if reader else "",
@@ -346,26 +372,25 @@ class KVzipChatModel(BaseChatModel):
 
     def _options(self, stop: list[str] | None, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of :meth:`KVzipEngine.stream` for a call."""
-        given = {name: value for name, value in kwargs.items() if name not in _IGNORED}
-        if (model := given.pop("model", self.model_name)) != self.model_name:
+        given = renamed({**kwargs, "stop": stop if stop is not None else kwargs.get("stop")})
+        if (model := given.get("model") or self.model_name) != self.model_name:
             raise InputError(f"model={model!r} was asked of a chat model over {self.model_name!r}; make another one with the same engine")
-        fields = {name: given.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "top_k", "seed")}
-        options = {
-            **fields,
-            "max_new_tokens": given.pop("max_tokens", self.max_tokens),
-            "stop": stop if stop is not None else self.stop,
-            "tools": given.pop("tools", None),
-            "tool_choice": given.pop("tool_choice", None),
-            "parallel_tool_calls": given.pop("parallel_tool_calls", None),
-            "schema": _response_schema(response_format := given.pop("response_format", None)),
+        if unknown := sorted(given.keys() - _KNOWN - _IGNORED):
+            raise InputError(f"options {unknown} are unknown; known are {sorted(_KNOWN)}")
+        response_format = given.get("response_format")
+        return {
+            **self._sampling(given),
+            "tools": given.get("tools"),
+            "tool_choice": given.get("tool_choice"),
+            "parallel_tool_calls": given.get("parallel_tool_calls"),
+            "schema": _response_schema(response_format),
             "shown": not _is_json_mode(response_format),
-            "form": self.engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser],
+            "keep_unfinished": given.get("keep_unfinished", False),
         }
-        if given:
-            raise InputError(
-                f"options {sorted(given)} are unknown; known are {sorted({*fields, 'max_tokens', 'stop', 'tools', 'tool_choice'})}"
-            )
-        return options
+
+    def _sampling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {name: type(self).model_fields[name].default for name in CALL_OPTIONS}
+        return sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
 
     def _generate(
         self,
@@ -383,6 +408,7 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        self._options(stop, kwargs)  # tells what is wrong with them before the weights are loaded
         answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
         async with aclosing(answer) as chunks:
             async for chunk in chunks:
@@ -428,12 +454,7 @@ class KVzipChatModel(BaseChatModel):
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "seed": self.seed,
-            "stop": self.stop,
+            **{name: getattr(self, name) for name in CALL_OPTIONS},
             "tool_call_parser": self.tool_call_parser,
         }
 
@@ -478,51 +499,44 @@ class KVzipChatModel(BaseChatModel):
 
     def with_structured_output(
         self,
-        schema: dict[str, Any] | type,
+        schema: Any,
         *,
         method: str = "json_schema",
         include_raw: bool = False,
         strict: bool | None = None,
         **kwargs: Any,
-    ) -> Runnable[LanguageModelInput, dict[str, Any] | BaseModel]:
+    ) -> Runnable[LanguageModelInput, Any]:
         """This model answering with what validates against a schema.
 
-        Decoding is guided by the schema whatever the method: the answer always validates and ends within ``max_tokens``. An
-        :class:`~kvzip_memory.InputError` says before anything is computed if they are too few, an
-        :class:`~kvzip_memory.UnfinishedError` that a stop string cut the answer.
+        Decoding is guided by the JSON schema whatever the method: the answer always validates against it and ends within
+        ``max_tokens``. An :class:`~kvzip_memory.InputError` says before anything is computed if they are too few, an
+        :class:`~kvzip_memory.UnfinishedError` that a stop string cut the answer. What a class checks beyond its schema may still fail,
+        as an ``OutputParserException``.
 
         Args:
-            schema: a Pydantic class, a ``TypedDict`` class, a JSON schema, or an OpenAI tool.
+            schema: a Pydantic class, an ``Enum``, a dataclass or any other type that Pydantic validates, of which the answer is a value; a
+                ``TypedDict`` class, a JSON schema, or an OpenAI tool, of which it is a dictionary.
             method: how the model is told. ``"json_schema"`` puts the schema behind what the user or a tool says last,
                 ``"function_calling"`` shows it as a tool, ``"json_mode"`` leaves it to your prompt.
-            include_raw: give ``{"raw", "parsed", "parsing_error"}``.
+            include_raw: give ``{"raw", "parsed", "parsing_error"}``; then nothing is raised for what is wrong with an answer.
             strict: accepted; answers are always strict.
+
+        Raises:
+            InputError: another ``method``, or a schema that is none of these.
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
             raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
-        if method == "function_calling":
-            own = _own_schema(schema)
-            if own and ("enum" in own or own.get("type", "object") != "object"):
-                raise InputError(f"a tool's arguments are an object, which {str(own)[:80]} is not; use method='json_schema'")
-            if isinstance(schema, dict) and own:
-                schema = {"title": "answer", **schema}  # LangChain asks for one
-            return super().with_structured_output(schema, include_raw=include_raw, **kwargs)
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
-        json_schema = _json_schema(schema)
-        named = {"name": json_schema.get("title", "answer"), "schema": json_schema}
-        llm = self.bind(
-            response_format={"type": "json_schema" if method == "json_schema" else "json_object", "json_schema": named},
-            ls_structured_output_format={"kwargs": {"method": method}, "schema": json_schema},
-        )
-        parser: OutputParserLike[Any] = JsonOutputParser()
-        if isinstance(schema, type) and is_basemodel_subclass(schema):
-            parser = PydanticOutputParser(pydantic_object=schema)
-        if not include_raw:
-            return llm | parser
-        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
-        failed = RunnablePassthrough.assign(parsed=lambda _: None)
-        return RunnableMap(raw=llm) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+        wanted = Wanted.of({"type": "object"} if schema is None and method == "json_mode" else schema)
+        options = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": wanted.schema}, "keep_unfinished": include_raw}
+        if method == "function_calling":
+            llm = self.bind_tools([wanted.as_tool()], tool_choice="any", **options)
+        else:
+            named = {"name": wanted.schema.get("title", "answer"), "schema": wanted.schema}
+            kind = "json_schema" if method == "json_schema" else "json_object"
+            llm = self.bind(response_format={"type": kind, "json_schema": named}, **options)
+        return llm | AnswerParser(wanted=wanted, in_call=method == "function_calling", include_raw=include_raw)
 
 
 ChatKVzip = KVzipChatModel
@@ -552,38 +566,16 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
     if response_format is None or response_format == {"type": "text"}:
         return None
     if isinstance(response_format, Mapping) and "json_schema" in response_format:
-        schema: dict[str, Any] = response_format["json_schema"]["schema"]
-        return schema
-    return {"type": "object"} if _is_json_mode(response_format) else _json_schema(response_format)
-
-
-class _Untitled(GenerateJsonSchema):
-    """Pydantic's schema of a class without a title for each field, which only says its name once more."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
-def _own_schema(schema: Any) -> dict[str, Any] | None:
-    """A Pydantic class's own schema, or a dictionary that is one. What LangChain makes of it lacks references to itself and keywords."""
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        return schema.model_json_schema(schema_generator=_Untitled)
-    if isinstance(schema, dict) and schema.get("type") != "function" and not {"name", "toolSpec"} & schema.keys():
-        return schema
-    return None
-
-
-def _json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of a class, an OpenAI tool, or a JSON schema. What it is about comes first, as LangChain has it."""
-    own = _own_schema(schema)
-    if own is None:
-        return convert_to_json_schema(schema)
-    return {key: own[key] for key in ("title", "description") if key in own} | own
+        schema = response_format["json_schema"].get("schema") if isinstance(response_format["json_schema"], Mapping) else None
+        if not isinstance(schema, Mapping):
+            raise InputError(f'response_format is {str(response_format)[:80]}; it needs a JSON schema at ["json_schema"]["schema"]')
+        return dict(schema)
+    return {"type": "object"} if _is_json_mode(response_format) else Wanted.of(response_format).schema
 
 
 def _openai_tool(tool: Any) -> dict[str, Any]:
     """A tool in OpenAI's form."""
-    made, own = convert_to_openai_tool(tool), _own_schema(tool)
+    made, own = convert_to_openai_tool(tool), own_schema(tool)
     if own and "function" in made:
         made["function"]["parameters"] = {key: value for key, value in own.items() if key not in ("title", "description")}
     return made

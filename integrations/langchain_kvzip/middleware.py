@@ -39,7 +39,8 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
     or rewound, is made anew.
 
     It comes last in the list of middleware: one behind it sees only the newest messages. A fallback model, for one, would be
-    asked without the others.
+    asked without the others. Once that shows, since the chat model was asked something else than the memory says or another one
+    answered in its place, a warning tells it; one that only reads the messages does not show.
 
     Args:
         trigger: ``("tokens", n)``, ``("messages", n)``, ``("fraction", x)`` of the model's window; a dictionary of several that
@@ -98,6 +99,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         if ratio is not None and not 0 < ratio <= 1:
             raise InputError(f"ratio is {ratio}; it is the fraction of pairs kept, above 0 and at most 1")
         self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
+        self._warned = False
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -105,8 +107,10 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """Call the model with the newest messages, over the context of the others."""
         if not self._supports(request.model):
             return handler(request)
-        recalled, shorter = self._recalled(request)
-        return self._with_handle(handler(shorter), request, recalled)
+        recalled, shorter, witness = self._recalled(request)
+        response = handler(shorter)
+        self._look(witness, shorter.model)
+        return self._with_handle(response, request, recalled)
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
@@ -114,8 +118,10 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """:meth:`wrap_model_call`; the event loop goes on while a context is built."""
         if not self._supports(request.model):
             return await handler(request)
-        recalled, shorter = await asyncio.to_thread(self._recalled, request)
-        return self._with_handle(await handler(shorter), request, recalled)
+        recalled, shorter, witness = await asyncio.to_thread(self._recalled, request)
+        response = await handler(shorter)
+        self._look(witness, shorter.model)
+        return self._with_handle(response, request, recalled)
 
     def _supports(self, model: Any) -> bool:
         if isinstance(model, KVzipChatModel):
@@ -127,8 +133,20 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             warnings.warn(message, stacklevel=3)
         return False
 
-    def _recalled(self, request: ModelRequest[Any]) -> tuple[Recalled, ModelRequest[Any]]:
-        """The context, and the request with the messages behind it."""
+    def _look(self, witness: _Witness | None, model: Any) -> None:
+        """Warn, once, if the model was not asked as the memory says, or did not answer (an answer from LangChain's cache aside)."""
+        if self._warned or witness is None or (witness.answers and not witness.changed) or (not witness.changed and model._cached):
+            return
+        self._warned = True
+        seen = "changed the messages" if witness.changed else "had another model answer"
+        warnings.warn(
+            f"a middleware behind KVzipMemoryMiddleware {seen}; it sees only the newest messages, without those in the context: put "
+            "KVzipMemoryMiddleware last in the list",
+            stacklevel=4,
+        )
+
+    def _recalled(self, request: ModelRequest[Any]) -> tuple[Recalled, ModelRequest[Any], _Witness | None]:
+        """The context, the request with the messages behind it, and who tells whether the model is asked these."""
         model: Any = request.model
         system = [request.system_message] if request.system_message else []
         said = [message for message in request.messages if _plain([message])[0]]  # not what only brings a context
@@ -139,11 +157,13 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
         if recalled.context is None:
             behind = base is not None and not file_ids
-            return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request
+            return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request, None
         rest = said[recalled.messages - (len(turns) - len(said)) :]
         if file_ids:  # the context they bring is part of the one recalled
             rest = [_without_files(message) for message in rest]
-        return recalled, request.override(model=model.with_context(recalled.context, behind=True), messages=rest, system_message=None)
+        recalling = model.with_context(recalled.context, behind=True)
+        recalling._witness = witness = _Witness(rest)
+        return recalled, request.override(model=recalling, messages=rest, system_message=None), witness
 
     def _with_handle(
         self, response: ModelResponse[Any], request: ModelRequest[Any], recalled: Recalled
@@ -151,6 +171,19 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         if recalled.handle == request.state.get("kvzip_memory"):
             return response
         return ExtendedModelResponse(response, Command(update={"kvzip_memory": recalled.handle}))
+
+
+class _Witness:
+    """Whether a model is asked what the memory says, and answers."""
+
+    def __init__(self, messages: list[Any]) -> None:
+        self._turns, self.changed, self.answers = _plain(messages)[0], False, False
+
+    def asked(self, messages: list[Any]) -> None:
+        self.changed, self.answers = self.changed or _plain(messages)[0] != self._turns, False
+
+    def answered(self) -> None:
+        self.answers = True
 
 
 def _answering_tools(request: ModelRequest[Any]) -> list[Any]:

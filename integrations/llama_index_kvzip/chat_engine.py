@@ -3,21 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+from llama_index.core.base.llms.types import MessageRole
+from llama_index.core.callbacks import trace_method
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
+from llama_index.core.storage.chat_store.base_db import MessageStatus
+from llama_index.core.types import Thread
 
-from kvzip_memory import CompressedContext, InputError
+from kvzip_memory import CompressedContext, InputError, SessionBusyError
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
 from llama_index_kvzip.sources import Part, Ranking, whole
+
+
+class _Turn:
+    """A question and its answer; ended when both are in the history, or neither.
+
+    Args:
+        loop: has to run until then; None stands for none.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self.loop, self.ended = loop, Future[None]()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        self.ended.set_result(None)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class KVzipChatEngine(SimpleChatEngine):
@@ -35,6 +66,8 @@ class KVzipChatEngine(SimpleChatEngine):
 
     _part: Part
     _ranking: Ranking
+    _taking: threading.Lock
+    _turn: _Turn
 
     @classmethod
     def from_defaults(cls, *args: Any, **kwargs: Any) -> KVzipChatEngine:
@@ -106,31 +139,143 @@ class KVzipChatEngine(SimpleChatEngine):
         prefix = [ChatMessage(system_prompt, role="system")] if system_prompt else []
         engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
         engine._part, engine._ranking = part, Ranking(llm.engine, source_top_k, node_parser)
+        engine._taking, engine._turn = threading.Lock(), _Turn()
+        engine._turn.ended.set_result(None)
         return engine
 
-    def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
-        """Answer the next message; ``chat_history`` replaces what was said so far."""
-        response = super().chat(message, chat_history)
-        response.source_nodes = self._sources(message)
-        return response
+    # LlamaIndex' own engine writes a question at once and its answer when that has ended; another question could come between.
 
+    def _next(self) -> _Turn:
+        """Take a turn and wait for those before, which end by themselves."""
+        before, turn = self._take_turn()
+        before.ended.result()
+        return turn
+
+    async def _anext(self) -> _Turn:
+        before, turn = self._take_turn(asyncio.get_running_loop())
+        try:
+            await asyncio.shield(asyncio.wrap_future(before.ended))
+        except BaseException:  # cancelled: who comes behind waits for the one before
+            before.ended.add_done_callback(lambda _: turn.ended.set_result(None))
+            raise
+        return turn
+
+    def _take_turn(self, loop: asyncio.AbstractEventLoop | None = None) -> tuple[_Turn, _Turn]:
+        with self._taking:
+            before = self._turn
+            needed = None if before.ended.done() else before.loop
+            if loop is None and needed is not None and needed is _running_loop():
+                raise SessionBusyError("an async answer is under way in this event loop, which waiting would stop; use the async method")
+            self._turn = _Turn(loop or needed)
+            return before, self._turn
+
+    def _asked(self, message: str, chat_history: list[ChatMessage] | None) -> list[ChatMessage]:
+        """Write the question to the history; what the model is asked."""
+        if chat_history is not None:
+            self._memory.set(chat_history)
+        self._memory.put(ChatMessage(message))
+        return [*self._prefix_messages, *self._memory.get(initial_token_count=self._prefix_tokens())]
+
+    async def _aasked(self, message: str, chat_history: list[ChatMessage] | None) -> list[ChatMessage]:
+        if chat_history is not None:
+            await self._memory.aset(chat_history)
+        await self._memory.aput(ChatMessage(message))
+        return [*self._prefix_messages, *await self._memory.aget(initial_token_count=self._prefix_tokens())]
+
+    def _prefix_tokens(self) -> int:
+        count: Any = getattr(self._memory, "tokenizer_fn", None)
+        return len(count(" ".join(message.content or "" for message in self._prefix_messages))) if count else 0
+
+    @property
+    def _active(self) -> dict[str, Any]:
+        """Which messages are set again: what went to blocks of memory is theirs."""
+        return {"status": MessageStatus.ACTIVE} if getattr(self._memory, "memory_blocks", ()) else {}
+
+    @contextmanager
+    def _taken_back_on_failure(self, message: str) -> Iterator[None]:
+        """If there is no answer, the question leaves the history: two questions in a row are refused by many templates."""
+        try:
+            yield
+        except BaseException:
+            said = self._memory.get_all(**self._active)
+            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
+                self._memory.set(said[:-1])
+            raise
+
+    @asynccontextmanager
+    async def _ataken_back_on_failure(self, message: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            said = await self._memory.aget_all(**self._active)
+            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
+                await self._memory.aset(said[:-1])
+            raise
+
+    @trace_method("chat")
+    def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
+        """Answer the next message; ``chat_history`` replaces what was said so far.
+
+        Questions are answered one at a time, in their order: the next one waits until an answer that is streamed has ended, whether it is
+        read or not. A question without an answer, since that failed, leaves the history.
+
+        Raises:
+            SessionBusyError: an async answer is under way in this thread's event loop, which waiting would stop.
+        """
+        with self._next(), self._taken_back_on_failure(message):
+            answer = self._llm.chat(self._asked(message, chat_history)).message
+            self._memory.put(answer)
+        return AgentChatResponse(response=str(answer.content), source_nodes=self._sources(message))
+
+    @trace_method("chat")
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """:meth:`chat` in a thread."""
-        response = await super().achat(message, chat_history)
-        response.source_nodes = await asyncio.to_thread(self._sources, message)
-        return response
+        with await self._anext():
+            async with self._ataken_back_on_failure(message):
+                answer = (await self._llm.achat(await self._aasked(message, chat_history))).message
+                await self._memory.aput(answer)
+        return AgentChatResponse(response=str(answer.content), source_nodes=await asyncio.to_thread(self._sources, message))
 
+    @trace_method("chat")
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`chat`, piece by piece."""
-        response = super().stream_chat(message, chat_history)
+        with ExitStack() as turn:
+            turn.enter_context(self._next())
+            turn.enter_context(self._taken_back_on_failure(message))
+            response = StreamingAgentChatResponse(chat_stream=self._llm.stream_chat(self._asked(message, chat_history)))
+            going_on = turn.pop_all()
+
+        def write() -> None:
+            with suppress(Exception), going_on:  # whoever reads the response is told
+                response.write_response_to_history(self._memory)
+
+        response.write_response_to_history_thread = thread = Thread(target=write)
+        thread.start()
         response.source_nodes = self._sources(message)
         return response
 
+    @trace_method("chat")
     async def astream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`stream_chat` in a thread."""
-        response = await super().astream_chat(message, chat_history)
+        async with AsyncExitStack() as turn:
+            turn.enter_context(await self._anext())
+            await turn.enter_async_context(self._ataken_back_on_failure(message))
+            response = StreamingAgentChatResponse(achat_stream=await self._llm.astream_chat(await self._aasked(message, chat_history)))
+            going_on = turn.pop_all()
+
+        async def write() -> None:
+            with suppress(Exception):
+                async with going_on:
+                    await response.awrite_response_to_history(self._memory)
+
+        response.awrite_response_to_history_task = asyncio.create_task(write())
         response.source_nodes = await asyncio.to_thread(self._sources, message)
         return response
+
+    def reset(self) -> None:
+        """Forget the conversation, when an answer that is under way has ended."""
+        with self._next():
+            super().reset()
 
     def _sources(self, message: str) -> list[NodeWithScore]:
         """Of the user's last message. The exchange before it is read too, since it may refer to it."""

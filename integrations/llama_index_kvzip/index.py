@@ -21,6 +21,7 @@ from llama_index.core.chat_engine import (
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
+from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.llms.utils import LLMType
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, Document, NodeRelationship, NodeWithScore, QueryBundle, TextNode, TransformComponent
@@ -28,12 +29,14 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInf
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory.options import CALL_OPTIONS, renamed
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
-from llama_index_kvzip.llm import CALL_OPTIONS, KVzipLLM
+from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import encodable, readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
+from llama_index_kvzip.structured import unwrapped
 
 # Where a node is that has no text, and where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
 _NOWHERE, _FIRST_ID = "", "first index id"
@@ -109,6 +112,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
         **kwargs: Any,
     ) -> None:
         _check_index_options(kwargs)
+        if not isinstance(llm, KVzipLLM):
+            raise InputError(f"llm is {llm!r}; documents are read by a KVzipLLM. as_query_engine takes as_structured_llm of one")
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
@@ -344,13 +349,16 @@ class KVzipIndex(Shared, BaseManagedIndex):
         """A :class:`KVzipQueryEngine` over all documents.
 
         Args:
-            llm: a :class:`KVzipLLM` over the same engine; None is the index's own.
-            kwargs: ``response_mode``, ``streaming``, ``source_top_k``, ``node_parser``, and options of every call such as ``max_tokens``.
+            llm: a :class:`KVzipLLM` over the same engine, or ``as_structured_llm`` of one; None is the index's own.
+            kwargs: ``response_mode``, ``streaming``, ``source_top_k``, ``node_parser``, ``output_cls``, and options of every call such as
+                ``max_tokens``.
 
         Raises:
             InputError: another engine's model, which cannot read these contexts.
         """
-        return KVzipQueryEngine(self._checked(llm), self.parts, **kwargs)
+        self._checked(llm)
+        answering: Any = llm or self._llm
+        return KVzipQueryEngine(answering, self.parts, **kwargs)
 
     def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **kwargs: Any) -> BaseChatEngine:
         """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
@@ -364,7 +372,10 @@ class KVzipIndex(Shared, BaseManagedIndex):
         Raises:
             InputError: unknown options; several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
         """
+        if isinstance(llm, StructuredLLM):
+            raise InputError("a chat engine answers in text; give the llm itself, or the structured one to as_query_engine")
         model = self._checked(llm)
+        kwargs = renamed(kwargs)
         if chat_mode in _CHAT_ENGINES:
             _check_names(kwargs, _QUERY_OPTIONS | _CHAT_OPTIONS)
             asking = {name: value for name, value in kwargs.items() if name in _QUERY_OPTIONS}
@@ -385,10 +396,10 @@ class KVzipIndex(Shared, BaseManagedIndex):
         return KVzipChatEngine._over(parts[0], model, **kwargs)
 
     def _checked(self, llm: LLMType | None) -> KVzipLLM:
-        llm = llm or self._llm
-        if not isinstance(llm, KVzipLLM) or llm.engine is not self._llm.engine:
+        model, _ = unwrapped(llm or self._llm)
+        if model.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
-        return llm
+        return model
 
 
 @contextmanager

@@ -36,20 +36,21 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
 from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
+from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
 
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
 
-#: Fields of a :class:`KVzipLLM` that every call may set, too.
-CALL_OPTIONS = ("temperature", "max_tokens", "top_p", "top_k", "seed", "stop")
+_KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls"}
 
 
 class KVzipLLM(FunctionCallingLLM):
     """LLM over a local transformers model that reads documents and conversations from compressed contexts.
 
-    Weights load on first use. ``temperature``, ``max_tokens``, ``top_p``, ``top_k``, ``seed`` and ``stop`` are options of every call, too.
+    Weights load on first use. ``temperature``, ``max_tokens``, ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` and
+    ``no_repeat_ngram_size`` are options of every call, too, which comes first; None is what the model has.
 
     .. code-block:: python
 
@@ -92,6 +93,8 @@ class KVzipLLM(FunctionCallingLLM):
     top_k: int | None = None
     seed: int | None = None
     stop: list[str] | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
@@ -100,13 +103,17 @@ class KVzipLLM(FunctionCallingLLM):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = for_fields(values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
-        if isinstance(values, dict) and (unknown := sorted(values.keys() - known - {"class_name"})):
+        if unknown := sorted(values.keys() - known - {"class_name"}):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
         return values
 
     @model_validator(mode="after")
     def _check_model(self) -> KVzipLLM:
+        self.stream_options({})  # tells what is wrong with a field
         if not self.model:
             if self.given_engine is None:
                 raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
@@ -211,8 +218,8 @@ class KVzipLLM(FunctionCallingLLM):
     def _answer(
         self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any], started: Started = lambda stream: None
     ) -> ChatResponseGen:
-        engine = self.engine
         options = self.stream_options(kwargs)
+        engine = self.engine
         turns, keys = plain_messages(messages)
         context = engine.one_context([self.context, *keys])
         if context is None:
@@ -235,6 +242,7 @@ class KVzipLLM(FunctionCallingLLM):
             yield _response(said + rest, [_finished(call) for call in calls], rest, self._raw(pieces.reply, bool(calls)))
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
+        self.stream_options(kwargs)  # tells what is wrong with them before the weights are loaded
         answer = in_thread(partial(self._answer, messages, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
         async with aclosing(answer) as responses:
             async for response in responses:
@@ -244,14 +252,14 @@ class KVzipLLM(FunctionCallingLLM):
         """Arguments of :meth:`KVzipEngine.stream` for a call with these options.
 
         Raises:
-            InputError: some of them are unknown.
+            InputError: some of them are unknown, or a value is outside its range.
         """
-        given = dict(kwargs)
-        fields = {name: given.pop(name, getattr(self, name)) for name in CALL_OPTIONS}
-        options = {name: given.pop(name, None) for name in ("tools", "tool_choice", "parallel_tool_calls")}
-        if given:
-            raise InputError(f"options {sorted(given)} are unknown; known are {sorted([*fields, *options])}")
-        return {"max_new_tokens": fields.pop("max_tokens"), **fields, **options}
+        given = renamed(kwargs)
+        if unknown := sorted(given.keys() - _KNOWN):
+            raise InputError(f"options {unknown} are unknown; known are {sorted(_KNOWN)}")
+        defaults = {name: type(self).model_fields[name].default for name in CALL_OPTIONS}
+        options = sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
+        return {**options, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
 
     def _raw(self, reply: Reply, called: bool) -> dict[str, Any]:
         receipt = reply.receipt

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-import os
 import threading
 from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
@@ -21,6 +17,7 @@ from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
 from kvzip_memory.sources import Message, clean
+from kvzip_memory.turns import TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
 
 logger = logging.getLogger(__name__)
@@ -112,10 +109,7 @@ class _Session:
 
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
         self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
-        self._path: Path | None = None
-        if engine.cache_dir is not None:
-            digest = hashlib.sha256(json.dumps([engine.registry.tenant, name, session_id]).encode()).hexdigest()
-            self._path = engine.cache_dir / "memory" / f"{digest}.jsonl"
+        self._file = None if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, engine.registry.tenant, name, session_id)
         self._lock = threading.Lock()
         self.known = _Known()
 
@@ -153,8 +147,8 @@ class _Session:
 
     def forget(self) -> None:
         with self._lock:
-            if self._path is not None:
-                self._path.unlink(missing_ok=True)
+            if self._file is not None:
+                self._file.remove()
             self.known = _Known()
             registry = self._engine.registry
             for entry in registry.contexts():
@@ -195,20 +189,17 @@ class _Session:
     # -- the file ------------------------------------------------------------------------------------------------
 
     def _size(self) -> int:
-        with suppress(OSError):
-            return self._path.stat().st_size if self._path else 0
-        return 0
+        if self._file is None:
+            return 0
+        if (ttl := self._engine.registry.ttl) is not None:
+            self._file.remove_if_older(ttl)
+        return self._file.size()
 
     def _read(self) -> None:
         turns: list[Message] = []
         key, first, count = None, 0, 0
-        content = self._path.read_bytes() if self._path and self._path.exists() else b""
-        for line in content.splitlines():
-            try:
-                record = json.loads(line) if line else {}
-            except ValueError:  # the process was killed while it wrote
-                logger.warning("%s: a damaged line is left out", self._path)
-                continue
+        records, size = self._file.read() if self._file else ([], 0)
+        for record in records:
             turns += record.get("turns", ())
             if record.get("model") == self._engine.fingerprint:
                 key, first, count = record["context"], record["first"], record["count"]
@@ -216,17 +207,12 @@ class _Session:
         if key is not None:
             with suppress(KVzipError):
                 context = self._engine.get(key)
-        known = _Known(tuple(turns), size=len(content))
+        known = _Known(tuple(turns), size=size)
         self.known = known if context is None else replace(known, context=context, first=first, count=count)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        if self._path is None:
-            return
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-            file.write(f"\n{json.dumps(record)}".encode())  # in front, as the last line may be damaged
-            file.flush()
-            os.fsync(file.fileno())
+        if self._file is not None:
+            self._file.write(record, self._tag, self._engine.registry.ttl)
 
 
 def _message(turn: Message) -> ChatMessage:

@@ -5,24 +5,42 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
-from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, PydanticResponse, Response, StreamingResponse
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
-from llama_index.core.llms import ChatMessage, ChatResponse
+from llama_index.core.llms import LLM, ChatMessage, ChatResponse
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from pydantic import BaseModel
 
 from kvzip_memory import CompressedContext, InputError
+from kvzip_memory.options import renamed
 from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import encodable, readable
 from llama_index_kvzip.sources import Part, Ranking, whole
+from llama_index_kvzip.structured import (
+    AsyncStreamedObject,
+    StreamedObject,
+    ajson_pieces,
+    json_pieces,
+    object_call,
+    object_of,
+    unwrapped,
+)
+
+# What LlamaIndex' own engines say where there is nothing to read.
+_EMPTY = "Empty Response"
+
+# Makes the metadata of a response from the calls that were made.
+Facts = Callable[..., dict[str, Any]]
 
 _ONE_ANSWER = (ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)
 _MODES = (*_ONE_ANSWER, ResponseMode.ACCUMULATE, ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
@@ -46,8 +64,10 @@ class KVzipQueryEngine(BaseQueryEngine):
     which were asked and what they said. More answers than a prompt takes are combined a few at a time before, and none of them is longer
     than a quarter of the window. ``metadata["usage"]`` sums up all calls.
 
+    Where there are no documents the answer is LlamaIndex' "Empty Response".
+
     Args:
-        llm: what answers.
+        llm: what answers; ``llm.as_structured_llm(cls)`` gives its ``output_cls``, too.
         parts: gives the contexts to ask and their nodes, which are the ``source_nodes`` of every answer.
         response_mode: ``"compact"`` and ``"tree_summarize"`` give one answer: all is read at one time, so they are the same.
             ``"accumulate"`` lists the answers from several contexts instead. ``"no_text"`` gives the sources and ``"context_only"``
@@ -56,35 +76,38 @@ class KVzipQueryEngine(BaseQueryEngine):
         source_top_k: make the ``source_nodes`` the so many passages that the question is about most, with scores; see
             :class:`~llama_index_kvzip.sources.Ranking`.
         node_parser: splits documents into these passages; None takes paragraphs.
+        output_cls: a Pydantic class; ``response`` is an object of it, in a ``PydanticResponse``, and its JSON is what is streamed. Where
+            several contexts are asked, it is what the last call gives.
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
     Raises:
-        InputError: unknown options, another ``response_mode``, ``"accumulate"`` with ``streaming``, or a ``source_top_k`` below 1.
+        InputError: unknown options, another ``response_mode``, ``"accumulate"`` with ``streaming`` or ``output_cls``, or a ``source_top_k``
+            below 1.
     """
 
     def __init__(
         self,
-        llm: KVzipLLM,
+        llm: LLM,
         parts: Callable[[], Sequence[Part]],
         *,
         response_mode: ResponseMode | str = ResponseMode.COMPACT,
         streaming: bool = False,
         source_top_k: int | None = None,
         node_parser: NodeParser | None = None,
+        output_cls: type[BaseModel] | None = None,
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
         super().__init__(callback_manager or llm.callback_manager)
-        self._llm, self._parts, self._streaming, self._options = llm, parts, streaming, options
-        llm.stream_options(options)  # tells at once what is unknown
-        self._mode = _checked_mode(response_mode, streaming)
-        self._sources = Ranking(llm.engine, source_top_k, node_parser)
-        self._quarter = llm.engine.window // 4
+        self._llm, self._output_cls = unwrapped(llm, output_cls)
+        self._parts, self._streaming, self._options = parts, streaming, renamed(options)
+        self._llm.stream_options(options)  # tells at once what is unknown
+        self._mode = _checked_mode(response_mode, streaming, self._output_cls)
+        self._sources = Ranking(self._llm.engine, source_top_k, node_parser)
+        self._quarter = self._llm.engine.window // 4
 
     @classmethod
-    def from_context(
-        cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: KVzipLLM, **kwargs: Any
-    ) -> KVzipQueryEngine:
+    def from_context(cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: LLM, **kwargs: Any) -> KVzipQueryEngine:
         """Answer from a context that was made of these documents."""
         part = Part(context, whole(context, documents))
         return cls(llm, lambda: [part], **kwargs)
@@ -94,7 +117,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         cls,
         documents: Sequence[BaseNode],
         *,
-        llm: KVzipLLM,
+        llm: LLM,
         name: str | None = None,
         ratio: float | None = None,
         system: str | None = None,
@@ -102,7 +125,8 @@ class KVzipQueryEngine(BaseQueryEngine):
     ) -> KVzipQueryEngine:
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
         documents = [encodable(document) for document in readable(documents)]
-        context = llm.engine.load(documents, name=name, ratio=llm.ratio if ratio is None else ratio, system=system)
+        model, _ = unwrapped(llm)
+        context = model.engine.load(documents, name=name, ratio=model.ratio if ratio is None else ratio, system=system)
         return cls.from_context(context, documents, llm=llm, **kwargs)
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
@@ -119,16 +143,13 @@ class KVzipQueryEngine(BaseQueryEngine):
             while count := self._combined_before(question, rest):
                 said = self._llm.with_context(None).chat([ChatMessage(_combined(question, rest[:count]))], **self._options_of_part())
                 calls, rest = [*calls, said], [*rest[count:], said]
-            if self._mode not in _ONE_ANSWER:
+            if not parts:
+                response = StreamingResponse(_empty()) if self._streaming else Response(_EMPTY)
+            elif self._mode not in _ONE_ANSWER:
                 response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
-            elif self._streaming:
-                llm, asked = self._last_call(parts, question, rest)
-                pieces = (piece.delta or "" for piece in llm.stream_chat(asked, **self._options))
-                response = StreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 llm, asked = self._last_call(parts, question, rest)
-                last = llm.chat(asked, **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*calls, last]))
+                response = self._answered(llm, asked, nodes, partial(_metadata, parts, nodes, answers), calls)
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -146,28 +167,57 @@ class KVzipQueryEngine(BaseQueryEngine):
                 asked = [ChatMessage(_combined(question, rest[:count]))]
                 said = await self._llm.with_context(None).achat(asked, **self._options_of_part())
                 calls, rest = [*calls, said], [*rest[count:], said]
-            if self._mode not in _ONE_ANSWER:
+            if not parts:
+                response = AsyncStreamingResponse(_aempty()) if self._streaming else Response(_EMPTY)
+            elif self._mode not in _ONE_ANSWER:
                 response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
-            elif self._streaming:
-                llm, asked = self._last_call(parts, question, rest)
-                pieces = (piece.delta or "" async for piece in await llm.astream_chat(asked, **self._options))
-                response = AsyncStreamingResponse(pieces, nodes, _metadata(parts, nodes, answers))
             else:
                 llm, asked = self._last_call(parts, question, rest)
-                last = await llm.achat(asked, **self._options)
-                response = Response(last.message.content, nodes, _metadata(parts, nodes, answers, [*calls, last]))
+                response = await self._aanswered(llm, asked, nodes, partial(_metadata, parts, nodes, answers), calls)
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
+    def _answered(
+        self, llm: KVzipLLM, asked: list[ChatMessage], nodes: list[NodeWithScore], facts: Facts, calls: Sequence[ChatResponse]
+    ) -> RESPONSE_TYPE:
+        """The one answer, by the last call behind ``calls``."""
+        if self._output_cls is not None:
+            call = {**object_call(self._output_cls, asked), **self._options}
+            if self._streaming:
+                return StreamedObject(json_pieces(llm.stream_chat_with_tools(**call)), nodes, facts(), output_cls=self._output_cls)
+            last = llm.chat_with_tools(**call)
+            return PydanticResponse(object_of(self._output_cls, last), nodes, facts([*calls, last]))
+        if self._streaming:
+            pieces = (piece.delta or "" for piece in llm.stream_chat(asked, **self._options))
+            return StreamingResponse(pieces, nodes, facts())
+        last = llm.chat(asked, **self._options)
+        return Response(last.message.content, nodes, facts([*calls, last]))
+
+    async def _aanswered(
+        self, llm: KVzipLLM, asked: list[ChatMessage], nodes: list[NodeWithScore], facts: Facts, calls: Sequence[ChatResponse]
+    ) -> RESPONSE_TYPE:
+        if self._output_cls is not None:
+            call = {**object_call(self._output_cls, asked), **self._options}
+            if self._streaming:
+                responses = await llm.astream_chat_with_tools(**call)
+                return AsyncStreamedObject(ajson_pieces(responses), nodes, facts(), output_cls=self._output_cls)
+            last = await llm.achat_with_tools(**call)
+            return PydanticResponse(object_of(self._output_cls, last), nodes, facts([*calls, last]))
+        if self._streaming:
+            pieces = (piece.delta or "" async for piece in await llm.astream_chat(asked, **self._options))
+            return AsyncStreamingResponse(pieces, nodes, facts())
+        last = await llm.achat(asked, **self._options)
+        return Response(last.message.content, nodes, facts([*calls, last]))
+
     def _asks_each(self, parts: Sequence[Part]) -> bool:
         """Whether the contexts are asked by themselves, with or without a call for all of them behind."""
-        return self._mode == ResponseMode.ACCUMULATE or (self._mode in _ONE_ANSWER and len(parts) > 1)
+        return (self._mode == ResponseMode.ACCUMULATE and len(parts) > 0) or (self._mode in _ONE_ANSWER and len(parts) > 1)
 
     def _options_of_part(self) -> dict[str, Any]:
         """Options of a call whose answer is combined with others."""
         if self._mode == ResponseMode.ACCUMULATE:
             return self._options
-        limit = self._options.get("max_tokens") or self._llm.max_tokens
+        limit: int = self._llm.stream_options(self._options)["max_new_tokens"]
         return {**self._options, "max_tokens": min(limit, self._quarter)}
 
     def _combined_before(self, question: str, answers: Sequence[ChatResponse]) -> int:
@@ -199,8 +249,6 @@ class KVzipQueryEngine(BaseQueryEngine):
     def _aimed(self, question: str) -> tuple[Sequence[Part], list[NodeWithScore]]:
         """The parts to ask, and the sources."""
         parts = self._parts()
-        if not parts:
-            raise InputError("there are no documents to answer from; insert some")
         if self._mode in _ONE_ANSWER and len(parts) > 1 and (only := self._sources.about_one(parts, question)):
             parts = [only]
         return parts, self._sources(parts, question)
@@ -218,12 +266,22 @@ class KVzipQueryEngine(BaseQueryEngine):
         """There is no prompt to change: the question goes to the model as it is."""
 
 
-def _checked_mode(mode: ResponseMode | str, streaming: bool) -> ResponseMode:
+def _empty() -> Generator[str, None, None]:
+    yield _EMPTY
+
+
+async def _aempty() -> AsyncGenerator[str, None]:
+    yield _EMPTY
+
+
+def _checked_mode(mode: ResponseMode | str, streaming: bool, output_cls: type[BaseModel] | None) -> ResponseMode:
     if mode not in _MODES:  # strings equal the enumeration's members
         known = ", ".join(repr(known.value) for known in _MODES)
         raise InputError(f"response_mode {str(getattr(mode, 'value', mode))!r} does not fit whole documents; use one of {known}")
     if mode == ResponseMode.ACCUMULATE and streaming:
         raise InputError("response_mode 'accumulate' lists whole answers and cannot stream them; use 'compact', or do not stream")
+    if mode == ResponseMode.ACCUMULATE and output_cls is not None:
+        raise InputError("response_mode 'accumulate' lists answers as text; use 'compact' for an object of output_cls")
     return ResponseMode(mode)
 
 

@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE, AsyncStreamingResponse, StreamingResponse
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.instrumentation.events.synthesis import SynthesizeEndEvent, SynthesizeStartEvent
+from llama_index.core.llms import LLM
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryType, TextNode
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
-from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
+from llama_index_kvzip.structured import unwrapped
 
 _dispatcher = get_dispatcher(__name__)
 
@@ -37,10 +38,10 @@ class KVzipSynthesizer(BaseSynthesizer):
     retrieved nodes with their scores. An index whose nodes are other ones for every question gains nothing: each set is built.
 
     Args:
-        llm: what reads and answers; its ``ratio`` applies.
+        llm: what reads and answers; its ``ratio`` applies. ``llm.as_structured_llm(cls)`` answers with objects.
         system: a system prompt that is put first and never evicted.
         streaming: stream the answer.
-        options: of :class:`KVzipQueryEngine`, such as ``source_top_k``, or of every call, such as ``max_tokens``.
+        options: of :class:`KVzipQueryEngine`, such as ``source_top_k`` and ``output_cls``, or of every call, such as ``max_tokens``.
 
     Raises:
         InputError: as for :class:`KVzipQueryEngine`.
@@ -48,11 +49,12 @@ class KVzipSynthesizer(BaseSynthesizer):
         BudgetError, ModelError: by every call, as for :meth:`KVzipEngine.load`.
     """
 
-    def __init__(self, llm: KVzipLLM, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
-        super().__init__(llm=llm, callback_manager=llm.callback_manager, streaming=streaming)
-        self._model, self._system, self._options = llm, system, {**options, "streaming": streaming}
+    def __init__(self, llm: LLM, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+        self._model, output_cls = unwrapped(llm, options.get("output_cls"))
+        super().__init__(llm=self._model, callback_manager=llm.callback_manager, streaming=streaming, output_cls=output_cls)
+        self._system, self._options = system, {**options, "output_cls": output_cls, "streaming": streaming}
         self._top_k = options.get("source_top_k")
-        KVzipQueryEngine(llm, tuple, **self._options)  # tells at once what is wrong with them
+        KVzipQueryEngine(self._model, tuple, **self._options)  # tells at once what is wrong with them
 
     def synthesize(
         self,
@@ -158,5 +160,4 @@ def _said(response: RESPONSE_TYPE) -> RESPONSE_TEXT_TYPE:
         return response.response_gen
     if isinstance(response, AsyncStreamingResponse):
         return response.async_response_gen()
-    assert isinstance(response, Response)
     return response.response or ""

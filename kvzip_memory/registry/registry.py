@@ -119,7 +119,7 @@ class ContextRegistry:
         tenant: str | None = None,
     ) -> None:
         self.tenant = tenant
-        self.device, self._ttl, self._wait_s = device, ttl, wait_s
+        self.device, self.ttl, self._wait_s = device, ttl, wait_s
         self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
         self._changed = threading.Condition()
@@ -268,7 +268,7 @@ class ContextRegistry:
             raise
         if entry is not None:
             return Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, expires=entry.expires)
-        expires = None if self._ttl is None else time.time() + self._ttl
+        expires = None if self.ttl is None else time.time() + self.ttl
         names = {} if wanted.name is None else {wanted.name: time.time()}
         return Held(moved, wanted.group, names, wanted.tags, expires=expires)
 
