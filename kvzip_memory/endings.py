@@ -22,6 +22,8 @@ from llguidance._tokenizer import TokenizerWrapper
 
 #: Tokens of more bytes are not spelled with.
 _LONGEST = 24
+#: Parts of texts of which it is remembered whether a token begins with them.
+_REMEMBERED = 100_000
 #: States that a search may look at (0.3 s), and of those that look the same.
 _MOST_STATES, _ALIKE = 10_000, 2
 #: So many choices are all looked at; of more, those that lead to different choices.
@@ -69,6 +71,7 @@ class Alphabet:
             if 0 < len(spelled[i]) <= _LONGEST:
                 self._ids[spelled[i]] = i
         self._sorted = sorted(self._ids)
+        self._beginnings: dict[bytes, bool] = {}
         self._size, self._eos = size, list(eos_ids)
         self.tokenizer = LLTokenizer(TokenizerWrapper(self), n_vocab=size + 256, eos_token=self._eos, slices=[])
 
@@ -104,12 +107,22 @@ class Alphabet:
     def allowed(self, matcher: LLMatcher) -> tuple[list[int], bytes]:
         """Symbols that may follow, and the same as a mask."""
         mask = matcher.compute_bitmask()
-        bits = np.frombuffer(mask, dtype=np.uint8)
-        return np.unpackbits(bits, count=self._size + 256, bitorder="little").nonzero()[0].tolist(), mask
+        some = np.frombuffer(mask, dtype=np.uint8).nonzero()[0].tolist()  # few of them
+        return [8 * at + bit for at in some for bit in range(8) if mask[at] >> bit & 1], mask
 
     def ends(self, matcher: LLMatcher, symbols: Sequence[int]) -> bool:
         """Whether an answer may go on with these and end."""
         return matcher.is_accepting() if not symbols else matcher.validate_tokens([*symbols, self._eos[0]]) == len(symbols) + 1
+
+    def _begins(self, part: bytes) -> bool:
+        """Whether a token begins with these bytes."""
+        found = self._beginnings.get(part)
+        if found is None:
+            at = bisect_left(self._sorted, part)
+            found = at < len(self._sorted) and self._sorted[at].startswith(part)
+            if len(self._beginnings) < _REMEMBERED:
+                self._beginnings[part] = found
+        return found
 
     def spell(self, symbols: Sequence[int]) -> tuple[int, ...] | None:
         """As few tokens as possible; None where the vocabulary does not have the bytes."""
@@ -135,10 +148,8 @@ class Alphabet:
             part = text[start:]
             if (token := self._ids.get(part)) is not None:
                 shortest = min(shortest, (tokens, start, token))
-            elif tokens < least:
-                at = bisect_left(self._sorted, part)
-                if at < len(self._sorted) and self._sorted[at].startswith(part):
-                    least = tokens
+            elif tokens < least and self._begins(part):
+                least = tokens
         return Spelling(spelling.done, text, [*best, shortest], least=min(least, shortest[0]))
 
 

@@ -159,7 +159,7 @@ def test_tool_choice_is_kept_to_and_a_cut_call_is_an_error(llm: KVzipLLM) -> Non
         llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=3)
     with pytest.raises(UnfinishedError):
         model.chat_with_tools([PAINT], "Do it.", tool_required=True, stop=["paint"])
-    forced = llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=75)
+    forced = llm.chat_with_tools([PAINT], "Do it.", tool_required=True, max_tokens=74)
     assert forced.raw["finish_reason"] == "forced"
     assert len(llm.get_tool_calls_from_response(forced)) == 1
 
