@@ -646,7 +646,8 @@ class KVzipEngine(Shared):
             params["grammar"] = self.guidance.json(schema)
         if context is not None:
             return self.session(context).stream(question, tools, behind, **params)
-        checked, ids = GenerationParams(**params), self.prompt_ids(None, question, tools)
+        checked = GenerationParams(**params)
+        ids = self._prompts.question(None, question, tools, thinks=checked.free)
         context = self.stored_prefix(ids)
         return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 

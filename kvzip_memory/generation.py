@@ -74,6 +74,11 @@ class GenerationParams:
             raise InputError("a stop string is empty; every answer would end at once")
 
     @property
+    def free(self) -> bool:
+        """Whether an answer may be any text, and a model may think before it."""
+        return self.grammar is None or self.grammar.free
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 

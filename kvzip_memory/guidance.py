@@ -31,7 +31,7 @@ class Grammar(Shared):
         matcher: at the beginning.
         alphabet: of the matcher's vocabulary.
         symbolic: a matcher of the same grammar and of the alphabet.
-        slack: an answer that could have ended so many tokens ago may end, too.
+        slack: an answer that could have ended so many tokens ago may end, too. More than 0 where it may be any text.
     """
 
     _way_out = "make it from its schema there"
@@ -49,6 +49,11 @@ class Grammar(Shared):
         if limit is not None and isinstance(self._shortest, Ending) and len(self._shortest.tokens) <= limit:
             reach = Reach(self._alphabet, self._symbolic.deep_copy(), self._shortest, limit)
         return Guide(self._matcher.deep_copy(), self._slack, reach)
+
+    @property
+    def free(self) -> bool:
+        """Whether an answer may be any text."""
+        return self._slack > 0
 
     @property
     def least(self) -> int:

@@ -306,6 +306,7 @@ class PromptBuilder:
         tools: Sequence[Tool] | None = None,
         *,
         fixed: bool = False,
+        thinks: bool = True,
     ) -> list[int]:
         """Ids of a question, or of a conversation that ends with one, after a context or (recipe None) on its own.
 
@@ -316,17 +317,24 @@ class PromptBuilder:
         Args:
             fixed: on its own, so that it begins with the ids of :meth:`conversation`, where the template would let the system
                 prompt move on with what the user says last.
+            thinks: whether the model may think first, where the template opens its reasoning; else that is closed at once.
 
         Raises:
             InputError: nothing to answer, or roles that the template refuses or that cannot follow the context.
         """
         if recipe is None and (ids := self._until_block(as_messages(question), checked_tools(tools))):
             return ids
-        text = self.rendered(recipe, question, tools, fixed=fixed).text
+        text = self.rendered(recipe, question, tools, fixed=fixed, thinks=thinks).text
         return self._encoder.ids(text) if recipe is None else self._encoder.continued(text)
 
     def rendered(
-        self, recipe: Recipe | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, *, fixed: bool = False
+        self,
+        recipe: Recipe | None,
+        question: str | Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        *,
+        fixed: bool = False,
+        thinks: bool = True,
     ) -> Layout:
         """The text of :meth:`question`, spelled, and where in it the marks lie that stand in the messages."""
         tools = checked_tools(tools)
@@ -335,8 +343,14 @@ class PromptBuilder:
             messages = as_messages(question)
             if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
-        if recipe is None:
-            return self._alone(messages, tools, fixed)
+        layout = self._alone(messages, tools, fixed) if recipe is None else self._following(recipe, messages, tools)
+        if thinks or not self._template.opens_thought(layout.text):
+            return layout
+        assert self.thought is not None
+        return replace(layout, text=layout.text.rstrip() + self._encoder.spell(f"\n\n{self.thought[1]}\n\n"))
+
+    def _following(self, recipe: Recipe, messages: Sequence[Message], tools: Sequence[Tool]) -> Layout:
+        """A prompt behind a context. Places: its marks."""
         _check_follows(recipe, messages)
         if tools and _digest([*tools]) != recipe.tools:
             if self._knows_tools:
@@ -346,6 +360,12 @@ class PromptBuilder:
                     return layout  # the template puts tools near the end
             messages = _with_tools(messages, tools)
         return self._behind(recipe, self._turns_behind(messages))
+
+    def thinking(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends where the model's reasoning has begun."""
+        if self.thought is None:
+            return False
+        return bool(self.tokenizer.decode([*ids][-8:]).rstrip().endswith(self.thought[0]))
 
     def pieces(self, recipe: Recipe | None, layout: Layout) -> list[list[int]]:
         """Ids of a rendered conversation, cut at its marks."""

@@ -25,6 +25,7 @@ from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import PromptBuilder
+from kvzip_memory.reasoning import Reasoning, ReasoningReader
 from kvzip_memory.sharing import NotPickled
 from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
@@ -57,17 +58,19 @@ class Reply:
     """An answer.
 
     Attributes:
-        text: up to the end of the turn or a stop string; what was read of it if it was cancelled.
+        text: what was said, up to the end of the turn or a stop string; what was read of it if it was cancelled.
         usage: token counts.
         finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; ``"forced"`` if JSON or a tool call is complete because guidance made it
             end: the limit of tokens came near, or a text in it repeated itself.
         receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
+        reasoning: what the model thought before that, empty if it does not; later turns are read without it.
     """
 
     text: str
     usage: Usage
     finish_reason: str
     receipt: Receipt
+    reasoning: str = ""
 
     def __str__(self) -> str:
         return self.text
@@ -92,6 +95,7 @@ class _Turn:
     asked: Asked
     params: GenerationParams
     answer: Answer = field(default_factory=Answer)
+    reader: ReasoningReader | None = None  # for a model that thinks
     prefilled: float | None = None  # when its first token was there
     reply: Reply | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)  # nobody waits for it
@@ -145,7 +149,7 @@ class Stream(NotPickled, Iterator[str]):
     def __init__(self, session: Session, turn: _Turn) -> None:
         self._session, self._turn = session, turn
         self._pieces: Iterator[str] | None = None  # None until the first one is asked for
-        self._here = False
+        self._here = self._thinks = False
         self._read: list[str] = []
 
     def __next__(self) -> str:
@@ -155,9 +159,14 @@ class Stream(NotPickled, Iterator[str]):
                 answer = session._answer(turn)
                 self._pieces = answer if self._here else _Ahead(answer)
         for piece in self._pieces or ():
-            if not turn.cancelled.is_set():
-                self._read.append(piece)
-                return piece
+            if turn.cancelled.is_set():
+                break
+            if isinstance(piece, Reasoning):
+                if self._thinks:
+                    return piece
+                continue
+            self._read.append(piece)
+            return piece
         session._settle(turn, keep=not turn.cancelled.is_set())
         raise StopIteration
 
@@ -169,6 +178,11 @@ class Stream(NotPickled, Iterator[str]):
 
     def __del__(self) -> None:
         self.close()
+
+    def with_reasoning(self) -> Stream:
+        """Give pieces of what the model thinks, too; they are :class:`~kvzip_memory.reasoning.Reasoning`, a kind of string."""
+        self._thinks = True
+        return self
 
     def in_this_thread(self) -> Stream:
         """Decode in the thread that iterates, which saves one. For readers that do not stop before the end."""
@@ -246,7 +260,8 @@ class Session(NotPickled):
 
     def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length), GenerationParams(**params))
+        checked = GenerationParams(**params)
+        return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length, thinks=checked.free), checked)
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
         """Answer what ``ids`` ask, which go on behind all that the session holds."""
@@ -378,7 +393,8 @@ class Session(NotPickled):
             with model.answering(tail, turn.entry), self._lease(turn) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
-                yield from decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+                pieces = decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+                yield from self._told(pieces, turn)
             if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
                 answer.finish_reason = "forced"
             complete = answer.finish_reason != "cancelled"
@@ -386,11 +402,23 @@ class Session(NotPickled):
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.asked.ids), len(answer.ids), cached)
             receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
-            turn.reply = Reply(answer.text, usage, str(answer.finish_reason), receipt)
+            text, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
+            turn.reply = Reply(text, usage, str(answer.finish_reason), receipt, reasoning)
         finally:
             turn.over = True
             if not complete or turn.cancelled.is_set():
                 self._settle(turn, keep=False)
+
+    def _told(self, pieces: Iterator[str], turn: _Turn) -> Iterator[str]:
+        """Pieces with those of reasoning told apart."""
+        thought, params = self._prompts.thought, turn.params
+        if thought is None or not params.free:
+            yield from pieces
+            return
+        turn.reader = ReasoningReader(thought, self._prompts.thinking(turn.asked.ids))
+        for piece in pieces:
+            yield from turn.reader.push(piece)
+        yield from turn.reader.flush()
 
     def _lease(self, turn: _Turn) -> AbstractContextManager[Lease]:
         if self.context is None or turn.cancelled.is_set():
@@ -427,7 +455,8 @@ class Session(NotPickled):
         if answer.cut:
             while ids and len(self._text(ids)) > len(answer.text):
                 ids.pop()
-        self._talk.answered(turn.asked, ids, answer.text, answer.text, "")
+        content, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
+        self._talk.answered(turn.asked, ids, answer.text, content, reasoning)
         self._tail.crop(len(self._talk.ids))
 
     def _text(self, ids: Sequence[int]) -> str:

@@ -66,8 +66,8 @@ class Talk:
         twin._said = None if self._said is None else [*self._said]
         return twin
 
-    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool, held: int) -> Asked:
-        """A question, of which ``held`` of the ids before it are in the tail.
+    def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool, held: int, thinks: bool = True) -> Asked:
+        """A question, of which ``held`` of the ids before it are in the tail. ``thinks``: see :meth:`PromptBuilder.question`.
 
         Raises:
             InputError: nothing to ask; messages or tools after the first question.
@@ -76,25 +76,25 @@ class Talk:
         if self.ends:
             if not isinstance(question, str) or tools:
                 raise InputError("messages and tools can only be the first question of a session; go on with strings")
-            return self._next(tuple(as_messages(question)), held)
+            return self._next(tuple(as_messages(question)), held, thinks)
         self._tools = tools
         if self._context is not None and not isinstance(question, str) and not behind:
             with suppress(InputError):  # what does not stand alone does not repeat the context
-                ids = prompts.question(None, question, tools, fixed=True)
+                ids = prompts.question(None, question, tools, fixed=True, thinks=thinks)
                 if len(ids) > len(self._read) and ids[: len(self._read)] == self._read:
                     return Asked(0, ids[len(self._read) :])
-        ids = prompts.question(self._recipe, question, tools, fixed=True)
+        ids = prompts.question(self._recipe, question, tools, fixed=True, thinks=thinks)
         messages = tuple(as_messages(question)) if question else ()
-        return Asked(0, ids, messages, prompts.rendered(self._recipe, question, tools, fixed=True).text)
+        return Asked(0, ids, messages, prompts.rendered(self._recipe, question, tools, fixed=True, thinks=thinks).text)
 
-    def _next(self, asked: tuple[Message, ...], held: int) -> Asked:
+    def _next(self, asked: tuple[Message, ...], held: int, thinks: bool) -> Asked:
         prompts = self._prompts
         if self._said is None:
             return self._behind_all(asked, held)
         before = chain.from_iterable([*_unmarked(said.asked), _marked(said.answer)] for said in self._said)
         messages = [*before, *_unmarked(asked)]
         try:
-            layout = prompts.rendered(self._recipe, messages, self._tools, fixed=True)
+            layout = prompts.rendered(self._recipe, messages, self._tools, fixed=True, thinks=thinks)
         except InputError:  # a template that takes no such turns
             return self._behind_all(asked, held)
         shown = prompts.unspelled(layout.text)

@@ -140,7 +140,7 @@ class ChatTemplate:
 
     def opens_thought(self, text: str) -> bool:
         """Whether a prompt ends where the model's reasoning has begun."""
-        return self.thought is not None and self.encoder.unspell(text).rstrip().endswith(self.thought[0])
+        return self.thought is not None and self.encoder.unspell(text[-256:]).rstrip().endswith(self.thought[0])
 
     def _by_itself(self, turns: Sequence[Message], tools: Sequence[Tool], place: Place, text: str) -> int:
         """Where a place is in the rendered text; if a mark in it changes that, where what follows it begins."""

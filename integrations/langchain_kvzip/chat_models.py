@@ -32,6 +32,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
+from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
@@ -347,8 +348,11 @@ class KVzipChatModel(BaseChatModel):
         called = False
         try:
             with engine.stream(context, turns, **options) as pieces:
-                started(pieces)
+                started(pieces.with_reasoning())
                 for piece in pieces:
+                    if isinstance(piece, Reasoning):
+                        yield ChatGenerationChunk(message=AIMessageChunk(content="", additional_kwargs={"reasoning_content": str(piece)}))
+                        continue
                     text, deltas = reader.push(piece) if reader else (piece, [])
                     called |= bool(deltas)
                     calls = [tool_call_chunk(name=d.name, args=d.arguments, id=d.id, index=d.index) for d in deltas]

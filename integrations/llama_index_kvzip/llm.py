@@ -22,6 +22,7 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
     TextBlock,
+    ThinkingBlock,
     ToolCallBlock,
 )
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
@@ -37,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
 from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
+from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
 
@@ -225,10 +227,14 @@ class KVzipLLM(FunctionCallingLLM):
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
-        said, calls = "", list[ToolCallBlock]()
+        said, thought, calls = "", "", list[ToolCallBlock]()
         with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
-            started(pieces)
+            started(pieces.with_reasoning())
             for piece in pieces:
+                if isinstance(piece, Reasoning):
+                    thought += piece
+                    yield _response(said, calls, "", thought=thought, thinking_delta=str(piece))
+                    continue
                 text, deltas = reader.push(piece) if reader else (piece, [])
                 said += text
                 for delta in deltas:
@@ -237,9 +243,10 @@ class KVzipLLM(FunctionCallingLLM):
                     if calls:
                         calls[-1] = calls[-1].model_copy(update={"tool_kwargs": f"{calls[-1].tool_kwargs}{delta.arguments}"})
                 if text or deltas:
-                    yield _response(said, calls, text)
+                    yield _response(said, calls, text, thought=thought)
             rest = reader.flush() if reader else ""
-            yield _response(said + rest, [_finished(call) for call in calls], rest, self._raw(pieces.reply, bool(calls)))
+            raw = self._raw(pieces.reply, bool(calls))
+            yield _response(said + rest, [_finished(call) for call in calls], rest, raw, thought=thought)
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
         self.stream_options(kwargs)  # tells what is wrong with them before the weights are loaded
@@ -380,11 +387,17 @@ def _finished(call: ToolCallBlock) -> ToolCallBlock:
     return call.model_copy(update={"tool_kwargs": json.loads(str(call.tool_kwargs) or "{}")})
 
 
-def _response(said: str, calls: Sequence[ToolCallBlock], delta: str, raw: dict[str, Any] | None = None) -> ChatResponse:
+def _response(
+    said: str, calls: Sequence[ToolCallBlock], delta: str, raw: dict[str, Any] | None = None, thought: str = "", thinking_delta: str = ""
+) -> ChatResponse:
     blocks: list[ContentBlock] = [TextBlock(text=said), *calls] if said or not calls else [*calls]
+    if thought:
+        blocks.insert(0, ThinkingBlock(content=thought))
     # Where LlamaIndex looks for whether there are calls; what they are is in the blocks.
     told = {"tool_calls": [call.model_dump() for call in calls]} if calls else {}
-    return ChatResponse(message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=told), delta=delta, raw=raw)
+    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=told)
+    more = {"thinking_delta": thinking_delta} if thinking_delta else {}
+    return ChatResponse(message=message, delta=delta, raw=raw, additional_kwargs=more)
 
 
 def _completion(response: ChatResponse) -> CompletionResponse:
