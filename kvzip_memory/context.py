@@ -120,6 +120,7 @@ class Receipt:
         shrunk_from: the ratio of the stored context this one was cut from, None if it was stored as it is.
         nbytes: bytes of the context in memory.
         ms: milliseconds by stage (``wait``, ``load``, ``prefill``, ``score``, ``evict``, ``decode``, ...).
+        read: tokens that this call read to build it: all of them, or those behind the context that it goes on from.
     """
 
     key: str | None
@@ -130,6 +131,7 @@ class Receipt:
     shrunk_from: float | None = None
     nbytes: int = 0
     ms: Mapping[str, float] = field(default_factory=dict)
+    read: int = 0
 
 
 @dataclass(frozen=True)

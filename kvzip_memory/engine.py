@@ -55,6 +55,9 @@ from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, rea
 
 logger = logging.getLogger(__name__)
 
+# The tag of contexts that were made by marks.
+_MARKED = "cache_control"
+
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
 
@@ -87,7 +90,8 @@ class KVzipEngine(Shared):
             None reads everything first.
         scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
         allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
-        template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``.
+        template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
+            which may be set at any time: contexts of another one are then not found, and are refused where they are given.
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
@@ -122,7 +126,8 @@ class KVzipEngine(Shared):
         _check_every(compress_every)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
-        self._prompts = PromptBuilder(tokenizer, template_kwargs)
+        self._template_kwargs = dict(template_kwargs or {})
+        self._prompts_of = (tokenizer.chat_template, PromptBuilder(tokenizer, template_kwargs))
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._compress_every = compress_every
@@ -275,19 +280,39 @@ class KVzipEngine(Shared):
     ) -> CompressedContext | None:
         """The context of a prompt's beginning, up to the last block of text with ``cache_control``: found or built as by :meth:`load`.
 
-        None if no block has it, or if it ends within the first 256 tokens, where building would cost more than it saves.
+        A mark that moves on with a conversation has only what is new read: the longest stored context that the prompt begins with, and
+        that keeps as much, is gone on from, as by :meth:`extend`. That takes 256 new tokens; with fewer that context is what is given.
+        Contexts made so are tagged ``cache_control``; of those of one conversation the first and the last two stay.
+
+        None if no block has a mark, or if it ends within the first 256 tokens, where building would cost more than it saves.
 
         Raises:
             InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
         """
         began = time.perf_counter()
+        ratio = _checked_ratio(self.ratio if ratio is None else ratio)
         prompt = self._prompts.until_mark(messages, tools)
         if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
             if prompt is not None:
                 logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FREE_TOKENS)
             return None
         self._check_window(prompt)
-        return self._load(prompt, ratio, None, (), began)
+        before = self.stored_prefix([*prompt.token_ids, -1])  # of all of them, too
+        if before is None or before.ratio < ratio or before.identity["scorer"] not in (None, self._scorer.identity()):
+            return self._load(prompt, ratio, None, _MARKED, began)
+        if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
+            return before
+        self._forget_marked(before.identity["parent"])
+        return self._load(prompt, ratio, None, _MARKED, began, before)
+
+    def _forget_marked(self, key: str | None) -> None:
+        """Delete a context that a mark made when it moved on, and that nobody else has named, tagged or pinned."""
+        for entry in self.registry.find(key) if key else []:
+            if entry.tags == (_MARKED,) and entry.identity["parent"] and not entry.names and not entry.pinned:
+                try:
+                    self.registry.remove(entry.key)
+                except (InputError, OSError) as error:
+                    logger.debug("context %s, which a mark has left behind, stays: %s", entry.key[:12], error)
 
     def extend(
         self,
@@ -393,7 +418,9 @@ class KVzipEngine(Shared):
         build = partial(self._build, wanted, prompt, ratio, parent)
         now = build if pairs is None else partial(build, pairs=pairs)
         with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
-            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms})
+            built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
+            read = len(prompt.token_ids) - (parent.n_tokens if parent else 0) if built else 0
+            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=read)
             storage = _Managed(self.registry, wanted, build, context.storage, parent)
         release()
         self._loaded[wanted.key] = context = replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
@@ -553,12 +580,23 @@ class KVzipEngine(Shared):
         return _Bar(name or "context", None if self._progress is None else not self._progress)
 
     @property
+    def _prompts(self) -> PromptBuilder:
+        """Renders with the tokenizer's chat template as it is now. Sessions keep the one they began with."""
+        template, prompts = self._prompts_of
+        if self.tokenizer.chat_template != template:
+            template = self.tokenizer.chat_template
+            prompts = PromptBuilder(self.tokenizer, self._template_kwargs)
+            self._prompts_of = (template, prompts)
+        return prompts
+
+    @property
     def _identity(self) -> dict[str, Any]:
         """The model's fields of a key; computed again when a weight or an adapter has changed."""
-        stamp = weights_stamp(self.model)
+        template = self._prompts.template
+        stamp = (*weights_stamp(self.model), template)
         known_stamp, fields = self._known_identity
         if stamp != known_stamp:
-            fields = model_identity(self.model, self.tokenizer, self._prompts.template)
+            fields = model_identity(self.model, self.tokenizer, template)
             self._known_identity = (stamp, fields)
         return fields
 

@@ -322,9 +322,12 @@ class PromptBuilder:
         Raises:
             InputError: nothing to answer, or roles that the template refuses or that cannot follow the context.
         """
-        if recipe is None and (ids := self._until_block(as_messages(question), checked_tools(tools))):
-            return ids
-        text = self.rendered(recipe, question, tools, fixed=fixed, thinks=thinks).text
+        layout = self.rendered(recipe, question, tools, fixed=fixed, thinks=thinks)
+        if recipe is None and layout.at:  # a mark: those of `until_mark` come first
+            layout = self.rendered(None, question, tools, fixed=True, thinks=thinks)
+            settled, _ = self._cut(layout.text, layout.at[-1], apart=True)
+            return [*self._encoder.ids(settled), *self._encoder.continued(layout.text[len(settled) :])]
+        text = layout.text
         return self._encoder.ids(text) if recipe is None else self._encoder.continued(text)
 
     def rendered(
@@ -433,14 +436,6 @@ class PromptBuilder:
                 return self._template.layout(turns, shown, _cuts(turns), moves=True)
         turns = self._turns(messages, tools)
         return self._template.layout(turns, shown, _cuts(turns))
-
-    def _until_block(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int] | None:
-        """Ids of a prompt of which those of :meth:`until_mark` come first, None without a marked block."""
-        if not any(CUT in message["content"] for message in messages):
-            return None
-        layout = self._alone(messages, tools, fixed=True)
-        settled, _ = self._cut(layout.text, layout.at[-1], apart=True)
-        return [*self._encoder.ids(settled), *self._encoder.continued(layout.text[len(settled) :])]
 
     def _cut(self, text: str, at: int, continued: bool = False, apart: bool = False) -> tuple[str, str]:
         """A layout's text up to a character, less what is read with what follows, and that.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
+from kvzip_memory.engine import FREE_TOKENS
 from langchain_kvzip import KVzipChatModel
 from templates import HERMES
 
@@ -94,6 +96,49 @@ def test_everything_up_to_a_mark_is_loaded_once(template: str, role: str, tools:
     expected = plain.generate(None, turns, max_new_tokens=5, **options)
     assert second.content == expected.text
     assert second.usage_metadata["input_tokens"] == expected.usage.input_tokens
+
+
+def test_a_mark_that_moves_on_has_only_what_is_new_read(tmp_path: Path) -> None:
+    engine = KVzipEngine(tiny_model(max_position_embeddings=8192), tiny_tokenizer(), ratio=0.5, cache_dir=tmp_path)
+    llm: Any = KVzipChatModel(engine=engine, max_tokens=4)
+    talk: list[Any] = [("system", "Be brief. " * 30)]
+    usages, new, total = [], [], 0
+    for turn in range(10):
+        asked = [{"type": "text", "text": f"Question {turn}: " + "who winds the lamp? " * 16, "cache_control": {"type": "ephemeral"}}]
+        reply = llm.invoke([*talk, ("human", asked)])
+        usages.append(reply.usage_metadata)
+        talk += [("human", asked[0]["text"]), ("ai", "The keeper.")]
+        length = engine.count_tokens([*_turns(talk[:-1])])
+        new.append(length - total)
+        total = length
+    created = [usage["input_token_details"]["cache_creation"] for usage in usages]
+    read = [usage["input_token_details"]["cache_read"] for usage in usages]
+    computed = [usage["input_tokens"] - cached for usage, cached in zip(usages, read, strict=True)]
+    assert sum(created) == pytest.approx(sum(new), abs=FREE_TOKENS)
+    assert all(made <= tokens + 8 for made, tokens in zip(created, new, strict=True))
+    assert max(computed[2:]) <= max(computed[:2])  # what is computed for a turn does not grow
+    assert len(engine.registry.contexts()) == 3
+    assert {entry.tags for entry in engine.registry.contexts()} == {("cache_control",)}
+    short = [*talk, ("human", [{"type": "text", "text": "And?", "cache_control": {"type": "ephemeral"}}])]
+    details = llm.invoke(short).usage_metadata["input_token_details"]
+    assert (details["cache_creation"], details["cache_read"]) == (0, read[-1] + created[-1])
+
+
+def test_a_mark_does_not_go_on_from_a_context_that_kept_less(engine: KVzipEngine) -> None:
+    def marked(text: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]
+
+    coarse = engine.load_marked(marked(LONG), ratio=0.2)
+    fine = engine.load_marked(marked(LONG * 2), ratio=0.6)
+    assert coarse is not None
+    assert fine is not None
+    assert fine.identity["parent"] is None
+    assert fine.receipt is not None
+    assert fine.receipt.read == fine.n_tokens
+
+
+def _turns(messages: list[Any]) -> list[dict[str, str]]:
+    return [{"role": {"human": "user", "ai": "assistant"}.get(role, role), "content": text} for role, text in messages]
 
 
 def test_what_stands_before_a_marked_system_block_is_never_evicted(engine: KVzipEngine) -> None:

@@ -337,8 +337,8 @@ class KVzipChatModel(BaseChatModel):
         created = 0
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
-            if context is not None and context.receipt is not None and not context.receipt.hit:
-                created = context.n_tokens
+            if context is not None and context.receipt is not None:
+                created = context.receipt.read
         form, shown, kept = options["form"], options.pop("shown"), options.pop("keep_unfinished")
         if shown and options["schema"] is not None and turns and turns[-1]["role"] != "assistant":
             kind = "object" if Wanted(options["schema"]).is_object else "value"
