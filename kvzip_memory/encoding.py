@@ -204,12 +204,18 @@ class _Whole:
                 places.append((start, end))
                 continue
             for at in range(start, end):
-                own = self._backend.token_to_id(text[at])
-                found = self._backend.encode(text[at], add_special_tokens=False).ids if own is None else [own]
-                spelled = [j for j in found if j not in self._forged]
+                spelled = [j for j in self._inside(text[at]) if j not in self._forged]
                 ids += spelled
                 places += [(at, at + 1)] * len(spelled)
         return ids, np.asarray(places, dtype=int).reshape(-1, 2)
+
+    def _inside(self, char: str) -> list[int]:
+        """Ids of a character that does not begin a text."""
+        for anchor in _ANCHORS:
+            alone, both = (self._backend.encode(text, add_special_tokens=False).ids for text in (anchor, anchor + char))
+            if alone and both[: len(alone)] == alone:
+                return both[len(alone) :]
+        return self._backend.encode(char, add_special_tokens=False).ids
 
 
 class _Pieces:

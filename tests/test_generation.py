@@ -170,7 +170,7 @@ def test_repetition_is_held_back_as_transformers_does(params: dict[str, Any]) ->
     )
     session = engine.session()
     answer = session.ask("Go on.", max_new_tokens=40, **params)
-    assert session._ids == theirs[0].tolist()
+    assert session._talk.ids == theirs[0].tolist()
     assert answer.text != engine.generate(None, "Go on.", max_new_tokens=40).text
 
 
@@ -179,7 +179,7 @@ def test_what_a_context_has_read_has_occurred(engine: KVzipEngine) -> None:
     seen = {*context.token_ids.tolist(), *engine.prompt_ids(context, "Go on.")}
     session = engine.session(context)
     session.ask("Go on.", max_new_tokens=4, no_repeat_ngram_size=1)
-    assert not seen & set(session._ids[len(engine.prompt_ids(context, "Go on.")) :])
+    assert not seen & set(session._talk.ids[len(engine.prompt_ids(context, "Go on.")) :])
     assert session.ask("And?", max_new_tokens=2, no_repeat_ngram_size=1).usage.output_tokens == 2
 
 

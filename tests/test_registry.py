@@ -1035,4 +1035,4 @@ def test_a_folder_is_fixed_when_the_engine_is_made(tmp_path: Path, monkeypatch: 
 def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> None:
     context = load_and_close(tmp_path, Document(TEXT, "page", {("a", 1): Path("/x"), "n": 2}))
     again = tiny_engine().open(blobs(tmp_path)[0])
-    assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": "2"}
+    assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
@@ -142,6 +143,16 @@ class KVzipChatEngine(SimpleChatEngine):
         engine._taking, engine._turn = threading.Lock(), _Turn()
         engine._turn.ended.set_result(None)
         return engine
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVzipChatEngine:
+        """The same conversation, to go on independently."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name in ("_taking", "_turn") else copy.deepcopy(value, memo))
+        twin._taking, twin._turn = threading.Lock(), _Turn()
+        twin._turn.ended.set_result(None)
+        return twin
 
     # LlamaIndex' own engine writes a question at once and its answer when that has ended; another question could come between.
 
