@@ -141,7 +141,10 @@ class Talk:
         if rest._said:
             *before, last = rest._said
             messages = [*chain.from_iterable([*said.asked, said.answer] for said in before), *last.asked]
-            rest._told = rest._prompts.unspelled(rest._prompts.rendered(rest._recipe, messages, None).text) + last.written
+            try:
+                rest._told = rest._prompts.unspelled(rest._prompts.rendered(rest._recipe, messages, None).text) + last.written
+            except InputError:  # a template that takes no such turns
+                rest._said = None
         return rest
 
     @property

@@ -123,7 +123,7 @@ class ChatTemplate:
         if clean != text:  # a mark keeps white space from being trimmed
             at = self._clean(self._rendered(turns, tools, [_inside(turns, place) for place in marked]))[1]
             self._check(turns, ends, at, moves)
-            return Layout(text, tuple(self._by_itself(turns, tools, place, text) for place in places))
+            return Layout(text, self._by_turns(turns, tools, places, text))
         self._check(turns, ends, at, moves)
         try:
             return Layout(text, tuple(at[len(ends) + number][0] for number in range(len(places))))
@@ -142,12 +142,22 @@ class ChatTemplate:
         """Whether a prompt ends where the model's reasoning has begun."""
         return self.thought is not None and self.encoder.unspell(text[-256:]).rstrip().endswith(self.thought[0])
 
-    def _by_itself(self, turns: Sequence[Message], tools: Sequence[Tool], place: Place, text: str) -> int:
-        """Where a place is in the rendered text; if a mark in it changes that, where what follows it begins."""
-        for candidate in (place, _inside(turns, place)):
-            clean, at = self._clean(self._rendered(turns, tools, [candidate]))
-            if clean == text and 0 in at:
-                return at[0][0]
+    def _by_turns(self, turns: Sequence[Message], tools: Sequence[Tool], places: Sequence[Place], text: str) -> tuple[int, ...]:
+        """Where places are in the rendered text, some texts of which the template trims, or looks at."""
+        found = dict[Place, int]()
+        for number in {number for number, _ in places}:
+            own = [place for place in places if place[0] == number]
+            for candidates in (own, [_inside(turns, place) for place in own]):
+                clean, at = self._clean(self._rendered(turns, tools, candidates))
+                if clean == text and len(at) == len(own):
+                    found |= {place: at[i][0] for i, place in enumerate(own)}
+                    break
+            else:  # a mark changes what comes before it, not what follows
+                found |= {place: self._by_what_follows(turns, tools, _inside(turns, place), text) for place in own}
+        return tuple(found[place] for place in places)
+
+    def _by_what_follows(self, turns: Sequence[Message], tools: Sequence[Tool], place: Place, text: str) -> int:
+        clean, at = self._clean(self._rendered(turns, tools, [place]))
         rest = clean[at[0][0] :] if at.get(0) else None
         if rest is None or not text.endswith(rest):
             raise InputError("the model's chat template changes texts in a way that is not understood; pass a plain chat_template")
@@ -208,10 +218,14 @@ class ChatTemplate:
 
     def _rendered(self, turns: Sequence[Message], tools: Sequence[Tool], places: Sequence[Place]) -> str:
         """The template's text, with the number of each place as a mark at it."""
-        shown, names = list[dict[str, Any]](), dict[Any, tuple[str, str]]()
+        shown, names, marks = list[dict[str, Any]](), dict[Any, tuple[str, str]](), dict[int, list[tuple[int, str]]]()
+        for place, (number, at) in enumerate(places):
+            marks.setdefault(number, []).append((at, f"[[kvzip {NONCE} {place}]]"))
         for number, turn in enumerate(turns):
-            marks = [(at, f"[[kvzip {NONCE} {place}]]") for place, (of, at) in enumerate(places) if of == number]
-            message: dict[str, Any] = {"role": turn["role"], "content": self.guarded(turn["content"], marks, self.thinks(turn))}
+            message: dict[str, Any] = {
+                "role": turn["role"],
+                "content": self.guarded(turn["content"], marks.get(number, ()), self.thinks(turn)),
+            }
             if turn.get("reasoning"):
                 message["reasoning_content"] = self.guarded(turn["reasoning"])
             for call in turn.get("tool_calls", ()):

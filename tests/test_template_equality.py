@@ -21,7 +21,7 @@ import pytest
 from tokenizers import AddedToken
 
 from kinds import KINDS, tiny
-from kvzip_memory import Document, InputError
+from kvzip_memory import Document, InputError, KVzipEngine
 from kvzip_memory.prompt import PromptBuilder
 from kvzip_memory.sources import SEPARATOR, as_message
 from kvzip_memory.tools import in_plain_turns
@@ -303,6 +303,11 @@ def test_a_prompt_is_the_models_own_rendering(name: str) -> None:
     equal = equal_ones(PAIRS[name])
     assert [conversation for conversation, same in equal.items() if same is False] == []
     assert sum(same is not None for same in equal.values()) >= 7
+
+
+def test_a_prompt_of_the_demo_model_is_its_own_rendering(smollm2: KVzipEngine) -> None:
+    pair = Pair("smollm2", Family(None), lambda *_: smollm2.tokenizer)
+    assert {conversation for conversation, same in equal_ones(pair).items() if not same} == set()
 
 
 @pairs
