@@ -302,8 +302,10 @@ class KVzipEngine(Shared):
             return self._load(prompt, ratio, None, _MARKED, began)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
-        self._forget_marked(before.identity["parent"])
-        return self._load(prompt, ratio, None, _MARKED, began, before)
+        left_behind = before.identity["parent"]
+        context = self._load(replace(prompt, protected=before.protected), ratio, None, _MARKED, began, before)
+        self._forget_marked(left_behind)
+        return context
 
     def _forget_marked(self, key: str | None) -> None:
         """Delete a context that a mark made when it moved on, and that nobody else has named, tagged or pinned."""
@@ -444,7 +446,12 @@ class KVzipEngine(Shared):
             return loaded
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
-            raise InputError(f"no context {reference!r} of this model is stored{other}: load the text")
+            held = (
+                "; another process holds the index of cache_dir now, so what lies there is not found by its name"
+                if self.registry.is_held
+                else ""
+            )
+            raise InputError(f"no context {reference!r} of this model is stored{other}{held}: load the text")
         return self._handle(usable[-1], reference if reference in usable[-1].names else None)
 
     def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
@@ -684,7 +691,7 @@ class KVzipEngine(Shared):
             params["grammar"] = self.guidance.json(schema)
         if context is not None:
             return self.session(context).stream(question, tools, behind, **params)
-        checked = GenerationParams(**params)
+        checked = GenerationParams.of(params)
         ids = self._prompts.question(None, question, tools, thinks=checked.free)
         context = self.stored_prefix(ids)
         return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)

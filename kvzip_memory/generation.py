@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -72,6 +72,18 @@ class GenerationParams:
             raise InputError(f"stop is {self.stop!r}; it must be a text or a list of texts")
         if "" in texts:
             raise InputError("a stop string is empty; every answer would end at once")
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> GenerationParams:
+        """These options of a call.
+
+        Raises:
+            InputError: one that is unknown, or a value outside its range.
+        """
+        known = {parameter.name for parameter in fields(cls)}
+        if unknown := sorted(options.keys() - known):
+            raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
+        return cls(**options)
 
     @property
     def free(self) -> bool:
@@ -330,6 +342,7 @@ def decode(
             continue
         if guide is not None and not guide.complete:
             why = "a stop string" if answer.cut else f"its limit of {limit} tokens"
-            raise UnfinishedError(f"the answer was cut by {why} before its JSON was complete; allow more tokens, or ask for less")
+            way_out = "leave out the stop strings that JSON may hold" if answer.cut else "allow more tokens, or ask for less"
+            raise UnfinishedError(f"the answer was cut by {why} before its JSON was complete; {way_out}")
         return
     answer.finish_reason = "cancelled"

@@ -260,7 +260,7 @@ class Session(NotPickled):
 
     def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
         """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
-        checked = GenerationParams(**params)
+        checked = GenerationParams.of(params)
         return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length, thinks=checked.free), checked)
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:

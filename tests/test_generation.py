@@ -228,3 +228,10 @@ def test_speculation_changes_nothing_but_the_number_of_steps(architecture: str, 
         assert spoken._tail.length == plain._tail.length
         assert len(steps) <= len(counts)
         counts.clear()
+
+
+@pytest.mark.parametrize("ask", ["generate", "stream", "session"])
+def test_an_unknown_option_is_named_with_the_known_ones(engine: KVzipEngine, ask: str) -> None:
+    asked = engine.session().ask if ask == "session" else lambda *args, **options: getattr(engine, ask)(None, *args, **options)
+    with pytest.raises(InputError, match=r"\['max_tokens'\] are unknown; known are .*'max_new_tokens'"):
+        asked("Who?", max_tokens=3)

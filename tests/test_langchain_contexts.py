@@ -124,6 +124,22 @@ def test_a_mark_that_moves_on_has_only_what_is_new_read(tmp_path: Path) -> None:
     assert (details["cache_creation"], details["cache_read"]) == (0, read[-1] + created[-1])
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_mark_goes_on_from_one_in_the_system_prompt(kept: bool) -> None:
+    engine = tiny_engine(ratio=0.5)
+    llm: Any = KVzipChatModel(engine=engine, max_tokens=4)
+    mark = {"cache_control": {"type": "ephemeral"}}
+    rules: dict[str, Any] = {"type": "text", "text": LONG}
+    first = llm.invoke([("system", [rules | mark]), ("human", "Who?")])
+    details = first.usage_metadata["input_token_details"]
+    assert first.response_metadata["kvzip"]["tier"] == "built"
+    asked = {"type": "text", "text": "And who else winds the lamp? " * 16} | mark
+    second = llm.invoke([("system", [rules | mark if kept else rules]), ("human", [asked])])
+    assert second.usage_metadata["input_token_details"]["cache_read"] == details["cache_creation"]
+    assert second.usage_metadata["input_token_details"]["cache_creation"] > 256
+    assert engine.stats()["built"] == 2
+
+
 def test_a_mark_does_not_go_on_from_a_context_that_kept_less(engine: KVzipEngine) -> None:
     def marked(text: str) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]

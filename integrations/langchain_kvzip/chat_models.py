@@ -369,7 +369,7 @@ class KVzipChatModel(BaseChatModel):
             message=AIMessageChunk(
                 content=reader.flush() if reader else "",
                 usage_metadata=_usage(reply, created),
-                response_metadata=self._metadata(reply, called),
+                response_metadata=self._metadata(reply, called, created),
                 chunk_position="last",
             )
         )
@@ -427,9 +427,9 @@ class KVzipChatModel(BaseChatModel):
     ) -> ChatResult:
         return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
 
-    def _metadata(self, reply: Reply, called: bool) -> dict[str, Any]:
+    def _metadata(self, reply: Reply, called: bool, created: int = 0) -> dict[str, Any]:
         receipt = reply.receipt
-        facts: dict[str, Any] = {"tier": receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
+        facts: dict[str, Any] = {"tier": "built" if created else receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
         metadata = {"model_name": self.model_name, "finish_reason": reply.finish_reason, "kvzip": facts}
         if called and reply.finish_reason != "forced":
             metadata["finish_reason"] = "tool_calls"

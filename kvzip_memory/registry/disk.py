@@ -652,6 +652,11 @@ class DiskTier:
             raise IndexUnavailableError("the index could not be opened")
         return self._index
 
+    @property
+    def is_held(self) -> bool:
+        """Whether another process held the index when it was last used."""
+        return self._held
+
     def _note_held(self) -> None:
         if not self._held:
             self._held = True

@@ -665,6 +665,11 @@ class ContextRegistry:
         if self._disk is not None:
             self._disk.usage()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether another process keeps the index of the folder locked, as of when it was last used."""
+        return self._disk is not None and self._disk.is_held
+
     def is_empty(self) -> bool:
         """Whether no tier holds anything."""
         with self._changed:
