@@ -46,6 +46,12 @@ def added_tokens(tokenizer: Any) -> dict[int, AddedToken]:
     return {i: AddedToken(content, special=True, normalized=False) for i, content in pairs}
 
 
+def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
+    """Gives what an ordinary token of mistral-common's or of another SentencePiece tokenizer stands for."""
+    tekken = getattr(tokenizer.tokenizer.instruct_tokenizer.tokenizer, "id_to_byte_piece", None) if knows_mistral(tokenizer) else None
+    return tekken or (lambda i: _bytes(tokenizer.convert_ids_to_tokens(i)))
+
+
 def common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many ids two lists begin with in common."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
@@ -225,8 +231,7 @@ class _Pieces:
         self._tokenizer, self._ids, self._control = tokenizer, ids, set(ids.values())
         # mistral-common's never makes a control token of a text, and knows no such option.
         self._options = {} if knows_mistral(tokenizer) else {"split_special_tokens": True}
-        tekken = getattr(tokenizer.tokenizer.instruct_tokenizer.tokenizer, "id_to_byte_piece", None) if knows_mistral(tokenizer) else None
-        self._bytes: Callable[[int], bytes] = tekken or (lambda i: _bytes(tokenizer.convert_ids_to_tokens(i)))
+        self._bytes = token_bytes(tokenizer)
 
     def encoded(self, text: str) -> Tokens:
         ids, starts, ends = list[int](), [np.empty(0, int)], [np.empty(0, int)]

@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from llguidance import LLMatcher, LLTokenizer
+from llguidance._tokenizer import TokenizerWrapper
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
+from kvzip_memory.encoding import Encoder, added_tokens, knows_mistral, token_bytes
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
 from kvzip_memory.schemas import guiding, json_rule
@@ -124,7 +126,7 @@ class Guidance:
     """Makes grammars for one tokenizer. Safe for threads; the vocabulary is prepared when first needed (0.3 to 5 s).
 
     Args:
-        tokenizer: a fast transformers tokenizer.
+        tokenizer: a fast transformers tokenizer, or one of mistral-common's.
         vocab_size: of the model, which may be larger than the tokenizer's.
         eos_ids: ids that end an answer.
     """
@@ -135,8 +137,9 @@ class Guidance:
         self._lock = threading.Lock()
         self._prepared: LLTokenizer | None = None
         self._alphabet: Alphabet | None = None
-        self.added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = added_tokens(tokenizer)
+        self.added = {token.content: i for i, token in added.items()}
+        special = {i for i, token in added.items() if token.special}
         self._plain_added = sorted(set(self.added.values()) - special)
         self._added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or r"(?!)")
 
@@ -161,7 +164,8 @@ class Guidance:
         with self._lock:
             if self._prepared is None or self._alphabet is None:
                 try:
-                    self._prepared = from_tokenizer(self._tokenizer, n_vocab=self._size, eos_token=self._eos_ids)
+                    prepare = _from_mistral if knows_mistral(self._tokenizer) else from_tokenizer
+                    self._prepared = prepare(self._tokenizer, n_vocab=self._size, eos_token=self._eos_ids)
                 except ValueError as error:
                     raise InputError(f"guided decoding cannot use this tokenizer ({error}); use its fast version") from error
                 self._alphabet = Alphabet(self._prepared, self._eos_ids)
@@ -173,12 +177,15 @@ class Guidance:
         return Grammar(matcher, alphabet, symbolic, slack)
 
     def literal(self, text: str) -> str:
-        """A grammar's expression for a text that may spell control tokens, which are addressed by their ids."""
+        """A grammar's expression for a text that may spell control tokens, which are addressed by their ids.
+
+        A space behind one may be left out: SentencePiece puts it there, other tokenizers of the same family do not.
+        """
         parts, start = [], 0
         for found in self._added_pattern.finditer(text):
-            parts += [json.dumps(text[start : found.start()]), f"<[{self.added[found[0]]}]>"]
+            parts += [*_spaced(text[start : found.start()], start > 0), f"<[{self.added[found[0]]}]>"]
             start = found.end()
-        parts.append(json.dumps(text[start:]))
+        parts += _spaced(text[start:], start > 0)
         return " ".join(part for part in parts if part != '""') or '""'
 
     def free_text(self, without: str | None) -> str:
@@ -187,6 +194,32 @@ class Guidance:
         unspelled = "" if without is None or without in self.added else f" & ~/(?s:.*){_in_regex(without)}(?s:.*)/"
         others = f" | <[{','.join(map(str, tokens))}]>" if tokens else ""
         return f"free: (TEXT{others})*\nTEXT: /(?s:.+)/{unspelled}"
+
+
+class _Vocabulary:
+    """mistral-common's tokens, as TokenizerWrapper asks for them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        control, spelled = added_tokens(tokenizer), token_bytes(tokenizer)
+        self.eos_token_id, self.special_token_ids = tokenizer.eos_token_id, sorted(control)
+        self.tokens = [control[i].content.encode() if i in control else spelled(i) for i in range(len(tokenizer))]
+        if tokenizer.unk_token_id not in control:  # which no text is made of
+            self.tokens[tokenizer.unk_token_id] = b""
+        self._encoder = Encoder(tokenizer, {})
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encoder.continued(text)
+
+
+def _from_mistral(tokenizer: Any, n_vocab: int, eos_token: Sequence[int]) -> LLTokenizer:
+    return LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=n_vocab, eos_token=[*eos_token])
+
+
+def _spaced(text: str, behind: bool) -> list[str]:
+    """Literals for a text, which may lack its first space if it stands ``behind`` a control token."""
+    return ['" "?', json.dumps(text[1:])] if behind and text.startswith(" ") else [json.dumps(text)]
 
 
 def _in_regex(text: str) -> str:

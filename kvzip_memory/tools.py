@@ -19,6 +19,10 @@ from kvzip_memory.guidance import Grammar, Guidance
 from kvzip_memory.schemas import guiding, json_rule, one_of_as_any
 from kvzip_memory.sources import cleaned, response
 
+#: Where a call's name and its id stand in what opens it, in a form whose JSON holds only the arguments.
+NAME, ID = "{name}", "{id}"
+_ID_RULE = "/[a-zA-Z0-9]{9}/"
+
 #: A tool as OpenAI's ``{"type": "function", "function": {"name", "description", "parameters"}}``.
 Tool = Mapping[str, Any]
 
@@ -29,8 +33,9 @@ class ToolForm:
 
     Attributes:
         name: what users call it.
-        begin, open, close, between, end: the texts around the JSON of each call.
-        arguments: the JSON's key for the arguments, beside ``name``.
+        begin, open, close, between, end: the texts around the JSON of each call. With :data:`NAME` in ``open`` the JSON is the
+            arguments alone.
+        arguments: the JSON's key for the arguments, beside ``name``, otherwise.
         prefix: a token that may stand before everything.
     """
 
@@ -46,7 +51,21 @@ class ToolForm:
     @property
     def trigger(self) -> str:
         """What tells a call from other text; empty if a call is known by its being JSON."""
-        return (self.begin + self.open).split()[0] if self.begin + self.open else ""
+        return head.split()[0] if (head := self.head) else ""
+
+    @property
+    def head(self) -> str:
+        """What stands before the JSON, or the name, of the first call."""
+        return self.begin + self.opening
+
+    @property
+    def opening(self) -> str:
+        return self.open.partition(NAME)[0]
+
+    @property
+    def named(self) -> str:
+        """What stands between a call's name and its arguments; empty if the JSON holds both."""
+        return self.open.partition(NAME)[2]
 
 
 FORMS = {
@@ -55,14 +74,16 @@ FORMS = {
         ToolForm("hermes", "", "<tool_call>\n", "\n</tool_call>", "\n", ""),
         ToolForm("llama3", "", "", "", "; ", "", arguments="parameters", prefix="<|python_tag|>"),
         ToolForm("mistral", "[TOOL_CALLS] [", "", "", ", ", "]"),
+        ToolForm("mistral-args", "", f"[TOOL_CALLS]{NAME}[ARGS]", "", "", ""),
+        ToolForm("mistral-ids", "", f"[TOOL_CALLS]{NAME}[CALL_ID]{ID}[ARGS]", "", "", ""),
     )
 }
 
 
 def form_of(template: str) -> ToolForm | None:
     """The form in which a chat template writes calls; None if it knows no tools or writes them in a form we do not know."""
-    if "[TOOL_CALLS]" in template and "[ARGS]" not in template:
-        return FORMS["mistral"]
+    if "[TOOL_CALLS]" in template:
+        return FORMS["mistral" if "[ARGS]" not in template else "mistral-ids" if "[CALL_ID]" in template else "mistral-args"]
     if "<tool_call>" in template and "<function=" not in template:
         return FORMS["hermes"]
     if '"parameters": ' in template and "<|eot_id|>" in template:
@@ -262,13 +283,13 @@ def _grammar(
     guidance: Guidance, form: ToolForm, tools: Sequence[Tool], choice: str, schema: Mapping[str, Any] | None, several: bool
 ) -> Grammar:
     said = "free" if schema is None else "json"
-    more = f" ({guidance.literal(form.between + form.open)} call {guidance.literal(form.close)})*" if several else ""
+    more = f" ({guidance.literal(form.between + form.opening)} call {guidance.literal(form.close)})*" if several else ""
     rest = f"call {guidance.literal(form.close)}{more} {guidance.literal(form.end)}"
     lines = []
     if choice == "none":
         lines.append(f"start: {said}")
     elif choice != "auto":
-        lines.append(f"start: {guidance.literal(form.begin + form.open)} {rest}")
+        lines.append(f"start: {guidance.literal(form.head)} {rest}")
     elif not form.trigger:
         prefix = f"{guidance.literal(form.prefix)}? " if form.prefix and form.prefix in guidance.added else ""
         if schema is not None:  # one JSON or another: what they begin with is not told apart by a call's spelling
@@ -277,12 +298,11 @@ def _grammar(
             return guidance.lark("\n".join(lines))
         lines.append(f"start: {prefix}{rest} | {said}")
     else:
-        head = form.begin + form.open
-        after = guidance.literal(head[len(form.trigger) :])
         before = "free" if schema is None else ""
         if form.trigger in guidance.added:
-            lines.append(f"start: {said} | {before} {guidance.literal(form.trigger)} {after} {rest}")
+            lines.append(f"start: {said} | {before} {guidance.literal(form.head)} {rest}")
         else:
+            after = guidance.literal(form.head[len(form.trigger) :])
             lines += [f"start: {said} | head {after} {rest}", f"head[lazy]: {'TEXT?' if before else ''} {json.dumps(form.trigger)}"]
     if said == "json":
         lines.append(f"json: {json_rule(schema or {})}")
@@ -290,9 +310,14 @@ def _grammar(
         lines.append(guidance.free_text(form.trigger if choice == "none" or form.trigger in guidance.added else None))
     else:
         lines.append("free: TEXT?\nTEXT: /(?s:[^{].*)/")
-    if choice != "none":
+    if choice != "none" and form.named:
+        behind = f" {_ID_RULE} ".join(map(guidance.literal, form.named.split(ID)))
+        one = [f"{json.dumps(tool['function']['name'])} {behind} a{i}" for i, tool in enumerate(tools)]
+        lines.append(f"call: {' | '.join(one)}")
+    elif choice != "none":
         one = [f"{json.dumps(_json(tool['function']['name']) + f', {_json(form.arguments)}: ')} a{i}" for i, tool in enumerate(tools)]
         lines.append(f"call: {json.dumps(_NAME)} ({' | '.join(one)}) {json.dumps('}')}")
+    if choice != "none":
         lines += [f"a{i}: {json_rule(_parameters(tool))}" for i, tool in enumerate(tools)]
     # Text may be cut within a character, which has up to four bytes and so tokens.
     return guidance.lark("\n".join(lines), slack=3 if said == "free" and choice in ("auto", "none") else 0)
@@ -353,8 +378,9 @@ class CallReader:
             if not ready:
                 break
             self._inside = True
-            self._held = self._held[self._held.index("{") :]
-            self._json = _JsonReader(self._form, self._calls)
+            name, at = self._opened(self._held)
+            self._held = self._held[at:]
+            self._json = _JsonReader(self._form, self._calls, name)
         return shown, deltas
 
     def flush(self) -> str:
@@ -364,11 +390,21 @@ class CallReader:
             return self._json.untold
         return "" if self._inside else held
 
+    def _opened(self, text: str) -> tuple[str | None, int]:
+        """A call's name, where it is not in the JSON, and where that begins; -1 while it does not."""
+        form = self._form
+        if not form.named:
+            return None, text.find("{")
+        marks = form.named.split(ID)
+        end = text.find(marks[-1], len(form.trigger))
+        name = text[len(form.trigger) : end].partition(marks[0])[0]
+        return name.strip(), -1 if end < 0 else text.find("{", end + len(marks[-1]))
+
     def _next_call(self) -> tuple[int, bool]:
         """Where text ends in what is held, and whether a call's JSON begins behind that."""
         held, form = self._held, self._form
         brace = held.find("{")
-        if self._inside:  # whatever stands between two calls is of no interest
+        if self._inside and not form.named:  # whatever stands between two calls is of no interest
             return (brace, True) if brace >= 0 else (len(held), False)
         if not form.trigger:
             bare = held.strip().removeprefix(form.prefix or "").lstrip()
@@ -377,7 +413,7 @@ class CallReader:
             return 0, bare.startswith("{")
         at = held.find(form.trigger)
         if at >= 0:
-            return at, "{" in held[at:]
+            return at, self._opened(held[at:])[1] >= 0
         keep = max((n for n in range(1, len(form.trigger)) if held.endswith(form.trigger[:n])), default=0)
         return len(held) - keep, False
 
@@ -385,8 +421,9 @@ class CallReader:
 class _JsonReader:
     """One call's JSON, character by character; its arguments are passed on as soon as its name is known."""
 
-    def __init__(self, form: ToolForm, index: int) -> None:
-        self._form, self._index = form, index
+    def __init__(self, form: ToolForm, index: int, name: str | None = None) -> None:
+        self._form, self._index, self._known = form, index, name
+        self._level = 2 if name is None else 1  # of the braces of the arguments
         self._id = f"call_{uuid.uuid4().hex[:24]}"
         self._text = ""
         self._depth = 0
@@ -408,15 +445,15 @@ class _JsonReader:
                 self._in_string = True
             elif char in "{[":
                 self._depth += 1
-                if self._depth == 2 and self._arguments_at is None and (name := self._name()):
+                if self._depth == self._level and self._arguments_at is None and (name := self._known or self._name()):
                     self._arguments_at = sent = len(self._text) - 1
                     deltas.append(CallDelta(self._index, "", self._id, name))
             elif char in "}]":
                 self._depth -= 1
-                if self._depth == 1 and self._arguments_at is not None and not self._complete:
+                if self._depth == self._level - 1 and self._arguments_at is not None and not self._complete:
                     self._complete = True
                     _append(deltas, CallDelta(self._index, self._text[sent:]))
-                elif self._depth == 0:
+                if self._depth == 0:
                     self.done = True
                     if self._arguments_at is None:
                         deltas += self._whole()

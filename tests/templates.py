@@ -68,6 +68,17 @@ MISTRAL = """{%- if messages[0].role == 'system' %}{%- set system = messages[0].
     {%- else %}{{- ' ' + message.content + eos_token }}{%- endif %}
 {%- endfor %}"""
 
+#: The form of later versions, with the calls' ids and without.
+MISTRAL_IDS = (
+    MISTRAL.replace("{{- '[TOOL_CALLS] [' }}", "")
+    .replace(
+        """'{"name": "' + call.function.name + '", "arguments": ' + (call.function.arguments | tojson) + ', "id": "' + call.id + '"}'""",
+        "'[TOOL_CALLS]' + call.function.name + '[CALL_ID]' + call.id + '[ARGS]' + (call.function.arguments | tojson)",
+    )
+    .replace("{{- ', ' if not loop.last else ']' }}", "")
+)
+MISTRAL_ARGS = MISTRAL_IDS.replace(" + '[CALL_ID]' + call.id", "")
+
 STRICT = """{%- for message in messages %}
     {%- if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{- raise_exception('Conversation roles must alternate user/assistant') }}{%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
@@ -80,6 +91,7 @@ CONTROL = {
     MISTRAL: ["[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
     STRICT: [],
 }
+CONTROL |= {MISTRAL_IDS: [*CONTROL[MISTRAL], "[ARGS]", "[CALL_ID]"], MISTRAL_ARGS: [*CONTROL[MISTRAL], "[ARGS]"]}
 
 # -- templates that behave as those of the makers ------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from conftest import CHATML, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine, UnfinishedError
 from kvzip_memory.tools import FORMS, CallDelta, CallReader, calls_grammar, form_of, read_calls
 from schemas import random_schema
-from templates import CONTROL, HERMES, LLAMA3, MISTRAL
+from templates import CONTROL, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, MISTRAL_IDS
 from test_guidance import babble
 
 PARAMETERS = {"type": "object", "properties": {"town": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}}}
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {**PARAMETERS, "required": ["town"]}}} for name in ("weather", "größe")
 ]
-TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL}
+TEMPLATES = {"hermes": HERMES, "llama3": LLAMA3, "mistral": MISTRAL, "mistral-args": MISTRAL_ARGS, "mistral-ids": MISTRAL_IDS}
 
 
 def engine_of(family: str, special: bool = True) -> KVzipEngine:
@@ -32,7 +32,7 @@ def engine_of(family: str, special: bool = True) -> KVzipEngine:
     return KVzipEngine(tiny_model(), tokenizer)
 
 
-@pytest.fixture(scope="module", params=["hermes", "hermes tags", "llama3", "mistral", "none"])
+@pytest.fixture(scope="module", params=["hermes", "hermes tags", "llama3", "mistral", "mistral-args", "mistral-ids", "none"])
 def engine(request: pytest.FixtureRequest) -> KVzipEngine:
     if request.param == "none":  # tags are plain text to this one
         return KVzipEngine(tiny_model(), tiny_tokenizer(CHATML))
@@ -117,7 +117,10 @@ def test_several_forced_calls_only_where_they_are_asked_for(engine: KVzipEngine)
 
 def written(engine: KVzipEngine, calls: list[tuple[str, dict[str, Any]]]) -> str:
     form = engine.tool_form
-    shown = [f'{form.open}{{"name": "{name}", "{form.arguments}": {json.dumps(args)}}}{form.close}' for name, args in calls]
+    if form.named:
+        shown = [form.open.format(name=name, id="a23456789") + json.dumps(args) for name, args in calls]
+    else:
+        shown = [f'{form.open}{{"name": "{name}", "{form.arguments}": {json.dumps(args)}}}{form.close}' for name, args in calls]
     return form.begin + form.between.join(shown) + form.end
 
 
@@ -154,6 +157,8 @@ ANSWERS = {
     "hermes": f'I look. <tool_call>\n{{{FIRST}}}\n</tool_call>\n<tool_call>{{"arguments": {{}}, "name": "g"}}</tool_call>',
     "llama3": f'<|python_tag|>{{{FIRST.replace("arguments", "parameters")}}}; {{"parameters": {{}}, "name": "g"}}',
     "mistral": f'I look. [TOOL_CALLS] [{{{FIRST}, "id": "123456789"}}, {{"arguments": {{}}, "name": "g"}}]',
+    "mistral-args": f"I look. [TOOL_CALLS]f[ARGS]{{{FIRST.partition(': {')[2]}[TOOL_CALLS]g[ARGS]{{}}",
+    "mistral-ids": f"I look. [TOOL_CALLS]f[CALL_ID]123456789[ARGS]{{{FIRST.partition(': {')[2]}[TOOL_CALLS]g[CALL_ID]a23456789[ARGS] {{}}",
 }
 
 
@@ -189,7 +194,7 @@ def test_a_call_that_is_broken_is_not_a_call() -> None:
 
 
 def test_forms_are_known_by_the_template() -> None:
-    assert [form and form.name for form in map(form_of, (HERMES, LLAMA3, MISTRAL, CHATML))] == ["hermes", "llama3", "mistral", None]
+    assert [form and form.name for form in map(form_of, (*TEMPLATES.values(), CHATML))] == [*TEMPLATES, None]
     assert form_of("{{ tools }}<tool_call>\n<function=") is None  # a form of Qwen3-Coder that is not JSON
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvzip_memory.encoding import added_tokens, knows_mistral
 from kvzip_memory.errors import IdentityMismatchError
 from kvzip_memory.prompt import Prompt
 
@@ -193,7 +194,17 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         state.pop("padding", None)
     else:
         state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-    return digest([state, sorted((i, str(t.content), t.special) for i, t in tokenizer.added_tokens_decoder.items())])
+        if knows_mistral(tokenizer):  # whose vocabulary has one name for all tokens that end within a character
+            state = {"model": _mistral_model(tokenizer.tokenizer.instruct_tokenizer.tokenizer), "class": type(tokenizer).__name__}
+    return digest([state, sorted((i, str(t.content), t.special) for i, t in added_tokens(tokenizer).items())])
+
+
+def _mistral_model(tokenizer: Any) -> str:
+    """Hash of what turns texts into ids in one of mistral-common's, SentencePiece's or tekken."""
+    model = tokenizer._model
+    if hasattr(model, "serialized_model_proto"):
+        return hashlib.sha256(model.serialized_model_proto()).hexdigest()
+    return digest([model._pat_str, [tokenizer.id_to_byte_piece(i).hex() for i in range(tokenizer.n_words)]])
 
 
 def adapter_state(model: PreTrainedModel) -> str | None:
