@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import math
 import time
@@ -29,7 +30,7 @@ from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, p
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
-from kvzip_memory.errors import InputError, KVzipError, WindowError
+from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
@@ -127,7 +128,7 @@ class KVzipEngine(Shared):
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._prompts_of = (tokenizer.chat_template, PromptBuilder(tokenizer, template_kwargs))
+        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), PromptBuilder(tokenizer, template_kwargs))
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._compress_every = compress_every
@@ -372,8 +373,8 @@ class KVzipEngine(Shared):
     def _folded(
         self,
         context: CompressedContext | None,
-        ids: Sequence[int],
-        protected: int,
+        prompt: Prompt,
+        template: str,
         pairs: DensePairs,
         ratio: float | None,
         name: str | None,
@@ -382,7 +383,11 @@ class KVzipEngine(Shared):
         began = time.perf_counter()
         if context is not None:
             self._check_parent(context)
-        prompt = self._prompts.folded(context, ids, protected)
+        if template != self._prompts.template:
+            raise IdentityMismatchError(
+                "the session began with another chat template than the tokenizer has now; set that one again to fold it",
+                fields=("template",),
+            )
         self._check_window(prompt)
         return self._load(prompt, ratio, name, (), began, context, pairs)
 
@@ -591,7 +596,7 @@ class KVzipEngine(Shared):
         """Renders with the tokenizer's chat template as it is now. Sessions keep the one they began with."""
         template, prompts = self._prompts_of
         if self.tokenizer.chat_template != template:
-            template = self.tokenizer.chat_template
+            template = copy.deepcopy(self.tokenizer.chat_template)
             prompts = PromptBuilder(self.tokenizer, self._template_kwargs)
             self._prompts_of = (template, prompts)
         return prompts
@@ -737,13 +742,17 @@ class KVzipEngine(Shared):
             asked = mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, question), last, self._prompts.text_ids(answer))
             return asked, mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, NEUTRAL), NEUTRAL, [])
 
-    def token_offsets(self, text: str) -> list[tuple[int, int]]:
+    def token_offsets(self, text: str, *, alone: bool = True) -> list[tuple[int, int]]:
         """Characters ``[start, end)`` of each of a document's tokens, in the order in which they lie in its context.
+
+        Args:
+            text: of the document.
+            alone: whether it is the only one in its context.
 
         Raises:
             InputError: the tokenizer does not know them; a fast one does.
         """
-        return self._prompts.offsets(clean(text, "document"))
+        return self._prompts.offsets(clean(text, "document"), alone)
 
     def relevance(
         self, parts: Sequence[tuple[CompressedContext, Sequence[Span]]], question: str | Sequence[Message], answer: str = ""

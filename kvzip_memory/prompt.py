@@ -27,6 +27,9 @@ from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, 
 from kvzip_memory.template import ChatTemplate, Layout, Place
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
+# A context may end so many tokens before a message does, see `Recipe.tail`.
+_NEAR = 8
+
 # Stands for a question that is not known yet. A digit merges with nothing that comes before it.
 _ASKED: Message = {"role": "user", "content": "0"}
 
@@ -255,10 +258,12 @@ class PromptBuilder:
             protected = min(protected, tokens.before(layout.at[1]))
         return Prompt(tuple(tokens.ids), protected, recipe, (), (), said, None)
 
-    def folded(self, context: CompressedContext | None, ids: Sequence[int], protected: int) -> Prompt:
+    def folded(self, context: CompressedContext | None, ids: Sequence[int], protected: int, tools: Sequence[Tool] | None = None) -> Prompt:
         """The prefix of a context, or of none, and the ids of turns behind it that end in an answer's text."""
         before = self.free_recipe() if context is None else context.recipe
         recipe = replace(before, opening=before.next_turn, separator="", role="assistant", tail="")
+        if tools and not self._ends_in_tools(recipe, [], tools):  # they were described with what was asked first
+            recipe = replace(recipe, tools=_digest([*tools]))
         if context is not None:
             return self._grown(context, ids, recipe, (), context.sources)
         return Prompt(tuple(ids), protected, recipe, (), (), _digest([None, list(ids)]), None)
@@ -364,6 +369,20 @@ class PromptBuilder:
             messages = _with_tools(messages, tools)
         return self._behind(recipe, self._turns_behind(messages))
 
+    def behind(self, read: Sequence[int], messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> list[Message] | None:
+        """Messages of a conversation that come behind the ids of a context of its beginning; None if that does not end between two."""
+        plain: list[Message] = [{**message, "content": message["content"].replace(CUT, "")} for message in messages]
+        said = [number for number, message in enumerate(plain) if message["content"]]
+        marked = [{**message, "content": message["content"] + (CUT if message["content"] else "")} for message in plain]
+        layout = self._alone(marked, checked_tools(tools), fixed=True)
+        tokens = self._encoder.tokens(layout.text)
+        for number, at in zip(said, layout.at, strict=True):
+            if 0 <= tokens.before(at) - len(read) <= _NEAR:
+                with suppress(InputError):  # where no context can end
+                    if list(self.conversation(plain[: number + 1], tools=tools).token_ids) == list(read):
+                        return plain[number + 1 :]
+        return None
+
     def thinking(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends where the model's reasoning has begun."""
         if self.thought is None:
@@ -394,11 +413,19 @@ class PromptBuilder:
         except InputError:
             return sum(len(self.text_ids(turn["content"])) for turn in said)
 
-    def offsets(self, text: str) -> list[tuple[int, int]]:
-        """Characters ``[start, end)`` of each of a document's ids, in the order in which they lie in its context."""
-        tokens = self._encoder.tokens(f"{SEPARATOR}{text}{SEPARATOR}", continued=True)
-        first, last = tokens.span(len(SEPARATOR), len(SEPARATOR) + len(text))
-        starts, ends = (places[first:last] - len(SEPARATOR) for places in (tokens.starts, tokens.ends))
+    def offsets(self, text: str, alone: bool = True) -> list[tuple[int, int]]:
+        """Characters ``[start, end)`` of each of a document's ids, as it lies in a context, ``alone`` or behind another one."""
+        if alone:
+            turns = [{"role": "user", "content": f"{text}{SEPARATOR}{_ASKED['content']}"}]
+            layout = self._template.layout(turns, places=[(0, 0), (0, len(text))])
+            start, end = layout.at
+            tokens = self._encoder.tokens(self._cut(layout.text, end)[0])
+        else:
+            start, end = len(SEPARATOR), len(SEPARATOR) + len(text)
+            tokens = self._encoder.tokens(f"{SEPARATOR}{text}{SEPARATOR}", continued=True)
+        trimmed = len(text) - (end - start)  # by the template, in front
+        first, last = tokens.span(start, end)
+        starts, ends = (places[first:last] - start + trimmed for places in (tokens.starts, tokens.ends))
         return [(max(0, start), min(len(text), end)) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
     def text_ids(self, text: str) -> list[int]:

@@ -24,7 +24,7 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.prompt import PromptBuilder
+from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.reasoning import Reasoning, ReasoningReader
 from kvzip_memory.sharing import NotPickled
 from kvzip_memory.sources import Message
@@ -76,9 +76,8 @@ class Reply:
         return self.text
 
 
-#: Builds the context of a parent, if any, and ids behind it: how many of them are head without a parent, their pairs,
-#: ratio and name follow.
-Fold = Callable[[CompressedContext | None, Sequence[int], int, DensePairs, float | None, str | None], CompressedContext]
+#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio and name follow.
+Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -321,13 +320,14 @@ class Session(NotPickled):
             if keep < 0 or len(ends) <= keep:
                 raise InputError(f"keep is {keep}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
             turns = len(ends) - keep
-            cut = ends[turns - 1]
+            self._tail.crop(self._talk.settle(self._tail.length))
+            cut = self._talk.ends[turns - 1]
             if cut > self._tail.length:
                 with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
                     deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
-            head = 0 if self.context else self._talk.head
-            context = self._fold(self.context, self._talk.ids[:cut], head, pairs, ratio, name)
+            prompt = self._talk.prompt(turns)
+            context = self._fold(self.context, prompt, self._prompts.template, pairs, ratio, name)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk = Tail(), talk
@@ -455,8 +455,11 @@ class Session(NotPickled):
         if answer.cut:
             while ids and len(self._text(ids)) > len(answer.text):
                 ids.pop()
+        written = answer.text
+        if answer.cut:
+            written = self._text(ids)  # a stop string may begin within a token
         content, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
-        self._talk.answered(turn.asked, ids, answer.text, content, reasoning)
+        self._talk.answered(turn.asked, ids, written, content, reasoning)
         self._tail.crop(len(self._talk.ids))
 
     def _text(self, ids: Sequence[int]) -> str:

@@ -215,7 +215,7 @@ def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
         if kind in _TEXTS and not (kind == "guard_content" and role == "assistant"):
             text, alone = _words(block.get(_TEXTS[kind], block)), False
         elif kind == "cache_point" or (kind == "cache" and "cache_control" in block):  # it says that the one before it is marked
-            if parts.texts:
+            if parts.texts and parts.texts[-1] and CUT not in parts.texts[-1]:
                 parts.texts[-1] = f"{CUT}{parts.texts[-1]}{CUT}"
             continue
         elif role == "tool":
@@ -235,7 +235,7 @@ def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
         else:
             raise InputError(f"content blocks of type {kind!r} are not supported ({where}); send text, such as what the file says")
         text = ("\n" if parts.texts and (lines or alone or before) else "") + clean(text, where)
-        parts.texts.append(f"{CUT}{text}{CUT}" if block.get("cache_control") else text)
+        parts.texts.append(f"{CUT}{text}{CUT}" if text and block.get("cache_control") else text)
     return parts
 
 

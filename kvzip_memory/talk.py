@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.encoding import common
 from kvzip_memory.errors import InputError
-from kvzip_memory.prompt import PromptBuilder
+from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.sources import CUT, Message, as_messages
 from kvzip_memory.tools import Tool, read_calls
+
+# Any question, and text that no prompt begins with.
+_ANY: Message = {"role": "user", "content": "0"}
+_UNKNOWN = "\0"
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,9 @@ class Talk:
             with suppress(InputError):  # what does not stand alone does not repeat the context
                 ids = prompts.question(None, question, tools, fixed=True, thinks=thinks)
                 if len(ids) > len(self._read) and ids[: len(self._read)] == self._read:
-                    return Asked(0, ids[len(self._read) :])
+                    rest = prompts.behind(self._read, as_messages(question), tools)
+                    text = "" if rest is None else prompts.rendered(self._recipe, rest, tools, thinks=thinks).text
+                    return Asked(0, ids[len(self._read) :], None if rest is None else tuple(rest), text)
         ids = prompts.question(self._recipe, question, tools, fixed=True, thinks=thinks)
         messages = tuple(as_messages(question)) if question else ()
         return Asked(0, ids, messages, prompts.rendered(self._recipe, question, tools, fixed=True, thinks=thinks).text)
@@ -103,11 +109,9 @@ class Talk:
             return Asked(held, [*self.ids[held:], *more], asked, layout.text, tuple(self.ends))
         pieces = prompts.pieces(self._recipe, layout)
         ids = [*chain.from_iterable(pieces)]
-        ends, length = list[int](), 0
-        for piece in pieces[:-1]:
-            ends.append(length := length + len(piece))
+        ends = tuple(accumulate(map(len, pieces[:-1])))
         start = min(common(ids, self.ids[:held]), len(ids) - 1)
-        return Asked(start, ids[start:], asked, layout.text, tuple(ends))
+        return Asked(start, ids[start:], asked, layout.text, ends)
 
     def _behind_all(self, asked: Sequence[Message], held: int) -> Asked:
         """A question behind what was said so far, whatever that is."""
@@ -119,18 +123,31 @@ class Talk:
         """A question was answered. ``written`` is what the ids say, ``content`` that without its reasoning."""
         self.ids = [*self.ids[: asked.start], *asked.ids, *ids]
         self.ends = [*(asked.ends or self.ends), len(self.ids)]
-        if asked.messages is None or self._said is None:
-            self._said = None
+        if asked.messages is None or self._said is None or (self._tools and read_calls(content, self._prompts.form)[1]):
+            self._said = None  # calls have no results in a session: they stay as they were generated
             return
         answer: dict[str, object] = {"role": "assistant", "content": content}
         if reasoning:
             answer["reasoning"] = reasoning
-        if self._tools:
-            shown, calls = read_calls(content, self._prompts.form)
-            if calls:
-                answer |= {"content": shown, "tool_calls": calls}
         self._said.append(Said(asked.messages, answer, written))
         self._told = self._prompts.unspelled(asked.text) + written
+
+    def settle(self, held: int) -> int:
+        """Read the turns as later ones will: without reasoning. How many of the ``held`` ids are still the same."""
+        asked = self._next((_ANY,), held, thinks=True)
+        if self._said is None or asked.ends == tuple(self.ends) or not asked.ends:
+            return held
+        self.ids = [*self.ids[: asked.start], *asked.ids][: asked.ends[-1]]
+        self.ends = [*asked.ends]
+        self._said = [replace(said, written=str(said.answer["content"])) for said in self._said]
+        self._told = _UNKNOWN
+        return min(asked.start, len(self.ids))
+
+    def prompt(self, turns: int) -> Prompt:
+        """The first turns as what a context is made of."""
+        first = self._said[0].asked if self._said else ()
+        head = self._prompts.head(first, self._tools) if first and self._context is None else 0
+        return self._prompts.folded(self._context, self.ids[: self.ends[turns - 1]], head, self._tools)
 
     def rest(self, context: CompressedContext, turns: int) -> Talk:
         """The talk that goes on over a context of its first turns."""
@@ -142,16 +159,10 @@ class Talk:
             *before, last = rest._said
             messages = [*chain.from_iterable([*said.asked, said.answer] for said in before), *last.asked]
             try:
-                rest._told = rest._prompts.unspelled(rest._prompts.rendered(rest._recipe, messages, None).text) + last.written
+                rest._told = rest._prompts.unspelled(rest._prompts.rendered(rest._recipe, messages, self._tools).text) + last.written
             except InputError:  # a template that takes no such turns
                 rest._said = None
         return rest
-
-    @property
-    def head(self) -> int:
-        """How many ids of a talk without a context are template head and system prompt."""
-        first = self._said[0].asked if self._said else ()
-        return self._prompts.head(first, self._tools) if first else 0
 
 
 def _unmarked(messages: Sequence[Message]) -> list[Message]:

@@ -83,8 +83,11 @@ class ChatTemplate:
             self.variables["bos_token"] = tokenizer.bos_token if adds_bos else ""
         else:
             self.source = tokenizer.get_chat_template()
-        if "strftime_now" in self.source:
-            self.source = _PINNED_CLOCK + self.source
+        self._sources = [self.source]  # without tools, and with them where that is another one
+        if isinstance(tokenizer.chat_template, Mapping) and "tool_use" in tokenizer.chat_template:
+            self._sources.append(tokenizer.chat_template["tool_use"])
+        self._sources = [_PINNED_CLOCK + source if "strftime_now" in source else source for source in self._sources]
+        self.source = "\n".join(self._sources)
         # Special tokens, and the template's own tags (such as <think>) even where they are not flagged special.
         control = {
             i: token.content
@@ -249,7 +252,7 @@ class ChatTemplate:
         return self._tokenizer.apply_chat_template(
             messages,
             tools=tools,
-            chat_template=self.source,
+            chat_template=self._sources[-1 if tools else 0],
             tokenize=False,
             add_generation_prompt=True,
             **self.variables,

@@ -203,7 +203,7 @@ def test_words_decide_where_tokens_are_not_known(engine: KVzipEngine, monkeypatc
     assert TOKENS_KEY not in best.node.metadata
 
 
-def unknown(text: str) -> list[tuple[int, int]]:
+def unknown(text: str, **_: object) -> list[tuple[int, int]]:
     """As with a slow tokenizer."""
     raise InputError("this needs a tokenizer that knows its tokens' places in the text")
 

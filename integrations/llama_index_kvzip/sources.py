@@ -26,6 +26,9 @@ _FAR = 0.3
 _SHORT, _LONG = 100, 1500
 
 
+# The last document's last tokens may not be in the context, see `Recipe.tail`; so many at most.
+_TAIL = 2
+
 # Passages of a part, and the tokens of its context that each covers, None if that is not known.
 _Passages = list[tuple[TextNode, Span | None]]
 
@@ -153,9 +156,11 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser, located: bool
         document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
         before = getattr(document, "start_char_idx", None) or 0  # of a node that is a piece of its document
         try:
-            offsets = engine.token_offsets(document.get_content()) if located and covered is not None else []
+            offsets = engine.token_offsets(document.get_content(), alone=len(part.nodes) == 1) if located and covered is not None else []
         except InputError:  # a slow tokenizer
             offsets = []
+        if covered is not None and 0 < len(offsets) - (covered[1] - covered[0]) <= _TAIL:
+            offsets = offsets[: covered[1] - covered[0]]
         for passage in parser([document]):
             if not isinstance(passage, TextNode) or passage.start_char_idx is None or passage.end_char_idx is None:
                 raise InputError(f"{type(parser).__name__} changes the text of {document.node_id!r}; use a parser that only splits it")
