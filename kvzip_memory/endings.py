@@ -31,6 +31,10 @@ _FEW = 8
 _QUOTE, _ESCAPE = frozenset(b'"'), ord("\\")
 #: What may stand behind a number or a word.
 _BEHIND_A_VALUE = frozenset(b",]}")
+#: What ends a list or an object.
+_CLOSERS = frozenset(b"]}")
+#: What numbers begin with.
+_NUMBERS = [bytes([byte]) for byte in b"-0123456789"]
 #: Numbers of fewer digits are finite.
 _LARGE = 308
 #: A text goes round in circles when it ends in so many times the same, of at most so many tokens, and of at least so many in all.
@@ -45,11 +49,16 @@ class Ending(NamedTuple):
 
 
 class Unknown(Exception):
-    """No ending was found; ``least`` tokens are not enough."""
+    """No ending was found.
 
-    def __init__(self, least: int) -> None:
-        super().__init__(least)
-        self.least = least
+    Attributes:
+        least: fewer tokens are not enough.
+        gave_up: there was too much to look at, so that there may well be one.
+    """
+
+    def __init__(self, least: int, gave_up: bool) -> None:
+        super().__init__(least, gave_up)
+        self.least, self.gave_up = least, gave_up
 
 
 class Alphabet:
@@ -209,9 +218,25 @@ class Place(NamedTuple):
             return Place(path[0] if path else ())
         return self if char == " " else Place(path, word + bytes([byte]))
 
+    def closers(self, wide: bool) -> Iterator[frozenset[int]]:
+        """Bytes that end what one is in, and are no more than one has to say; where choices are few, a text may have others as short."""
+        if self.quoted:
+            if wide:
+                yield _QUOTE
+            return
+        if self.path:
+            yield _CLOSERS
+        if self.word:
+            yield _BEHIND_A_VALUE
+
+    @property
+    def number(self) -> bool:
+        """Whether one is in a number."""
+        return not self.quoted and self.word[:1] in _NUMBERS
+
     def overflows(self) -> bool:
         """Whether one is in a number that is too large to be one."""
-        if self.quoted or (len(self.word) < _LARGE and b"e" not in self.word and b"E" not in self.word):
+        if not self.number or (len(self.word) < _LARGE and b"e" not in self.word and b"E" not in self.word):
             return False
         try:
             return isinf(float(self.word))
@@ -255,7 +280,7 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
             return Ending(said, tokens)
         looks += 1
         if looks > _MOST_STATES:
-            raise Unknown(int(least))
+            raise Unknown(int(least), gave_up=True)
         forced = alphabet(matcher.compute_ff_bytes())
         if forced:
             ahead = matcher.deep_copy()
@@ -269,7 +294,7 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
             continue
         for symbol, ahead in _worth(alphabet, matcher, choices, mask, place, classes):
             push(ahead, place, said, spelling, (symbol,))
-    raise Unknown(int(most) + 1 if most < inf else int(least) + 1)
+    raise Unknown(int(most) + 1 if most < inf else int(least) + 1, gave_up=False)
 
 
 def _worth(
@@ -277,10 +302,11 @@ def _worth(
 ) -> Iterator[tuple[int, LLMatcher]]:
     """Choices worth a look, and the matcher behind each."""
     wide = len(choices) > _FEW
-    if place.word and (wide or not place.quoted):  # a text or a number that can end here does
-        ends = _QUOTE if place.quoted else _BEHIND_A_VALUE
+    for ends in place.closers(wide):  # what can end here does: a list, an object, a text or a number
         closers = [symbol for symbol in choices if (byte := alphabet.byte(symbol)) is not None and byte in ends]
-        choices, wide = (closers, False) if closers else (choices, wide)
+        if closers:
+            choices, wide = closers, False
+            break
     if wide and mask in classes:
         choices, wide = classes[mask], False
     elif wide:  # an escape or a character of several bytes is never shorter
@@ -309,18 +335,21 @@ class Reach:
     Args:
         alphabet: of the matcher.
         matcher: goes symbol by symbol; at the beginning.
-        ending: of the beginning.
+        ending: of the beginning; None where it is not known.
         limit: tokens the answer may have.
+        free: what is complete may be any text, and need not be JSON.
 
     Attributes:
-        ending: of the answer so far; it fits into the tokens that are left.
+        ending: of the answer so far; it fits into the tokens that are left. None where too much had to be looked at to know one: then
+            the answer goes on as it likes.
         only: the token that must come next, where there is no choice any more.
         forced: whether a token was ever refused or prescribed.
+        left: tokens the answer may still have.
     """
 
-    def __init__(self, alphabet: Alphabet, matcher: LLMatcher, ending: Ending, limit: int) -> None:
-        self._alphabet, self._matcher, self._left = alphabet, matcher, limit
-        self.ending, self.forced = ending, False
+    def __init__(self, alphabet: Alphabet, matcher: LLMatcher, ending: Ending | None, limit: int, free: bool = False) -> None:
+        self._alphabet, self._matcher, self._free = alphabet, matcher, free
+        self.ending, self.left, self.forced = ending, limit, False
         self.only: int | None = None
         self._place = Place()
         self._unread: list[int] = []  # symbols the matcher has not seen yet
@@ -332,40 +361,64 @@ class Reach:
         Args:
             complete: the answer may end behind the token.
         """
-        symbols = self._alphabet.symbols(token)
-        if complete:
-            self._unread += symbols
-            self._place, self.ending, self._text = Place(), Ending((), ()), []
+        symbols, place, known = self._alphabet.symbols(token), self._place, self.ending
+        ending: Ending | None = Ending((), ())
+        if complete and self._free:
+            place = Place()
         else:
-            if self._unread:
-                self._matcher.consume_tokens(self._unread)
-                self._unread = []
-            matcher, place = self._matcher.deep_copy(), self._place
-            matcher.consume_tokens(symbols)
             for symbol in symbols:
                 byte = self._alphabet.byte(symbol)
                 place = Place() if byte is None else place.then(byte)
-                if place.overflows():  # 1e999 is valid JSON, and no number that Python has
+                if token != self.only and place.overflows():  # 1e999 is valid JSON, and no number that Python has
                     return False
-            ending = self._behind(token, tuple(symbols), matcher, place)
-            if ending is None:
-                self.forced = True
-                return False
-            self._text = [*self._text[1 - _TIMES * _PERIOD :], token] if ending is self.ending else []
-            self._matcher, self._place, self.ending = matcher, place, ending
-        self._left -= 1
+        if complete:
+            self._unread += symbols
+            same = place.number and known == ending
+        else:
+            self._read()
+            matcher = self._matcher.deep_copy()
+            matcher.consume_tokens(symbols)
+            try:
+                ending = self._behind(token, tuple(symbols), matcher, place, known) if known is not None else None
+            except Unknown as unknown:
+                if not unknown.gave_up:
+                    self.forced = True
+                    return False
+                ending = None
+            self._matcher, same = matcher, ending is known
+        self._text = [*self._text[1 - _TIMES * _PERIOD :], token] if same else []
+        self._place, self.ending = place, ending
+        self.left -= 1
         self.only = None
         if goes_round(self._text):
             self._close()
         return True
 
     def give_up(self) -> None:
-        """The next token is the ending's."""
-        self.only, self.forced = self.ending.tokens[0] if self.ending.tokens else self._alphabet.eos_token_id, True
+        """The next token is the ending's, or ends a number."""
+        self.forced = True
+        if self.ending is not None:
+            self.only = self.ending.tokens[0] if self.ending.tokens else self._alphabet.eos_token_id
+            return
+        self._read()
+        choices, _ = self._alphabet.allowed(self._matcher)
+        closers = [symbol for symbol in choices if self._alphabet.byte(symbol) in _BEHIND_A_VALUE]
+        spelled = self._alphabet.spell((closers or choices)[-1:])
+        self.only = spelled[0] if spelled else None
 
-    def _behind(self, token: int, symbols: tuple[int, ...], matcher: LLMatcher, place: Place) -> Ending | None:
-        """An ending behind a token. Most often the one known so far is one, too, or what of it is not said yet."""
-        alphabet, known = self._alphabet, self.ending
+    def _read(self) -> None:
+        """Show the matcher what it has not seen."""
+        if self._unread:
+            self._matcher.consume_tokens(self._unread)
+            self._unread = []
+
+    def _behind(self, token: int, symbols: tuple[int, ...], matcher: LLMatcher, place: Place, known: Ending) -> Ending:
+        """An ending behind a token. Most often the one known so far is one, too, or what of it is not said yet.
+
+        Raises:
+            Unknown: none within the tokens that are left, or too much to look at.
+        """
+        alphabet = self._alphabet
         ending: Ending | None = None
         if known.symbols[: len(symbols)] == symbols:
             rest = known.symbols[len(symbols) :]
@@ -373,28 +426,30 @@ class Reach:
             ending = None if tokens is None else Ending(rest, tokens)
         else:  # what begins with a digit could go on with a number, which is not the shortest and may become too large
             whole, parts = range(bool(known.symbols)), range(len(known.symbols) - 1, 0, -1)
-            for start in (*parts, *whole) if place.word and not place.quoted else (*whole, *parts):
+            for start in (*parts, *whole) if place.number else (*whole, *parts):
                 rest = known.symbols[start:]
                 if alphabet.ends(matcher, rest):
                     tokens = known.tokens if start == 0 else alphabet.spell(rest)
                     ending = known if start == 0 else None if tokens is None else Ending(rest, tokens)
                     break
-        if ending is not None and len(ending.tokens) < self._left:
+        if ending is not None and len(ending.tokens) < self.left:
             return ending
-        try:
-            return shortest(alphabet, matcher, place, most=self._left - 1)
-        except Unknown:
-            return None
+        return shortest(alphabet, matcher, place, most=self.left - 1)
 
     def _close(self) -> None:
         """End the text or number that goes round in circles, if it may end here."""
         self._text = []
+        if self.ending is None:
+            return
+        if not self.ending.symbols:  # a number that is all of the answer
+            self.give_up()
+            return
         with suppress(Unknown):
-            self.ending = shortest(self._alphabet, self._matcher, self._place, most=self._left)
+            self.ending = shortest(self._alphabet, self._matcher, self._place, most=self.left)
             first, rest = self.ending.symbols[:1], self.ending.symbols[1:]
             if self._alphabet.byte(first[0]) in (_QUOTE if self._place.quoted else _BEHIND_A_VALUE):
                 closer, then = self._alphabet.spell(first), self._alphabet.spell(rest)
-                roomy = closer is not None and then is not None and len(then) < self._left
+                roomy = closer is not None and then is not None and len(then) < self.left
                 self.only, self.forced = closer[0] if closer and roomy else self.ending.tokens[0], True
 
 

@@ -327,6 +327,8 @@ def decode(
             answer.ids.append(token)
             piece = detokenizer.push(token)
             ended = guide is not None and guide.ended
+            if not ended and grammar is not None and guide is not None and len(answer.ids) == limit:
+                ended = guide.complete and not grammar.free  # a number could always go on
             if ended or len(answer.ids) == limit:
                 answer.finish_reason = "stop" if ended else "length"
                 piece += detokenizer.flush()

@@ -45,11 +45,13 @@ class Grammar(Shared):
         """The guide of one answer.
 
         Args:
-            limit: the guide sees to it that the answer ends within so many tokens, where :meth:`check` found that it can.
+            limit: the guide sees to it that the answer ends within so many tokens, unless :attr:`least` are more, or it is too much to
+                look at how.
         """
         reach = None
-        if limit is not None and isinstance(self._shortest, Ending) and len(self._shortest.tokens) <= limit:
-            reach = Reach(self._alphabet, self._symbolic.deep_copy(), self._shortest, limit)
+        if limit is not None and self.least <= limit:
+            ending = self._shortest if isinstance(self._shortest, Ending) else None
+            reach = Reach(self._alphabet, self._symbolic.deep_copy(), ending, limit, self.free)
         return Guide(self._matcher.deep_copy(), self._slack, reach)
 
     @property
@@ -105,7 +107,8 @@ class Guide:
     @property
     def hurried(self) -> bool:
         """Whether the answer was not free to go on as the grammar allows: it had to end in time, or went round in circles."""
-        return self._reach is not None and self._reach.forced
+        reach = self._reach
+        return reach is not None and (reach.forced or (reach.left == 0 and not self.ended))
 
     def forced(self) -> list[int]:
         """Tokens that must follow, spelled as the tokenizer spells them; a model may still spell them otherwise."""
