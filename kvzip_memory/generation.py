@@ -37,9 +37,9 @@ class GenerationParams:
         seed: makes sampling repeatable, any integer of 64 bits; None draws one.
         stop: texts that end the answer; they are not part of it.
         repetition_penalty: as in transformers: logits of tokens that have occurred, in what the answer sees or says, are divided by it
-            (multiplied where negative). 1 is off. What a context has evicted has occurred.
+            (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range. What a context has evicted has occurred.
         no_repeat_ngram_size: as in transformers: no n tokens come twice, those that the answer sees included; 0 is off. What a grammar
-            prescribes may.
+            prescribes may, and any where no token is left.
         grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
         speculate: guess tokens, by prompt lookup and by what the grammar leaves, and check several in one step while no other
             answer runs. The answer is the same, sooner where it quotes the context or keeps to a form.
@@ -102,7 +102,7 @@ _RANGES: tuple[tuple[str, bool, Callable[[Any], bool], str], ...] = (
     ("top_p", False, lambda p: 0 < p <= 1, "a number in (0, 1]"),
     ("top_k", True, lambda k: k >= 1, "a whole number, at least 1; None is off"),
     ("seed", True, lambda n: -(2**63) <= n < 2**64, "a whole number of 64 bits, from -2**63 to 2**64 - 1"),
-    ("repetition_penalty", False, lambda p: 0 < p < inf, "a number above 0; 1 is off"),
+    ("repetition_penalty", False, lambda p: 1e-6 <= p <= 1e6, "a number from 1e-6 to 1e6; 1 is off"),
     ("no_repeat_ngram_size", True, lambda n: n >= 0, "a whole number, at least 1; 0 is off"),
 )
 
@@ -124,6 +124,8 @@ def _number(name: str, value: Any, whole: bool, holds: Callable[[Any], bool], wa
 _PICKS = 8
 #: Below this temperature logits divided by it overflow; the likeliest token is all that is left long before.
 _COLD = 1e-6
+#: Above this temperature all tokens are equally likely, also those that a grammar forbids once it overflows.
+_HOT = 1e30
 
 
 class Sampler:
@@ -148,7 +150,7 @@ class Sampler:
             return
         self._processors = LogitsProcessorList()
         if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(params.temperature))
+            self._processors.append(TemperatureLogitsWarper(min(params.temperature, _HOT)))
         if params.top_k is not None:
             self._processors.append(TopKLogitsWarper(params.top_k))
         if params.top_p is not None and params.top_p < 1:
@@ -171,6 +173,8 @@ class Sampler:
             ModelError: a logit is not a number.
         """
         scores = self._rules(self._seen, logits[None])[0] if self._rules else logits
+        if self._rules and scores.max() == -inf:  # every token has been ruled out
+            scores = logits
         token = self._pick(scores) if self.guide is None else self._guided(self.guide, scores, logits)
         if self._rules:
             self._seen = torch.cat([self._seen, torch.tensor([[token]], device=self._seen.device)], 1)

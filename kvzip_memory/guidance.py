@@ -22,7 +22,7 @@ from torch import Tensor
 from kvzip_memory.encoding import Encoder, added_tokens, knows_mistral, token_bytes
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
-from kvzip_memory.schemas import guiding, json_rule
+from kvzip_memory.schemas import contradiction, guiding, json_rule
 from kvzip_memory.sharing import Shared
 
 
@@ -155,8 +155,12 @@ class Guidance:
         try:
             return self.lark(f"start: {json_rule(schema)}")
         except InputError as error:
+            if not isinstance(schema, Mapping):
+                raise
             names = guiding(schema)[1]
-            raise InputError(f"{error}; what cannot be kept to is {', '.join(map(repr, names))}" if names else str(error)) from None
+            why = f": {contradiction(schema)}" if "Unsatisfiable" in str(error) else ""
+            left = f"; what cannot be kept to is {', '.join(map(repr, names))}" if names else ""
+            raise InputError(f"{error}{why}{left}") from None
 
     def lark(self, grammar: str, slack: int = 0) -> Grammar:
         """A grammar in llguidance's variant of Lark. ``slack`` as for :class:`Grammar`.

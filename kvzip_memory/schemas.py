@@ -10,6 +10,8 @@ from urllib.parse import unquote
 
 from llguidance import LLMatcher
 
+from kvzip_memory.errors import InputError
+
 #: One way to write each value: a model cannot lose itself in whitespace.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 #: Formats of strings that llguidance keeps to.
@@ -41,8 +43,19 @@ _WEB = {"format": "uri", "maxLength": 2083}
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """A grammar's expression for the JSON of a schema."""
-    return "%json " + json.dumps({**closed(schema), "x-guidance": _LAYOUT})
+    """A grammar's expression for the JSON of a schema.
+
+    Raises:
+        InputError: not a schema, or one of which no answer ever ends.
+    """
+    if not isinstance(schema, Mapping):
+        raise InputError(f"a schema is {schema!r}; it must be a mapping, {{}} for any value")
+    made = closed(schema)
+    if (endless := _endless(made)) is not None:
+        raise InputError(
+            f"no answer that keeps to this schema ever ends: {endless!r} requires itself; let what leads back to it be null, or not required"
+        )
+    return "%json " + json.dumps({**made, "x-guidance": _LAYOUT})
 
 
 def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
@@ -59,7 +72,7 @@ def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
         return [closed(item, parts) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    schema = _spelled(schema)
+    schema = spelled(schema)
     made: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _NAMED and isinstance(value, Mapping):
@@ -77,7 +90,7 @@ def closed(schema: Any, parts: frozenset[str] | None = None) -> Any:
     return made
 
 
-def _spelled(schema: Mapping[str, Any]) -> dict[str, Any]:
+def spelled(schema: Mapping[str, Any]) -> dict[str, Any]:
     """One level of a schema with what is written in other ways than the standard's put right."""
     made = {
         key: value
@@ -125,6 +138,88 @@ def _references(schema: Any, inside: bool = False) -> Iterator[str]:
         yield from _references(value, inside or key == "allOf")
 
 
+# -- what nothing can be ------------------------------------------------------------------------------------------
+
+
+def _endless(schema: Mapping[str, Any]) -> str | None:
+    """A reference to what only endless values keep to, if the schema cannot do without; no value but such may be the schema's."""
+    known: set[str] = set()  # to what has finite values
+    open_: dict[str, Any] = {
+        key: _referred(key, schema) for key in _all_references(schema) if (key == "#" or key.startswith("#/")) and _found(key, schema)
+    }
+    while ending := {key for key in open_.keys() - known if _finite(open_[key], known, open_)}:
+        known |= ending
+    return None if _finite(schema, known, open_) else min(open_.keys() - known)
+
+
+def _all_references(schema: Any) -> set[str]:
+    """What a schema refers to."""
+    parts: list[Any] = schema if isinstance(schema, list) else [*schema.values()] if isinstance(schema, Mapping) else []
+    own = {schema["$ref"]} if isinstance(schema, Mapping) and isinstance(schema.get("$ref"), str) else set()
+    return own.union(*map(_all_references, parts))
+
+
+def _finite(schema: Any, known: set[str], all_: Mapping[str, Any]) -> bool:
+    """Whether a schema has a finite value, as far as that is ``known`` of what it refers to; other faults of it are of no interest."""
+    if not isinstance(schema, Mapping) or "enum" in schema or "const" in schema:
+        return True
+
+    def finite(part: Any) -> bool:
+        return _finite(part, known, all_)
+
+    reference, kinds = schema.get("$ref"), schema.get("type", _KINDS)
+    if isinstance(reference, str) and reference in all_ and reference not in known:
+        return False
+    if not all(map(finite, _listed(schema, "allOf"))):
+        return False
+    for key in ("anyOf", "oneOf"):
+        if (choices := _listed(schema, key)) and not any(map(finite, choices)):
+            return False
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+    if not kinds <= {"object", "array"}:
+        return True
+    named, other = schema.get("properties") or {}, schema.get("additionalProperties")
+    items = _listed(schema, "prefixItems") + _listed(schema, "items")
+    fewest = schema.get("minItems", 0)
+    inside = [*items[:fewest], *([schema.get("items")] if len(items) < fewest else [])]
+    return ("object" in kinds and all(finite(named.get(name, other)) for name in _listed(schema, "required"))) or (
+        "array" in kinds and all(map(finite, inside))
+    )
+
+
+def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+    return value if isinstance(value := schema.get(key), list) else []
+
+
+#: So much of a schema is shown.
+_SHOWN = 120
+
+
+def contradiction(schema: Mapping[str, Any]) -> str | None:
+    """Where in a schema, and why, no value keeps to it, as far inside as that is so."""
+    root = closed(schema)
+    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+
+    def find(part: Any, place: str, above: frozenset[str]) -> str | None:
+        whole = {**definitions, **part} if isinstance(part, Mapping) else part
+        if part is not False and not (why := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(whole))):
+            return None
+        if part is False:
+            return f"{place} is false"
+        inner = {f"{place}/{key}/{i}": item for key in ("prefixItems", "anyOf", "oneOf", "allOf") for i, item in enumerate(_listed(part, key))}
+        inner |= {f"{place}/properties/{name}": part.get("properties", {}).get(name, True) for name in _listed(part, "required")}
+        if part.get("minItems", 0):
+            inner[f"{place}/items"] = part.get("items", True)
+        reference = part.get("$ref")
+        if reference not in above and _found(reference, root):
+            inner[reference] = _referred(reference, root)
+        shown = json.dumps(part, ensure_ascii=False, default=repr)[:_SHOWN]
+        found = (find(item, at, above | {reference}) for at, item in inner.items())
+        return next(filter(None, found), f"{why.removeprefix('Unsatisfiable schema: ')} in {place}, {shown}")
+
+    return find(root, "#", frozenset())
+
+
 # -- what cannot guide -------------------------------------------------------------------------------------------
 
 
@@ -151,7 +246,7 @@ def _left_out(schema: Any, root: Mapping[str, Any] | None) -> tuple[Any, list[st
         return schema, []
     made: dict[str, Any] = {}
     names: list[str] = []
-    for key, value in _spelled(schema).items():
+    for key, value in spelled(schema).items():
         nowhere = key == "$ref" and root is not None and not _found(value, root)
         if key in NARROWING or nowhere or (key in _SENSE and not _SENSE[key](value)):
             names.append(key)
@@ -184,10 +279,13 @@ def _compiles(pattern: str) -> bool:
 
 def _found(reference: Any, root: Mapping[str, Any]) -> bool:
     """Whether a reference is one into its own schema."""
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return False
+    return isinstance(reference, str) and reference.startswith("#") and _referred(reference, root) is not _NOWHERE
+
+
+def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference is to; all of the schema for an anchor."""
     if not reference.startswith("#/"):
-        return True  # all of it, or an anchor
+        return root
     at: Any = root
     for name in reference[2:].split("/"):
         name = unquote(name).replace("~1", "/").replace("~0", "~")
@@ -196,8 +294,8 @@ def _found(reference: Any, root: Mapping[str, Any]) -> bool:
         elif isinstance(at, Mapping) and name in at:
             at = at[name]
         else:
-            return False
-    return True
+            return _NOWHERE
+    return at
 
 
 def _is_number(value: Any) -> bool:
@@ -235,6 +333,8 @@ def _is_of(kinds: Any) -> Callable[[Any], bool]:
     return lambda value: any(isinstance(value, classes[kind]) and (kind == "boolean") == isinstance(value, bool) for kind in kinds)
 
 
+#: What a reference to nothing is to.
+_NOWHERE = object()
 _KINDS = ("string", "integer", "number", "boolean", "object", "array", "null")
 #: What the values of keywords must be to make sense.
 _SENSE: dict[str, Callable[[Any], bool]] = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.guidance import Grammar, Guidance
-from kvzip_memory.schemas import guiding, json_rule, one_of_as_any
+from kvzip_memory.schemas import guiding, json_rule, one_of_as_any, spelled
 from kvzip_memory.sources import cleaned, response
 
 #: Where a call's name and its id stand in what opens it, in a form whose JSON holds only the arguments.
@@ -335,6 +335,14 @@ def _parameters(tool: Tool) -> Mapping[str, Any]:
     parameters = tool["function"].get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
         raise InputError(f"the parameters of the tool {tool['function']['name']!r} are {parameters!r}; they must be a JSON schema")
+    kinds = spelled(parameters).get("type", "object")
+    if "object" not in ([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []):
+        raise InputError(
+            f"the parameters of the tool {tool['function']['name']!r} are of the type {parameters['type']!r}; they must be an 'object' "
+            "that has what the tool takes as its properties"
+        )
+    if not isinstance(kinds, str):  # arguments are never null
+        return {**parameters, "type": "object"}
     if parameters.get("type") in (None, "any") and not {"$ref", "anyOf", "oneOf", "allOf", "const", "enum"} & parameters.keys():
         return {**parameters, "type": "object"}
     return parameters

@@ -117,7 +117,7 @@ def test_a_seed_repeats_a_sample_and_none_does_not(engine: KVzipEngine) -> None:
         *[("top_k", value) for value in (0, -3, 2.5, True, "", "five")],
         *[("seed", value) for value in (2**70, -(2**70), 1.5, True, "x", 2**64)],
         *[("stop", value) for value in ([3], ["a", None], 7, {"a": 1}.items(), b"x", True)],
-        *[("repetition_penalty", value) for value in (0, -1, nan, inf, True, "x")],
+        *[("repetition_penalty", value) for value in (0, -1, nan, inf, True, "x", 1e-40, 1e40)],
         *[("no_repeat_ngram_size", value) for value in (-1, 1.5, True, "x")],
     ],
 )
@@ -150,6 +150,30 @@ def test_none_is_the_default_and_a_text_that_spells_a_number_is_that_number() ->
 def test_a_temperature_of_nearly_nothing_is_greedy(engine: KVzipEngine, temperature: float) -> None:
     greedy = engine.generate(None, "Go on.", max_new_tokens=8).text
     assert engine.generate(None, "Go on.", max_new_tokens=8, temperature=temperature, seed=1).text == greedy
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1e39}, {"temperature": 1e300, "top_p": 0.5}, {"temperature": 1e30, "repetition_penalty": 1e6}])
+def test_a_temperature_without_end_makes_all_that_a_grammar_allows_alike(params: dict[str, Any]) -> None:
+    engine = tiny_engine()
+    schema = {"enum": ["a", "b", "c"]}
+    said = {engine.generate(None, "Go on.", schema=schema, seed=seed, **params).text for seed in range(12)}
+    assert {'"a"', '"b"'} <= said <= {'"a"', '"b"', '"c"'} or "top_p" in params
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e6])
+@pytest.mark.parametrize("temperature", [1e-6, 1.0])
+def test_the_largest_penalties_leave_numbers(penalty: float, temperature: float) -> None:
+    sampler = Sampler(GenerationParams(repetition_penalty=penalty, temperature=temperature, seed=1), torch.device("cpu"), ids=[3, 4])
+    assert sampler(torch.tensor([-1e3, 1.0, 2.0, 1e3, -1e3])) == (3 if penalty < 1 else 2 if temperature < 1 else 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_every_token_has_been_ruled_out_all_are_allowed_again(temperature: float) -> None:
+    params = GenerationParams(no_repeat_ngram_size=1, temperature=temperature, seed=1)
+    sampler, logits = Sampler(params, torch.device("cpu")), torch.tensor([0.0, 40.0, 0.0])
+    said = [sampler(logits) for _ in range(5)]
+    assert sorted(said[:3]) == [0, 1, 2]
+    assert said[3:] == [1, 1]
 
 
 @pytest.mark.parametrize("seed", [0, -1, -(2**63), 2**63 - 1, 2**64 - 1])

@@ -18,7 +18,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from conftest import tiny_engine
-from kvzip_memory import InputError, KVzipEngine, UnfinishedError, WindowError
+from kvzip_memory import InputError, KVzipEngine, UnfinishedError, WindowError, endings
 from kvzip_memory.endings import goes_round
 from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.guidance import Grammar
@@ -221,6 +221,132 @@ def test_numbers_are_finite() -> None:
         while not sampler.guide.ended:  # type: ignore[union-attr]
             said.append(sampler(logits))
         assert abs(json.loads(engine.tokenizer.decode(said))["n"]) < float("inf")
+
+
+@pytest.mark.parametrize("schema", [{"type": "number"}, {}, {"type": "integer"}, {"anyOf": [{"type": "number"}, {"type": "null"}]}])
+def test_a_number_that_is_all_of_the_answer_ends_and_is_finite(schema: dict[str, Any]) -> None:
+    engine = tiny_engine()
+    for params in ({}, {"temperature": 1.0, "seed": 3}):
+        reply = engine.generate(None, "hi", schema=schema, max_new_tokens=64, **params)
+        assert abs(json.loads(reply.text)) < float("inf")
+        assert reply.finish_reason in ("stop", "forced")
+    logits = torch.zeros(engine.model.config.vocab_size)
+    logits[engine.tokenizer("7").input_ids] = 9.0
+    sampler, said = Sampler(GenerationParams(grammar=engine.guidance.json(schema)), engine.model.device, 500), list[int]()
+    while not sampler.guide.ended:  # type: ignore[union-attr]
+        said.append(sampler(logits))
+    assert said == [*engine.tokenizer("7").input_ids * 25, min(engine._model.eos_ids)]  # goes round in circles at 24
+    assert sampler.hurried
+
+
+ANY_LIST: dict[str, Any] = {"type": "array"}
+UNTYPED: list[tuple[dict[str, Any], str]] = [
+    (ANY_LIST, "[]"),
+    ({}, "0"),
+    ({"anyOf": [ANY_LIST, {"type": "null"}]}, "[]"),
+    ({"type": "object"}, "{}"),
+    ({"type": "array", "items": {"type": "object"}}, "[]"),
+    ({"type": "array", "minItems": 2}, "[0, 0]"),
+    ({"type": "array", "items": ANY_LIST, "minItems": 1}, "[[]]"),
+    ({"type": "object", "additionalProperties": {}, "minProperties": 1}, '{"": 0}'),
+]
+
+
+@pytest.mark.parametrize(("argument", "value"), UNTYPED)
+def test_a_call_with_an_argument_that_may_be_anything_ends_in_time(argument: dict[str, Any], value: str) -> None:
+    engine = tiny_engine()
+    parameters = {"type": "object", "properties": {"a": argument}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    form = FORMS["hermes"]
+    shortest = f'<tool_call>\n{{"name": "f", "arguments": {{"a": {value}}}}}\n</tool_call>'
+    forced = calls_grammar(engine.guidance, form, tools, "any")
+    assert forced.least == len(shortest)
+    for seed in range(4):
+        answer = babble(engine, forced, seed, limit=len(shortest) + 9 * seed)
+        assert Draft202012Validator(argument).is_valid(json.loads(answer.text[12:-13])["arguments"]["a"])
+    guide = calls_grammar(engine.guidance, form, tools, "auto").start(1024)
+    assert all(map(guide.take, engine.tokenizer(shortest).input_ids))
+    assert not guide.hurried
+
+
+def test_an_ending_that_is_too_much_to_look_for_refuses_nothing_but_infinite_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    parameters = {"type": "object", "properties": {"a": {"type": "array"}}, "required": ["a"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    monkeypatch.setattr(endings, "_MOST_STATES", 1)
+    for choice in ("auto", "any"):
+        guide = calls_grammar(engine.guidance, FORMS["hermes"], tools, choice).start(1024)
+        call = '<tool_call>\n{"name": "f", "arguments": {"a": [[1e30'
+        assert all(map(guide.take, engine.tokenizer(call).input_ids))
+        assert not guide.take(engine.tokenizer("9").input_ids[0])
+        guide.give_up()
+        allowed = guide.mask(torch.zeros(engine.model.config.vocab_size)).isfinite().nonzero().flatten().tolist()
+        assert allowed == engine.tokenizer("]").input_ids
+        assert all(map(guide.take, engine.tokenizer(']]}}\n</tool_call>').input_ids))
+        assert guide.complete
+
+
+def node(child: dict[str, Any]) -> dict[str, Any]:
+    return {"$defs": {"n": {"type": "object", "properties": {"n": child}, "required": ["n"]}}, "$ref": "#/$defs/n"}
+
+
+LOOP: dict[str, Any] = {"$ref": "#/$defs/n"}
+ENDLESS: list[dict[str, Any]] = [
+    {"$ref": "#"},
+    {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    node(LOOP),
+    node({"type": "array", "items": LOOP, "minItems": 1}),
+    node({"anyOf": [LOOP, {"allOf": [{"type": "object"}, LOOP]}]}),
+]
+
+
+@pytest.mark.parametrize("schema", ENDLESS)
+def test_a_schema_of_which_no_answer_ends_is_refused_before_the_answer(schema: dict[str, Any]) -> None:
+    engine = tiny_engine()
+    engine._model.forward = engine._model.feed = None  # type: ignore
+    with pytest.raises(InputError, match="no answer that keeps to this schema ever ends: '#.*' requires itself"):
+        engine.generate(None, "x", schema=schema)
+    with pytest.raises(InputError, match="tool 'odd': no answer .* ever ends"):
+        engine.generate(None, "x", tools=[{"type": "function", "function": {"name": "odd", "parameters": schema}}])
+
+
+@pytest.mark.parametrize(
+    "child", [{"type": "array", "items": LOOP}, {"anyOf": [LOOP, {"type": "null"}]}, {"type": ["object", "null"], "properties": {"n": LOOP}}]
+)
+def test_a_schema_that_refers_to_itself_where_it_need_not_go_on_guides(child: dict[str, Any]) -> None:
+    assert json.loads(tiny_engine().generate(None, "x", schema=node(child), max_new_tokens=40).text)
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"type": "integer", "minimum": 3, "maximum": 1}, r"minimum \(3\) is greater than maximum \(1\) in #/properties/u/items/properties/v"),
+        ({"type": "string", "const": 1}, r'incompatible types in #/properties/u/items/properties/v, {"type": "string", "const": 1}'),
+        (False, "#/properties/u/items/properties/v is false"),
+        ({"$ref": "#/$defs/w"}, "greater than maxLength .* in #/\\$defs/w"),
+    ],
+)
+def test_a_schema_that_nothing_keeps_to_says_where_and_why(engine: KVzipEngine, part: Any, why: str) -> None:
+    inner = {"type": "object", "properties": {"v": part}, "required": ["v"]}
+    outer = {"type": "object", "properties": {"u": {"type": "array", "items": inner, "minItems": 1}}, "required": ["u"]}
+    with pytest.raises(InputError, match=why):
+        engine.generate(None, "x", schema={**outer, "$defs": {"w": {"type": "string", "minLength": 3, "maxLength": 1}}})
+    with pytest.raises(InputError, match="a schema is False; it must be a mapping"):
+        engine.generate(None, "x", schema=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["array", "string", ["array", "null"], 5])
+def test_arguments_that_are_no_object_name_the_tool(engine: KVzipEngine, kind: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "odd", "parameters": {"type": kind}}}]
+    with pytest.raises(InputError, match=f"tool 'odd' are of the type {re.escape(repr(kind))}; they must be an 'object'"):
+        engine.generate(None, "x", tools=tools)
+
+
+def test_arguments_are_never_null(engine: KVzipEngine) -> None:
+    tools = [{"type": "function", "function": {"name": "odd", "parameters": {"type": ["object", "null"]}}}]
+    grammar = calls_grammar(engine.guidance, FORMS["mistral"], tools, "any")
+    assert says(engine, grammar, '[TOOL_CALLS] [{"name": "odd", "arguments": {}}]')
+    assert not says(engine, grammar, '[TOOL_CALLS] [{"name": "odd", "arguments": null}]')
 
 
 def test_answers_of_a_real_model_validate(smollm2: KVzipEngine) -> None:
