@@ -24,8 +24,8 @@ from llguidance._tokenizer import TokenizerWrapper
 _LONGEST = 24
 #: Parts of texts of which it is remembered whether a token begins with them.
 _REMEMBERED = 100_000
-#: States that a search may look at (0.3 s), and of those that look the same.
-_MOST_STATES, _ALIKE = 10_000, 2
+#: States that a search may look at (0.3 to 1 s), and of those that look the same: in a second search, where the first finds nothing, more.
+_MOST_STATES, _ALIKE = 3_000, (2, 32)
 #: So many choices are all looked at; of more, those that lead to different choices.
 _FEW = 8
 _QUOTE, _ESCAPE = frozenset(b'"'), ord("\\")
@@ -191,7 +191,7 @@ class Spelling:
 
 
 class Place(NamedTuple):
-    """Where in a JSON text one is: which containers are open, with the last key or the number of items of each, and how much of a
+    """Where in a JSON text one is: which containers are open, with the number of items and the last key of each, and how much of a
     string, number or word has been said. Two answers at one place that may go on alike go on alike (nearly always), whatever they
     said before.
     """
@@ -209,11 +209,11 @@ class Place(NamedTuple):
         if char == '"':
             return Place(path, b'"', True)
         if char in "{[":
-            return Place((path, None if char == "{" else 0))
+            return Place((path, 0, b""))
         if char == ":" and path:
-            return Place((path[0], word))
+            return Place((path[0], path[1], word))
         if char == ",":
-            return Place((path[0], path[1] + 1) if path and isinstance(path[1], int) else path)
+            return Place((path[0], path[1] + 1, path[2]) if path else path)
         if char in "}]":
             return Place(path[0] if path else ())
         return self if char == " " else Place(path, word + bytes([byte]))
@@ -252,12 +252,26 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
     """
     if alphabet.ends(matcher, ()):
         return Ending((), ())
-    order, looks = count(), 0
+    unknown = Unknown(0, gave_up=True)
+    for alike in _ALIKE:
+        try:
+            return _search(alphabet, matcher, place, most, alike)
+        except Unknown as error:
+            unknown = error
+        if not unknown.gave_up:
+            break
+    raise unknown
+
+
+def _search(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float, most_alike: int) -> Ending:
+    """As :func:`shortest`; of states that look the same only so many are looked at."""
+    order, looks, cut, passed_over = count(), 0, False, inf
     seen: Counter[Any] = Counter()
     classes: dict[bytes, list[int]] = {}  # of wide choices, the symbols that lead to different ones
     heap: list[tuple[float, int, int, LLMatcher, Place, tuple[int, ...], Spelling]] = []
 
     def push(matcher: LLMatcher, place: Place, said: tuple[int, ...], spelling: Spelling, more: Sequence[int]) -> None:
+        nonlocal cut
         for symbol in more:
             spelling = alphabet.spell_on(spelling, symbol)
             byte = alphabet.byte(symbol)
@@ -265,6 +279,8 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
         least = len(spelling.done) + spelling.least
         if least <= most:
             heapq.heappush(heap, (least, len(said) + len(more), next(order), matcher, place, (*said, *more), spelling))
+        else:
+            cut = True
 
     push(matcher, place, (), Spelling(), ())
     least = 0.0
@@ -280,7 +296,7 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
             return Ending(said, tokens)
         looks += 1
         if looks > _MOST_STATES:
-            raise Unknown(int(least), gave_up=True)
+            raise Unknown(int(min(least, passed_over)), gave_up=True)
         forced = alphabet(matcher.compute_ff_bytes())
         if forced:
             ahead = matcher.deep_copy()
@@ -290,11 +306,12 @@ def shortest(alphabet: Alphabet, matcher: LLMatcher, place: Place, most: float =
         choices, mask = alphabet.allowed(matcher)
         alike = (place.path, len(place.word), place.quoted, mask)
         seen[alike] += 1
-        if seen[alike] > _ALIKE:
+        if seen[alike] > most_alike:
+            passed_over = min(passed_over, least)
             continue
         for symbol, ahead in _worth(alphabet, matcher, choices, mask, place, classes):
             push(ahead, place, said, spelling, (symbol,))
-    raise Unknown(int(most) + 1 if most < inf else int(least) + 1, gave_up=False)
+    raise Unknown(int(min(least, passed_over)), gave_up=not cut)
 
 
 def _worth(

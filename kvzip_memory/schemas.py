@@ -53,7 +53,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     made = closed(schema)
     if (endless := _endless(made)) is not None:
         raise InputError(
-            f"no answer that keeps to this schema ever ends: {endless!r} requires itself; let what leads back to it be null, or not required"
+            f"no answer that keeps to this schema ever ends: {endless!r} requires itself; let what leads back to it be null or left out"
         )
     return "%json " + json.dumps({**made, "x-guidance": _LAYOUT})
 
@@ -179,10 +179,12 @@ def _finite(schema: Any, known: set[str], all_: Mapping[str, Any]) -> bool:
     if not kinds <= {"object", "array"}:
         return True
     named, other = schema.get("properties") or {}, schema.get("additionalProperties")
+    others = [other, *(schema.get("patternProperties") or {}).values()]
     items = _listed(schema, "prefixItems") + _listed(schema, "items")
     fewest = schema.get("minItems", 0)
     inside = [*items[:fewest], *([schema.get("items")] if len(items) < fewest else [])]
-    return ("object" in kinds and all(finite(named.get(name, other)) for name in _listed(schema, "required"))) or (
+    enough = any(finite(part) for part in others if part is not False) or sum(map(finite, named.values())) >= schema.get("minProperties", 0)
+    return ("object" in kinds and enough and all(finite(named.get(name, other)) for name in _listed(schema, "required"))) or (
         "array" in kinds and all(map(finite, inside))
     )
 
@@ -206,7 +208,9 @@ def contradiction(schema: Mapping[str, Any]) -> str | None:
             return None
         if part is False:
             return f"{place} is false"
-        inner = {f"{place}/{key}/{i}": item for key in ("prefixItems", "anyOf", "oneOf", "allOf") for i, item in enumerate(_listed(part, key))}
+        inner = {
+            f"{place}/{key}/{i}": item for key in ("prefixItems", "anyOf", "oneOf", "allOf") for i, item in enumerate(_listed(part, key))
+        }
         inner |= {f"{place}/properties/{name}": part.get("properties", {}).get(name, True) for name in _listed(part, "required")}
         if part.get("minItems", 0):
             inner[f"{place}/items"] = part.get("items", True)

@@ -123,6 +123,8 @@ CLOSE: list[tuple[Any, int]] = [  # schemas, and the tokens of the shortest answ
     ({"type": "object", "properties": {"x": LONG, "y": {"type": ["integer", "null"]}}, "required": ["y"]}, len('{"y": 0}')),
     ({"allOf": [LONG, {"properties": {"c": {"type": "boolean"}}, "required": ["c"]}]}, len('{"a": "", "b": "", "c": true}')),
     (NODE, len('{"n": null}')),
+    ({"type": "string", "pattern": "^([a-z]+[0-9]{3,}){3,8}$"}, len('"a000a000a000"')),
+    ({"type": "array", "minItems": 2}, len("[0, 0]")),
 ]  # fmt: skip
 
 
@@ -136,6 +138,10 @@ def test_the_shortest_answer_is_known_and_given_where_no_other_fits(schema: dict
     if least > 1:
         with pytest.raises(InputError, match=f"takes {least} tokens and max_new_tokens is {least - 1}"):
             engine.session().stream("x", grammar=engine.guidance.json(schema), max_new_tokens=least - 1)
+
+
+def test_an_object_of_many_properties_has_a_shortest_answer() -> None:
+    assert tiny_engine().guidance.json({"type": "object", "minProperties": 4}).least == len('{"": 0, "": 0, "": 0, "": 0}')
 
 
 def test_what_the_window_leaves_is_a_limit_too() -> None:
@@ -282,7 +288,7 @@ def test_an_ending_that_is_too_much_to_look_for_refuses_nothing_but_infinite_num
         guide.give_up()
         allowed = guide.mask(torch.zeros(engine.model.config.vocab_size)).isfinite().nonzero().flatten().tolist()
         assert allowed == engine.tokenizer("]").input_ids
-        assert all(map(guide.take, engine.tokenizer(']]}}\n</tool_call>').input_ids))
+        assert all(map(guide.take, engine.tokenizer("]]}}\n</tool_call>").input_ids))
         assert guide.complete
 
 
@@ -296,6 +302,7 @@ ENDLESS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
     node(LOOP),
     node({"type": "array", "items": LOOP, "minItems": 1}),
+    {"type": "object", "additionalProperties": {"$ref": "#"}, "minProperties": 1},
     node({"anyOf": [LOOP, {"allOf": [{"type": "object"}, LOOP]}]}),
 ]
 
@@ -304,14 +311,15 @@ ENDLESS: list[dict[str, Any]] = [
 def test_a_schema_of_which_no_answer_ends_is_refused_before_the_answer(schema: dict[str, Any]) -> None:
     engine = tiny_engine()
     engine._model.forward = engine._model.feed = None  # type: ignore
-    with pytest.raises(InputError, match="no answer that keeps to this schema ever ends: '#.*' requires itself"):
+    with pytest.raises(InputError, match=r"no answer that keeps to this schema ever ends: '#.*' requires itself"):
         engine.generate(None, "x", schema=schema)
-    with pytest.raises(InputError, match="tool 'odd': no answer .* ever ends"):
+    with pytest.raises(InputError, match=r"tool 'odd': no answer .* ever ends"):
         engine.generate(None, "x", tools=[{"type": "function", "function": {"name": "odd", "parameters": schema}}])
 
 
 @pytest.mark.parametrize(
-    "child", [{"type": "array", "items": LOOP}, {"anyOf": [LOOP, {"type": "null"}]}, {"type": ["object", "null"], "properties": {"n": LOOP}}]
+    "child",
+    [{"type": "array", "items": LOOP}, {"anyOf": [LOOP, {"type": "null"}]}, {"type": ["object", "null"], "properties": {"n": LOOP}}],
 )
 def test_a_schema_that_refers_to_itself_where_it_need_not_go_on_guides(child: dict[str, Any]) -> None:
     assert json.loads(tiny_engine().generate(None, "x", schema=node(child), max_new_tokens=40).text)
@@ -320,7 +328,10 @@ def test_a_schema_that_refers_to_itself_where_it_need_not_go_on_guides(child: di
 @pytest.mark.parametrize(
     ("part", "why"),
     [
-        ({"type": "integer", "minimum": 3, "maximum": 1}, r"minimum \(3\) is greater than maximum \(1\) in #/properties/u/items/properties/v"),
+        (
+            {"type": "integer", "minimum": 3, "maximum": 1},
+            r"minimum \(3\) is greater than maximum \(1\) in #/properties/u/items/properties/v",
+        ),
         ({"type": "string", "const": 1}, r'incompatible types in #/properties/u/items/properties/v, {"type": "string", "const": 1}'),
         (False, "#/properties/u/items/properties/v is false"),
         ({"$ref": "#/$defs/w"}, "greater than maxLength .* in #/\\$defs/w"),
