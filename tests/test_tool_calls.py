@@ -32,7 +32,9 @@ def engine_of(family: str, special: bool = True) -> KVzipEngine:
     return KVzipEngine(tiny_model(), tokenizer)
 
 
-@pytest.fixture(scope="module", params=["hermes", "hermes tags", "llama3", "mistral", "mistral-args", "mistral-ids", "none"])
+@pytest.fixture(
+    scope="module", params=["hermes", "hermes tags", "llama3", "mistral", "mistral-args", "mistral-ids", "mistral-ids tags", "none"]
+)
 def engine(request: pytest.FixtureRequest) -> KVzipEngine:
     if request.param == "none":  # tags are plain text to this one
         return KVzipEngine(tiny_model(), tiny_tokenizer(CHATML))
@@ -177,6 +179,20 @@ def test_calls_are_read_however_an_answer_is_cut_into_pieces(form: str, size: in
     assert [json.loads(a) for a in arguments] == [{"a": '}<b>"{', "b": [1, {}]}, {}]
     if size == 1:
         assert len(deltas) > 20  # arguments come as they are said
+
+
+@pytest.mark.parametrize("family", ["mistral", "mistral-args", "mistral-ids"])
+@pytest.mark.parametrize("name", ['a "b" {c}', "größe/[x] ", "[CALL", "東<s>"])
+def test_names_of_any_characters_are_guided_and_read(family: str, name: str) -> None:
+    engine = engine_of(family)
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}}]
+    spelled = json.dumps(name, ensure_ascii=False)[1:-1] if family == "mistral" else name
+    assert allows(engine, calls_grammar(engine.guidance, engine.tool_form, tools, "any"), written(engine, [(spelled, {})]))
+    text = written(engine, [(spelled, {"a": "[ARGS]{"})])
+    reader = CallReader(engine.tool_form)
+    deltas = [delta for char in text for delta in reader.push(char)[1]]
+    assert [delta.name for delta in deltas if delta.name] == [name]
+    assert json.loads("".join(delta.arguments for delta in deltas)) == {"a": "[ARGS]{"}
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
