@@ -157,6 +157,15 @@ def test_calls_as_mistral_common_encodes_them_are_allowed_and_read(version: str)
     assert guide.complete
 
 
+def test_a_model_may_think_before_it_calls() -> None:
+    engine, tokenizer = engine_of("tekken-v13"), mistral("tekken-v13")
+    guide = calls_grammar(engine.guidance, engine.tool_form, TOOLS, "auto").start()
+    opening, closing, call = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]", "[TOOL_CALLS]"])
+    for token in (opening, *tokenizer("Hm.", add_special_tokens=False).input_ids, closing, call):
+        assert guide.mask(torch.zeros(len(tokenizer)))[token] == 0
+        guide.take(token)
+
+
 @kinds
 def test_answers_keep_to_a_schema_also_in_few_tokens(version: str) -> None:
     engine = engine_of(version)
