@@ -341,7 +341,9 @@ class Reach:
                 self._matcher.consume_tokens(self._unread)
                 self._unread = []
             matcher, place = self._matcher.deep_copy(), self._place
-            matcher.consume_tokens(symbols)
+            if not matcher.consume_tokens(symbols):  # an added token that the grammar has by its id, not by what it spells
+                matcher, symbols = self._matcher.deep_copy(), [token]
+                matcher.consume_tokens(symbols)
             for symbol in symbols:
                 byte = self._alphabet.byte(symbol)
                 place = Place() if byte is None else place.then(byte)
