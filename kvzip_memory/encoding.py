@@ -22,6 +22,9 @@ from kvzip_memory.errors import InputError
 #: Made anew by each process, so that no text can hold it.
 NONCE = uuid.uuid4().hex
 
+#: How families of models write what they think before they answer.
+THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _SECRET = re.compile(f"{_OPEN}{NONCE}[0-9a-f]+{_CLOSE}")
 

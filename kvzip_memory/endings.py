@@ -369,7 +369,7 @@ class Reach:
         self.ending, self.left, self.forced = ending, limit, False
         self.only: int | None = None
         self._place = Place()
-        self._unread: list[int] = []  # symbols the matcher has not seen yet
+        self._unread: list[int] = []  # tokens the matcher has not seen yet
         self._text: list[int] = []  # tokens that changed nothing about how the answer can end: those of a string
 
     def take(self, token: int, complete: bool) -> bool:
@@ -378,8 +378,10 @@ class Reach:
         Args:
             complete: the answer may end behind the token.
         """
-        symbols, place, known = self._alphabet.symbols(token), self._place, self.ending
+        place, known = self._place, self.ending
         ending: Ending | None = Ending((), ())
+        matcher = None if complete else self._read().deep_copy()
+        symbols = self._alphabet.symbols(token) if matcher is None else self._consume(matcher, token)
         if complete and self._free:
             place = Place()
         else:
@@ -388,13 +390,10 @@ class Reach:
                 place = Place() if byte is None else place.then(byte)
                 if token != self.only and place.overflows():  # 1e999 is valid JSON, and no number that Python has
                     return False
-        if complete:
-            self._unread += symbols
+        if matcher is None:
+            self._unread.append(token)
             same = place.number and known == ending
         else:
-            self._read()
-            matcher = self._matcher.deep_copy()
-            matcher.consume_tokens(symbols)
             try:
                 ending = self._behind(token, tuple(symbols), matcher, place, known) if known is not None else None
             except Unknown as unknown:
@@ -417,17 +416,25 @@ class Reach:
         if self.ending is not None:
             self.only = self.ending.tokens[0] if self.ending.tokens else self._alphabet.eos_token_id
             return
-        self._read()
-        choices, _ = self._alphabet.allowed(self._matcher)
+        choices, _ = self._alphabet.allowed(self._read())
         closers = [symbol for symbol in choices if self._alphabet.byte(symbol) in _BEHIND_A_VALUE]
         spelled = self._alphabet.spell((closers or choices)[-1:])
         self.only = spelled[0] if spelled else None
 
-    def _read(self) -> None:
-        """Show the matcher what it has not seen."""
-        if self._unread:
-            self._matcher.consume_tokens(self._unread)
-            self._unread = []
+    def _read(self) -> LLMatcher:
+        """The matcher, which has seen all there is."""
+        for token in self._unread:
+            self._consume(self._matcher, token)
+        self._unread = []
+        return self._matcher
+
+    def _consume(self, matcher: LLMatcher, token: int) -> list[int]:
+        """Show a matcher a token; returns it as symbols."""
+        symbols = self._alphabet.symbols(token)
+        if matcher.validate_tokens(symbols) < len(symbols):  # an added token that the grammar has by its id, not by what it spells
+            symbols = [token]
+        matcher.consume_tokens(symbols)
+        return symbols
 
     def _behind(self, token: int, symbols: tuple[int, ...], matcher: LLMatcher, place: Place, known: Ending) -> Ending:
         """An ending behind a token. Most often the one known so far is one, too, or what of it is not said yet.

@@ -19,7 +19,7 @@ from llguidance._tokenizer import TokenizerWrapper
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
-from kvzip_memory.encoding import Encoder, added_tokens, knows_mistral, token_bytes
+from kvzip_memory.encoding import THOUGHTS, Encoder, added_tokens, knows_mistral, token_bytes
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
 from kvzip_memory.schemas import contradiction, guiding, json_rule
@@ -142,8 +142,9 @@ class Guidance:
         self._alphabet: Alphabet | None = None
         added = added_tokens(tokenizer)
         self.added = {token.content: i for i, token in added.items()}
-        special = {i for i, token in added.items() if token.special}
-        self._plain_added = sorted(set(self.added.values()) - special)
+        # What may stand in free text: reasoning, too, some of whose tokens are special.
+        thoughts = {tag for tags in THOUGHTS for tag in tags}
+        self._plain_added = sorted(i for i, token in added.items() if not token.special or token.content in thoughts)
         self._added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))) or r"(?!)")
 
     def json(self, schema: Mapping[str, Any]) -> Grammar:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvzip_memory.encoding import NONCE, Encoder, added_tokens, knows_mistral
+from kvzip_memory.encoding import NONCE, THOUGHTS, Encoder, added_tokens, knows_mistral
 from kvzip_memory.errors import InputError
 from kvzip_memory.sources import CUT, Message
 from kvzip_memory.tools import Tool
@@ -34,9 +34,6 @@ _PINNED_CLOCK = "{% macro strftime_now(format) %}{{ format" + _STRFTIME + " }}{%
 # Put into texts before they are rendered, and gone before the prompt is tokenised. Plain letters, so that JSON leaves them.
 _BREAK = f"[[kvzip {NONCE}]]"  # in a control token's spelling: no template takes it for one, and it is told from the template's
 _MARK = re.compile(rf"\[\[kvzip {NONCE}(?: (\d+))?\]\]")
-
-#: How families of models write what they think before they answer.
-THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 #: A place in a turn's text: the turn's number, and the character.
 Place = tuple[int, int]
@@ -244,7 +241,7 @@ class ChatTemplate:
             return self._applied(shown, self._guarded(list(tools)) or None)
         except Exception as error:  # templates raise whatever they like
             roles = [turn["role"] for turn in turns]
-            raise InputError(f"the model's chat template does not accept the roles {roles}: {error}") from error
+            raise InputError(f"the model's chat template does not accept this conversation, of the roles {roles}: {error}") from error
 
     def _applied(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         if knows_mistral(self._tokenizer):

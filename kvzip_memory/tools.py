@@ -406,7 +406,7 @@ class CallReader:
         marks = form.named.split(ID)
         end = text.find(marks[-1], len(form.trigger))
         name = text[len(form.trigger) : end].partition(marks[0])[0]
-        return name.strip(), -1 if end < 0 else text.find("{", end + len(marks[-1]))
+        return name, -1 if end < 0 else text.find("{", end + len(marks[-1]))
 
     def _next_call(self) -> tuple[int, bool]:
         """Where text ends in what is held, and whether a call's JSON begins behind that."""

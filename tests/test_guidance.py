@@ -11,6 +11,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
@@ -23,7 +24,7 @@ from kvzip_memory.endings import goes_round
 from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.guidance import Grammar
 from kvzip_memory.schemas import NARROWING, closed
-from kvzip_memory.tools import FORMS, calls_grammar
+from kvzip_memory.tools import FORMS, ToolForm, calls_grammar
 from schemas import random_schema
 
 SCHEMAS = 200
@@ -491,6 +492,15 @@ def says(engine: KVzipEngine, grammar: Grammar, text: str) -> bool:
     return all(guide._matcher.try_consume_tokens([i]) for i in engine.tokenizer(text).input_ids) and guide._matcher.is_accepting()
 
 
+def written(form: ToolForm, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Calls as a model writes them."""
+    if form.named:
+        shown = [form.open.format(name=name, id="a23456789") + json.dumps(arguments) for name, arguments in calls]
+    else:
+        shown = [f'{form.open}{{"name": "{name}", "{form.arguments}": {json.dumps(args)}}}{form.close}' for name, args in calls]
+    return form.begin + form.between.join(shown) + form.end
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     ("keyword", "schema"), [item for item in UNGUIDED.items() if item[0] != "enum"]
@@ -506,9 +516,8 @@ def test_one_tool_with_a_keyword_that_cannot_guide_leaves_the_rest_of_its_calls_
         grammar = calls_grammar(engine.guidance, FORMS[form], tools, "odd")
     assert [str(warning.message) for warning in caught if "'odd'" in str(warning.message) and repr(keyword) in str(warning.message)]
     assert len(caught) == 1
-    head, key, tail = FORMS[form].begin + FORMS[form].open, FORMS[form].arguments, FORMS[form].close + FORMS[form].end
-    assert says(engine, grammar, f'{head}{{"name": "odd", "{key}": {{"n": 2}}}}{tail}')
-    assert not says(engine, grammar, f'{head}{{"name": "odd", "{key}": {{"n": 3}}}}{tail}')
+    assert says(engine, grammar, written(FORMS[form], [("odd", {"n": 2})]))
+    assert not says(engine, grammar, written(FORMS[form], [("odd", {"n": 3})]))
 
 
 def test_a_tool_that_cannot_be_guided_at_all_is_named(engine: KVzipEngine) -> None:

@@ -350,6 +350,16 @@ def test_behind_a_document_at_most_a_merge_at_the_cut_differs(name: str) -> None
         assert_joined(*document_and_question(PAIRS[name], text, None), PAIRS[name])
 
 
+@pairs
+def test_the_places_of_a_documents_tokens_are_known(name: str) -> None:
+    builder = PAIRS[name].builder
+    for text in [*DOCUMENTS.values(), *LOOSE_DOCUMENTS.values()]:
+        alone = builder.documents([Document(text)]).sources[0]
+        assert len(builder.offsets(text)) == alone.end - alone.start
+        behind = builder.documents([Document("A page."), Document(text)]).sources[1]
+        assert 0 <= len(builder.offsets(text, alone=False)) - (behind.end - behind.start) <= 2  # less what is read with the question
+
+
 def assert_equal(prefix: list[int], rest: list[int], whole: list[int], pair: Pair) -> None:
     """No token of a maker's vocabulary spans these cuts; the tiny ones have such."""
     if pair in TINY:

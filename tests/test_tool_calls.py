@@ -15,7 +15,7 @@ from kvzip_memory import InputError, KVzipEngine, UnfinishedError
 from kvzip_memory.tools import FORMS, CallDelta, CallReader, calls_grammar, form_of, read_calls
 from schemas import random_schema
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, MISTRAL_IDS
-from test_guidance import babble
+from test_guidance import babble, written
 
 PARAMETERS = {"type": "object", "properties": {"town": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer", "minimum": 0, "maximum": 9}}}
 TOOLS = [
@@ -32,7 +32,7 @@ def engine_of(family: str, special: bool = True) -> KVzipEngine:
     return KVzipEngine(tiny_model(), tokenizer)
 
 
-@pytest.fixture(scope="module", params=["hermes", "hermes tags", "llama3", "mistral", "mistral-args", "mistral-ids", "none"])
+@pytest.fixture(scope="module", params=[*TEMPLATES, "hermes tags", "mistral-ids tags", "none"])
 def engine(request: pytest.FixtureRequest) -> KVzipEngine:
     if request.param == "none":  # tags are plain text to this one
         return KVzipEngine(tiny_model(), tiny_tokenizer(CHATML))
@@ -80,13 +80,13 @@ def test_a_model_that_may_call_says_something_or_calls_validly(engine: KVzipEngi
     for text in (
         "Hello {world} <b>.",
         "",
-        written(engine, [("weather", {"town": "Oslo"})]),
-        written(engine, [("größe", {"town": "Rome"})] * 2),
+        written(engine.tool_form, [("weather", {"town": "Oslo"})]),
+        written(engine.tool_form, [("größe", {"town": "Rome"})] * 2),
     ):
         assert allows(engine, grammar, text), text
     if engine.tool_form.name != "llama3":
-        assert allows(engine, grammar, "Well: " + written(engine, [("weather", {"town": "Oslo", "days": 3})]))
-    assert not allows(engine, grammar, written(engine, [("weather", {"town": "Paris"})]))
+        assert allows(engine, grammar, "Well: " + written(engine.tool_form, [("weather", {"town": "Oslo", "days": 3})]))
+    assert not allows(engine, grammar, written(engine.tool_form, [("weather", {"town": "Paris"})]))
 
 
 def test_calls_or_an_answer_by_a_schema(engine: KVzipEngine) -> None:
@@ -109,19 +109,10 @@ def test_where_calls_and_answers_are_both_bare_json_either_may_come(engine: KVzi
 
 
 def test_several_forced_calls_only_where_they_are_asked_for(engine: KVzipEngine) -> None:
-    two = written(engine, [("weather", {"town": "Oslo"}), ("weather", {"town": "Rome"})])
+    two = written(engine.tool_form, [("weather", {"town": "Oslo"}), ("weather", {"town": "Rome"})])
     for parallel in (None, False, True):
         grammar = calls_grammar(engine.guidance, engine.tool_form, TOOLS, "any", None, parallel)
         assert allows(engine, grammar, two) == bool(parallel)
-
-
-def written(engine: KVzipEngine, calls: list[tuple[str, dict[str, Any]]]) -> str:
-    form = engine.tool_form
-    if form.named:
-        shown = [form.open.format(name=name, id="a23456789") + json.dumps(args) for name, args in calls]
-    else:
-        shown = [f'{form.open}{{"name": "{name}", "{form.arguments}": {json.dumps(args)}}}{form.close}' for name, args in calls]
-    return form.begin + form.between.join(shown) + form.end
 
 
 def allows(engine: KVzipEngine, grammar: Any, text: str) -> bool:
@@ -177,6 +168,20 @@ def test_calls_are_read_however_an_answer_is_cut_into_pieces(form: str, size: in
     assert [json.loads(a) for a in arguments] == [{"a": '}<b>"{', "b": [1, {}]}, {}]
     if size == 1:
         assert len(deltas) > 20  # arguments come as they are said
+
+
+@pytest.mark.parametrize("family", ["mistral", "mistral-args", "mistral-ids"])
+@pytest.mark.parametrize("name", ['a "b" {c}', "größe/[x] ", "[CALL", "東<s>"])
+def test_names_of_any_characters_are_guided_and_read(family: str, name: str) -> None:
+    engine = engine_of(family)
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}}]
+    spelled = json.dumps(name, ensure_ascii=False)[1:-1] if family == "mistral" else name
+    assert allows(engine, calls_grammar(engine.guidance, engine.tool_form, tools, "any"), written(engine.tool_form, [(spelled, {})]))
+    text = written(engine.tool_form, [(spelled, {"a": "[ARGS]{"})])
+    reader = CallReader(engine.tool_form)
+    deltas = [delta for char in text for delta in reader.push(char)[1]]
+    assert [delta.name for delta in deltas if delta.name] == [name]
+    assert json.loads("".join(delta.arguments for delta in deltas)) == {"a": "[ARGS]{"}
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))

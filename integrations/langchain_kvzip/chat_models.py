@@ -191,7 +191,8 @@ class KVzipChatModel(BaseChatModel):
     streaming: bool = False
     """Whether :meth:`invoke` streams to callbacks."""
     tool_call_parser: str = "auto"
-    """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, or ``"auto"``, what its chat template says."""
+    """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, ``"mistral-ids"``, ``"mistral-args"``, or ``"auto"``, what its
+    chat template says."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
