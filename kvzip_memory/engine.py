@@ -624,7 +624,11 @@ class KVzipEngine(Shared):
         return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend}
 
     def close(self) -> None:
-        """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
+        """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
+
+        An index that another process keeps locked is waited for a second: what was loaded meanwhile is then not on disk, says a warning
+        that counts it, and is built again by the next engine.
+        """
         self.registry.close()
 
     def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:

@@ -665,6 +665,15 @@ class ContextRegistry:
         if self._disk is not None:
             self._disk.usage()
 
+    def check_changeable(self) -> None:
+        """To be called before several things are changed of which none may be left half done.
+
+        Raises:
+            StorageError: what is on disk cannot be changed now, as another process holds the index.
+        """
+        if self._disk is not None:
+            self._disk.check_changeable()
+
     @property
     def is_held(self) -> bool:
         """Whether another process keeps the index of the folder locked, as of when it was last used."""
@@ -699,24 +708,30 @@ class ContextRegistry:
 
         Raises:
             InputError: nothing is stored under the reference.
+            StorageError: the disk tier cannot note it now; nothing was changed.
         """
         self.flush()
         entry = self.one(reference)
+        if self._disk is not None:
+            self._disk.pin(entry.key, pinned)
         with self._changed:
             for tier in (self._device, self._host):
                 if entry.key in tier.held:
                     tier.held[entry.key].pinned = pinned
-        if self._disk is not None:
-            self._disk.pin(entry.key, pinned)
         return replace(entry, pinned=pinned)
 
     def untag(self, key: str, tag: str) -> None:
-        """Take a tag from a context."""
+        """Take a tag from a context.
+
+        Raises:
+            StorageError: the disk tier cannot note it now; nothing was changed.
+        """
         self.flush()
+        if self._disk is not None:
+            self._disk.untag(key, tag)
         with self._changed:
             for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
                 held.tags = tuple(other for other in held.tags if other != tag)
-        self._try("untag", lambda disk: disk.untag(key, tag))
 
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
@@ -729,6 +744,7 @@ class ContextRegistry:
 
         Raises:
             InputError: nothing is stored under the reference.
+            StorageError: another process holds the index of the folder; nothing was deleted.
             OSError: its file cannot be deleted.
         """
         self.flush()
@@ -810,7 +826,10 @@ class ContextRegistry:
             self._writer.submit(lambda: None).result()  # one thread, in order
 
     def close(self) -> None:
-        """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there."""
+        """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
+
+        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk.
+        """
         self.flush()
         if self._unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
