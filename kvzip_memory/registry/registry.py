@@ -29,6 +29,7 @@ from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
+from kvzip_memory.sharing import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class _Story:
     ms: dict[str, float] = field(default_factory=dict)
 
 
-class ContextRegistry:
+class ContextRegistry(Shared):
     """Get-or-build by key over three tiers. Knows no model: whoever asks brings the function that builds.
 
     Budgets are hard: contexts arriving and leaving are counted too. When a tier is full its least recently used
@@ -105,6 +106,8 @@ class ContextRegistry:
         wait_s: seconds to wait for room while other answers use all of a tier.
         tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
     """
+
+    _way_out = "make one in each process, over the same folder"
 
     def __init__(
         self,
