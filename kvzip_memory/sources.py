@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import os.path
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,6 +49,8 @@ def clean(text: str, where: str) -> str:
     A surrogate alone stands for none. Extractors of PDFs make them, and files read with ``surrogateescape``. It becomes U+FFFD, with a
     warning that names ``where`` the text is from and the place in it; one for each text, as conversations are read again every turn.
     """
+    if not isinstance(text, str):
+        raise InputError(f"{where} is {str(text)[:80]!r}, of type {type(text).__name__}; give a text")
     text = text.lstrip("\ufeff")
     try:
         text.encode()
@@ -73,6 +76,39 @@ def cleaned(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [cleaned(item, where) for item in value]
     return value if value is None or isinstance(value, int | float) else clean(str(value), where)
+
+
+def as_texts(value: Any, where: str) -> list[str]:
+    """A text, several, or None for none, as a list.
+
+    Raises:
+        InputError: anything else.
+    """
+    given = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else [] if value is None else [value]
+    texts = list(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} is {value!r}; give a text or a list of texts")
+    return texts
+
+
+def as_path(value: Any, where: str) -> Path:
+    """A path as the file system can hold it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path = Path(value)
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it has a null character")
+        return path
+    except (TypeError, ValueError) as error:  # half of a surrogate pair is the latter, too
+        raise InputError(f"{where} is {value!r}, which names no file ({error}); give another path") from error
+
+
+def as_folder(value: Any, where: str) -> Path:
+    """A folder, wherever the process goes later; see :func:`as_path`."""
+    return Path(os.path.expanduser(as_path(value, where))).absolute()
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,9 @@ class KVzipChatModel(BaseChatModel):
         """
         if isinstance(documents, BaseLoader):
             documents = documents.lazy_load()
-        loaded = [documents] if isinstance(documents, Document | str | Path) else list(documents)
+        given: Any = documents
+        one = isinstance(given, Document | str | Path) or not isinstance(given, Iterable)
+        loaded = [given] if one else list(given)
         return self.engine.load(loaded, **{"ratio": self.ratio, **options})
 
     async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:

@@ -13,7 +13,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from kvzip_memory import KVzipEngine
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import Entry
-from kvzip_memory.sources import clean
+from kvzip_memory.sources import as_path, clean
 
 
 def create_memory_tools(
@@ -33,7 +33,7 @@ def create_memory_tools(
         max_tokens: of an answer of ``ask_document``.
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
-    root = None if folder is None else Path(folder).resolve()
+    root = None if folder is None else as_path(folder, "folder").resolve()
     changing = threading.Lock()  # an agent may call several tools at a time
 
     def mine() -> dict[str, Entry]:

@@ -49,7 +49,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     llm: KVzipLLM = Field(exclude=True)
     """The model that reads the turns and answers."""
     name: str = "history"
-    ratio: float | None = None
+    ratio: float | None = Field(None, gt=0, le=1)
     """Fraction of key-value pairs kept; None is the model's."""
     context_tokens: int | None = Field(None, gt=0)
     """Turns of more tokens have the oldest leave the context, until half as many are left. None is half of the window."""

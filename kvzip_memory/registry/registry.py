@@ -907,7 +907,7 @@ def check_text(name: str) -> None:
     """
     try:
         name.encode()
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, AttributeError):
         raise InputError(f"{name!r} is not text that can be stored; give another name") from None
 
 
