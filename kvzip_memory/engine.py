@@ -51,7 +51,7 @@ from kvzip_memory.registry.identity import (
 )
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, read_source
+from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
@@ -696,6 +696,7 @@ class KVzipEngine(Shared):
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
         tools = checked_tools(tools)
+        schema = cleaned(schema, "schema") if isinstance(schema, Mapping) else schema
         if parallel_tool_calls is None and self._prompts.one_call:
             parallel_tool_calls = False
         if tools:

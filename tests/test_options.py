@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,3 +246,8 @@ def test_a_path_that_no_file_can_have_is_named(engine: KVzipEngine, path: Any) -
                 make()
     with pytest.raises(InputError, match="names no file"):
         context.save("/")
+
+
+def test_half_a_surrogate_pair_in_a_schema_is_read_as_elsewhere(engine: KVzipEngine) -> None:
+    schema = {"type": "object", "properties": {"x\ud83d": {"enum": ["\udcff"]}}, "required": ["x\ud83d"], "additionalProperties": False}
+    assert json.loads(engine.generate(None, "Who?", schema=schema, max_new_tokens=100).text) == {"x\ufffd": "\ufffd"}
