@@ -129,7 +129,7 @@ class KVzipEngine(Shared):
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), PromptBuilder(tokenizer, template_kwargs))
+        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), self._prompt_builder())
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._compress_every = compress_every
@@ -601,9 +601,23 @@ class KVzipEngine(Shared):
         template, prompts = self._prompts_of
         if self.tokenizer.chat_template != template:
             template = copy.deepcopy(self.tokenizer.chat_template)
-            prompts = PromptBuilder(self.tokenizer, self._template_kwargs)
+            prompts = self._prompt_builder()
             self._prompts_of = (template, prompts)
         return prompts
+
+    def _prompt_builder(self) -> PromptBuilder:
+        """Raises:
+        InputError: the tokenizer's chat template is none.
+        """
+        try:
+            return PromptBuilder(self.tokenizer, self._template_kwargs)
+        except KVzipError:
+            raise
+        except Exception as error:  # what a tokenizer and its template raise, in many kinds
+            raise InputError(
+                f"the tokenizer's chat_template {str(self.tokenizer.chat_template)[:80]!r} cannot be used ({error}); set it to another "
+                "template's text, or to None for plain turns"
+            ) from error
 
     @property
     def _identity(self) -> dict[str, Any]:

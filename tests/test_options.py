@@ -248,6 +248,19 @@ def test_a_path_that_no_file_can_have_is_named(engine: KVzipEngine, path: Any) -
         context.save("/")
 
 
+def test_a_chat_template_that_is_none_is_named() -> None:
+    engine = tiny_engine()
+    context = engine.load("A page. " * 9)
+    before = engine.tokenizer.chat_template
+    for wrong in (5, ["x"], {}, {"default": 5}):
+        engine.tokenizer.chat_template = wrong
+        for use in (lambda: engine.load("Another page."), lambda: engine.generate(context, "Who?"), lambda: engine.session(context)):
+            with pytest.raises(InputError, match=r"chat_template .* cannot be used"):
+                use()
+    engine.tokenizer.chat_template = before
+    assert engine.generate(context, "Who?", max_new_tokens=2).text
+
+
 def test_half_a_surrogate_pair_in_a_schema_is_read_as_elsewhere(engine: KVzipEngine) -> None:
     schema = {"type": "object", "properties": {"x\ud83d": {"enum": ["\udcff"]}}, "required": ["x\ud83d"], "additionalProperties": False}
     assert json.loads(engine.generate(None, "Who?", schema=schema, max_new_tokens=100).text) == {"x\ufffd": "\ufffd"}
