@@ -170,10 +170,10 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     (a string); an assistant's may have ``tool_calls``, each with ``id``, ``name`` and ``arguments`` (a mapping, or text that is
     no JSON object), and its ``reasoning``; a tool's has the ``tool_call_id`` of the call it answers.
 
-    Of an assistant's blocks what it did not say is left out; a tool's that are no text are given as JSON.
+    Of an assistant's blocks what it did not say is left out, and calls that name no tool; a tool's that are no text are given as JSON.
 
     Raises:
-        InputError: a mapping that lacks a role or content, content of a user other than text, or a call that is none.
+        InputError: a mapping that lacks a role or content, or content of a user other than text.
     """
     if isinstance(item, Mapping):
         if "role" not in item or not item.keys() & {"content", "blocks", "tool_calls", "function_call"}:
@@ -327,8 +327,10 @@ def response(text: str) -> str:
 
 
 def _as_call(call: Any, where: str) -> dict[str, Any] | None:
-    """A call in ours of OpenAI's, LangChain's, LlamaIndex's or another maker's form; None for one that names no tool, which a model may
-    have written."""
+    """A call in ours of OpenAI's, LangChain's, LlamaIndex's or another maker's form; None for one that names no tool.
+
+    A model may have written such a one, and an error would end its conversation for good.
+    """
     call = call if isinstance(call, Mapping) else getattr(call, "__dict__", {})
     function = next((call[name] for name in ("function", "custom", "toolUse", "functionCall", "function_call") if call.get(name)), call)
     function = function if isinstance(function, Mapping) else getattr(function, "__dict__", {})
@@ -337,10 +339,10 @@ def _as_call(call: Any, where: str) -> dict[str, Any] | None:
         return next((given[name] for given in (call, function) for name in names if given.get(name) is not None), None)
 
     name, arguments = first("name", "tool_name"), first("arguments", "args", "input", "tool_kwargs")
-    if name == "" or (name is None and call.get("type") == "invalid_tool_call"):
+    if not isinstance(name, str) or not name:
+        if name != "" and call.get("type") != "invalid_tool_call":
+            _warn(f"{where}: a tool call without a name is left out", hash(str(call)))
         return None
-    if not isinstance(name, str):
-        raise InputError(f"a tool call has a name and a JSON object of arguments, not {str(call)[:80]!r} ({where})")
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # what a model has written may be no JSON; that is kept as it is
             parsed = json.loads(arguments or "{}")

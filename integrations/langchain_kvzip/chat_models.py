@@ -52,6 +52,10 @@ Documents = BaseLoader | Document | str | Path | Iterable[Document]
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
 
 
+# Whose files stand for contexts: those that a model has made or a tool has returned do not.
+_LOADING = {"human", "user", "system", "developer"}
+
+
 class Witness(Protocol):
     """Is told of the calls of a model and its copies."""
 
@@ -555,7 +559,8 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
     for number, message in enumerate(messages, 1):
-        if isinstance(message.content, list) and message.type not in ("ai", "AIMessageChunk"):  # a file it made is no context
+        who = message.type.removesuffix("MessageChunk").lower()
+        if isinstance(message.content, list) and getattr(message, "role", who) in _LOADING:
             files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
             if files:
                 file_ids += [str(block["file_id"]) for block in files]
