@@ -12,7 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvzip_memory.errors import InputError
 from kvzip_memory.sharing import Shared
+from kvzip_memory.sources import as_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,12 +256,16 @@ class CompressedContext(Shared):
         """Write the context to one safetensors file, atomically; an older file there is replaced only when done.
 
         Raises:
+            InputError: a path that no file can have.
             OSError: the file cannot be written; whatever was at ``path`` is still there.
         """
         from kvzip_memory.registry.files import write_context
 
+        file = as_path(path, "path")
+        if not file.name:
+            raise InputError(f"path is {str(path)!r}, which names no file; give a file's")
         with self.lease() as lease:
-            return write_context(replace(self, storage=Resident(lease.layers)), Path(path))
+            return write_context(replace(self, storage=Resident(lease.layers)), file)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""

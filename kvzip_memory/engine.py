@@ -34,8 +34,9 @@ from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, W
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, parse_bytes
+from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
@@ -50,7 +51,7 @@ from kvzip_memory.registry.identity import (
 )
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import Message, as_messages, clean, read_source
+from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
@@ -122,13 +123,13 @@ class KVzipEngine(Shared):
         allocator: str = "global",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.ratio = _checked_ratio(ratio)
+        self.ratio = checked_ratio(ratio)
         _check_allocator(allocator)
         _check_every(compress_every)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), PromptBuilder(tokenizer, template_kwargs))
+        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), self._prompt_builder())
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._compress_every = compress_every
@@ -142,7 +143,7 @@ class KVzipEngine(Shared):
         #: Answers decoded together.
         self.max_running = max_running
         #: The folder given, wherever the process goes later; None if contexts are in memory only.
-        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+        self.cache_dir = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         #: What integrations keep for as long as the engine is there, by their names.
         self.shared: dict[str, Any] = {}
         self.registry = ContextRegistry(
@@ -193,12 +194,12 @@ class KVzipEngine(Shared):
         Raises:
             InputError, UnsupportedModelError: see the class. Ratio and allocator are checked before anything is loaded.
         """
-        _checked_ratio(ratio)
+        checked_ratio(ratio)
         _check_allocator(allocator)
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
-        folder = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+        folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
             loaded,
@@ -243,8 +244,8 @@ class KVzipEngine(Shared):
         name: str | None = None,
         ratio: float | None = None,
         system: str | None = None,
-        keep: str | Sequence[str] = (),
-        tags: str | Sequence[str] = (),
+        keep: str | Sequence[str] | None = (),
+        tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
@@ -271,7 +272,8 @@ class KVzipEngine(Shared):
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        _checked_ratio(self.ratio if ratio is None else ratio)
+        checked_ratio(self.ratio if ratio is None else ratio)
+        tags = _labels(name, tags)
         began = time.perf_counter()
         prompt = self._prompt(source, system, _strings(keep), tools)
         return self._load(prompt, ratio, name, tags, began)
@@ -291,7 +293,7 @@ class KVzipEngine(Shared):
             InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
         """
         began = time.perf_counter()
-        ratio = _checked_ratio(self.ratio if ratio is None else ratio)
+        ratio = checked_ratio(self.ratio if ratio is None else ratio)
         prompt = self._prompts.until_mark(messages, tools)
         if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
             if prompt is not None:
@@ -300,11 +302,11 @@ class KVzipEngine(Shared):
         self._check_window(prompt)
         before = self.stored_prefix([*prompt.token_ids, -1])  # of all of them, too
         if before is None or before.ratio < ratio or before.identity["scorer"] not in (None, self._scorer.identity()):
-            return self._load(prompt, ratio, None, _MARKED, began)
+            return self._load(prompt, ratio, None, (_MARKED,), began)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
         left_behind = before.identity["parent"]
-        context = self._load(replace(prompt, protected=before.protected), ratio, None, _MARKED, began, before)
+        context = self._load(replace(prompt, protected=before.protected), ratio, None, (_MARKED,), began, before)
         self._forget_marked(left_behind)
         return context
 
@@ -324,8 +326,8 @@ class KVzipEngine(Shared):
         *,
         name: str | None = None,
         ratio: float | None = None,
-        keep: str | Sequence[str] = (),
-        tags: str | Sequence[str] = (),
+        keep: str | Sequence[str] | None = (),
+        tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
         behind: bool = False,
     ) -> CompressedContext:
@@ -353,9 +355,11 @@ class KVzipEngine(Shared):
             IdentityMismatchError: the parent is another model's.
         """
         began = time.perf_counter()
+        if ratio is not None:
+            checked_ratio(ratio)
+        tags, kept = _labels(name, tags), _strings(keep)
         self._check_parent(context)
         documents, messages = read_source(more)
-        kept = _strings(keep)
         if documents and tools:
             raise InputError("tools belong to a conversation; give them with the question about these documents")
         prompt = (
@@ -396,13 +400,13 @@ class KVzipEngine(Shared):
         prompt: Prompt,
         ratio: float | None,
         name: str | None,
-        tags: str | Sequence[str],
+        tags: Sequence[str],
         began: float,
         parent: CompressedContext | None = None,
         pairs: DensePairs | None = None,
     ) -> CompressedContext:
         """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given."""
-        ratio = _checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
+        ratio = checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
         every = self._compress_every if pairs is None and ratio < 1.0 else None
         if every is not None and len(prompt.token_ids) - max(prompt.protected, parent.n_tokens if parent else 0) <= every:
@@ -418,8 +422,7 @@ class KVzipEngine(Shared):
             every,
         )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
-        tagged = tuple(sorted({tags} if isinstance(tags, str) else set(tags)))
-        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tagged)
+        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))))
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         build = partial(self._build, wanted, prompt, ratio, parent)
@@ -493,10 +496,11 @@ class KVzipEngine(Shared):
         Raises:
             IdentityMismatchError: written with another model; names the fields.
             CorruptFileError: damaged, incomplete, of a newer format, or not a context file.
+            InputError: a path that no file can have.
             OSError: the file cannot be read.
         """
         began = time.perf_counter()
-        context = read_context(Path(path), self._model.device)
+        context = read_context(as_path(path, "path"), self._model.device)
         check_same_model(context.identity, self._identity, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         return replace(context, receipt=Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms))
@@ -597,9 +601,23 @@ class KVzipEngine(Shared):
         template, prompts = self._prompts_of
         if self.tokenizer.chat_template != template:
             template = copy.deepcopy(self.tokenizer.chat_template)
-            prompts = PromptBuilder(self.tokenizer, self._template_kwargs)
+            prompts = self._prompt_builder()
             self._prompts_of = (template, prompts)
         return prompts
+
+    def _prompt_builder(self) -> PromptBuilder:
+        """Raises:
+        InputError: the tokenizer's chat template is none.
+        """
+        try:
+            return PromptBuilder(self.tokenizer, self._template_kwargs)
+        except KVzipError:
+            raise
+        except Exception as error:  # what a tokenizer and its template raise, in many kinds
+            raise InputError(
+                f"the tokenizer's chat_template {str(self.tokenizer.chat_template)[:80]!r} cannot be used ({error}); set it to another "
+                "template's text, or to None for plain turns"
+            ) from error
 
     @property
     def _identity(self) -> dict[str, Any]:
@@ -624,7 +642,11 @@ class KVzipEngine(Shared):
         return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend}
 
     def close(self) -> None:
-        """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends."""
+        """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
+
+        An index that another process keeps locked is waited for a second: what was loaded meanwhile is then not on disk, says a warning
+        that counts it, and is built again by the next engine.
+        """
         self.registry.close()
 
     def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:
@@ -688,6 +710,7 @@ class KVzipEngine(Shared):
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
         tools = checked_tools(tools)
+        schema = cleaned(schema, "schema") if isinstance(schema, Mapping) else schema
         if parallel_tool_calls is None and self._prompts.one_call:
             parallel_tool_calls = False
         if tools:
@@ -820,8 +843,20 @@ class KVzipEngine(Shared):
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
 
 
-def _strings(keep: str | Sequence[str]) -> list[str]:
-    return [clean(wanted, "keep") for wanted in ([keep] if isinstance(keep, str) else keep)]
+def _strings(keep: str | Sequence[str] | None) -> list[str]:
+    return [clean(wanted, "keep") for wanted in as_texts(keep, "keep")]
+
+
+def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
+    """The tags, when they and the name can be stored.
+
+    Raises:
+        InputError: they cannot.
+    """
+    labels = as_texts(tags, "tags")
+    for text in labels if name is None else [name, *labels]:
+        check_text(text)
+    return labels
 
 
 class _Managed(Shared):
@@ -914,9 +949,3 @@ def _check_allocator(allocator: str) -> None:
 def _check_every(compress_every: int | None) -> None:
     if compress_every is not None and compress_every < 64:
         raise InputError(f"compress_every is {compress_every} tokens; pairs cannot be ranked among fewer than 64")
-
-
-def _checked_ratio(ratio: float) -> float:
-    if not 0 < ratio <= 1:
-        raise InputError(f"ratio is {ratio}; it is the fraction of pairs kept and must lie in (0, 1]")
-    return float(ratio)

@@ -47,6 +47,10 @@ class NotPicklableError(KVzipError, TypeError):
     """An object that cannot be pickled, or sent to another process."""
 
 
+class StorageError(KVzipError, OSError):
+    """What lies in ``cache_dir`` cannot be changed now: another process holds its index, or the disk refuses."""
+
+
 class CorruptFileError(KVzipError, ValueError):
     """A stored context that is damaged, incomplete or not one of our files."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os.path
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, suppress
@@ -16,6 +17,7 @@ from transformers import PreTrainedConfig
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.session import Stream
 from kvzip_memory.sharing import Shared
+from kvzip_memory.sources import as_folder
 
 T = TypeVar("T")
 
@@ -45,13 +47,13 @@ class LazyEngines(Shared, dict[str, LazyEngine]):
 
 def located(path: str) -> str:
     """A path on this machine, wherever the process goes later; a hub id stays what it is."""
-    here = Path(path).expanduser()
+    here = Path(os.path.expanduser(path))
     return str(here.absolute()) if here.exists() else path
 
 
 def fixed_folder(folder: str | None) -> str | None:
     """A folder that may not be there yet, wherever the process goes later."""
-    return None if folder is None else str(Path(folder).expanduser().absolute())
+    return None if folder is None else str(as_folder(folder, "cache_dir"))
 
 
 def configured_window(model: str) -> int | None:

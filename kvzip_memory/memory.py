@@ -17,6 +17,7 @@ from typing import Any
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
+from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt
 from kvzip_memory.sources import Message
 from kvzip_memory.tools import Tool
@@ -101,6 +102,7 @@ class Memory:
             InputError: a ratio outside (0, 1].
             ModelError: see :meth:`KVzipEngine.load`.
         """
+        ratio = None if ratio is None else checked_ratio(ratio)
         try:
             talk = _Talk(engine, messages, tools, base)
         except InputError as error:  # whoever asks it will say so

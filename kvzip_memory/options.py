@@ -6,6 +6,7 @@ A value comes from the call, or else from the object that is called, or else fro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from kvzip_memory.errors import InputError
@@ -58,6 +59,18 @@ def for_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of an object with these options as fields: None is the field's default, a single ``stop`` a list of one."""
     options = {name: value for name, value in renamed(values).items() if value is not None or name not in CALL_OPTIONS}
     return {**options, "stop": [options["stop"]]} if isinstance(options.get("stop"), str) else options
+
+
+def checked_ratio(ratio: Any) -> float:
+    """The fraction of pairs to keep; a text that spells a number is that number.
+
+    Raises:
+        InputError: it is none, or outside (0, 1].
+    """
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(ratio, bool | bytes | bytearray) and 0 < (number := float(ratio)) <= 1:
+            return number
+    raise InputError(f"ratio is {ratio!r}; it is the fraction of pairs kept and must lie in (0, 1]")
 
 
 def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

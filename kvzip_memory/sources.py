@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import os.path
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,6 +49,8 @@ def clean(text: str, where: str) -> str:
     A surrogate alone stands for none. Extractors of PDFs make them, and files read with ``surrogateescape``. It becomes U+FFFD, with a
     warning that names ``where`` the text is from and the place in it; one for each text, as conversations are read again every turn.
     """
+    if not isinstance(text, str):
+        raise InputError(f"{where} is {str(text)[:80]!r}, of type {type(text).__name__}; give a text")
     text = text.lstrip("\ufeff")
     try:
         text.encode()
@@ -73,6 +76,39 @@ def cleaned(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [cleaned(item, where) for item in value]
     return value if value is None or isinstance(value, int | float) else clean(str(value), where)
+
+
+def as_texts(value: Any, where: str) -> list[str]:
+    """A text, several, or None for none, as a list.
+
+    Raises:
+        InputError: anything else.
+    """
+    given = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else [] if value is None else [value]
+    texts = list(given)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where} is {value!r}; give a text or a list of texts")
+    return texts
+
+
+def as_path(value: Any, where: str) -> Path:
+    """A path as the file system can hold it.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        path = Path(value)
+        if b"\0" in os.fsencode(path):
+            raise ValueError("it has a null character")
+        return path
+    except (TypeError, ValueError) as error:  # half of a surrogate pair is the latter, too
+        raise InputError(f"{where} is {value!r}, which names no file ({error}); give another path") from error
+
+
+def as_folder(value: Any, where: str) -> Path:
+    """A folder, wherever the process goes later; see :func:`as_path`."""
+    return Path(os.path.expanduser(as_path(value, where))).absolute()
 
 
 @dataclass(frozen=True)
@@ -134,10 +170,10 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     (a string); an assistant's may have ``tool_calls``, each with ``id``, ``name`` and ``arguments`` (a mapping, or text that is
     no JSON object), and its ``reasoning``; a tool's has the ``tool_call_id`` of the call it answers.
 
-    Of an assistant's blocks what it did not say is left out; a tool's that are no text are given as JSON.
+    Of an assistant's blocks what it did not say is left out, and calls that name no tool; a tool's that are no text are given as JSON.
 
     Raises:
-        InputError: a mapping that lacks a role or content, content of a user other than text, or a call that is none.
+        InputError: a mapping that lacks a role or content, or content of a user other than text.
     """
     if isinstance(item, Mapping):
         if "role" not in item or not item.keys() & {"content", "blocks", "tool_calls", "function_call"}:
@@ -291,8 +327,10 @@ def response(text: str) -> str:
 
 
 def _as_call(call: Any, where: str) -> dict[str, Any] | None:
-    """A call in ours of OpenAI's, LangChain's, LlamaIndex's or another maker's form; None for one that names no tool, which a model may
-    have written."""
+    """A call in ours of OpenAI's, LangChain's, LlamaIndex's or another maker's form; None for one that names no tool.
+
+    A model may have written such a one, and an error would end its conversation for good.
+    """
     call = call if isinstance(call, Mapping) else getattr(call, "__dict__", {})
     function = next((call[name] for name in ("function", "custom", "toolUse", "functionCall", "function_call") if call.get(name)), call)
     function = function if isinstance(function, Mapping) else getattr(function, "__dict__", {})
@@ -301,10 +339,10 @@ def _as_call(call: Any, where: str) -> dict[str, Any] | None:
         return next((given[name] for given in (call, function) for name in names if given.get(name) is not None), None)
 
     name, arguments = first("name", "tool_name"), first("arguments", "args", "input", "tool_kwargs")
-    if name == "" or (name is None and call.get("type") == "invalid_tool_call"):
+    if not isinstance(name, str) or not name:
+        if name != "" and call.get("type") != "invalid_tool_call":
+            _warn(f"{where}: a tool call without a name is left out", hash(str(call)))
         return None
-    if not isinstance(name, str):
-        raise InputError(f"a tool call has a name and a JSON object of arguments, not {str(call)[:80]!r} ({where})")
     if isinstance(arguments, str):
         with suppress(ValueError, RecursionError):  # what a model has written may be no JSON; that is kept as it is
             parsed = json.loads(arguments or "{}")

@@ -93,11 +93,16 @@ class Session:
         return self.expires is not None and self.expires < time.time()
 
     def remove(self, registry: ContextRegistry) -> int:
-        """Delete the turns, and the contexts that only this session has loaded; how many."""
-        self.file.remove()
+        """Delete the contexts that only this session has loaded, how many, and then its turns, of which they could be made again.
+
+        Raises:
+            StorageError: another process holds the index of the folder; nothing was deleted.
+        """
+        registry.check_changeable()
         mine = [e for e in registry.contexts() if e.key in self.keys and set(e.tags) == {self.name} and not (e.names or e.pinned)]
         for entry in mine:
             registry.remove(entry.key)
+        self.file.remove()
         return len(mine)
 
 

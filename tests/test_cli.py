@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from kvzip_memory import StorageError
 from kvzip_memory.cli import app, console
 from kvzip_memory.registry.doctor import examine
 
@@ -168,10 +169,10 @@ def test_prometheus_reads_the_counters(tmp_path: Path) -> None:
 def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> None:
     with closing(sqlite3.connect(folder / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")
-        for command in (["ls"], ["show", "page"], ["gc"], ["stats"]):
+        for command in (["ls"], ["show", "page"], ["gc"], ["stats"], ["rm", "page"], ["pin", "page"]):
             out = CliRunner().invoke(app, [*command, "--cache-dir", str(folder)])
-            assert isinstance(out.exception, OSError)
-            assert "another process holds the index locked" in str(out.exception)
+            assert isinstance(out.exception, StorageError)  # which main() makes one line
+            assert "another process holds the index locked; try again when it is free" in str(out.exception)
         doctor = run(folder, "doctor", code=1)
         assert [finding["found"] for finding in doctor if finding["what"] == "index"] == ["another process holds the index locked"]
         holder.execute("ROLLBACK")

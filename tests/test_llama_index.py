@@ -1,6 +1,8 @@
 """KVzipQueryEngine and KVzipIndex: the engine's answers, sources, streaming, async, tools, several contexts, changes, restarts."""
 
 import asyncio
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import QueryEngineTool
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
+from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError, WindowError
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipQueryEngine
 
 DOCUMENTS = [
@@ -399,3 +401,19 @@ def test_threads_ask_while_the_index_changes(llm: KVzipLLM) -> None:
 
     assert all(answer in (["a", "b"], ["a", "b", "c"]) for answer in asyncio.run(main()))
     assert [node.node.ref_doc_id for node in query_engine.query("Who?").source_nodes] == ["a", "b", "c"]
+
+
+def test_documents_that_cannot_be_deleted_now_stay(tmp_path: Path) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path), max_tokens=4))
+    engine = index._llm.engine
+    engine.registry.flush()
+    before = [part.context.key for part in index.parts()]
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match="try again when it is free"):
+            index.delete_ref_doc(DOCUMENTS[0].doc_id, delete_from_docstore=True)
+        holder.execute("ROLLBACK")
+    assert [part.context.key for part in index.parts()] == before
+    index.delete_ref_doc(DOCUMENTS[0].doc_id, delete_from_docstore=True)
+    assert before[0] not in {entry.key for entry in engine.registry.contexts()}
+    engine.close()

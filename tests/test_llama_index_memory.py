@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import shutil
+import sqlite3
 import stat
 import time
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from llama_index.core.memory import Memory
 from typer.testing import CliRunner
 
 from conftest import tiny_engine
-from kvzip_memory import BudgetError, InputError, KVzipEngine, WindowError
+from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError, WindowError
 from kvzip_memory.cli import app
+from kvzip_memory.turns import sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from llama_index_kvzip.llm import plain_messages
 from llama_index_kvzip.memory import _message
@@ -272,3 +275,24 @@ async def test_the_turns_of_a_session_expire_after_its_last_one(tmp_path: Path) 
     assert not [*(tmp_path / "memory").iterdir()]
     await flush(block, turns(1), "bob")
     assert said(block, await block.aget([], session_id="bob")) == said(block, turns(1))
+
+
+async def test_turns_that_cannot_be_forgotten_now_are_all_there(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine))
+    await flush(block, turns(2))
+    engine.registry.flush()
+    (file,) = (tmp_path / "memory").glob("*.jsonl")
+    told, written = await block.aget([], session_id="ana"), file.read_bytes()
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match="try again when it is free"):
+            block.forget("ana")
+        (session,) = sessions(tmp_path)
+        with pytest.raises(StorageError, match="try again when it is free"):
+            session.remove(engine.registry)
+        holder.execute("ROLLBACK")
+    assert (file.read_bytes(), await block.aget([], session_id="ana")) == (written, told)
+    block.forget("ana")
+    assert (file.exists(), await block.aget([], session_id="ana"), engine.registry.contexts()) == (False, [], [])
+    engine.close()

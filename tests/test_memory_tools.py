@@ -1,6 +1,8 @@
 """The tools by which an agent loads documents and asks them."""
 
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,20 @@ def test_an_agent_calls_them(tmp_path: Path) -> None:
     llm = KVzipChatModel(engine=tiny_engine(), max_tokens=300)
     called = llm.bind_tools(create_memory_tools(llm.engine), tool_choice="list_documents").invoke("What is there?")
     assert called.tool_calls[0]["name"] == "list_documents"
+
+
+def test_a_change_that_another_process_prevents_is_told_and_changes_nothing(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    load, names, _, forget = create_memory_tools(engine, max_tokens=5)
+    load.invoke({"name": "page", "text": "A page. " * 9})
+    engine.registry.flush()
+    before = names.invoke({})
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        assert "try again when it is free" in load.invoke({"name": "page", "text": "Another page. " * 12})
+        assert "try again when it is free" in forget.invoke({"name": "page"})
+        assert names.invoke({}) == before
+        assert len(engine.registry.contexts()) == 1
+        holder.execute("ROLLBACK")
+    assert "is forgotten" in forget.invoke({"name": "page"})
+    engine.close()

@@ -45,6 +45,7 @@ from kvzip_memory.prompt import PromptBuilder
 from kvzip_memory.sources import CUT, as_message, as_messages
 from kvzip_memory.tools import results_in_order
 from langchain_kvzip import KVzipChatModel
+from langchain_kvzip.chat_models import _plain
 from llama_index_kvzip import KVzipLLM
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, STRICT
 
@@ -374,8 +375,31 @@ def test_no_arguments_and_no_name() -> None:
         }
     nameless = AIMessage("hm", invalid_tool_calls=[{"id": "1", "name": None, "args": "{", "error": "x"}])
     assert as_message(nameless) == {"role": "assistant", "content": "hm"}
-    with pytest.raises(InputError, match="a tool call has a name"):
-        as_message({"role": "assistant", "content": "", "tool_calls": ["f"]})
+
+
+@pytest.mark.parametrize(
+    "call", [None, "f", {}, {"type": "function_call"}, {"function": {"name": None}}, {"type": "tool_use", "name": 5}], ids=str
+)
+def test_a_call_that_names_no_tool_is_left_out_of_a_history(call: Any, engine: KVzipEngine) -> None:
+    said = [{"role": "assistant", "content": "hm", "tool_calls": [call]}]
+    if isinstance(call, dict) and "type" in call:
+        said.append({"role": "assistant", "content": [{"type": "text", "text": "hm"}, call]})
+    for message in said:
+        assert as_message(message) == {"role": "assistant", "content": "hm"}
+        asked = [{"role": "user", "content": "Who?"}, message, {"role": "user", "content": "And when?"}]
+        assert engine.generate(None, asked, max_new_tokens=2).usage.output_tokens == 2
+
+
+def test_a_file_that_a_tool_returned_is_what_it_said_and_no_context(engine: KVzipEngine) -> None:
+    llm, context = KVzipChatModel(engine=engine, max_tokens=2), engine.load("Ms Ito approves travel. " * 9)
+    call = AIMessage("", tool_calls=[{"name": "look", "args": {}, "id": "1"}])
+    for file in ({"type": "file", "file_id": "abc"}, context.as_block()):
+        asked: list[Any] = [HumanMessage("Who?"), call, ToolMessage([file], tool_call_id="1")]
+        assert _plain(asked)[0][-1]["content"] == json.dumps(file)
+        assert "context" not in llm.invoke(asked).response_metadata["kvzip"]
+    for kind in (HumanMessage, SystemMessage):
+        answer = llm.invoke([kind([context.as_block(), {"type": "text", "text": "Be brief."}]), HumanMessage("Who?")])
+        assert answer.response_metadata["kvzip"]["context"] == context.key
 
 
 # -- roles -------------------------------------------------------------------------------------------------------

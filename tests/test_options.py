@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from langchain_core.runnables import ConfigurableField
 from llama_index.core.llms import ChatMessage
 from llama_index.core.schema import NodeWithScore, TextNode
+from pydantic import ValidationError
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.generation import GenerationParams
-from langchain_kvzip import KVzipChatModel
-from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipSynthesizer
+from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
+from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipSynthesizer
 from test_llama_index import DOCUMENTS
 
 NODES = [NodeWithScore(node=TextNode(text=TEXT))]
@@ -182,3 +184,83 @@ def test_what_is_no_value_of_an_option_is_our_error(engine: KVzipEngine, entry: 
         if entry != "configurable":
             with pytest.raises(ValueError, match=name):
                 ask({name: value}, {})
+
+
+WRONG_LABELS: list[tuple[str, Any]] = [
+    *(("ratio", value) for value in ("x", float("nan"), True, 0, [1], b"1")),
+    *(("keep", value) for value in (5, [5], [None], b"page")),
+    *(("tags", value) for value in (5, [5], b"red", "\udcff")),
+    *(("name", value) for value in (5, [5], b"page", "\udcff")),
+]
+
+
+@pytest.mark.parametrize(("option", "value"), [*WRONG_LABELS, ("system", 5), ("system", [5]), ("system", b"x")], ids=str)
+async def test_what_is_no_option_of_a_load_is_named_before_any_work(
+    engine: KVzipEngine, option: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, llm = engine.load("A page. " * 9), KVzipChatModel(engine=engine)
+    monkeypatch.setattr(type(engine), "_load", lambda *args: pytest.fail("it went on"))
+    given: dict[str, Any] = {option: value}
+    with pytest.raises(InputError, match=r"(?s)give|must lie in \(0, 1\]"):
+        engine.load("A page.", **given)
+    with pytest.raises(InputError):
+        llm.load_documents("A page.", **given)
+    with pytest.raises(InputError):
+        await engine.aload("A page.", **given)
+    if option != "system":
+        with pytest.raises(InputError):
+            engine.extend(context, "More.", **given)
+    if option == "ratio":
+        for made in (lambda: engine.load_marked([], ratio=value), lambda: KVzipMemoryMiddleware(ratio=value)):
+            with pytest.raises(InputError, match="must lie in"):
+                made()
+
+
+def test_none_is_no_option_and_a_ratio_may_be_a_text(engine: KVzipEngine) -> None:
+    plain = engine.load("A page. " * 9, ratio=0.3)
+    assert engine.load("A page. " * 9, ratio="0.3", keep=None, tags=None, name=None, system=None).key == plain.key  # type: ignore[arg-type]
+    assert engine.extend(plain, "More.", ratio="0.3").ratio == 0.3  # type: ignore[arg-type]
+    assert KVzipChatModel(engine=engine, ratio="0.3").ratio == 0.3  # type: ignore[arg-type]
+    assert KVzipMemoryBlock(llm=KVzipLLM(engine=engine), ratio="0.3").ratio == 0.3  # type: ignore[arg-type]
+    for wrong in (0, 1.5, float("nan"), "x"):
+        with pytest.raises(ValidationError, match="ratio"):
+            KVzipMemoryBlock(llm=KVzipLLM(engine=engine), ratio=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x\ud83dy", 5, None], ids=ascii)
+def test_a_path_that_no_file_can_have_is_named(engine: KVzipEngine, path: Any) -> None:
+    context = engine.load("A page. " * 9)
+    for use in (engine.open, context.save):
+        with pytest.raises(InputError, match=r"path is .*give another path"):
+            use(path)
+    if path is not None:
+        with pytest.raises(InputError, match=r"cache_dir is .*give another path"):
+            tiny_engine(cache_dir=path)
+        with pytest.raises(InputError, match=r"cache_dir is .*give another path"):
+            KVzipEngine.from_pretrained("nothing", cache_dir=path)
+        with pytest.raises(InputError, match=r"folder is .*give another path"):
+            create_memory_tools(engine, folder=path)
+    if isinstance(path, str):
+        for make in (lambda: KVzipChatModel(model="nothing", cache_dir=path), lambda: KVzipLLM(model="nothing", cache_dir=path)):
+            with pytest.raises(ValidationError, match=r"cache_dir is .*give another path"):
+                make()
+    with pytest.raises(InputError, match="names no file"):
+        context.save("/")
+
+
+def test_a_chat_template_that_is_none_is_named() -> None:
+    engine = tiny_engine()
+    context = engine.load("A page. " * 9)
+    before = engine.tokenizer.chat_template
+    for wrong in (5, ["x"], {}, {"default": 5}):
+        engine.tokenizer.chat_template = wrong
+        for use in (lambda: engine.load("Another page."), lambda: engine.generate(context, "Who?"), lambda: engine.session(context)):
+            with pytest.raises(InputError, match=r"chat_template .* cannot be used"):
+                use()
+    engine.tokenizer.chat_template = before
+    assert engine.generate(context, "Who?", max_new_tokens=2).text
+
+
+def test_half_a_surrogate_pair_in_a_schema_is_read_as_elsewhere(engine: KVzipEngine) -> None:
+    schema = {"type": "object", "properties": {"x\ud83d": {"enum": ["\udcff"]}}, "required": ["x\ud83d"], "additionalProperties": False}
+    assert json.loads(engine.generate(None, "Who?", schema=schema, max_new_tokens=100).text) == {"x\ufffd": "\ufffd"}

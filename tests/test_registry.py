@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, loading
+from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, StorageError, loading
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.locks import held
@@ -1036,3 +1036,23 @@ def test_metadata_that_json_cannot_take_is_stored_as_text(tmp_path: Path) -> Non
     context = load_and_close(tmp_path, Document(TEXT, "page", {("a", 1): Path("/x"), "n": 2}))
     again = tiny_engine().open(blobs(tmp_path)[0])
     assert context.sources[0].metadata == again.sources[0].metadata == {"('a', 1)": "/x", "n": 2}
+
+
+def test_what_is_deleted_pinned_or_untagged_under_a_lock_is_refused_and_stays(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    key = engine.load(TEXT, name="page", tags="red").key
+    engine.registry.flush()
+    (before,) = engine.registry.contexts()
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        for change in (lambda: engine.registry.remove(key), lambda: engine.registry.pin("page"), lambda: engine.registry.untag(key, "red")):
+            with pytest.raises(StorageError, match="holds the index locked; try again when it is free"):
+                change()
+        holder.execute("ROLLBACK")
+    (after,) = engine.registry.contexts()
+    assert (after.names, after.tags, after.pinned) == (before.names, ("red",), False)
+    assert not engine.registry.is_removed(key)
+    assert not engine.registry._device.held[key].pinned
+    engine.registry.untag(key, "red")
+    assert engine.registry.remove(key).key == key
+    engine.close()

@@ -7,6 +7,7 @@ from decimal import Decimal
 from enum import Enum, IntEnum
 from typing import Annotated, Any, Literal, NamedTuple, NewType
 
+import jsonschema
 import pydantic.v1
 import pytest
 from langchain_core.exceptions import OutputParserException
@@ -138,6 +139,29 @@ def test_a_response_format_may_be_any_of_these_types(llm: KVzipChatModel) -> Non
     for wrong in ({"type": "json_schema", "json_schema": {}}, {"type": "json_schema", "json_schema": None}):
         with pytest.raises(InputError, match="needs a JSON schema at"):
             llm.invoke("Which?", response_format=wrong)
+
+
+@pytest.mark.parametrize("method", [*METHODS, "json_mode"])
+@pytest.mark.parametrize("titled", [True, False])
+@pytest.mark.parametrize("kinds", [["object", "null"], ["object"], ["integer", "null"], ["boolean"]], ids=str)
+def test_a_schema_may_name_several_types(llm: KVzipChatModel, kinds: list[str], titled: bool, method: str) -> None:
+    schema: dict[str, Any] = {"type": kinds, **({"title": "Lamp", "description": "A lamp."} if titled else {})}
+    if "object" in kinds:
+        schema |= {"properties": {"lit": {"type": "boolean"}}, "required": ["lit"], "additionalProperties": False}
+    asking = llm.with_structured_output(schema, method=method)
+    answer = asking.invoke("Is it lit?")
+    jsonschema.validate(answer, schema)
+    assert list(asking.stream("Is it lit?"))[-1] == answer
+    assert llm.with_structured_output(schema, method=method, include_raw=True).invoke("Is it lit?")["parsed"] == answer
+
+
+def test_a_tools_schema_may_name_several_types(llm: KVzipChatModel) -> None:
+    tool = {"title": "light", "description": "Light it.", "type": ["object", "null"], "properties": {"lit": {"type": "boolean"}}}
+    calling = llm.bind_tools([{**tool, "required": ["lit"]}], tool_choice="any").invoke("Light it.")
+    assert [(call["name"], type(call["args"]["lit"])) for call in calling.tool_calls] == [("light", bool)]
+    for wrong in ({**tool, "type": ["string", "null"]}, {**tool, "type": 5}, 5, {"type": ["object"]}):
+        with pytest.raises(InputError, match="is no tool"):
+            llm.bind_tools([wrong])  # type: ignore[list-item]
 
 
 def test_a_model_is_told_that_a_value_is_asked_for(llm: KVzipChatModel, monkeypatch: pytest.MonkeyPatch) -> None:

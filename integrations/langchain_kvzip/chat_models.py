@@ -52,6 +52,10 @@ Documents = BaseLoader | Document | str | Path | Iterable[Document]
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
 
 
+# Whose files stand for contexts: those that a model has made or a tool has returned do not.
+_LOADING = {"human", "user", "system", "developer"}
+
+
 class Witness(Protocol):
     """Is told of the calls of a model and its copies."""
 
@@ -255,7 +259,9 @@ class KVzipChatModel(BaseChatModel):
         """
         if isinstance(documents, BaseLoader):
             documents = documents.lazy_load()
-        loaded = [documents] if isinstance(documents, Document | str | Path) else list(documents)
+        given: Any = documents
+        one = isinstance(given, Document | str | Path) or not isinstance(given, Iterable)
+        loaded = [given] if one else list(given)
         return self.engine.load(loaded, **{"ratio": self.ratio, **options})
 
     async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:
@@ -534,7 +540,10 @@ class KVzipChatModel(BaseChatModel):
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
         wanted = Wanted.of({"type": "object"} if schema is None and method == "json_mode" else schema)
-        options = {"ls_structured_output_format": {"kwargs": {"method": method}, "schema": wanted.schema}, "keep_unfinished": include_raw}
+        options = {
+            "ls_structured_output_format": {"kwargs": {"method": method}, "schema": _traced(wanted.schema)},
+            "keep_unfinished": include_raw,
+        }
         if method == "function_calling":
             llm = self.bind_tools([wanted.as_tool()], tool_choice="any", **options)
         else:
@@ -551,7 +560,8 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
     for number, message in enumerate(messages, 1):
-        if isinstance(message.content, list) and message.type not in ("ai", "AIMessageChunk"):  # a file it made is no context
+        who = message.type.removesuffix("MessageChunk").lower()
+        if isinstance(message.content, list) and getattr(message, "role", who) in _LOADING:
             files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
             if files:
                 file_ids += [str(block["file_id"]) for block in files]
@@ -580,10 +590,29 @@ def _response_schema(response_format: Any) -> dict[str, Any] | None:
 
 def _openai_tool(tool: Any) -> dict[str, Any]:
     """A tool in OpenAI's form."""
-    made, own = convert_to_openai_tool(tool), own_schema(tool)
+    own = own_schema(tool)
+    kinds = own.get("type") if own else None
+    if isinstance(tool, dict) and isinstance(kinds, list) and "object" in kinds:  # a call's arguments are one
+        tool = own = {**tool, "type": "object"}
+    try:
+        made = convert_to_openai_tool(tool)
+    except Exception as error:  # LangChain's, in many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"{str(tool)[:80]} is no tool ({reason}); give a function, a tool, a class, or a mapping in OpenAI's form or with a title"
+        ) from error
     if own and "function" in made:
         made["function"]["parameters"] = {key: value for key, value in own.items() if key not in ("title", "description")}
     return made
+
+
+def _traced(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema for LangChain's traces, which knows types by one name: several are said as ``anyOf``."""
+    kinds = schema.get("type", "")
+    if isinstance(kinds, str):
+        return dict(schema)
+    several = {"anyOf": [{"type": kind} for kind in kinds]} if isinstance(kinds, list) else {}
+    return {**{key: value for key, value in schema.items() if key != "type"}, **several}
 
 
 def _is_json_mode(response_format: Any) -> bool:

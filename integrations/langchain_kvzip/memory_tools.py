@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,7 +13,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from kvzip_memory import KVzipEngine
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import Entry
-from kvzip_memory.sources import clean
+from kvzip_memory.sources import as_path, clean
 
 
 def create_memory_tools(
@@ -31,12 +33,19 @@ def create_memory_tools(
         max_tokens: of an answer of ``ask_document``.
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
-    root = None if folder is None else Path(folder).resolve()
+    root = None if folder is None else as_path(folder, "folder").resolve()
     changing = threading.Lock()  # an agent may call several tools at a time
 
     def mine() -> dict[str, Entry]:
         entries = reversed(engine.registry.contexts())
         return {tag.removeprefix(prefix): entry for entry in entries for tag in entry.tags if tag.startswith(prefix)}
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except (KVzipError, OSError) as error:  # the latter is the disk's
+            raise ToolException(str(error)) from error
 
     def let_go(name: str, but: str | None = None) -> None:
         """Take the name from all contexts but one; delete those that nobody else uses."""
@@ -74,11 +83,10 @@ def create_memory_tools(
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
-        with changing:
-            try:
-                context = engine.load(source, tags=prefix + name)
-            except KVzipError as error:
-                raise ToolException(str(error)) from error
+        with changing, told():
+            if name in mine():  # the text before will have to go
+                engine.registry.check_changeable()
+            context = engine.load(source, tags=prefix + name)
             let_go(name, but=context.key)
         return f"{name!r} is kept: {context.n_tokens:,} tokens"
 
@@ -89,16 +97,15 @@ def create_memory_tools(
     def ask_document(name: str, question: str) -> str:
         """Answer a question from a document that is kept."""
         key = entry_of(clean(name, "name")).key
-        try:
+        with told():
             return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
-        except KVzipError as error:
-            raise ToolException(str(error)) from error
 
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
         name = clean(name, "name")
-        with changing:
+        with changing, told():
             entry_of(name)
+            engine.registry.check_changeable()
             let_go(name)
         return f"{name!r} is forgotten"
 

@@ -18,8 +18,8 @@ from langchain.agents.middleware.types import (
 from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
 from langgraph.types import Command, TracePolicy, omit_payload
 
-from kvzip_memory import InputError
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
+from kvzip_memory.options import checked_ratio
 from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain
 
 
@@ -96,8 +96,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         unsupported_model_behavior: Literal["ignore", "warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
-        if ratio is not None and not 0 < ratio <= 1:
-            raise InputError(f"ratio is {ratio}; it is the fraction of pairs kept, above 0 and at most 1")
+        ratio = None if ratio is None else checked_ratio(ratio)
         self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
         self._warned = False
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+from llama_index.core.async_utils import asyncio_run
 from llama_index.core.base.llms.types import MessageRole
 from llama_index.core.callbacks import trace_method
 from llama_index.core.chat_engine import SimpleChatEngine
@@ -19,9 +21,10 @@ from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.storage.chat_store.base_db import MessageStatus
+from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 from llama_index.core.types import Thread
 
-from kvzip_memory import CompressedContext, InputError, SessionBusyError
+from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
@@ -50,6 +53,27 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def _twin(memory: BaseMemory, memo: dict[int, Any]) -> BaseMemory:
+    """A memory with the same messages. A :class:`Memory` holds connections to its database, which cannot be copied."""
+    if not isinstance(memory, Memory):
+        try:
+            return copy.deepcopy(memory, memo)
+        except Exception as error:  # whatever it holds
+            raise NotPicklableError(
+                f"a {type(memory).__name__} cannot be copied ({error}); make another chat engine, with memory="
+            ) from error
+    store, session_id = memory.sql_store, str(uuid.uuid4())
+    if isinstance(store, SQLAlchemyChatStore) and store._is_in_memory_uri(
+        str(getattr(store._async_engine, "url", store.async_database_uri))
+    ):
+        store = SQLAlchemyChatStore(store.table_name)  # one connection for both would mix their transactions
+    for status in MessageStatus:
+        if said := asyncio_run(memory.sql_store.get_messages(memory.session_id, status=status)):
+            asyncio_run(store.add_messages(session_id, said, status=status))
+    blocks = copy.deepcopy(memory.memory_blocks, memo)
+    return memory.model_copy(update={"sql_store": store, "session_id": session_id, "memory_blocks": blocks})
 
 
 class KVzipChatEngine(SimpleChatEngine):
@@ -145,9 +169,19 @@ class KVzipChatEngine(SimpleChatEngine):
         return engine
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVzipChatEngine:
-        """The same conversation, to go on independently."""
+        """The same conversation, to go on independently, as of when an answer that is under way has ended.
+
+        A :class:`Memory` that writes to a database goes on there, too, under a session id of its own.
+
+        Raises:
+            NotPicklableError: a memory of another kind cannot be copied.
+            SessionBusyError: as for :meth:`chat`.
+        """
+        with self._next():
+            memory = _twin(self._memory, memo)
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
+        memo[id(self._memory)] = memory
         for name, value in vars(self).items():
             setattr(twin, name, value if name in ("_taking", "_turn") else copy.deepcopy(value, memo))
         twin._taking, twin._turn = threading.Lock(), _Turn()

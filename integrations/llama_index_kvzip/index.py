@@ -229,6 +229,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
                 yield
                 return
             self._check_lengths(nodes)
+            if forget:
+                self._llm.engine.registry.check_changeable()
             placed = dict(self._index_struct.nodes_dict)
             self._changing = True
             try:
@@ -272,6 +274,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         with self._lock:
             forget = delete_from_docstore and not self._changing
             if forget:
+                self._llm.engine.registry.check_changeable()
                 self.parts()  # so that those of the other documents are known; they are found, not built
             super().delete_nodes(list(node_ids), delete_from_docstore, **delete_kwargs)  # the docstore may change the list itself
             if forget:

@@ -150,10 +150,12 @@ class KVzipLLM(FunctionCallingLLM):
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
 
         Raises:
-            InputError: nothing is stored under the name.
+            InputError: nothing is stored under the name, or it is no context.
         """
         if isinstance(context, str):
             context = self.engine.get(context)
+        if not isinstance(context, CompressedContext | None):
+            raise InputError(f"a {type(context).__name__} is no context; KVzipEngine.load makes one")
         return self.model_copy(update={"context": context})
 
     @property

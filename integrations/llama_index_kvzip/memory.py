@@ -49,7 +49,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     llm: KVzipLLM = Field(exclude=True)
     """The model that reads the turns and answers."""
     name: str = "history"
-    ratio: float | None = None
+    ratio: float | None = Field(None, gt=0, le=1)
     """Fraction of key-value pairs kept; None is the model's."""
     context_tokens: int | None = Field(None, gt=0)
     """Turns of more tokens have the oldest leave the context, until half as many are left. None is half of the window."""
@@ -72,7 +72,11 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return session.known.context
 
     def forget(self, session_id: str = "") -> None:
-        """Delete a session's old turns and the contexts that only it has loaded."""
+        """Delete a session's old turns and the contexts that only it has loaded.
+
+        Raises:
+            StorageError: another process holds the index of the engine's folder; nothing was deleted.
+        """
         self._session(session_id).forget()
 
     @property
@@ -146,14 +150,15 @@ class _Session:
             self._build(ratio, limit)
 
     def forget(self) -> None:
+        registry = self._engine.registry
         with self._lock:
-            if self._file is not None:
-                self._file.remove()
-            self.known = _Known()
-            registry = self._engine.registry
+            registry.check_changeable()
             for entry in registry.contexts():
                 if set(entry.tags) == {self._tag} and not entry.names:
                     registry.remove(entry.key)
+            if self._file is not None:  # last: contexts can be made of turns again
+                self._file.remove()
+            self.known = _Known()
 
     def _build(self, ratio: float | None, limit: int) -> None:
         known = self.known

@@ -640,9 +640,18 @@ class DiskTier:
         """
         if self._held:
             if not is_free(self.root / "index"):
-                raise IndexHeldError(HELD)
+                raise IndexHeldError()
             self._held = False
             logger.warning("the index of %s is free again", self.root)
+
+    @_needs_index
+    def check_changeable(self) -> None:
+        """Raises:
+        IndexUnavailableError: the index cannot be changed now; a process that holds it is waited for a second.
+        """
+        self._opened()
+        if not is_free(self.root / "index", QUIET_S):
+            raise IndexHeldError
 
     def _opened(self) -> Index:
         self.check_free()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.index import IndexHeldError
+from kvzip_memory.registry.index import HELD, IndexHeldError
 
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"}
 
@@ -79,9 +79,9 @@ def _space(root: Path) -> Finding:
 def _index(disk: DiskTier) -> Finding:
     try:
         counted, measured = disk.usage(), disk.measured()
-    except IndexHeldError as error:
+    except IndexHeldError:
         advice = f"contexts are served, but none is stored; find out who has {disk.root / 'index'} open"
-        return Finding("problem", "index", str(error), advice)
+        return Finding("problem", "index", HELD, advice)
     except OSError as error:
         return Finding("problem", "index", f"cannot be used: {error}", "contexts are served, but none is stored; make the folder writable")
     if disk.quarantined:

@@ -20,6 +20,7 @@ import diskcache
 import xxhash
 from diskcache.core import MODE_RAW, UNKNOWN
 
+from kvzip_memory.errors import StorageError
 from kvzip_memory.locks import QUIET_S
 
 Row = dict[str, Any]
@@ -43,12 +44,15 @@ class IndexDamagedError(Exception):
     """The index holds something we have not written, or SQLite says it is malformed."""
 
 
-class IndexUnavailableError(OSError):
+class IndexUnavailableError(StorageError):
     """The index cannot be read or written now: a full disk, a read-only folder, another process that holds it."""
 
 
 class IndexHeldError(IndexUnavailableError):
     """Another process has kept the index locked for a second."""
+
+    def __init__(self) -> None:
+        super().__init__(f"{HELD}; try again when it is free, or end that process")
 
 
 class _Rows(diskcache.Disk):
@@ -96,7 +100,7 @@ class Index:
             if not database.exists():  # SQLite gives its other files the same mode
                 os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
             if not is_free(folder, QUIET_S):  # diskcache would try for a minute
-                raise IndexHeldError(HELD)
+                raise IndexHeldError()
             self._rows = diskcache.Cache(
                 str(folder),
                 timeout=QUIET_S,
@@ -209,11 +213,11 @@ def _translated() -> Iterator[None]:
     except diskcache.Timeout as error:
         cause = error.__context__
         if isinstance(cause, sqlite3.Error) and _is_held(cause):
-            raise IndexHeldError(HELD) from error
+            raise IndexHeldError() from error
         raise IndexUnavailableError(f"SQLite: {cause}") from error
     except sqlite3.Error as error:
         if _is_held(error):
-            raise IndexHeldError(HELD) from error
+            raise IndexHeldError() from error
         if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in _DAMAGE:
             raise IndexDamagedError(f"SQLite: {error}") from error
         raise IndexUnavailableError(f"SQLite: {error}") from error

@@ -29,6 +29,7 @@ from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
+from kvzip_memory.sharing import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class _Story:
     ms: dict[str, float] = field(default_factory=dict)
 
 
-class ContextRegistry:
+class ContextRegistry(Shared):
     """Get-or-build by key over three tiers. Knows no model: whoever asks brings the function that builds.
 
     Budgets are hard: contexts arriving and leaving are counted too. When a tier is full its least recently used
@@ -105,6 +106,8 @@ class ContextRegistry:
         wait_s: seconds to wait for room while other answers use all of a tier.
         tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
     """
+
+    _way_out = "make one in each process, over the same folder"
 
     def __init__(
         self,
@@ -665,6 +668,15 @@ class ContextRegistry:
         if self._disk is not None:
             self._disk.usage()
 
+    def check_changeable(self) -> None:
+        """To be called before several things are changed of which none may be left half done.
+
+        Raises:
+            StorageError: what is on disk cannot be changed now, as another process holds the index.
+        """
+        if self._disk is not None:
+            self._disk.check_changeable()
+
     @property
     def is_held(self) -> bool:
         """Whether another process keeps the index of the folder locked, as of when it was last used."""
@@ -699,24 +711,30 @@ class ContextRegistry:
 
         Raises:
             InputError: nothing is stored under the reference.
+            StorageError: the disk tier cannot note it now; nothing was changed.
         """
         self.flush()
         entry = self.one(reference)
+        if self._disk is not None:
+            self._disk.pin(entry.key, pinned)
         with self._changed:
             for tier in (self._device, self._host):
                 if entry.key in tier.held:
                     tier.held[entry.key].pinned = pinned
-        if self._disk is not None:
-            self._disk.pin(entry.key, pinned)
         return replace(entry, pinned=pinned)
 
     def untag(self, key: str, tag: str) -> None:
-        """Take a tag from a context."""
+        """Take a tag from a context.
+
+        Raises:
+            StorageError: the disk tier cannot note it now; nothing was changed.
+        """
         self.flush()
+        if self._disk is not None:
+            self._disk.untag(key, tag)
         with self._changed:
             for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
                 held.tags = tuple(other for other in held.tags if other != tag)
-        self._try("untag", lambda disk: disk.untag(key, tag))
 
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
@@ -729,6 +747,7 @@ class ContextRegistry:
 
         Raises:
             InputError: nothing is stored under the reference.
+            StorageError: another process holds the index of the folder; nothing was deleted.
             OSError: its file cannot be deleted.
         """
         self.flush()
@@ -810,7 +829,10 @@ class ContextRegistry:
             self._writer.submit(lambda: None).result()  # one thread, in order
 
     def close(self) -> None:
-        """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there."""
+        """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
+
+        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk.
+        """
         self.flush()
         if self._unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
@@ -885,7 +907,7 @@ def check_text(name: str) -> None:
     """
     try:
         name.encode()
-    except UnicodeEncodeError:
+    except (UnicodeEncodeError, AttributeError):
         raise InputError(f"{name!r} is not text that can be stored; give another name") from None
 
 
