@@ -195,7 +195,7 @@ def test_strict_templates_get_neighbours_of_one_role_joined() -> None:
     ("messages", "tools", "message"),
     [
         (CONVERSATION[:2], None, "from 'assistant'"),
-        ([{**CONVERSATION[1], "tool_calls": [{"id": "1", "args": "{"}]}], None, "JSON object of arguments"),
+        ([{**CONVERSATION[1], "tool_calls": [{"id": "1", "args": "{"}]}], None, "nothing to ask"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], None, "'image_url' are not supported"),
         (CONVERSATION, [{"name": "weather"}], "a tool is"),
         (CONVERSATION, [TOOLS[0], TOOLS[0]], "one name"),
