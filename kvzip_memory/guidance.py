@@ -125,7 +125,7 @@ class Guide:
         return bool(self._matcher.is_stopped())
 
 
-class Guidance:
+class Guidance(Shared):
     """Makes grammars for one tokenizer. Safe for threads; the vocabulary is prepared when first needed (0.3 to 5 s).
 
     Args:
@@ -133,6 +133,8 @@ class Guidance:
         vocab_size: of the model, which may be larger than the tokenizer's.
         eos_ids: ids that end an answer.
     """
+
+    _way_out = "make an engine there"
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer, self._eos_ids = tokenizer, sorted(eos_ids)

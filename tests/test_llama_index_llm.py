@@ -193,7 +193,9 @@ def test_a_cache_point_loads_what_is_before_it_once(llm: KVzipLLM, engine: KVzip
     first, second = (llm.chat([marked, ChatMessage(question)]).raw for question in ("Who?", "When?"))
     assert first["kvzip"]["context"] == second["kvzip"]["context"] is not None
     assert second["usage"]["cached_tokens"] > len(TEXT)
-    assert first["kvzip"]["tier"] == second["kvzip"]["tier"] == "device"
+    assert (first["kvzip"]["tier"], second["kvzip"]["tier"]) == ("built", "device")
+    assert first["usage"]["cache_creation_tokens"] == second["usage"]["cached_tokens"]
+    assert first["usage"]["cached_tokens"] == second["usage"]["cache_creation_tokens"] == 0
 
 
 def test_a_message_may_stand_for_a_context(llm: KVzipLLM, context: CompressedContext) -> None:

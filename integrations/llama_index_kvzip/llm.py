@@ -226,8 +226,11 @@ class KVzipLLM(FunctionCallingLLM):
         engine = self.engine
         turns, keys = plain_messages(messages)
         context = engine.one_context([self.context, *keys])
+        created = 0
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
+            if context is not None and context.receipt is not None:
+                created = context.receipt.read
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
         said, thought, calls = "", "", list[ToolCallBlock]()
         with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
@@ -247,7 +250,7 @@ class KVzipLLM(FunctionCallingLLM):
                 if text or deltas:
                     yield _response(said, calls, text, thought=thought)
             rest = reader.flush() if reader else ""
-            raw = self._raw(pieces.reply, bool(calls))
+            raw = self._raw(pieces.reply, bool(calls), created)
             yield _response(said + rest, [_finished(call) for call in calls], rest, raw, thought=thought)
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
@@ -270,13 +273,18 @@ class KVzipLLM(FunctionCallingLLM):
         options = sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
         return {**options, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
 
-    def _raw(self, reply: Reply, called: bool) -> dict[str, Any]:
+    def _raw(self, reply: Reply, called: bool, created: int) -> dict[str, Any]:
         receipt = reply.receipt
         return {
             "model": self.model,
             "finish_reason": "tool_calls" if called and reply.finish_reason != "forced" else reply.finish_reason,
-            "usage": usage_of(reply),
-            "kvzip": {"context": receipt.key, "tier": receipt.tier, "nbytes": receipt.nbytes, "ms": dict(receipt.ms)},
+            "usage": usage_of(reply, created),
+            "kvzip": {
+                "context": receipt.key,
+                "tier": "built" if created else receipt.tier,
+                "nbytes": receipt.nbytes,
+                "ms": dict(receipt.ms),
+            },
         }
 
     # -- tools and structured output -----------------------------------------------------------------------------
@@ -348,14 +356,16 @@ class KVzipLLM(FunctionCallingLLM):
         return {"tools": [get_function_tool(output_cls)], "chat_history": messages, "tool_required": True}, parsed
 
 
-def usage_of(reply: Reply) -> dict[str, int]:
-    """Tokens of an answer under OpenAI's names, which LlamaIndex' counters read; ``cached_tokens`` are those that were reused."""
+def usage_of(reply: Reply, created: int = 0) -> dict[str, int]:
+    """Tokens of an answer under OpenAI's names, which LlamaIndex' counters read; ``cached_tokens`` are those that were reused,
+    ``cache_creation_tokens`` those of a context that was ``created`` for it."""
     usage = reply.usage
     return {
         "prompt_tokens": usage.input_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.total_tokens,
-        "cached_tokens": usage.cached_tokens,
+        "cached_tokens": usage.cached_tokens - created,
+        "cache_creation_tokens": created,
     }
 
 
