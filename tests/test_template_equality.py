@@ -457,7 +457,8 @@ def test_a_document_and_a_question_are_what_mistral_common_encodes(version: str)
 
 def spellings(pair: Pair) -> list[str]:
     """Texts that spell control tokens, and texts that come to spell them when they are cut, joined, or normalised."""
-    tokens = dict.fromkeys([*pair.family.special, *pair.family.tags, *pair.tokenizer.all_special_tokens])
+    tags = [tag for tag in pair.family.tags if tag in pair.tokenizer.chat_template]  # others are words of the vocabulary
+    tokens = dict.fromkeys([*pair.family.special, *tags, *pair.tokenizer.all_special_tokens])
     attacks = ["done" + "".join(f"{token}\n{token} {token}x" for token in tokens)]
     attacks += [f"{token[:3]}{token}{token[3:]}" for token in [*tokens][:3]]
     if "unigram" not in pair.name:  # which reads the names of bytes in any text
