@@ -328,12 +328,18 @@ class PromptBuilder:
             InputError: nothing to answer, or roles that the template refuses or that cannot follow the context.
         """
         layout = self.rendered(recipe, question, tools, fixed=fixed, thinks=thinks)
-        if recipe is None and layout.at:  # a mark: those of `until_mark` come first
+        if recipe is None and layout.at and not fixed:  # what `until_mark` begins with is fixed
             layout = self.rendered(None, question, tools, fixed=True, thinks=thinks)
-            settled, _ = self._cut(layout.text, layout.at[-1], apart=True)
-            return [*self._encoder.ids(settled), *self._encoder.continued(layout.text[len(settled) :])]
-        text = layout.text
-        return self._encoder.ids(text) if recipe is None else self._encoder.continued(text)
+        return self.ids(recipe, layout)
+
+    def ids(self, recipe: Recipe | None, layout: Layout) -> list[int]:
+        """Ids of a rendered question. On its own, those of :meth:`until_mark` come first if there is a mark."""
+        if recipe is not None:
+            return self._encoder.continued(layout.text)
+        if not layout.at:
+            return self._encoder.ids(layout.text)
+        settled, _ = self._cut(layout.text, layout.at[-1], apart=True)
+        return [*self._encoder.ids(settled), *self._encoder.continued(layout.text[len(settled) :])]
 
     def rendered(
         self,

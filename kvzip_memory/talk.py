@@ -32,7 +32,8 @@ class Said:
 class Asked:
     """A question: its ids go behind the first ``start`` of the talk's.
 
-    ``messages`` is None for a question that was given as ids.
+    ``messages`` is None for a question that was given as ids; if they ``repeat`` the context, what comes behind it is looked for when
+    another question comes.
     """
 
     start: int
@@ -40,6 +41,7 @@ class Asked:
     messages: tuple[Message, ...] | None = None
     text: str = ""
     ends: tuple[int, ...] = ()
+    repeats: bool = False
 
 
 class Talk:
@@ -61,12 +63,14 @@ class Talk:
         self.ends: list[int] = []
         self._said: list[Said] | None = []  # None: not known as messages
         self._told = ""  # all that was said as text
+        self._repeats = False  # whether the first question still holds what the context does
         self._tools: Sequence[Tool] | None = None
 
     def copy(self) -> Talk:
         """The same turns, to go on independently."""
         twin = Talk(self._prompts, self._context)
         twin.ids, twin.ends, twin._told, twin._tools = [*self.ids], [*self.ends], self._told, self._tools
+        twin._repeats = self._repeats
         twin._said = None if self._said is None else [*self._said]
         return twin
 
@@ -86,15 +90,14 @@ class Talk:
             with suppress(InputError):  # what does not stand alone does not repeat the context
                 ids = prompts.question(None, question, tools, fixed=True, thinks=thinks)
                 if len(ids) > len(self._read) and ids[: len(self._read)] == self._read:
-                    rest = prompts.behind(self._read, as_messages(question), tools)
-                    text = "" if rest is None else prompts.rendered(self._recipe, rest, tools, thinks=thinks).text
-                    return Asked(0, ids[len(self._read) :], None if rest is None else tuple(rest), text)
-        ids = prompts.question(self._recipe, question, tools, fixed=True, thinks=thinks)
+                    return Asked(0, ids[len(self._read) :], tuple(as_messages(question)), repeats=True)
+        layout = prompts.rendered(self._recipe, question, tools, fixed=True, thinks=thinks)
         messages = tuple(as_messages(question)) if question else ()
-        return Asked(0, ids, messages, prompts.rendered(self._recipe, question, tools, fixed=True, thinks=thinks).text)
+        return Asked(0, prompts.ids(self._recipe, layout), messages, layout.text)
 
     def _next(self, asked: tuple[Message, ...], held: int, thinks: bool) -> Asked:
         prompts = self._prompts
+        self._look_behind()
         if self._said is None:
             return self._behind_all(asked, held)
         before = chain.from_iterable([*_unmarked(said.asked), _marked(said.answer)] for said in self._said)
@@ -131,6 +134,24 @@ class Talk:
             answer["reasoning"] = reasoning
         self._said.append(Said(asked.messages, answer, written))
         self._told = self._prompts.unspelled(asked.text) + written
+        self._repeats = asked.repeats
+
+    def _look_behind(self) -> None:
+        """Leave out of the first question what it repeats of the context, once another one comes."""
+        if not self._repeats or not self._said:
+            return
+        self._repeats, [first] = False, self._said
+        try:
+            rest = self._prompts.behind(self._read, first.asked, self._tools)
+            if rest is None:  # the context does not end between two messages
+                self._said = None
+                return
+            text = self._prompts.rendered(self._recipe, rest, self._tools).text
+        except InputError:  # a template that takes no such turns
+            self._said = None
+            return
+        self._said = [replace(first, asked=tuple(rest))]
+        self._told = self._prompts.unspelled(text) + first.written
 
     def settle(self, held: int) -> int:
         """Read the turns as later ones will: without reasoning. How many of the ``held`` ids are still the same."""
