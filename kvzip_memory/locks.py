@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 from filelock import FileLock, Timeout
 
@@ -52,3 +54,47 @@ def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class Together:
+    """A file lock that the threads of one process hold together: the first takes it, the last gives it back."""
+
+    def __init__(self, lock: FileLock) -> None:
+        self._lock, self._mutex, self._holds = lock, threading.Lock(), WeakSet[Hold]()
+
+    def take(self, hold: Hold) -> bool:
+        with self._mutex:
+            if not self._lock.is_locked:
+                try:
+                    self._lock.acquire(timeout=0)
+                except Timeout:
+                    return False
+            self._holds.add(hold)
+            return True
+
+    def give_back(self, hold: Hold) -> None:
+        with self._mutex:
+            self._holds.discard(hold)
+            if not self._holds and self._lock.is_locked:
+                self._lock.release()
+
+
+class Hold:
+    """One thread's part in a lock held :class:`Together`; it goes with the object, if nobody gives it back."""
+
+    def __init__(self, lock: Together) -> None:
+        self._lock = lock
+        self.mine = False
+
+    def acquire(self) -> bool:
+        """Take part if no other process has the lock.
+
+        Raises:
+            OSError: the file system does not lock.
+        """
+        self.mine = self._lock.take(self)
+        return self.mine
+
+    def release(self) -> None:
+        self.mine = False
+        self._lock.give_back(self)

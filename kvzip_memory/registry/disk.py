@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import stat
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,13 +30,14 @@ from functools import partial, wraps
 from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from filelock import FileLock, Timeout
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
-from kvzip_memory.locks import QUIET_S, held
+from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
@@ -139,6 +141,8 @@ class DiskTier:
     def __init__(self, root: Path, budget: int | None = None) -> None:
         self.root, self.budget = root, budget
         self.quarantined = 0  # by this process
+        self._mutex = threading.Lock()
+        self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
         for folder in (root, *(root / name for name in ("blobs", "index", "tmp", "locks", "quarantine"))):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
@@ -618,6 +622,14 @@ class DiskTier:
     def lock(self, key: str) -> FileLock:
         """Held while a context is built or written; gone with the process that held it."""
         return FileLock(self.root / "locks" / f"{key[:3]}.lock", thread_local=False, mode=0o600)
+
+    def hold(self, key: str) -> Hold:
+        """A part in the lock of a key, not taken yet. Threads of this tier hold it together: they build other keys, or write the same."""
+        with self._mutex:
+            stripe = self._stripes.get(key[:3])
+            if stripe is None:
+                stripe = self._stripes[key[:3]] = Together(self.lock(key))
+            return Hold(stripe)
 
     def report(self, key: str, progress: Mapping[str, Any]) -> None:
         """Leave a note for other processes how far a build is."""

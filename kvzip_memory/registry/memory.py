@@ -27,7 +27,7 @@ class Held:
     Attributes:
         context: it holds its pairs itself.
         group: digest of its text and tenant.
-        users: answers that read it now; it is neither moved nor freed while there are any.
+        uses: who reads or moves it now; it is neither moved by others nor freed while there are any.
         names: the names it was loaded under, and when that was last, in seconds since the epoch.
         pinned: never lost.
         expires: seconds since the epoch, None for never.
@@ -38,17 +38,47 @@ class Held:
     group: str
     names: dict[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
-    users: int = 0
     pinned: bool = False
     expires: float | None = None
     used: float = field(default_factory=time.time)
+    uses: weakref.WeakSet[Use] = field(default_factory=weakref.WeakSet)
 
     @property
     def key(self) -> str:
         return self.context.key
 
+    @property
+    def users(self) -> int:
+        return len(self.uses)
+
     def __post_init__(self) -> None:
         self.nbytes = self.context.nbytes  # the same in every tier
+
+
+class Use:
+    """Somebody who reads or moves a context. Of none at first, so that a scope can be around it before there is one.
+
+    It counts for as long as the object is there: what is not ended, for whatever reason, ends with the frame that had it.
+    """
+
+    held: Held | None = None
+
+    def begin(self, held: Held) -> None:
+        held.uses.add(self)
+        self.held = held
+
+    def end(self) -> Held | None:
+        """The context that was used, None if there was none or it has ended before."""
+        held, self.held = self.held, None
+        if held is not None:
+            held.uses.discard(self)
+        return held
+
+
+class Room:
+    """Bytes of a tier that are kept for a context on its way there; none at first. Like a :class:`Use`, it goes with its frame."""
+
+    nbytes = 0
 
 
 class MemoryTier:
@@ -57,32 +87,47 @@ class MemoryTier:
     Attributes:
         budget: bytes it may hold, None for no limit.
         held: contexts by key.
-        reserved: bytes of contexts that are arriving or leaving.
+        reserved: bytes of contexts that are arriving.
         nbytes: bytes of all of them.
     """
 
     def __init__(self, name: str, budget: int | None) -> None:
         self.name, self.budget = name, budget
         self.held: OrderedDict[str, Held] = OrderedDict()
-        self.reserved = 0
+        self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
         self._settled = 0
+
+    @property
+    def reserved(self) -> int:
+        return sum(room.nbytes for room in self._rooms)
 
     @property
     def nbytes(self) -> int:
         return self._settled + self.reserved
 
-    def add(self, held: Held) -> None:
-        """Take in a context whose bytes were reserved."""
-        self.reserved -= held.nbytes
-        self._settled += held.nbytes
-        self.held[held.key] = held
+    def keep(self, room: Room, nbytes: int) -> None:
+        """Keep bytes for a context that arrives."""
+        room.nbytes = nbytes
+        self._rooms.add(room)
 
-    def take(self, key: str) -> Held:
-        """Take a context out; its bytes stay reserved until it has arrived elsewhere."""
-        held = self.held.pop(key)
-        self._settled -= held.nbytes
-        self.reserved += held.nbytes
-        return held
+    def give_back(self, room: Room) -> None:
+        self._rooms.discard(room)
+
+    def add(self, held: Held, room: Room) -> None:
+        """Take in a context, into the room that was kept for it."""
+        self._rooms.discard(room)
+        self.held[held.key] = held
+        self._settled += held.nbytes
+
+    def take(self, held: Held) -> None:
+        """Take a context out, if it is there; its bytes are free."""
+        if self.held.get(held.key) is held:
+            del self.held[held.key]
+            self._settled -= held.nbytes
+
+    def recount(self) -> None:
+        """Count the bytes of the contexts anew."""
+        self._settled = sum(held.nbytes for held in self.held.values())
 
     def has_room(self, nbytes: int) -> bool:
         return self.budget is None or self.nbytes + nbytes <= self.budget
@@ -90,6 +135,19 @@ class MemoryTier:
     def victim(self, may_leave: Callable[[Held], bool]) -> Held | None:
         """The least recently used context that nobody reads and that may leave."""
         return next((held for held in self.held.values() if held.users == 0 and may_leave(held)), None)
+
+
+def settle(device: MemoryTier, host: MemoryTier, where: torch.device) -> None:
+    """After a failure, wherever it was: a context is in one tier, where its pairs are, and the sums are those of what lies there."""
+    for key, held in [*host.held.items(), *device.held.items()]:
+        apart = where.type != "cpu"  # else both tiers are in one memory, and a context may be in either
+        right = device if key in device.held and not apart else host if _device(held.context).type == "cpu" else device
+        for tier in (device, host):
+            if tier is not right:
+                tier.held.pop(key, None)
+        right.held.setdefault(key, held)
+    for tier in (device, host):
+        tier.recount()
 
 
 def to_device(context: CompressedContext, device: torch.device) -> CompressedContext:

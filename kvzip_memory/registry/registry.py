@@ -15,20 +15,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.locks import Notice
-from kvzip_memory.locks import held as holding
+from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
-from kvzip_memory.registry.memory import Held, MemoryTier, to_device, to_host
+from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.sharing import Shared
 
 logger = logging.getLogger(__name__)
@@ -74,8 +73,6 @@ class _Flight:
     """A context on its way to the device: one thread brings it, others wait."""
 
     progress: tuple[str, int, int] = ("", 0, 0)
-    error: Exception | None = None
-    landed: bool = False
 
 
 @dataclass
@@ -126,7 +123,7 @@ class ContextRegistry(Shared):
         self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
         self._changed = threading.Condition()
-        self._flights: dict[str, _Flight] = {}
+        self._flights: WeakValueDictionary[str, _Flight] = WeakValueDictionary()
         self._removed: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
@@ -156,60 +153,78 @@ class ContextRegistry(Shared):
         Raises:
             BudgetError: larger than the device tier, or other answers use all of it for longer than ``wait_s``.
         """
-        held, story = self._acquire(wanted, build, waiting or (lambda *progress: None))
-        receipt = Receipt(
-            wanted.key,
-            hit=story.tier != "built",
-            tier=story.tier,
-            reason=story.reason,
-            differs=story.differs,
-            shrunk_from=story.shrunk_from,
-            nbytes=held.nbytes,
-            ms=story.ms,
-        )
-        try:
+        story = _Story()
+        with self._using() as use:
+            held = self._acquire(use, wanted, build, waiting or (lambda *progress: None), story)
+            receipt = Receipt(
+                wanted.key,
+                hit=story.tier != "built",
+                tier=story.tier,
+                reason=story.reason,
+                differs=story.differs,
+                shrunk_from=story.shrunk_from,
+                nbytes=held.nbytes,
+                ms=story.ms,
+            )
             with held.context.lease() as resident:
                 yield held.context, Lease(resident.layers, receipt)
+
+    @contextmanager
+    def _using(self) -> Iterator[Use]:
+        """A use, of nothing yet, that has ended when the block has."""
+        use = Use()
+        try:
+            yield use
         finally:
-            self._let_go(held)
+            self._let_go(use)
 
-    def _let_go(self, held: Held) -> None:
+    def _let_go(self, use: Use) -> None:
         with self._changed:
-            held.users -= 1
-            if held.key in self._removed and not held.users:
-                self._drop(held)
-            self._changed.notify_all()
+            if (held := use.end()) is not None:
+                if held.key in self._removed and not held.users:
+                    self._drop(held)
+                self._changed.notify_all()
 
-    def _acquire(self, wanted: Wanted, build: Build, waiting: Report) -> tuple[Held, _Story]:
-        began, story = time.perf_counter(), _Story()
-        while True:
-            with self._changed:
-                held = self._device.held.get(wanted.key)
-                if held is not None and self._alive(held):
-                    held.users += 1
-                    held.used = time.time()
-                    self._device.held.move_to_end(wanted.key)
-                    story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
-                    self._counts["hits.device"] += 1
-                    break
-                flight = self._flights.get(wanted.key)
-                if flight is None:
-                    flight = self._flights[wanted.key] = _Flight()
-                    mine = True
-                else:
-                    mine = False
+    def _acquire(self, use: Use, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+        """Begin to use a context on the device. One thread at a time brings it; who waited tries for itself when that one failed."""
+        began, flight = time.perf_counter(), _Flight()
+        try:
+            while not (there := self._begun(use, wanted.key)):
+                with self._changed:
+                    other = self._flights.setdefault(wanted.key, flight)
+                    if other is flight:
+                        break
+                    progress = other.progress
+                    del other  # a flight goes with the frame of the thread that flies
                     self._changed.wait(0.2)
-                    error = flight.error
-            if mine:
-                held = self._fly(flight, wanted, build, waiting, story)
-                break
-            waiting(*flight.progress)
-            if error is not None:
-                raise error
+                waiting(*progress)
+            if there or self._begun(use, wanted.key):  # landed in between
+                story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
+            else:
+                self._bring(use, flight, wanted, build, waiting, story)
+            self._count(story.tier if story.tier == "built" else f"hits.{story.tier}")
+        finally:
+            if self._flights.get(wanted.key) is flight:
+                with self._changed:
+                    del self._flights[wanted.key]
+                    self._changed.notify_all()
+        held = use.held
+        assert held is not None
         self._annotate(held, wanted)
         if held.key in self._unstored:
             self._store_later([held])
-        return held, story
+        return held
+
+    def _begun(self, use: Use, key: str) -> bool:
+        """Begin to use a context that is on the device; False if it is not."""
+        with self._changed:
+            held = self._device.held.get(key)
+            if held is None or not self._alive(held):
+                return False
+            use.begin(held)
+            held.used = time.time()
+            self._device.held.move_to_end(key)
+            return True
 
     def _alive(self, held: Held) -> bool:
         """False, and gone, if it has expired. With the lock held."""
@@ -221,102 +236,80 @@ class ContextRegistry(Shared):
     def _drop(self, held: Held) -> None:
         """Let go of a context in memory, if it is still there. With the lock held."""
         for tier in (self._device, self._host):
-            if tier.held.get(held.key) is held:
-                tier.take(held.key)
-                tier.reserved -= held.nbytes
+            tier.take(held)
 
-    def _fly(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
-        try:
-            held = self._bring(flight, wanted, build, waiting, story)
-        except BaseException as error:
-            with self._changed:
-                flight.error = error if isinstance(error, Exception) else None  # after a KeyboardInterrupt the next one tries
-                del self._flights[wanted.key]
-                self._changed.notify_all()
-            raise
-        with self._changed:
-            held.users += 1
-            self._device.add(held)
-            self._counts[story.tier if story.tier == "built" else f"hits.{story.tier}"] += 1
-            del self._flights[wanted.key]
-            self._changed.notify_all()
-        return held
-
-    def _bring(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
-        """The context on the device, its bytes reserved there."""
+    def _bring(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
+        """Bring a context to the device and begin to use it."""
         began = time.perf_counter()
         try:
-            if (held := self._from_host(wanted.key)) is not None:
+            if self._from_host(use, wanted.key):
                 story.tier = "host"
-                return held
-            if (held := self._from_disk(wanted, story)) is not None:
-                return held
+                return
+            if self._from_disk(use, wanted, story):
+                return
             if (context := self._from_finer(wanted, story)) is not None:
-                return self._admitted(wanted, context)
+                self._admit(use, wanted, context)
+                return
         finally:
             story.ms["load"] = 1e3 * (time.perf_counter() - began)
-        return self._built(flight, wanted, build, waiting, story)
+        self._built(use, flight, wanted, build, waiting, story)
 
-    def _admitted(self, wanted: Wanted, context: CompressedContext) -> Held:
-        """A context that was just built, moved to the device."""
-        self._reserve(self._device, context.nbytes)
-        return self._moved_in(wanted, context)
+    def _admit(self, use: Use, wanted: Wanted, context: CompressedContext) -> None:
+        """Move a context that was just built to the device."""
+        with self._room(self._device) as room:
+            self._reserve(self._device, context.nbytes, room)
+            self._move_in(use, room, wanted, context)
 
-    def _moved_in(self, wanted: Wanted, context: CompressedContext, entry: Entry | None = None) -> Held:
-        """A context on the device, where its bytes are reserved."""
-        try:
-            moved = to_device(context, self.device)
-        except BaseException:
-            self._unreserve(self._device, context.nbytes)
-            raise
+    def _move_in(self, use: Use, room: Room, wanted: Wanted, context: CompressedContext, entry: Entry | None = None) -> None:
+        """Move a context to the device, into its room there."""
+        moved = to_device(context, self.device)
         if entry is not None:
-            return Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, expires=entry.expires)
-        expires = None if self.ttl is None else time.time() + self.ttl
-        names = {} if wanted.name is None else {wanted.name: time.time()}
-        return Held(moved, wanted.group, names, wanted.tags, expires=expires)
-
-    def _from_host(self, key: str) -> Held | None:
+            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, expires=entry.expires)
+        else:
+            expires = None if self.ttl is None else time.time() + self.ttl
+            names = {} if wanted.name is None else {wanted.name: time.time()}
+            held = Held(moved, wanted.group, names, wanted.tags, expires=expires)
         with self._changed:
-            held = self._host.held.get(key)
-            if held is None or not self._alive(held):
-                return None
-            self._host.take(key)
-        try:
-            self._reserve(self._device, held.nbytes)
-        except BaseException:
-            with self._changed:
-                self._host.add(held)
-            raise
-        moved = to_device(held.context, self.device)
-        self._unreserve(self._host, held.nbytes)
-        held.context = moved
-        self._count("promotions")
-        return held
+            self._device.add(held, room)
+            use.begin(held)
 
-    def _from_disk(self, wanted: Wanted, story: _Story) -> Held | None:
+    def _from_host(self, use: Use, key: str) -> bool:
+        with self._using() as source, self._room(self._device) as room:
+            with self._changed:
+                held = self._host.held.get(key)
+                if held is None or not self._alive(held):
+                    return False
+                source.begin(held)
+            self._reserve(self._device, held.nbytes, room)
+            moved = to_device(held.context, self.device)
+            with self._changed:
+                held.context = moved
+                self._device.add(held, room)
+                self._host.take(held)
+                use.begin(held)
+        self._count("promotions")
+        return True
+
+    def _from_disk(self, use: Use, wanted: Wanted, story: _Story) -> bool:
         if self._disk is None:
             story.reason = f"there is no disk tier ({self.no_disk})"
-            return None
-        before, reserved = self._disk.quarantined, 0
+            return False
+        before = self._disk.quarantined
+        with self._room(self._device) as room:
 
-        def admit(nbytes: int) -> None:  # once the file has told its size, before its pairs are read
-            nonlocal reserved
-            self._reserve(self._device, nbytes)
-            reserved = nbytes
+            def admit(nbytes: int) -> None:  # once the file has told its size, before its pairs are read
+                self._reserve(self._device, nbytes, room)
 
-        try:
-            context = self._disk.get(wanted.key, self.device, admit)  # layer by layer, each uploaded while the next is read
-        except BaseException as error:
-            self._unreserve(self._device, reserved)
-            if not isinstance(error, NotStoredError):
-                raise
-            story.reason = str(error)
-            self._count("quarantined", self._disk.quarantined - before)
-            return None
+            try:
+                context = self._disk.get(wanted.key, self.device, admit)  # layer by layer, each uploaded while the next is read
+            except NotStoredError as error:
+                story.reason = str(error)
+                self._count("quarantined", self._disk.quarantined - before)
+                return False
+            self._move_in(use, room, wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
         story.tier, story.reason, story.differs = "disk", None, ()
-        held = self._moved_in(wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
         self._touch_behind(wanted.key)
-        return held
+        return True
 
     def _from_finer(self, wanted: Wanted, story: _Story) -> CompressedContext | None:
         """A context of a smaller ratio out of a stored one of a larger, which is read but not kept."""
@@ -338,26 +331,22 @@ class ContextRegistry(Shared):
     @contextmanager
     def _borrowed(self, key: str) -> Iterator[tuple[CompressedContext | None, str]]:
         """A context as it lies in a tier, without moving it."""
-        with self._changed:
-            for tier in (self._device, self._host):
-                if (held := tier.held.get(key)) is not None and self._alive(held):
-                    held.users += 1
-                    break
-            else:
-                held = None
-        if held is None:
-            context = None
-            if self._disk is not None:
-                with suppress(NotStoredError):
-                    context = self._disk.get(key, torch.device("cpu"))
-            yield context, "disk"
-            return
-        try:
-            yield held.context, tier.name
-        finally:
+        with self._using() as use:
             with self._changed:
-                held.users -= 1
-                self._changed.notify_all()
+                for tier in (self._device, self._host):
+                    if (held := tier.held.get(key)) is not None and self._alive(held):
+                        use.begin(held)
+                        break
+                else:
+                    held = None
+            if held is not None:
+                yield held.context, tier.name
+                return
+        context = None
+        if self._disk is not None:
+            with suppress(NotStoredError):
+                context = self._disk.get(key, torch.device("cpu"))
+        yield context, "disk"
 
     def _near(self, wanted: Wanted) -> list[tuple[str, Mapping[str, Any]]]:
         """Keys and identities of the stored contexts of the same text and tenant."""
@@ -375,102 +364,87 @@ class ContextRegistry(Shared):
 
     # -- building ------------------------------------------------------------------------------------------------
 
-    def _built(self, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+    def _built(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Build, unless another process does so first; its writing to disk goes on behind the answer."""
-        lock, found = self._builders_lock(wanted, waiting, story)
-        if found is not None:
-            return found
-        last_note = 0.0
-
-        def report(stage: str, done: int, total: int) -> None:
-            nonlocal last_note
-            flight.progress = (stage, done, total)
-            if lock is not None and self._disk is not None and time.monotonic() - last_note > 0.5:
-                last_note = time.monotonic()
-                self._disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
-
+        hold = self._disk.hold(wanted.key) if self._disk is not None else None
         handed_over = False
         try:
+            if hold is not None and self._found_elsewhere(use, hold, wanted, waiting, story):
+                return
+            last_note = 0.0
+
+            def report(stage: str, done: int, total: int) -> None:
+                nonlocal last_note
+                flight.progress = (stage, done, total)
+                if hold is not None and hold.mine and self._disk is not None and time.monotonic() - last_note > 0.5:
+                    last_note = time.monotonic()
+                    self._disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
+
             context = build(report)
             story.ms |= dict(context.receipt.ms) if context.receipt else {}
-            held = self._admitted(wanted, context)
-            if lock is not None:
-                self._write_behind(held, lock)
-                handed_over = True
-            return held
+            self._admit(use, wanted, context)
+            if hold is not None and hold.mine:
+                assert use.held is not None
+                handed_over = self._write_behind(use.held, hold)
         finally:
-            if lock is not None and not handed_over:
-                lock.release()
+            if hold is not None and not handed_over:
+                hold.release()
 
-    def _builders_lock(self, wanted: Wanted, waiting: Report, story: _Story) -> tuple[FileLock | None, Held | None]:
-        """The lock of a key, once nobody else holds it; or the context, if another process built it meanwhile.
+    def _found_elsewhere(self, use: Use, hold: Hold, wanted: Wanted, waiting: Report, story: _Story) -> bool:
+        """Whether another process has built a context meanwhile; if not, its lock is ours, once nobody else holds it.
 
         A lock goes with the process that held it: a dead builder is replaced at the next look.
         """
-        if self._disk is None:
-            return None, None
+        assert self._disk is not None
         began = time.perf_counter()
-        lock = self._disk.lock(wanted.key)
         notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
-                with suppress(Timeout):
-                    lock.acquire(timeout=0)
-                if self._disk.has(wanted.key) and (held := self._from_disk(wanted, story)) is not None:
-                    lock.release()
-                    return None, held
-                if lock.is_locked:
-                    return lock, None
+                mine = hold.acquire()
+                if self._disk.has(wanted.key) and self._from_disk(use, wanted, story):
+                    return True
+                if mine:
+                    return False
                 notice.look()
                 note = self._disk.reported(wanted.key) or {}
                 waiting(str(note.get("stage", "waiting")), int(note.get("done", 0)), int(note.get("total", 0)))
                 time.sleep(_POLL_S)
         except OSError as error:
             self._disk_failed("lock", error)
-            return None, None
-        except BaseException:
-            lock.release()
-            raise
+            return False
         finally:
             story.ms["wait"] = 1e3 * (time.perf_counter() - began)
 
-    def _write_behind(self, held: Held, lock: FileLock) -> None:
-        """Store a context in the background. It stays in memory until that is done, and the lock is held."""
-        held.users += 1
+    def _write_behind(self, held: Held, hold: Hold | None = None) -> bool:
+        """Store a context in the background. It stays in memory until that is done, and its lock is held; False after :meth:`close`."""
+        use = Use()
 
         def write() -> None:
             try:
                 if not self.is_removed(held.key):
-                    self._store(held)
+                    self._stored_unless_there(held) if hold is None else self._store(held)
             finally:
-                lock.release()
-                self._let_go(held)
+                if hold is not None:
+                    hold.release()
+                self._let_go(use)
 
         try:
+            with self._changed:
+                use.begin(held)
             self._writer.submit(write)
         except RuntimeError:  # closed meanwhile: it stays in memory
-            lock.release()
-            self._let_go(held)
+            self._let_go(use)
+            return False
+        except BaseException:
+            self._let_go(use)
+            raise
+        return True
 
     def _store_later(self, unstored: Sequence[Held]) -> None:
-        """Try again, in the background, to store contexts for which the index was not free. With them in use, or the lock held."""
-        with self._changed:
-            for held in unstored:
-                self._unstored.discard(held.key)
-                held.users += 1
-
-        def write(held: Held) -> None:
-            try:
-                if not self.is_removed(held.key):
-                    self._stored_under_lock(held)
-            finally:
-                self._let_go(held)
-
+        """Try again, in the background, to store contexts for which the index was not free."""
         for held in unstored:
-            try:
-                self._writer.submit(write, held)
-            except RuntimeError:  # closed meanwhile
-                self._let_go(held)
+            self._unstored.discard(held.key)
+            self._write_behind(held)
 
     def _store(self, held: Held) -> bool:
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
@@ -481,7 +455,9 @@ class ContextRegistry(Shared):
                 return False
             self._disk.check_free()  # before anything is copied
             self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags, ttl=ttl)
-        except (OSError, BudgetError) as error:
+            if self.is_removed(held.key):  # meanwhile
+                self._disk.remove(held.key)
+        except Exception as error:  # also if there is no memory for a copy
             self._disk_failed("store", error)
             if isinstance(error, IndexHeldError):
                 self._unstored.add(held.key)
@@ -503,92 +479,123 @@ class ContextRegistry(Shared):
                 f"the context takes about {nbytes:,} bytes; device_bytes is {budget:,}: raise it, keep a smaller ratio, or load less"
             )
 
-    def _reserve(self, tier: MemoryTier, nbytes: int) -> None:
+    @contextmanager
+    def _room(self, tier: MemoryTier) -> Iterator[Room]:
+        """Room, none yet, for a move to a tier. When the block ends it is given back, unless the context has moved in.
+
+        A context leaves a tier only when it has arrived in the next: after a failure it is where it was.
+        """
+        room = Room()
+        try:
+            yield room
+        except BaseException:
+            with self._changed:
+                settle(self._device, self._host, self.device)
+            raise
+        finally:
+            with self._changed:
+                tier.give_back(room)
+                self._changed.notify_all()
+
+    def _reserve(self, tier: MemoryTier, nbytes: int, room: Room) -> None:
         """Make room in a tier, moving down what was used longest ago; waits while answers use all of it."""
         if tier is self._device:
             self.check_fits(nbytes)
         deadline = time.monotonic() + self._wait_s
         notice = Notice("waiting for room for %s bytes in the %s tier, all of which answers use", f"{nbytes:,}", tier.name)
-        while True:
+        while not self._reserved(tier, nbytes, room):
             with self._changed:
-                if tier.has_room(nbytes):
-                    tier.reserved += nbytes
-                    return
-                victim = self._taken(tier)
-                if victim is None:
-                    remaining = deadline - time.monotonic()
-                    users = sum(held.users > 0 for held in tier.held.values())
-                    if remaining <= 0 or (users == 0 and len(self._flights) <= 1):
-                        raise BudgetError(
-                            f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use and "
-                            f"{sum(held.pinned for held in tier.held.values())} pinned take {tier.nbytes:,} of {tier.budget:,} bytes "
-                            f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
-                        )
-                    notice.look()
-                    self._changed.wait(min(remaining, 0.5))
+                if tier.has_room(nbytes) or self._victim(tier) is not None:
                     continue
-            self._move_down(victim, tier)
+                remaining = deadline - time.monotonic()
+                users = sum(held.users > 0 for held in tier.held.values())
+                if remaining <= 0 or (users == 0 and len(self._flights) <= 1):
+                    raise BudgetError(
+                        f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use and "
+                        f"{sum(held.pinned for held in tier.held.values())} pinned take {tier.nbytes:,} of {tier.budget:,} bytes "
+                        f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
+                    )
+                notice.look()
+                self._changed.wait(min(remaining, 0.5))
 
-    def _unreserve(self, tier: MemoryTier, nbytes: int) -> None:
-        with self._changed:
-            tier.reserved -= nbytes
-            self._changed.notify_all()
+    def _reserved(self, tier: MemoryTier, nbytes: int, room: Room) -> bool:
+        """Keep bytes in a tier, moving down what was used longest ago; False if that is not to be had without waiting."""
+        while True:
+            with self._using() as leaving:
+                with self._changed:
+                    if tier.has_room(nbytes):
+                        tier.keep(room, nbytes)
+                        return True
+                    victim = self._victim(tier)
+                    if victim is None:
+                        return False
+                    leaving.begin(victim)  # nobody else moves it
+                self._move_down(victim, tier)
 
-    def _taken(self, tier: MemoryTier) -> Held | None:
-        """A victim, out of its tier and in flight. With the lock held."""
-        victim = tier.victim(lambda held: held.key not in self._flights and not (held.pinned and not self._on_disk(held.key)))
-        if victim is not None:
-            tier.take(victim.key)
-            self._flights[victim.key] = _Flight()
-        return victim
+    def _victim(self, tier: MemoryTier) -> Held | None:
+        """The context that leaves a tier next. With the lock held."""
+        return tier.victim(lambda held: held.key not in self._flights and not (held.pinned and not self._on_disk(held.key)))
 
     def _on_disk(self, key: str) -> bool:
         return bool(self._try("search", lambda disk: disk.has(key)))
 
     def _move_down(self, victim: Held, tier: MemoryTier) -> None:
-        """From the device to the host if there is room, else to disk. Outside the lock: answers go on meanwhile."""
-        try:
-            if tier is self._device and self._room_on_host(victim.nbytes):
-                victim.context = to_host(victim.context)
-                with self._changed:
-                    self._host.add(victim)
-                    self._counts["spills.host"] += 1
-            elif self._on_disk(victim.key):
-                self._try("touch", lambda disk: disk.touch(victim.key))
-                self._count("evictions")
-            elif self._disk is not None and self._stored_under_lock(victim):
-                self._count("spills.disk")
-            else:
-                self._count("dropped")
-        finally:
-            with self._changed:
-                tier.reserved -= victim.nbytes
-                del self._flights[victim.key]
-                self._changed.notify_all()
+        """From the device to the host if there is room, else to disk; it stays if somebody begins to read it meanwhile.
 
-    def _stored_under_lock(self, held: Held) -> bool:
-        assert self._disk is not None
+        Outside the lock: answers go on. The caller uses the victim.
+        """
+        if tier is self._device and self._moved_to_host(victim):
+            return
+        if self._on_disk(victim.key):
+            self._try("touch", lambda disk: disk.touch(victim.key))
+            end = "evictions"
+        else:
+            end = "spills.disk" if self._stored_unless_there(victim) else "dropped"
+        with self._changed:
+            if victim.users == 1:
+                tier.take(victim)
+                self._counts[end] += 1
+
+    def _moved_to_host(self, victim: Held) -> bool:
+        """Whether a context was moved to the host, or need not move any more; False if there is no room for it."""
+        budget = self._host.budget
+        if budget is not None and victim.nbytes > budget:
+            return False
+        with self._room(self._host) as room:
+            if not self._reserved(self._host, victim.nbytes, room):
+                return False
+            try:
+                moved = to_host(victim.context)
+            except (MemoryError, RuntimeError, OSError) as error:  # no memory for it, whatever the budget says
+                if not self._on_disk(victim.key):
+                    raise
+                logger.warning("a context of %s bytes was not moved to the host: %s", f"{victim.nbytes:,}", error)
+                return False
+            with self._changed:
+                if victim.users == 1:
+                    victim.context = moved
+                    self._host.add(victim, room)
+                    self._device.take(victim)
+                    self._counts["spills.host"] += 1
+        return True
+
+    def _stored_unless_there(self, held: Held) -> bool:
+        """Whether a context is on disk, or was stored now.
+
+        Under the lock of its key if that is free. Who holds it builds or writes this context, or another one that shares the lock: to
+        wait for it, perhaps with a lock of our own, could be for ever, and to write a context twice does no harm.
+        """
+        if self._disk is None:
+            return False
+        hold = self._disk.hold(held.key)
         try:
-            with holding(self._disk.lock(held.key), f"building or writing context {held.key[:12]}", self._wait_s):
-                return self._disk.has(held.key) or self._store(held)
-        except (OSError, Timeout) as error:
+            hold.acquire()
+            return self._disk.has(held.key) or self._store(held)
+        except OSError as error:
             self._disk_failed("store", error)
             return False
-
-    def _room_on_host(self, nbytes: int) -> bool:
-        """Reserve host bytes, moving older ones to disk; False if there is no room without waiting."""
-        budget = self._host.budget
-        if budget is not None and nbytes > budget:
-            return False
-        while True:
-            with self._changed:
-                if self._host.has_room(nbytes):
-                    self._host.reserved += nbytes
-                    return True
-                victim = self._taken(self._host)
-                if victim is None:
-                    return False
-            self._move_down(victim, self._host)
+        finally:
+            hold.release()
 
     # -- the catalogue -------------------------------------------------------------------------------------------
 
@@ -825,7 +832,7 @@ class ContextRegistry(Shared):
         """Wait until everything built so far is on disk, as far as that can be."""
         if self._disk is not None:
             with self._changed:
-                self._store_later([h for tier in (self._device, self._host) for h in tier.held.values() if h.key in self._unstored])
+                self._store_later([tier.held[key] for key in [*self._unstored] for tier in (self._device, self._host) if key in tier.held])
             self._writer.submit(lambda: None).result()  # one thread, in order
 
     def close(self) -> None:
