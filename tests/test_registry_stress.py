@@ -136,7 +136,7 @@ def test_a_killed_builder_is_replaced_within_seconds(tmp_path: Path) -> None:
     assert max(when for _, _, when in found) - killed < 5
     assert (tmp_path / "log").read_text() == "1\n1\n"  # the killed one's, and one more
     assert len(list((tmp_path / "c" / "blobs").rglob("*.safetensors"))) == 1
-    assert not list((tmp_path / "c" / "tmp").iterdir())
+    assert not list((tmp_path / "c" / "blobs" / ".tmp").iterdir())
     say(seconds=round(max(when for _, _, when in found) - killed, 2))
 
 
@@ -228,10 +228,10 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_opens_without_repair(tmp_path
         worker.start()
         time.sleep(0.02 + rng.random() * 0.25)
         kill(worker)
-        states["written_halfway"] += any((folder / "tmp").iterdir())
+        states["written_halfway"] += any((folder / "blobs" / ".tmp").iterdir())
         disk = DiskTier(folder, budget)
         assert disk.quarantine() == []
-        assert not list((folder / "tmp").iterdir())
+        assert not list((folder / "blobs" / ".tmp").iterdir())
         assert disk.usage() == disk.measured() <= budget
         stored = disk.entries()
         assert {entry.key for entry in stored} == {path.stem for path in (folder / "blobs").rglob("*.safetensors")}

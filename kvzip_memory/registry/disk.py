@@ -4,8 +4,8 @@ Layout of the folder (0700, files 0600)::
 
     FORMAT                        version of this layout; a newer one is left alone
     blobs/ab/<key>.safetensors    the contexts; each file says itself what it is and is checked whole before it is used
+    blobs/.tmp/                   files being written: beside the others, for blobs/ may be a mount of its own
     index/                        diskcache: one row a context, in the order of use; can be made anew from the blobs
-    tmp/                          files being written
     locks/                        one file lock for each 3 hex digits of a key, held while a context is built or written
     quarantine/                   files that failed their checks, with the reason in the index
 
@@ -15,6 +15,7 @@ So nothing wrong can come out of a damaged index.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
 from itertools import islice
@@ -143,13 +144,16 @@ class DiskTier:
         self.quarantined = 0  # by this process
         self._mutex = threading.Lock()
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
-        for folder in (root, *(root / name for name in ("blobs", "index", "tmp", "locks", "quarantine"))):
+        for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "index", "locks", "quarantine"))):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
                 self._check_layout()
         self._index: Index | None = None
         self._opened_file: int | None = None
         self._held = False  # by another process, when last looked at
+        self._owed: set[str] = set()  # keys of files of ours that were not written, and for which bytes are counted still
+        self._mending = False
+        self._doubtful = False  # whether files were changed and their rows, after a failure, were not
         with suppress(IndexUnavailableError):  # what is stored can be read without it
             self._tidy()
 
@@ -255,34 +259,66 @@ class DiskTier:
             now,
             expires,
         )
-        path, temporary = self.path(context.key), self._temporary(context.key)
+        path, temporary = self.path(context.key), self.root / "blobs" / ".tmp" / f"{context.key}.{uuid.uuid4().hex[:8]}.tmp"
         if not self._inside(path):
             raise OSError(f"{path.parent} is a symbolic link; nothing is written there")
-        self._reserve(entry)
         try:
+            self._reserve(entry)
+            for left in self._temporaries():  # by a writer of this key that was killed
+                if left.name.startswith(entry.key):
+                    left.unlink(missing_ok=True)
             path.parent.mkdir(exist_ok=True, mode=0o700)
             prepared.write(path, temporary)
+            self._insert(entry)
         except BaseException:
-            with suppress(IndexUnavailableError):
-                self._unreserve(entry.key)
+            self._owed.add(entry.key)
+            self._doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
+            with suppress(OSError):
+                self._opened()
             raise
-        self._insert(entry)
 
-    def _temporary(self, key: str) -> Path:
-        return self.root / "tmp" / f"{key}.tmp"  # one writer a key: the one who holds the lock
+    def _temporaries(self) -> Iterator[Path]:
+        """Files being written: theirs are named after the key. The first folder is that of older versions."""
+        for folder in (self.root / "tmp", self.root / "blobs" / ".tmp"):
+            if folder.is_dir():
+                yield from folder.iterdir()
+
+    @contextmanager
+    def _changing_files(self) -> Iterator[Index]:
+        """A transaction that deletes or moves files. If it fails the rows are as before and the files are not: see :meth:`_mend`."""
+        index = self._opened()
+        try:
+            with index.transaction():
+                yield index
+        except BaseException:
+            self._doubtful = True
+            raise
+
+    def _mend(self) -> None:
+        """After a failure: give back what is counted for files that were not written, and make rows and files agree.
+
+        If that fails too it is tried again at the next use.
+        """
+        while self._owed:
+            key = next(iter(self._owed))
+            self._unreserve(key)
+            self._owed.discard(key)
+        if self._doubtful:
+            self._reconcile()
+            self._doubtful = False
 
     @_needs_index
     def _reserve(self, entry: Entry) -> None:
         """Make room for a file and count it as being written."""
-        index = self._opened()
-        with index.transaction():
+        self._collect_dead_writers()
+        with self._changing_files() as index:
             old = _entry(index, entry.key)
             self._make_room(index, entry, old.file_nbytes if old else 0)
             if old is not None:
                 self._drop(index, old)
                 index.set(_LOST + old.key, asdict(old))
-            usage, writing = self._totals(index)
-            self._set_totals(index, usage + entry.file_nbytes, {**writing, entry.key: entry.file_nbytes})
+            stored, writing = self._totals(index)
+            self._set_totals(index, stored, {**writing, entry.key: entry.file_nbytes})
 
     def _make_room(self, index: Index, new: Entry, replaced: int) -> None:
         """Delete what was used longest ago until ``new`` fits in place of ``replaced`` bytes; nothing if it cannot."""
@@ -293,7 +329,8 @@ class DiskTier:
             raise BudgetError(
                 f"the context takes {nbytes:,} bytes on disk; disk_bytes is {self.budget:,}: raise it or keep a smaller ratio"
             )
-        usage = self._totals(index)[0] - replaced
+        stored, writing = self._totals(index)
+        usage = stored + sum(nbytes for key, nbytes in writing.items() if key != new.key) - replaced
         victims: list[Callable[[], None]] = []
         for key in index.keys("") if usage + nbytes > self.budget else ():
             if key.startswith(_BAD) and (bad := index.get(key)) is not None:
@@ -318,9 +355,9 @@ class DiskTier:
     def _unreserve(self, key: str) -> None:
         index = self._opened()
         with index.transaction():
-            usage, writing = self._totals(index)
-            nbytes = writing.pop(key, 0)
-            self._set_totals(index, usage - nbytes, writing)
+            stored, writing = self._totals(index)
+            writing.pop(key, None)
+            self._set_totals(index, stored, writing)
 
     def _insert(self, entry: Entry) -> None:
         """Turn the reservation into a row. The file is there, so it has some patience."""
@@ -334,11 +371,10 @@ class DiskTier:
     def _insert_now(self, entry: Entry) -> None:
         index = self._opened()
         with index.transaction():
-            usage, writing = self._totals(index)
-            counted = writing.pop(entry.key, 0)
-            if counted == 0 and index.get(_CONTEXT + entry.key) is not None:
+            stored, writing = self._totals(index)
+            if writing.pop(entry.key, None) is None and index.get(_CONTEXT + entry.key) is not None:
                 return  # the index was made anew from the blobs in between
-            self._set_totals(index, usage + entry.file_nbytes - counted, writing)
+            self._set_totals(index, stored + entry.file_nbytes, writing)
             self._add(index, _completed(entry, _entry(index, entry.key, _LOST)))
             index.delete(_LOST + entry.key)
 
@@ -361,8 +397,8 @@ class DiskTier:
             _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
         for name in entry.names:
             _list_remove(index, _named(entry.tenant, name), entry.key)
-        usage, writing = self._totals(index)
-        self._set_totals(index, usage - entry.file_nbytes, writing)
+        stored, writing = self._totals(index)
+        self._set_totals(index, stored - entry.file_nbytes, writing)
 
     def _unlink(self, key: str) -> None:
         if self._inside(self.path(key)):
@@ -372,8 +408,8 @@ class DiskTier:
         with suppress(FileNotFoundError):
             (self.root / "quarantine" / Path(row["file"]).name).unlink()
         index.delete(key)
-        usage, writing = self._totals(index)
-        self._set_totals(index, usage - row["nbytes"], writing)
+        stored, writing = self._totals(index)
+        self._set_totals(index, stored - row["nbytes"], writing)
 
     def _quarantine(self, key: str, reason: str) -> None:
         """Take a file out of use and remember why. In a folder that cannot be written it stays, and is refused again."""
@@ -387,21 +423,22 @@ class DiskTier:
 
     @_needs_index
     def _set_aside(self, key: str, reason: str) -> bool:
-        index, path, name = self._opened(), self.path(key), f"{key}.{time.time_ns()}.safetensors"
-        with index.transaction():
+        path, name = self.path(key), f"{key}.{time.time_ns()}.safetensors"
+        with self._changing_files() as index:
             try:
                 nbytes = path.lstat().st_size
-                os.replace(path, self.root / "quarantine" / name)
+                if not _moved(path, self.root / "quarantine" / name):
+                    nbytes = 0
             except OSError:  # another process has done it, or may not
                 return False
             if (entry := _entry(index, key)) is not None:
                 self._drop(index, entry)
                 index.set(_LOST + key, asdict(entry))
-            usage, writing = self._totals(index)
-            if self.budget is not None and usage + nbytes > self.budget:  # it has grown, or never had a row
-                (self.root / "quarantine" / name).unlink()
+            stored, writing = self._totals(index)
+            if self.budget is not None and stored + sum(writing.values()) + nbytes > self.budget:  # it has grown, or never had a row
+                (self.root / "quarantine" / name).unlink(missing_ok=True)
                 nbytes = 0
-            self._set_totals(index, usage + nbytes, writing)
+            self._set_totals(index, stored + nbytes, writing)
             index.set(_BAD + name, {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time()})
         return True
 
@@ -465,10 +502,11 @@ class DiskTier:
             if entry is None:
                 if (entry := self._entry_of_file(self.path(key))) is None:
                     return
-                usage, writing = self._totals(index)
+                stored, writing = self._totals(index)
+                usage = stored + sum(writing.values())
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
-                self._set_totals(index, usage + entry.file_nbytes, writing)
+                self._set_totals(index, stored + entry.file_nbytes, writing)
             tags = tuple(sorted({*entry.tags, *tags}))
             self._add(index, replace(entry, used=time.time(), names=latest(entry.names, names or {}), tags=tags))
 
@@ -498,8 +536,7 @@ class DiskTier:
     @_needs_index
     def remove(self, key: str) -> bool:
         """Delete a context; False if there was none."""
-        index = self._opened()
-        with index.transaction():
+        with self._changing_files() as index:
             index.delete(_LOST + key)
             if (entry := _entry(index, key)) is not None:
                 self._drop(index, entry)
@@ -518,7 +555,8 @@ class DiskTier:
     @_needs_index
     def usage(self) -> int:
         """Bytes of blobs, files being written and quarantined files, as counted."""
-        return self._totals(self._opened())[0]
+        stored, writing = self._totals(self._opened())
+        return stored + sum(writing.values())
 
     def count(self) -> int:
         """Stored contexts."""
@@ -527,7 +565,7 @@ class DiskTier:
     def measured(self) -> int:
         """The same bytes as :meth:`usage`, measured from the files."""
         sizes: dict[int, int] = {}
-        for folder in ("tmp", "blobs", "quarantine"):  # the way a file goes; one that moves meanwhile is counted once
+        for folder in ("tmp", "blobs/.tmp", "blobs", "quarantine"):  # the way a file goes; one that moves meanwhile is counted once
             for path in (self.root / folder).rglob("*"):
                 with suppress(FileNotFoundError):
                     status = path.lstat()
@@ -553,8 +591,8 @@ class DiskTier:
 
     @_needs_index
     def _empty_quarantine(self) -> int:
-        index, count = self._opened(), 0
-        with index.transaction():
+        count = 0
+        with self._changing_files() as index:
             for name in list(index.keys(_BAD)):
                 if (row := index.get(_BAD + name)) is not None:
                     self._drop_bad(index, _BAD + name, row)
@@ -575,26 +613,27 @@ class DiskTier:
         Returns:
             Files deleted.
         """
-        index, deleted = self._opened(), 0
-        with index.transaction():
+        deleted = 0
+        with self._changing_files() as index:
             _, writing = self._totals(index)
             rows, blobs = set(index.keys(_CONTEXT)), {path.stem: path for path in self._blobs()}
             for key in rows - blobs.keys() - writing.keys():
                 if (entry := _entry(index, key)) is not None:
                     self._drop(index, entry)
             bad = [row for name in list(index.keys(_BAD)) if (row := index.get(_BAD + name)) is not None]
-            usage = sum(writing.values()) + sum(row["nbytes"] for row in bad)
-            usage += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
+            stored = sum(row["nbytes"] for row in bad)
+            stored += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
             for key in blobs.keys() - rows - writing.keys():
                 entry = self._entry_of_file(blobs[key])
+                usage = stored + sum(writing.values())
                 if entry is None or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     blobs[key].unlink(missing_ok=True)
                     deleted += 1
                 else:
                     self._add(index, entry)
-                    usage += entry.file_nbytes
-            for path in (self.root / "tmp").iterdir():
-                if path.stem not in writing:
+                    stored += entry.file_nbytes
+            for path in self._temporaries():
+                if path.name[:64] not in writing:
                     path.unlink(missing_ok=True)
                     deleted += 1
             listed = {row["file"] for row in bad}
@@ -602,7 +641,7 @@ class DiskTier:
                 if path.is_file() and path.name not in listed:
                     path.unlink(missing_ok=True)
                     deleted += 1
-            self._set_totals(index, usage, writing)
+            self._set_totals(index, stored, writing)
         return deleted
 
     def verify(self, key: str) -> str | None:
@@ -671,6 +710,13 @@ class DiskTier:
             self._open_index()
         if self._index is None:
             raise IndexUnavailableError("the index could not be opened")
+        if (self._owed or self._doubtful) and not self._mending:
+            self._mending = True
+            try:
+                with suppress(OSError):
+                    self._mend()
+            finally:
+                self._mending = False
         return self._index
 
     @property
@@ -714,29 +760,28 @@ class DiskTier:
                 return
             if next(index.keys(""), None) is not None:
                 raise IndexDamagedError("the row of totals is missing")
-            usage = 0
+            stored = 0
             found = [(path, self._entry_of_file(path)) for path in self._blobs()]
             entries = [_completed(entry, (salvaged or {}).get(entry.key)) for _, entry in found if entry is not None]
             for entry in sorted(entries, key=lambda entry: entry.used):
                 self._add(index, entry)
-                usage += entry.file_nbytes
+                stored += entry.file_nbytes
             for path in (path for path, entry in found if entry is None):
                 self._quarantine_unlisted(path)
-            writing = {path.stem: path.lstat().st_size for path in (self.root / "tmp").iterdir() if not self._delete_dead(path)}
-            usage += sum(writing.values())
+            writing = {path.name[:64]: path.lstat().st_size for path in self._temporaries() if not self._delete_dead(path)}
             for path in (self.root / "quarantine").iterdir():
                 if path.is_file():
                     nbytes = path.lstat().st_size
                     index.set(
                         _BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0}
                     )
-                    usage += nbytes
-            self._set_totals(index, usage, writing)
+                    stored += nbytes
+            self._set_totals(index, stored, writing)
 
     def _delete_dead(self, temporary: Path) -> bool:
         """Delete a file being written if its writer is gone."""
         try:
-            with self.lock(temporary.stem).acquire(timeout=0):
+            with self.lock(temporary.name).acquire(timeout=0):
                 temporary.unlink(missing_ok=True)
                 return True
         except Timeout:
@@ -744,7 +789,7 @@ class DiskTier:
 
     def _quarantine_unlisted(self, path: Path) -> None:
         with suppress(OSError):
-            os.replace(path, self.root / "quarantine" / f"{path.stem}.{time.time_ns()}.safetensors")
+            _moved(path, self.root / "quarantine" / f"{path.stem}.{time.time_ns()}.safetensors")
             self.quarantined += 1
 
     def _replace_index(self, reason: str) -> None:
@@ -762,8 +807,8 @@ class DiskTier:
                     reason,
                     len(salvaged),
                 )
-                os.replace(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")
-                (self.root / "index").mkdir(mode=0o700)
+                _moved(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")
+                (self.root / "index").mkdir(exist_ok=True, mode=0o700)
                 for older in sorted((self.root / "quarantine").glob("index.*"))[:-1]:
                     _remove_tree(older)
                 self.quarantined += 1
@@ -794,7 +839,9 @@ class DiskTier:
         """Free what was reserved by processes that no longer hold their lock."""
         for key in self._writing():
             with suppress(Timeout, OSError), self.lock(key).acquire(timeout=0):
-                self._temporary(key).unlink(missing_ok=True)
+                for path in self._temporaries():
+                    if path.name.startswith(key):
+                        path.unlink(missing_ok=True)
                 self._unreserve(key)
 
     @_needs_index
@@ -802,13 +849,15 @@ class DiskTier:
         return self._totals(self._opened())[1]
 
     def _totals(self, index: Index) -> tuple[int, dict[str, int]]:
+        """Bytes of what is stored or in quarantine, and of each file being written. They are counted once whatever happens to a writer."""
         row = index.get("totals")
         if row is None:
             raise IndexDamagedError("the row of totals is missing")
-        return row["usage"], dict(row["writing"])
+        writing = dict(row["writing"])
+        return row["usage"] - sum(writing.values()), writing
 
-    def _set_totals(self, index: Index, usage: int, writing: Mapping[str, int]) -> None:
-        index.set("totals", {"usage": max(usage, 0), "writing": dict(writing)})
+    def _set_totals(self, index: Index, stored: int, writing: Mapping[str, int]) -> None:
+        index.set("totals", {"usage": max(stored, 0) + sum(writing.values()), "writing": dict(writing)})
 
     def _blobs(self) -> Iterator[Path]:
         for folder in (self.root / "blobs").iterdir():
@@ -893,6 +942,23 @@ def _list_remove(index: Index, key: str, item: str) -> bool:
 def _write_private(path: Path, text: str) -> None:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(text)
+
+
+def _moved(path: Path, target: Path) -> bool:
+    """Move a file or folder that is of no more use; False if it had to be deleted, as it lies on another file system.
+
+    Raises:
+        OSError: neither is possible.
+    """
+    try:
+        os.replace(path, target)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EBUSY):
+            raise
+    for each in path.iterdir() if path.is_dir() else [path]:
+        each.unlink()
+    return False
 
 
 def _remove_tree(folder: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +136,18 @@ class Index:
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
         with self._lock:
-            with _translated():
-                transaction = self._rows.transact()
-                transaction.__enter__()
+            transaction = self._rows.transact()
             try:
+                with _translated():
+                    transaction.__enter__()
                 yield
+                with _translated():
+                    transaction.__exit__(None, None, None)
             except BaseException as error:
-                with _translated(), _quietly(error):
+                with suppress(Exception):
                     transaction.__exit__(type(error), error, error.__traceback__)
+                self._rows.close()  # whatever failed, this thread's connection keeps nothing locked
                 raise
-            with _translated():
-                transaction.__exit__(None, None, None)
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
         """Keys that start with ``prefix``, without it."""
@@ -192,16 +193,6 @@ def _unpacked(key: str, packed: str) -> Row:
         raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
     row: Row = json.loads(text)
     return row
-
-
-@contextmanager
-def _quietly(error: BaseException) -> Iterator[None]:
-    """diskcache raises the error again after rolling back; we do that ourselves."""
-    try:
-        yield
-    except BaseException as again:
-        if again is not error:
-            raise
 
 
 @contextmanager
