@@ -29,7 +29,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 stress: tokenizers
-	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_template_equality.py tests/test_guidance.py \
+	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_failures.py tests/test_template_equality.py tests/test_guidance.py \
 		tests/test_langchain_standard.py -s
 
 tokenizers: $(VENV)/.installed

@@ -566,7 +566,7 @@ class DiskTier:
         """The same bytes as :meth:`usage`, measured from the files."""
         sizes: dict[int, int] = {}
         for folder in ("tmp", "blobs/.tmp", "blobs", "quarantine"):  # the way a file goes; one that moves meanwhile is counted once
-            for path in (self.root / folder).rglob("*"):
+            for path in (self.root / folder).glob("*" if folder == "quarantine" else "**/*"):  # an index in quarantine is not counted
                 with suppress(FileNotFoundError):
                     status = path.lstat()
                     if not stat.S_ISDIR(status.st_mode):

@@ -214,5 +214,7 @@ def _translated() -> Iterator[None]:
         raise IndexUnavailableError(f"SQLite: {error}") from error
     except OSError as error:
         raise IndexUnavailableError(str(error)) from error
+    except MemoryError as error:
+        raise IndexUnavailableError("no memory to read it") from error
     except Exception as error:  # a damaged setting can fail in any way inside diskcache
         raise IndexDamagedError(f"{type(error).__name__}: {error}") from error

@@ -553,8 +553,8 @@ class ContextRegistry(Shared):
             end = "spills.disk" if self._stored_unless_there(victim) else "dropped"
         with self._changed:
             if victim.users == 1:
-                tier.take(victim)
                 self._counts[end] += 1
+                tier.take(victim)
 
     def _moved_to_host(self, victim: Held) -> bool:
         """Whether a context was moved to the host, or need not move any more; False if there is no room for it."""
