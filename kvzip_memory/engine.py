@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +32,7 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, St
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
+from kvzip_memory.limits import host_nbytes
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
@@ -935,10 +935,10 @@ def _ends(first: int, n: int, every: int | None) -> list[int]:
 
 
 def _memory_nbytes(device: torch.device) -> int:
-    """Memory of a device; of the host for one that shares it."""
+    """Memory of a device; what this process may use of the host's for one that shares it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    return host_nbytes()
 
 
 def _check_allocator(allocator: str) -> None:

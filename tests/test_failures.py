@@ -45,8 +45,8 @@ SQL = [partial(_sql_error, code) for code in (sqlite3.SQLITE_FULL, sqlite3.SQLIT
 
 #: What may fail at a call, by the module it goes to; anything may be interrupted or find no memory.
 FAULTS: dict[str, list[Callable[[], BaseException]]] = {
-    **{module: DISK for module in ("posix", "io", "pathlib", "os", "filelock")},
-    **{module: SQL for module in ("sqlite3", "diskcache")},
+    **dict.fromkeys(("posix", "io", "pathlib", "os", "filelock"), DISK),
+    **dict.fromkeys(("sqlite3", "diskcache"), SQL),
     "torch": [partial(torch.OutOfMemoryError, "out of memory")],
     "": [MemoryError, KeyboardInterrupt],
 }
