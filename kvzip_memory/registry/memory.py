@@ -30,7 +30,7 @@ class Held:
         users: answers that read it now; it is neither moved nor freed while there are any.
         names: the names it was loaded under, and when that was last, in seconds since the epoch.
         pinned: never lost.
-        expires: seconds since the epoch, None for never.
+        left: the tier that it is no longer found in, but where its bytes are counted until its users have ended.
         used: seconds since the epoch of the last use.
     """
 
@@ -40,7 +40,7 @@ class Held:
     tags: tuple[str, ...] = ()
     users: int = 0
     pinned: bool = False
-    expires: float | None = None
+    left: MemoryTier | None = None
     used: float = field(default_factory=time.time)
 
     @property
