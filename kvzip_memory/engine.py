@@ -716,7 +716,7 @@ class KVzipEngine(Shared):
             behind: messages come behind the context, also those that say what it begins with once more; otherwise such are taken for
                 the whole conversation, of which the context holds a part.
             reuse: without a context, whether the longest stored one that the prompt begins with is answered from, if it keeps as much as
-                the engine's ``ratio``; the receipt names it. False reads the whole prompt.
+                the engine's ``ratio``, or as another ratio that is given; the receipt names it. False reads the whole prompt.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None, repetition_penalty=None,
                 no_repeat_ngram_size=None``, see :class:`~kvzip_memory.generation.GenerationParams`.
 
@@ -743,7 +743,7 @@ class KVzipEngine(Shared):
         parallel_tool_calls: bool | None = None,
         form: ToolForm | None = None,
         behind: bool = False,
-        reuse: bool = True,
+        reuse: bool | float = True,
         **params: Any,
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
@@ -759,7 +759,7 @@ class KVzipEngine(Shared):
             return self.session(context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = self._prompts.question(None, question, tools, thinks=checked.free)
-        context = self.stored_prefix(ids) if reuse else None
+        context = self.stored_prefix(ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
         return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property

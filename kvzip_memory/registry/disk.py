@@ -162,10 +162,12 @@ class DiskTier:
         self.root, self.budget = root, budget
         self.quarantined = 0  # by this process
         self.names = Names(root)
-        for folder in (root, *(root / name for name in ("blobs", "index", "names", "tmp", "locks", "quarantine"))):
+        for folder in (root, *(root / name for name in ("blobs", "index", "tmp", "locks", "quarantine"))):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
                 self._check_layout()
+        with suppress(OSError):  # a folder of an earlier version that cannot be written has no names
+            (root / "names").mkdir(exist_ok=True, mode=0o700)
         self._index: Index | None = None
         self._opened_file: int | None = None
         self._held = False  # by another process, when last looked at

@@ -786,7 +786,7 @@ class ContextRegistry(Shared):
         Raises:
             InputError: nothing is stored under the reference.
             StorageError: another process holds the index of the folder; nothing was deleted.
-            OSError: its file cannot be deleted.
+            OSError: its file or that of its name cannot be deleted.
         """
         self.flush()
         entry = self.one(reference)
@@ -796,14 +796,14 @@ class ContextRegistry(Shared):
             return replace(entry, names=names)
         if self._disk is not None:
             self._disk.remove(entry.key)
-        for name in entry.names:
-            self._names.take(entry.tenant, name, family_of(entry.identity))
         with self._changed:
             self._removed.add(entry.key)
             for held in [tier.held[entry.key] for tier in (self._device, self._host) if entry.key in tier.held]:
                 if not held.users:
                     self._drop(held)
             self._changed.notify_all()
+        for name in entry.names:
+            self._names.take(entry.tenant, name, family_of(entry.identity))
         return replace(entry, names={})
 
     def _unname(self, entry: Entry, name: str) -> None:
