@@ -88,7 +88,7 @@ class KVzipLLM(FunctionCallingLLM):
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
     reuse: bool = True
-    """Whether a prompt without a context is answered from the longest stored one that it begins with, if that keeps as much as ``ratio``."""
+    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``."""
     cache_dir: str | None = None
     """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
