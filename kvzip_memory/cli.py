@@ -60,7 +60,7 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
     times = {k: _time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
-    return {**facts, **times, "names": list(entry.names)}
+    return {**facts, **times, "names": list(entry.names), "former": list(entry.former)}
 
 
 def _session(session: turns.Session) -> dict[str, Any]:
@@ -139,7 +139,8 @@ def list_(
     def render() -> Table:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for e in entries:
-            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *e.tags])
+            older = [f"(was {name})" for name in e.former]
+            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
             table.add_row(escape(", ".join(e.names)), e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, escape(marks))
         return table
@@ -172,15 +173,20 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 
 @app.command()
 def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete a context, or a session with its turns. One of several names that is given by one of them only loses that name."""
+    """Delete a context, or a session with its turns. One of several names that is given by one of them only loses that name.
+
+    Older texts of a name stay, and are deleted by their keys.
+    """
     registry, called = _registry(cache_dir), escape(reference)
     if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference)):
         count = session.remove(registry)
         _show(_session(session), as_json, lambda: f"deleted {escape(session.name)}, {session.turns} turns and {count} contexts")
         return
     entry = registry.remove(reference)
+    older = [e for e in registry.contexts() if reference in e.former]
     kept = f"{called} is no longer a name of {_called(entry)}; give {entry.key[:12]} to delete it"
-    lines = [kept if entry.names else f"deleted {called}, {decimal(entry.file_nbytes)}"]
+    lines = [kept if entry.names else f"deleted {called}, {entry.key[:12]}, {decimal(entry.file_nbytes)}"]
+    lines += [f"{e.key[:12]}, which was {called} before, stays; give that key to delete it" for e in older]
     lines += [f"the turns it was made of are kept; rm {escape(repr(s.name))} deletes them" for s in _sessions_of(cache_dir, entry)]
     _show(_facts(entry), as_json, lambda: "\n".join(lines))
 

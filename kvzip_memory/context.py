@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -71,12 +71,22 @@ class RaggedLayer:
 
 @dataclass(frozen=True)
 class Source:
-    """One loaded document: its name, its metadata and the tokens it covers, ``[start, end)`` of the context."""
+    """One loaded document: its name, its metadata and the tokens it covers, ``[start, end)`` of the context.
+
+    The name and the metadata are those of whoever loaded it. The text itself has no more than a name that is ``shown`` in a header.
+    """
 
     name: str
     metadata: Mapping[str, Any]
     start: int
     end: int
+    shown: bool = False
+
+
+def as_told(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Sources as the text itself tells them, for those who share it: without what only their loader knows."""
+    told = enumerate(sources, 1)
+    return tuple(replace(source, name=source.name if source.shown else f"document {number}", metadata={}) for number, source in told)
 
 
 @dataclass(frozen=True)
@@ -199,9 +209,12 @@ class CompressedContext(Shared):
         ratio: the fraction of pairs that was asked for.
         dense_nbytes: storage of the uncompressed cache, measured while building.
         recipe: the ids that follow.
-        sources: the loaded documents and the tokens each covers.
+        sources: the loaded documents and the tokens each covers, with the names and metadata that this object was loaded with.
         name: the name given by the user; not part of the key.
         receipt: how this object came to be.
+        created: when its text was read, seconds since the epoch; of one that was grown, the first of it. 0.0: not known.
+        expires: when whoever stored it wanted it built anew, seconds since the epoch; None for never.
+        coarsest: the smallest ratio at which it, or a context it was grown from, was compressed; 0.0: not known.
     """
 
     key: str
@@ -215,6 +228,9 @@ class CompressedContext(Shared):
     sources: tuple[Source, ...] = ()
     name: str | None = None
     receipt: Receipt | None = None
+    created: float = 0.0
+    expires: float | None = None
+    coarsest: float = 0.0
 
     _way_out = "give its key, which engine.get() finds in the same cache_dir, or save() it and open() the file"
 

@@ -8,8 +8,8 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,11 @@ from kvzip_memory import loading
 from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
-from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
+from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
@@ -36,7 +37,7 @@ from kvzip_memory.limits import host_nbytes
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, check_text, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Label, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
@@ -80,7 +81,8 @@ class KVzipEngine(Shared):
         host_bytes: budget of the contexts moved from there to the host's memory. None: an eighth of it where the model
             is on a GPU, else 0.
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
-        ttl: seconds after which a context is built anew; None never.
+        ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
+            first of it if it was grown.
         tenant: a salt for every key: engines of different tenants never use each other's contexts.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
@@ -156,7 +158,7 @@ class KVzipEngine(Shared):
             tenant=self._tenant,
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
-        self._loaded: WeakValueDictionary[str, CompressedContext] = WeakValueDictionary()
+        self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
@@ -300,8 +302,8 @@ class KVzipEngine(Shared):
                 logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FREE_TOKENS)
             return None
         self._check_window(prompt)
-        before = self.stored_prefix([*prompt.token_ids, -1])  # of all of them, too
-        if before is None or before.ratio < ratio or before.identity["scorer"] not in (None, self._scorer.identity()):
+        before = self.stored_prefix([*prompt.token_ids, -1], ratio)  # of all of them, too
+        if before is None:
             return self._load(prompt, ratio, None, (_MARKED,), began)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
@@ -422,19 +424,28 @@ class KVzipEngine(Shared):
             every,
         )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
-        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))))
+        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
-        build = partial(self._build, wanted, prompt, ratio, parent)
-        now = build if pairs is None else partial(build, pairs=pairs)
-        with self._bar(name) as bar, _leased(self.registry, wanted, now, parent, bar.show) as (context, lease):
+        start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
+        step = Step(
+            self.registry,
+            wanted,
+            self._build,
+            parent.storage.step if parent and isinstance(parent.storage, Managed) else parent,
+            torch.tensor(prompt.token_ids[start:], dtype=torch.int32),
+            prompt.protected,
+            prompt.keep,
+            prompt.recipe,
+            as_told(prompt.sources)[known:],
+        )
+        now = step if pairs is None else replace(step, make=partial(self._build, pairs=pairs))
+        with self._bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
-            read = len(prompt.token_ids) - (parent.n_tokens if parent else 0) if built else 0
-            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=read)
-            storage = _Managed(self.registry, wanted, build, context.storage, parent)
+            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
+            self._loaded[wanted.key] = storage = Managed(step, context)
         release()
-        self._loaded[wanted.key] = context = replace(context, name=name, sources=prompt.sources, receipt=receipt, storage=storage)
-        return context
+        return storage.handle(name=name, sources=prompt.sources, receipt=receipt)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
         """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
@@ -443,7 +454,9 @@ class KVzipEngine(Shared):
     def get(self, reference: str) -> CompressedContext:
         """The context last loaded under a name with this model, or that of a key (8 digits of it at least).
 
-        One that was loaded here and is still in use is also found by its key when its pairs have left the registry.
+        By its name it has the sources that it was loaded with under that name; by its key those that the text itself tells. A name is
+        that of one context: when it is no longer stored, what was loaded under the name before is still found by its key alone. One that
+        was loaded here and is still in use is also found by its key when its pairs have left the registry.
 
         Raises:
             InputError: nothing is stored under it that this model can use.
@@ -451,16 +464,18 @@ class KVzipEngine(Shared):
         entries = self.registry.find(reference)
         usable = [e for e in entries if all(e.identity.get(f) == self._identity[f] for f in MODEL_FIELDS)]
         if not usable and (loaded := self._loaded.get(reference)) is not None and not self.registry.is_removed(reference):
-            return loaded
+            return loaded.handle()
         if not usable:
             other = f"; {len(entries)} of other models are" if entries else ""
+            older = [entry.key[:12] for entry in self.registry.contexts() if reference in entry.former]
+            other += f"; older ones of that name are, under their keys {', '.join(older)}" if older else ""
             held = (
                 "; another process holds the index of cache_dir now, so what lies there is not found by its name"
                 if self.registry.is_held
                 else ""
             )
             raise InputError(f"no context {reference!r} of this model is stored{other}{held}: load the text")
-        return self._handle(usable[-1], reference if reference in usable[-1].names else None)
+        return self._handle(usable[-1], self.registry.label(reference, usable[-1].key))
 
     def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
         """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
@@ -474,8 +489,8 @@ class KVzipEngine(Shared):
             raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
         return next(iter(found.values()), None)
 
-    def _handle(self, entry: Entry, name: str | None = None) -> CompressedContext:
-        """A stored context that nobody gave the text of.
+    def _handle(self, entry: Entry, label: Label | None = None) -> CompressedContext:
+        """A stored context that nobody gave the text of, with what was told of it when it got a name.
 
         Raises:
             InputError: it is no longer stored.
@@ -483,15 +498,23 @@ class KVzipEngine(Shared):
         wanted = Wanted(entry.key, entry.identity, entry.group)
         self.registry.readmit(entry.key)  # if it was deleted, another process has loaded it again
 
-        def build(report: Report) -> CompressedContext:
-            raise InputError(f"context {entry.name or entry.key[:12]!r} is no longer stored; load its text again")
+        def make(*given: Any) -> CompressedContext:
+            raise InputError(f"context {label.name if label else entry.key[:12]!r} is no longer stored; load its text again")
 
-        with self.registry.lease(wanted, build) as (context, lease):
-            storage = _Managed(self.registry, wanted, build, context.storage)
-            return replace(context, name=name or entry.name, receipt=lease.receipt, storage=storage)
+        step = Step(self.registry, wanted, make)
+        with leased(step) as (context, lease):
+            handle = Managed(step, context).handle(receipt=lease.receipt)
+        if label is None:
+            return handle
+        sources = handle.sources
+        if len(label.sources) == len(sources):
+            told = zip(sources, label.sources, strict=True)
+            sources = tuple(replace(source, name=name, metadata=metadata) for source, (name, metadata) in told)
+        return replace(handle, name=label.name, sources=sources)
 
     def open(self, path: str | Path) -> CompressedContext:
-        """A context from a file written by :meth:`CompressedContext.save`.
+        """A context from a file written by :meth:`CompressedContext.save`, with the name and the sources of who saved it. For a ``ttl`` it
+        is as old as its opening.
 
         Raises:
             IdentityMismatchError: written with another model; names the fields.
@@ -503,7 +526,8 @@ class KVzipEngine(Shared):
         context = read_context(as_path(path, "path"), self._model.device)
         check_same_model(context.identity, self._identity, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
-        return replace(context, receipt=Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms))
+        receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
+        return replace(context, receipt=receipt, created=time.time(), expires=None)
 
     def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None) -> Prompt:
         documents, messages = read_source(source)
@@ -537,17 +561,13 @@ class KVzipEngine(Shared):
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    def _build(
-        self,
-        wanted: Wanted,
-        prompt: Prompt,
-        ratio: float,
-        parent: CompressedContext | None,
-        report: Report,
-        pairs: DensePairs | None = None,
-    ) -> CompressedContext:
+    def _build(self, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None = None) -> CompressedContext:
+        wanted, recipe = step.wanted, step.recipe
+        assert step.ids is not None
+        assert recipe is not None
         check_same_model(wanted.identity, self._identity, f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
-        recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
+        token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
+        ids, start, ratio = tuple(token_ids.tolist()), parent.n_tokens if parent else 0, wanted.identity["ratio"]
         done = total = 0
         with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             layers = list(lease.layers) if lease else []
@@ -558,11 +578,11 @@ class KVzipEngine(Shared):
                 bar.show(stage, done, total)
                 report(stage, done, total)
 
-            first = start if parent and parent.identity["scorer"] else prompt.protected
+            first = start if parent and parent.identity["scorer"] else step.protected
             total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
             ms: Counter[str] = Counter()
             dense_nbytes = parent.dense_nbytes if parent else 0
-            for end in _ends(max(start, prompt.protected), len(ids), wanted.identity["compress_every"]):
+            for end in _ends(max(start, step.protected), len(ids), wanted.identity["compress_every"]):
                 began = time.perf_counter()
                 if pairs is not None:
                     progress("prefill", end - start)
@@ -571,9 +591,9 @@ class KVzipEngine(Shared):
                 else:
                     pairs = prefill(self._model, ids[:end], progress)
                 ms["prefill"] += 1e3 * (time.perf_counter() - began)  # type: ignore[assignment]
-                keep = tuple((first, min(last, end)) for first, last in prompt.keep if first < end)
+                keep = tuple((first, min(last, end)) for first, last in step.keep if first < end)
                 opening, closing, encode = recipe.opening, recipe.closing, self._prompts.text_ids
-                prefilled = Prefilled(self._model, pairs, ids[:end], prompt.protected, opening, closing, encode, keep, layers, start)
+                prefilled = Prefilled(self._model, pairs, ids[:end], step.protected, opening, closing, encode, keep, layers, start)
                 compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
                 ms.update(compressed.ms)
                 dense_nbytes += compressed.dense_nbytes
@@ -582,14 +602,17 @@ class KVzipEngine(Shared):
         return CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
-            token_ids=torch.tensor(prompt.token_ids, dtype=torch.int32),
+            token_ids=token_ids,
             storage=Resident(tuple(layers)),
-            protected=prompt.protected,
+            protected=step.protected,
             ratio=ratio,
             dense_nbytes=dense_nbytes,
             recipe=recipe,
-            sources=prompt.sources,
+            sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
             receipt=Receipt(wanted.key, hit=False, tier="built", ms=dict(ms)),
+            created=parent.created if parent else 0.0,
+            expires=parent.expires if parent else None,
+            coarsest=min(ratio, parent.coarsest) if parent else ratio,
         )
 
     def _bar(self, name: str | None) -> _Bar:
@@ -649,9 +672,21 @@ class KVzipEngine(Shared):
         """
         self.registry.close()
 
-    def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:
-        """The stored context with the most tokens that a prompt's ids begin with, None if there is none."""
-        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity, ids)) is None:
+    def stored_prefix(self, ids: Sequence[int], ratio: float | None = None) -> CompressedContext | None:
+        """The stored context with the most tokens that a prompt's ids begin with, the finest of them; None if there is none.
+
+        Args:
+            ids: of the prompt.
+            ratio: what keeps less of its pairs, or was grown from what does, is left out, and what was ranked otherwise than by this engine
+                unless nothing was evicted. None is the engine's ratio.
+        """
+        least, made = self.ratio if ratio is None else ratio, (self._scorer.identity(), self._allocator)
+
+        def fits(entry: Entry) -> bool:
+            scorer, allocator = entry.identity.get("scorer"), entry.identity.get("allocator")
+            return entry.fineness >= least and (scorer is None or (scorer, allocator) == made)
+
+        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity, ids, fits)) is None:
             return None
         try:
             context = self._handle(entry)
@@ -671,7 +706,7 @@ class KVzipEngine(Shared):
         """Answer one question from a context; the question is forgotten afterwards.
 
         Args:
-            context: None answers without one, but for a stored context that the prompt's ids happen to begin with.
+            context: None answers without one, but for a stored context that the prompt's ids happen to begin with, see ``reuse``.
             question: text, or chat messages of which the last is the user's or a tool's.
             tools: what the model may call, in OpenAI's form; :meth:`read_calls` finds the calls in the answer's text.
             tool_choice: ``"auto"``, ``"none"``, ``"any"``, or the name of the tool to call. Kept to by guided decoding.
@@ -680,6 +715,8 @@ class KVzipEngine(Shared):
             form: how calls are written, if not as :attr:`tool_form` says.
             behind: messages come behind the context, also those that say what it begins with once more; otherwise such are taken for
                 the whole conversation, of which the context holds a part.
+            reuse: without a context, whether the longest stored one that the prompt begins with is answered from, if it keeps as much as
+                the engine's ``ratio``, or as another ratio that is given; the receipt names it. False reads the whole prompt.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None, repetition_penalty=None,
                 no_repeat_ngram_size=None``, see :class:`~kvzip_memory.generation.GenerationParams`.
 
@@ -706,6 +743,7 @@ class KVzipEngine(Shared):
         parallel_tool_calls: bool | None = None,
         form: ToolForm | None = None,
         behind: bool = False,
+        reuse: bool | float = True,
         **params: Any,
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
@@ -721,7 +759,7 @@ class KVzipEngine(Shared):
             return self.session(context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = self._prompts.question(None, question, tools, thinks=checked.free)
-        context = self.stored_prefix(ids)
+        context = self.stored_prefix(ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
         return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
@@ -857,52 +895,6 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     for text in labels if name is None else [name, *labels]:
         check_text(text)
     return labels
-
-
-class _Managed(Shared):
-    """The storage of a loaded context: in the registry, which moves it as it sees fit and has it built if it was lost."""
-
-    _way_out = CompressedContext._way_out
-
-    def __init__(
-        self, registry: ContextRegistry, wanted: Wanted, build: Build, like: Storage, parent: CompressedContext | None = None
-    ) -> None:
-        self._registry, self._wanted, self._build, self._parent = registry, replace(wanted, name=None, tags=()), build, parent
-        self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
-
-    @contextmanager
-    def lease(self, key: str) -> Iterator[Lease]:
-        if self._registry.is_removed(key) and "disk" in self._registry.tiers(key):  # another process has loaded it again
-            self._registry.readmit(key)
-        if self._registry.is_removed(key):
-            logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
-            context = self._build(lambda *progress: None)
-            with context.lease() as lease:
-                yield replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
-            return
-        with _leased(self._registry, self._wanted, self._build, self._parent) as (_, lease):
-            yield lease
-
-
-@contextmanager
-def _leased(
-    registry: ContextRegistry, wanted: Wanted, build: Build, parent: CompressedContext | None, waiting: Report | None = None
-) -> Iterator[tuple[CompressedContext, Lease]]:
-    """A lease of a context. If it must be built, its parent is brought first, before the lock for building is taken.
-
-    Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built too.
-    """
-    with ExitStack() as parents:
-        if parent and not registry.tiers(wanted.key):
-            parents.enter_context(parent.lease())
-
-        def built(report: Report) -> CompressedContext:
-            with parents:  # the parent may leave before the child moves in
-                return build(report)
-
-        with registry.lease(wanted, built, waiting) as found:
-            parents.close()
-            yield found
 
 
 class _Bar:

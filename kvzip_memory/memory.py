@@ -172,8 +172,8 @@ class _Talk:
                 logger.debug("%s", error)
         if context is not None and self._begins(context.token_ids.tolist(), context.recipe, count):
             return Recalled(context, count)
-        context = self.engine.stored_prefix(self.ids)
-        if context is None or context.ratio < ratio or (self.base and context.n_tokens <= self.base.n_tokens):
+        context = self.engine.stored_prefix(self.ids, ratio)
+        if context is None or (self.base and context.n_tokens <= self.base.n_tokens):
             return Recalled()
         at = bisect_left(self.borders, context.n_tokens, key=self.length)
         if at < len(self.borders) and self._begins(context.token_ids.tolist(), context.recipe, self.borders[at]):

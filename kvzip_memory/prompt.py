@@ -559,11 +559,15 @@ def _shown(documents: Sequence[Document], first: int = 1) -> tuple[str, list[tup
     """Documents as one text, and where in it each of them lies. Several get headers, and so do those behind others."""
     text, spans = "", list[tuple[int, int]]()
     for number, document in enumerate(documents, first):
-        if len(documents) > 1 or first > 1:
+        if _are_headed(documents, first):
             text += header(number, _name(document, number))
         spans.append((len(text), len(text) + len(document.text)))
         text += document.text
     return text, spans
+
+
+def _are_headed(documents: Sequence[Document], first: int) -> bool:
+    return len(documents) > 1 or first > 1
 
 
 def _name(document: Document, number: int) -> str:
@@ -573,9 +577,10 @@ def _name(document: Document, number: int) -> str:
 def _sources(documents: Sequence[Document], first: int, tokens: Tokens, places: Sequence[int], before: int = 0) -> tuple[Source, ...]:
     """Documents as sources; ``places`` are start and end of each in the text that the tokens are of, which follow ``before`` others."""
     sources = []
+    shown = _are_headed(documents, first)
     for number, (document, start, end) in enumerate(zip(documents, places[::2], places[1::2], strict=True), first):
         begins, ends = tokens.span(start, end)
-        sources.append(Source(_name(document, number), _storable(document.metadata or {}), before + begins, before + ends))
+        sources.append(Source(_name(document, number), _storable(document.metadata or {}), before + begins, before + ends, shown))
     return tuple(sources)
 
 

@@ -108,7 +108,7 @@ class KVzipChatModel(BaseChatModel):
 
     Contexts:
         A text is read once and kept as a compressed KV cache, on disk too with ``cache_dir``. There are three ways to
-        bring it. A prompt whose tokens begin with a loaded context finds it by itself.
+        bring it. A prompt whose tokens begin with a loaded context finds it by itself, unless ``reuse=False``.
 
         ```python
         from langchain_core.documents import Document
@@ -182,6 +182,8 @@ class KVzipChatModel(BaseChatModel):
     """Whether messages always come behind it; set with it."""
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
+    reuse: bool = True
+    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``."""
     cache_dir: str | None = None
     """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
@@ -391,6 +393,7 @@ class KVzipChatModel(BaseChatModel):
         response_format = given.get("response_format")
         return {
             **self._sampling(given),
+            "reuse": self.reuse if self.ratio is None else self.reuse and self.ratio,
             "tools": given.get("tools"),
             "tool_choice": given.get("tool_choice"),
             "parallel_tool_calls": given.get("parallel_tool_calls"),
@@ -465,6 +468,7 @@ class KVzipChatModel(BaseChatModel):
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
+            "reuse": self.reuse,
             **{name: getattr(self, name) for name in CALL_OPTIONS},
             "tool_call_parser": self.tool_call_parser,
         }

@@ -87,6 +87,8 @@ class KVzipLLM(FunctionCallingLLM):
     """What is answered from; set it with :meth:`with_context`."""
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
+    reuse: bool = True
+    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``."""
     cache_dir: str | None = None
     """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
@@ -271,7 +273,8 @@ class KVzipLLM(FunctionCallingLLM):
             raise InputError(f"options {unknown} are unknown; known are {sorted(_KNOWN)}")
         defaults = {name: type(self).model_fields[name].default for name in CALL_OPTIONS}
         options = sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
-        return {**options, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
+        reuse = self.reuse if self.ratio is None else self.reuse and self.ratio
+        return {**options, "reuse": reuse, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
 
     def _raw(self, reply: Reply, called: bool, created: int) -> dict[str, Any]:
         receipt = reply.receipt

@@ -33,7 +33,9 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
         return None
     kept = dict(zip(full, keep, strict=True))
     cut = tuple(_cut(layer, kept[i]) if i in kept else _copied(layer) for i, layer in enumerate(layers))
-    return replace(context, key=key, identity=dict(identity), ratio=identity["ratio"], storage=Resident(cut), receipt=None)
+    ratio: float = identity["ratio"]
+    coarsest = min(ratio, context.coarsest)
+    return replace(context, key=key, identity=dict(identity), ratio=ratio, coarsest=coarsest, storage=Resident(cut), receipt=None)
 
 
 def _cut(layer: RaggedLayer, keep: Tensor) -> RaggedLayer:

@@ -5,6 +5,7 @@ Layout of the folder (0700, files 0600)::
     FORMAT                        version of this layout; a newer one is left alone
     blobs/ab/<key>.safetensors    the contexts; each file says itself what it is and is checked whole before it is used
     blobs/.tmp/                   files being written: beside the others, for blobs/ may be a mount of its own
+    names/                        what each name means, see :mod:`~kvzip_memory.registry.names`
     index/                        diskcache: one row a context, in the order of use; can be made anew from the blobs
     locks/                        one file lock for each 3 hex digits of a key, held while a context is built or written
     quarantine/                   files that failed their checks, with the reason in the index
@@ -42,16 +43,17 @@ from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
+from kvzip_memory.registry.names import Names
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = 1
-_CONTEXT, _GROUP, _NAME, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "name:", "bad:", "tokens:", "lengths:"
+_CONTEXT, _GROUP, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "bad:", "tokens:", "lengths:"
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
-_GROUP_SIZE = 32  # contexts of one text, or of one name, that are remembered as such
+_GROUP_SIZE = 32  # contexts of one text that are remembered as such
 _LENGTHS_SIZE = 4096  # contexts of one model that are found by the tokens they begin a prompt with, the latest
 
 
@@ -67,12 +69,14 @@ class Entry:
         nbytes: bytes in memory.
         n_tokens: tokens it stands for.
         ratio: fraction of pairs kept.
-        names: the names it was loaded under, and when that was last, in seconds since the epoch.
+        names: the names it has, and when it was last loaded under each, in seconds since the epoch.
         tags: free words given by the user.
         pinned: never evicted.
-        created: seconds since the epoch.
+        created: when its text was read, seconds since the epoch; 0.0: not known.
         used: seconds since the epoch of the last use that reached the disk tier.
         expires: seconds since the epoch, None for never.
+        coarsest: as of the context; None in rows of an earlier version.
+        former: names it was loaded under that another context has now. Rows of the index have them among the ``names``.
     """
 
     key: str
@@ -88,6 +92,8 @@ class Entry:
     created: float = 0.0
     used: float = 0.0
     expires: float | None = None
+    coarsest: float | None = None
+    former: tuple[str, ...] = ()
 
     @property
     def name(self) -> str | None:
@@ -100,7 +106,23 @@ class Entry:
 
     @property
     def expired(self) -> bool:
-        return self.expires is not None and self.expires < time.time()
+        return is_past(self.created, self.expires)
+
+    @property
+    def fineness(self) -> float:
+        """The smallest ratio at which any of its pairs were compressed; 0.0: not known."""
+        if self.coarsest is None:
+            return self.ratio if self.identity.get("parent") is None else 0.0
+        return self.coarsest
+
+
+def is_past(created: float, expires: float | None, ttl: float | None = None) -> bool:
+    """Whether a context is older than whoever stored it, or asks with a ``ttl``, wants it.
+
+    A clock that was put back does not make it last: what was made so far in the future counts as old, too.
+    """
+    limits = [limit for limit in (None if expires is None else expires - created, ttl) if limit is not None]
+    return bool(limits) and abs(time.time() - created) > min(limits)
 
 
 class NotStoredError(Exception):
@@ -142,12 +164,15 @@ class DiskTier:
     def __init__(self, root: Path, budget: int | None = None) -> None:
         self.root, self.budget = root, budget
         self.quarantined = 0  # by this process
+        self.names = Names(root)
         self._mutex = threading.Lock()
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
         for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "index", "locks", "quarantine"))):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
                 self._check_layout()
+        with suppress(OSError):  # a folder of an earlier version that cannot be written has no names
+            (root / "names").mkdir(exist_ok=True, mode=0o700)
         self._index: Index | None = None
         self._opened_file: int | None = None
         self._held = False  # by another process, when last looked at
@@ -176,22 +201,32 @@ class DiskTier:
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
-    def get(self, key: str, device: torch.device, admit: Callable[[int], None] | None = None) -> CompressedContext:
+    def get(
+        self, key: str, device: torch.device, admit: Callable[[int], None] | None = None, ttl: float | None = None
+    ) -> CompressedContext:
         """The context stored under ``key``, every byte of it checked.
 
         Args:
             admit: told the bytes it will take in memory before they are read.
+            ttl: seconds since its text was read after which it is not wanted; None for any age.
 
         Raises:
             NotStoredError: there is none, or it cannot be used; a damaged one is in quarantine then.
         """
-        if self._expired(key):
-            with suppress(OSError):
-                self.remove(key)
-            raise NotStoredError("expired")
-        return self._read(key, device, admit)
 
-    def _read(self, key: str, device: torch.device, admit: Callable[[int], None] | None = None) -> CompressedContext:
+        def checked(facts: Mapping[str, Any]) -> None:
+            if is_past(facts["created"], facts["expires"]):
+                with suppress(OSError):
+                    self.remove(key)
+                raise NotStoredError("expired")
+            if is_past(facts["created"], None, ttl):
+                raise NotStoredError(f"expired: its text was read more than ttl={ttl:g} s ago")
+            if admit is not None:
+                admit(facts["nbytes"])
+
+        return self._read(key, device, checked)
+
+    def _read(self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None) -> CompressedContext:
         path = self.path(key)
         if not self._inside(path):
             raise NotStoredError(f"{path.parent} is a symbolic link; what it leads to is not read")
@@ -214,13 +249,6 @@ class DiskTier:
         """Whether a blob's folder is one of ours, and no link to somewhere else."""
         return not (path.parent.is_symlink() or path.parent.parent.is_symlink())
 
-    def _expired(self, key: str) -> bool:
-        try:
-            entry = self.entry(key)
-        except IndexUnavailableError:
-            return False
-        return entry is not None and entry.expired
-
     def has(self, key: str) -> bool:
         path = self.path(key)
         return self._inside(path) and path.is_file() and not path.is_symlink()
@@ -232,7 +260,6 @@ class DiskTier:
         *,
         names: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
-        ttl: float | None = None,
     ) -> None:
         """Store a context that holds its pairs itself. The caller holds its :meth:`lock`.
 
@@ -240,9 +267,7 @@ class DiskTier:
             BudgetError: it does not fit, or only pinned contexts could make room.
             OSError: it cannot be written; nothing has changed.
         """
-        now = time.time()
-        expires = None if ttl is None else now + ttl
-        catalog = {"group": group, "names": dict(names or {}), "tags": list(tags), "created": now, "expires": expires}
+        catalog = {"group": group, "names": dict(names or {}), "tags": list(tags)}
         prepared = PreparedFile(context, catalog)
         entry = Entry(
             context.key,
@@ -254,10 +279,10 @@ class DiskTier:
             context.ratio,
             dict(names or {}),
             tuple(tags),
-            False,
-            now,
-            now,
-            expires,
+            created=context.created,
+            used=time.time(),
+            expires=context.expires,
+            coarsest=context.coarsest,
         )
         path, temporary = self.path(context.key), self.root / "blobs" / ".tmp" / f"{context.key}.{uuid.uuid4().hex[:8]}.tmp"
         if not self._inside(path):
@@ -384,8 +409,6 @@ class DiskTier:
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
         _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
-        for name in entry.names:
-            _list_add(index, _named(entry.tenant, name), entry.key)
 
     def _drop(self, index: Index, entry: Entry) -> None:
         """Delete a context: first the file, so that bytes are never free before they are free."""
@@ -395,8 +418,6 @@ class DiskTier:
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
             _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
-        for name in entry.names:
-            _list_remove(index, _named(entry.tenant, name), entry.key)
         stored, writing = self._totals(index)
         self._set_totals(index, stored - entry.file_nbytes, writing)
 
@@ -459,11 +480,6 @@ class DiskTier:
     def group(self, group: str) -> list[Entry]:
         """Stored contexts of one text and tenant."""
         return self._listed(_GROUP + group)
-
-    @_needs_index
-    def named(self, name: str, tenant: str | None = None) -> list[Entry]:
-        """Stored contexts a tenant loaded under a name, the latest last."""
-        return self._listed(_named(tenant, name))
 
     @_needs_index
     def lengths(self, family: str) -> set[tuple[int, str]]:
@@ -531,7 +547,6 @@ class DiskTier:
             if (entry := _entry(index, key)) is not None and name in entry.names:
                 names = {other: time for other, time in entry.names.items() if other != name}
                 index.set(_CONTEXT + key, asdict(replace(entry, names=names)))
-                _list_remove(index, _named(entry.tenant, name), key)
 
     @_needs_index
     def remove(self, key: str) -> bool:
@@ -587,6 +602,8 @@ class DiskTier:
                 found["expired"] += self.remove(entry.key)
         found["quarantined"] = self._empty_quarantine()
         found["orphaned"] = self._reconcile()
+        with suppress(OSError):  # others are writing
+            self.names.gc(self.has)
         return {**found, "bytes": before - self.measured()}
 
     @_needs_index
@@ -763,6 +780,10 @@ class DiskTier:
             stored = 0
             found = [(path, self._entry_of_file(path)) for path in self._blobs()]
             entries = [_completed(entry, (salvaged or {}).get(entry.key)) for _, entry in found if entry is not None]
+            given: dict[str, dict[str, float]] = {}
+            for label in self.names.all():
+                given.setdefault(label.key, {})[label.name] = label.loaded
+            entries = [replace(entry, names=latest(entry.names, given.get(entry.key, {}))) for entry in entries]
             for entry in sorted(entries, key=lambda entry: entry.used):
                 self._add(index, entry)
                 stored += entry.file_nbytes
@@ -885,9 +906,10 @@ class DiskTier:
             ratio=facts["ratio"],
             names=catalog.get("names", {}),
             tags=tuple(catalog.get("tags", ())),
-            created=catalog.get("created", status.st_mtime),
+            created=facts["created"],
             used=status.st_mtime,
-            expires=catalog.get("expires"),
+            expires=facts["expires"],
+            coarsest=facts["coarsest"],
         )
 
 
@@ -898,7 +920,7 @@ def _entry(index: Index, key: str, prefix: str = _CONTEXT) -> Entry | None:
         return None
     try:
         names = {str(name): float(time) for name, time in row["names"].items()}
-        entry = Entry(**{**row, "names": names, "tags": tuple(map(str, row["tags"])), "used": float(row["used"])})
+        entry = Entry(**{**row, "names": names, "tags": tuple(map(str, row["tags"])), "used": float(row["used"]), "former": ()})
     except (AttributeError, KeyError, TypeError, ValueError):
         raise IndexDamagedError(f"row {key!r} has other fields than a context's") from None
     if entry.key != key or not _KEY.fullmatch(key):
@@ -917,10 +939,6 @@ def _completed(entry: Entry, known: Entry | None) -> Entry:
 def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     """Names of both, each with its later time."""
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
-
-
-def _named(tenant: str | None, name: str) -> str:
-    return f"{_NAME}{tenant or ''}:{name}"
 
 
 def _list_add(index: Index, key: str, item: str, size: int = _GROUP_SIZE) -> None:

@@ -98,13 +98,13 @@ def write_context(context: CompressedContext, path: Path) -> Path:
 
 
 def read_context(
-    path: Path, device: torch.device, *, follow_links: bool = True, admit: Callable[[int], None] | None = None
+    path: Path, device: torch.device, *, follow_links: bool = True, admit: Callable[[Mapping[str, Any]], None] | None = None
 ) -> CompressedContext:
     """Read a context and check every byte of it.
 
     Args:
         follow_links: whether ``path`` may be a symbolic link.
-        admit: told the bytes the context will take in memory before they are read.
+        admit: told the facts of the header, such as the bytes ``nbytes`` that it takes in memory, before the pairs are read.
 
     Raises:
         CorruptFileError: damaged, incomplete, of a newer format, or not a context file; says what is wrong.
@@ -113,7 +113,7 @@ def read_context(
     with open_context(path, follow_links) as file:
         facts = read_header(file, path)
         if admit is not None:
-            admit(facts["nbytes"])
+            admit(facts)
         layers, token_ids = _read_layers(file, facts, path, device)
     return _context(facts, layers, token_ids)
 
@@ -166,7 +166,14 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     if size != expected:
         raise CorruptFileError(f"{path}: {size} bytes instead of {expected}")
     file.seek(8 + length)
-    return facts
+    return {**_of_older_files(facts), **facts}
+
+
+def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What files of an earlier version do not say, or say elsewhere."""
+    catalog = facts["catalog"]
+    coarsest = facts["ratio"] if facts["identity"].get("parent") is None else 0.0
+    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest}
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -216,6 +223,9 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "n_tokens": context.n_tokens,
         "nbytes": context.nbytes,
         "ratio": context.ratio,
+        "coarsest": context.coarsest,
+        "created": context.created,
+        "expires": context.expires,
         "protected": context.protected,
         "dense_nbytes": context.dense_nbytes,
         "recipe": vars(context.recipe),
@@ -306,4 +316,7 @@ def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_id
         recipe=Recipe(**recipe),
         sources=tuple(Source(**source) for source in facts["sources"]),
         name=facts["name"],
+        created=facts["created"],
+        expires=facts["expires"],
+        coarsest=facts["coarsest"],
     )

@@ -30,7 +30,7 @@ class Held:
         uses: who reads or moves it now; it is neither moved by others nor freed while there are any.
         names: the names it was loaded under, and when that was last, in seconds since the epoch.
         pinned: never lost.
-        expires: seconds since the epoch, None for never.
+        room: of one that is no longer found: its bytes are counted until its users have ended.
         used: seconds since the epoch of the last use.
     """
 
@@ -39,7 +39,7 @@ class Held:
     names: dict[str, float] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     pinned: bool = False
-    expires: float | None = None
+    room: Room | None = None
     used: float = field(default_factory=time.time)
     uses: weakref.WeakSet[Use] = field(default_factory=weakref.WeakSet)
 

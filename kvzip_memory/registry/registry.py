@@ -21,13 +21,14 @@ import numpy as np
 import torch
 
 from kvzip_memory.compression.shrink import shrink
-from kvzip_memory.context import CompressedContext, Lease, Receipt
+from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.locks import Hold, Notice
-from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
+from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
+from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Wanted:
         group: digest of the text and the tenant: what the nearest stored context is looked for by.
         name: alias to give it.
         tags: free words to give it.
+        sources: the documents, by the names and with the metadata that whoever gives the name knows them by.
 
     Raises:
         InputError: a name or tag that cannot be stored.
@@ -62,6 +64,7 @@ class Wanted:
     group: str
     name: str | None = None
     tags: tuple[str, ...] = ()
+    sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         for text in (self.name or "", *self.tags):
@@ -99,7 +102,7 @@ class ContextRegistry(Shared):
         device_bytes: budget of the device tier, such as ``"4GiB"``; None for no limit.
         host_bytes: budget of the host tier; 0 for none.
         disk_bytes: budget of the disk tier; None for no limit.
-        ttl: seconds after which a context is no longer used, None for never.
+        ttl: seconds after its text was read after which a context is no longer used, whoever stored it; None for never.
         wait_s: seconds to wait for room while other answers use all of a tier.
         tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
     """
@@ -138,6 +141,7 @@ class ContextRegistry(Shared):
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
+        self._names = Names() if self._disk is None else self._disk.names
 
     # -- asking --------------------------------------------------------------------------------------------------
 
@@ -181,8 +185,10 @@ class ContextRegistry(Shared):
     def _let_go(self, use: Use) -> None:
         with self._changed:
             if (held := use.end()) is not None:
-                if held.key in self._removed and not held.users:
-                    self._drop(held)
+                if not held.users:
+                    held.room = None
+                    if held.key in self._removed:
+                        self._drop(held)
                 self._changed.notify_all()
 
     def _acquire(self, use: Use, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
@@ -227,16 +233,26 @@ class ContextRegistry(Shared):
             return True
 
     def _alive(self, held: Held) -> bool:
-        """False, and gone, if it has expired. With the lock held."""
-        if held.expires is None or held.expires >= time.time() or held.users:
+        """False, and gone, if it has expired; answers that read it end as they began. With the lock held."""
+        if not is_past(held.context.created, held.context.expires, self.ttl):
             return True
         self._drop(held)
         return False
 
     def _drop(self, held: Held) -> None:
-        """Let go of a context in memory, if it is still there. With the lock held."""
+        """Let go of a context in memory, if it is still there; its bytes stay counted while it is read. With the lock held."""
         for tier in (self._device, self._host):
-            tier.take(held)
+            if tier.held.get(held.key) is held:
+                tier.take(held)
+                if held.users:
+                    held.room = Room()
+                    tier.keep(held.room, held.nbytes)
+                self._names_left(held)
+
+    def _names_left(self, held: Held) -> None:
+        family = family_of(held.context.identity)
+        for name in held.names:
+            self._names.lose(held.context.identity.get("tenant"), name, family, held.key)
 
     def _bring(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Bring a context to the device and begin to use it."""
@@ -255,7 +271,11 @@ class ContextRegistry(Shared):
         self._built(use, flight, wanted, build, waiting, story)
 
     def _admit(self, use: Use, wanted: Wanted, context: CompressedContext) -> None:
-        """Move a context that was just built to the device."""
+        """Move a context that was just built or cut to the device. It is as old as its text's reading."""
+        created = context.created or time.time()
+        until = [context.expires] if context.expires is not None else []
+        expires = min([*until, created + self.ttl]) if self.ttl is not None else context.expires
+        context = replace(context, created=created, expires=expires)
         with self._room(self._device) as room:
             self._reserve(self._device, context.nbytes, room)
             self._move_in(use, room, wanted, context)
@@ -264,11 +284,10 @@ class ContextRegistry(Shared):
         """Move a context to the device, into its room there."""
         moved = to_device(context, self.device)
         if entry is not None:
-            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, expires=entry.expires)
+            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned)
         else:
-            expires = None if self.ttl is None else time.time() + self.ttl
             names = {} if wanted.name is None else {wanted.name: time.time()}
-            held = Held(moved, wanted.group, names, wanted.tags, expires=expires)
+            held = Held(moved, wanted.group, names, wanted.tags)
         with self._changed:
             self._device.add(held, room)
             use.begin(held)
@@ -301,7 +320,7 @@ class ContextRegistry(Shared):
                 self._reserve(self._device, nbytes, room)
 
             try:
-                context = self._disk.get(wanted.key, self.device, admit)  # layer by layer, each uploaded while the next is read
+                context = self._disk.get(wanted.key, self.device, admit, self.ttl)  # layer by layer, each uploaded while the next is read
             except NotStoredError as error:
                 story.reason = str(error)
                 self._count("quarantined", self._disk.quarantined - before)
@@ -345,7 +364,7 @@ class ContextRegistry(Shared):
         context = None
         if self._disk is not None:
             with suppress(NotStoredError):
-                context = self._disk.get(key, torch.device("cpu"))
+                context = self._disk.get(key, torch.device("cpu"), ttl=self.ttl)
         yield context, "disk"
 
     def _near(self, wanted: Wanted) -> list[tuple[str, Mapping[str, Any]]]:
@@ -360,7 +379,7 @@ class ContextRegistry(Shared):
 
     def _named_identities(self, wanted: Wanted) -> list[Mapping[str, Any]]:
         """Identities of the tenant's contexts that have the wanted name."""
-        return [] if wanted.name is None else [entry.identity for entry in self.find(wanted.name)]
+        return [] if wanted.name is None else [entry.identity for entry in self._named(wanted.name)]
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -448,13 +467,12 @@ class ContextRegistry(Shared):
 
     def _store(self, held: Held) -> bool:
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
-        ttl = None if held.expires is None else max(0.0, held.expires - time.time())
         began = time.perf_counter()
         try:
             if self._disk is None:
                 return False
             self._disk.check_free()  # before anything is copied
-            self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags, ttl=ttl)
+            self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags)
             if self.is_removed(held.key):  # meanwhile
                 self._disk.remove(held.key)
         except Exception as error:  # also if there is no memory for a copy
@@ -555,6 +573,8 @@ class ContextRegistry(Shared):
             if victim.users == 1:
                 self._counts[end] += 1
                 tier.take(victim)
+                if end == "dropped":
+                    self._names_left(victim)
 
     def _moved_to_host(self, victim: Held) -> bool:
         """Whether a context was moved to the host, or need not move any more; False if there is no room for it."""
@@ -605,18 +625,29 @@ class ContextRegistry(Shared):
         return self._merged(stored, lambda held: True)[::-1][:limit]
 
     def find(self, reference: str) -> list[Entry]:
-        """Contexts by name, the last one loaded under it last, or by key or its beginning (8 digits at least), the last used last.
+        """The context of a name, one for each model, the last loaded last; or those of a key or its beginning (8 digits at least), the last
+        used last. What was loaded under the name before is found by its key only.
 
         Raises:
             InputError: the reference is no text.
         """
         check_text(reference)
-        by_key = len(reference) >= 8
-        stored = (by_key and self._try("find", lambda disk: disk.starting_with(reference))) or []
-        if not stored:
-            stored = self._try("find", lambda disk: self._named(disk, reference)) or []
-        found = self._merged(stored, lambda held: reference in held.names or (by_key and held.key.startswith(reference)))
-        return sorted(found, key=lambda entry: entry.names[reference]) if all(reference in entry.names for entry in found) else found
+        if len(reference) < 8:
+            return self._named(reference)
+        stored = self._try("find", lambda disk: disk.starting_with(reference)) or []
+        return self._merged(stored, lambda held: held.key.startswith(reference)) or self._named(reference)
+
+    def label(self, name: str, key: str) -> Label | None:
+        """What was told of a context when it was loaded under a name; None if it does not have that name."""
+        return next((label for label in self._labels(name) if label.key == key), None)
+
+    def _labels(self, name: str) -> list[Label]:
+        return self._names.everyones(name) if self.tenant == EVERYONE else self._names.of(self.tenant, name)
+
+    def _named(self, name: str) -> list[Entry]:
+        keys = [label.key for label in self._labels(name)]
+        stored = [entry for key in keys if (entry := self._try("find", partial(DiskTier.entry, key=key))) is not None]
+        return sorted(self._merged(stored, lambda held: held.key in keys), key=lambda entry: keys.index(entry.key))
 
     def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
@@ -634,20 +665,27 @@ class ContextRegistry(Shared):
                     names, tags = latest(on_disk.names, entry.names), tuple(sorted({*on_disk.tags, *entry.tags}))
                     entry = replace(on_disk, names=names, tags=tags, used=max(entry.used, on_disk.used))
                 found[held.key] = entry
-        return sorted(filter(self._mine, found.values()), key=lambda entry: entry.used)
+        return sorted(map(self._told, filter(self._mine, found.values())), key=lambda entry: entry.used)
 
-    def _named(self, disk: DiskTier, name: str) -> list[Entry]:
-        if self.tenant != EVERYONE:
-            return disk.named(name, self.tenant)
-        return disk.named(name) or disk.entries(None, lambda entry: name in entry.names)[::-1]
+    def _told(self, entry: Entry) -> Entry:
+        """An entry with the names that are still its own, apart from those that others have now."""
+        family, names = family_of(entry.identity) if entry.names else "", dict[str, float]()
+        for name in entry.names:
+            names |= {x.name: x.loaded for x in self._names.of(entry.tenant, name) if (x.key, x.family) == (entry.key, family)}
+        return replace(entry, names=names, former=tuple(name for name in entry.names if name not in names))
 
     def _mine(self, entry: Entry) -> bool:
         return self.tenant in (EVERYONE, entry.tenant)
 
-    def longest_prefix(self, model_fields: Mapping[str, Any], ids: Sequence[int]) -> Entry | None:
-        """The context of a model with the most tokens that ``ids`` begin with, and go on after; the largest ratio of it.
+    def longest_prefix(
+        self, model_fields: Mapping[str, Any], ids: Sequence[int], fits: Callable[[Entry], bool] = lambda entry: True
+    ) -> Entry | None:
+        """The context of a model with the most tokens that ``ids`` begin with, and go on after; the finest of it.
 
         On disk the latest 4,096 contexts of a model are looked at.
+
+        Args:
+            fits: whether a context may be used at all; one that may not makes way for a shorter one.
         """
         with self._changed:
             held = [_entry(h) for tier in (self._device, self._host) for h in tier.held.values() if h.context.n_tokens < len(ids)]
@@ -664,8 +702,8 @@ class ContextRegistry(Shared):
         for digest in reversed(found):
             entries = [entry for entry in held if entry.identity.get("tokens") == digest]
             entries += self._try("search", partial(DiskTier.with_tokens, family=family, tokens=digest)) or []
-            if usable := [entry for entry in entries if not entry.expired]:
-                return max(usable, key=lambda entry: entry.ratio)
+            if usable := [e for e in entries if not is_past(e.created, e.expires, self.ttl) and fits(e)]:
+                return max(usable, key=lambda entry: entry.fineness)
         return None
 
     def check_disk(self) -> None:
@@ -747,7 +785,8 @@ class ContextRegistry(Shared):
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
         Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
-        A context of several names that is given by one of them only loses that name; give its key to delete it.
+        A context of several names that is given by one of them only loses that name; give its key to delete it. What was loaded under the
+        name before stays, and is found by its key.
 
         Returns:
             The context with the names that it has still, none if it was deleted.
@@ -755,13 +794,13 @@ class ContextRegistry(Shared):
         Raises:
             InputError: nothing is stored under the reference.
             StorageError: another process holds the index of the folder; nothing was deleted.
-            OSError: its file cannot be deleted.
+            OSError: its file or that of its name cannot be deleted.
         """
         self.flush()
         entry = self.one(reference)
         names = {name: time for name, time in entry.names.items() if name != reference}
         if names and reference in entry.names:
-            self._unname(entry.key, reference)
+            self._unname(entry, reference)
             return replace(entry, names=names)
         if self._disk is not None:
             self._disk.remove(entry.key)
@@ -771,11 +810,15 @@ class ContextRegistry(Shared):
                 if not held.users:
                     self._drop(held)
             self._changed.notify_all()
+        for name in entry.names:
+            self._names.take(entry.tenant, name, family_of(entry.identity))
         return replace(entry, names={})
 
-    def _unname(self, key: str, name: str) -> None:
+    def _unname(self, entry: Entry, name: str) -> None:
+        key = entry.key
         if self._disk is not None:
             self._disk.unname(key, name)
+        self._names.take(entry.tenant, name, family_of(entry.identity))
         with self._changed:
             for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
                 held.names = {other: time for other, time in held.names.items() if other != name}
@@ -855,17 +898,30 @@ class ContextRegistry(Shared):
         """Give a context the name and tags it was asked for by, beside those it has."""
         if wanted.name is None and set(wanted.tags) <= set(held.tags):
             return
-        names = {} if wanted.name is None else {wanted.name: time.time()}
+        names, label = {}, None
+        if wanted.name is not None:
+            told = tuple((source.name, source.metadata) for source in wanted.sources)
+            identity = wanted.identity
+            label = self._names.give(Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told))
+            names = {label.name: label.loaded}
         with self._changed:
             held.tags = tuple(sorted({*held.tags, *wanted.tags}))
             held.names = held.names | names
-        self._touch_behind(held.key, names, wanted.tags)
+        self._touch_behind(held.key, names, wanted.tags, label)
 
-    def _touch_behind(self, key: str, names: Mapping[str, float] | None = None, tags: Sequence[str] = ()) -> None:
+    def _touch_behind(
+        self, key: str, names: Mapping[str, float] | None = None, tags: Sequence[str] = (), label: Label | None = None
+    ) -> None:
         """Tell the disk tier, behind the answer, that a context was used, and what names and tags it has got."""
+
+        def touch() -> None:
+            if label is not None:
+                self._try("name", lambda disk: disk.names.write(label))
+            self._try("touch", lambda disk: disk.touch(key, names=names, tags=tags))
+
         if self._disk is not None:
             with suppress(RuntimeError):  # closed meanwhile
-                self._writer.submit(self._try, "touch", lambda disk: disk.touch(key, names=names, tags=tags))
+                self._writer.submit(touch)
 
     def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
         """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""
@@ -902,9 +958,10 @@ def _entry(held: Held) -> Entry:
         held.names,
         held.tags,
         held.pinned,
+        context.created,
         held.used,
-        held.used,
-        held.expires,
+        context.expires,
+        context.coarsest,
     )
 
 

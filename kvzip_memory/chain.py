@@ -1,0 +1,132 @@
+"""How a context that was lost is made again: from the nearest of its ancestors that is stored, one step after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, as_told
+from kvzip_memory.errors import InputError
+from kvzip_memory.registry import ContextRegistry, Report, Wanted
+from kvzip_memory.sharing import Shared
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Step(Shared):
+    """How one context is made of its parent and its own tokens. Holds nothing of what its ancestors hold.
+
+    Attributes:
+        registry: where it is looked for and stored.
+        wanted: what is asked for there.
+        make: builds it of this step and of the parent, whose pairs are on the device.
+        parent: None without one; a context that holds its pairs itself, if it was opened from a file.
+        ids: ``[m]`` int32 on the host, behind the parent's; None if nobody has given the text.
+        protected: as of the context.
+        keep: spans ``[start, end)`` of the context that are never evicted either.
+        recipe: as of the context.
+        sources: the documents behind the parent's, as the text tells them.
+    """
+
+    registry: ContextRegistry
+    wanted: Wanted
+    make: Callable[[Step, CompressedContext | None, Report], CompressedContext]
+    parent: Step | CompressedContext | None = None
+    ids: Tensor | None = None
+    protected: int = 0
+    keep: tuple[tuple[int, int], ...] = ()
+    recipe: Recipe | None = None
+    sources: tuple[Source, ...] = ()
+
+    _way_out = CompressedContext._way_out
+
+
+class _ParentLostError(InputError):
+    """A context must be built and its parent is not there; raised where locks are held, and seen to where they are not."""
+
+
+class Managed(Shared):
+    """The storage of a loaded context: in the registry, which moves it as it sees fit; made again if it was lost."""
+
+    _way_out = CompressedContext._way_out
+
+    def __init__(self, step: Step, context: CompressedContext) -> None:
+        self.step = replace(step, wanted=replace(step.wanted, name=None, tags=(), sources=()))
+        like = context.storage
+        self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
+        self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)
+
+    def handle(self, **fields: Any) -> CompressedContext:
+        """What users hold: with the name, the sources and the receipt of theirs, or else as the text tells it."""
+        return replace(self._bare, storage=self, **fields)
+
+    @contextmanager
+    def lease(self, key: str) -> Iterator[Lease]:
+        with leased(self.step) as (_, lease):
+            yield lease
+
+
+@contextmanager
+def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
+    """A lease of a context, found or made. A parent is brought before the lock for building its child is taken.
+
+    Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built, too. No more than one
+    ancestor is held at a time, and none while the context is used.
+    """
+    path, parent, below = [step], list[CompressedContext](), ExitStack()
+    try:
+        while True:
+            current = path[-1]
+            if isinstance(current.parent, CompressedContext):
+                parent = [current.parent]
+            elif current.parent and not parent and not current.registry.tiers(current.wanted.key):
+                path.append(current.parent)
+                continue
+            above = ExitStack()
+            try:
+                found = above.enter_context(_one(current, parent, below, waiting))
+            except _ParentLostError:
+                assert isinstance(current.parent, Step)
+                path.append(current.parent)
+                continue
+            below.close()
+            path.pop()
+            below, parent = above, [found[0]]
+            if not path:
+                parent.clear()
+                yield found
+                return
+            del found  # nothing but the lease holds its pairs
+    finally:
+        below.close()
+
+
+@contextmanager
+def _one(
+    step: Step, parent: list[CompressedContext], below: ExitStack, waiting: Report | None
+) -> Iterator[tuple[CompressedContext, Lease]]:
+    """A lease of a context, made of its parent if it is not stored; the parent may leave before the child moves in."""
+    registry, key = step.registry, step.wanted.key
+
+    def build(report: Report) -> CompressedContext:
+        if step.parent is not None and not parent:
+            raise _ParentLostError(f"context {key[:12]} is no longer stored; load its text again")
+        with below:
+            return step.make(step, parent.pop() if parent else None, report)
+
+    if registry.is_removed(key) and "disk" in registry.tiers(key):  # another process has loaded it again
+        registry.readmit(key)
+    if registry.is_removed(key):
+        logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
+        context = build(lambda *progress: None)
+        with context.lease() as lease:
+            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
+        return
+    with registry.lease(step.wanted, build, waiting) as found:
+        yield found

@@ -1,0 +1,199 @@
+"""What names mean: for every tenant and model one context each, the one that was last loaded under the name.
+
+A file a name, written whole and renamed into place, beside the contexts and not in them or in the index. So what is left of an older text
+cannot take its name back: not its file when the index is made anew, nor the memory of another process. A name whose context is no longer
+stored finds nothing. One that was taken away leaves a note of when, under a digest and without the name itself: what another process is
+still writing comes too late.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from filelock import FileLock
+
+from kvzip_memory.locks import QUIET_S, held
+from kvzip_memory.registry.identity import digest
+
+_TICK = 1e-6  # seconds between two that are told apart
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a name means.
+
+    Attributes:
+        name: empty in the note of one that was taken away.
+        tenant: digest of the tenant whose name it is.
+        family: digest of the model and the tenant that can use the context.
+        key: the context's; empty once the name was taken away.
+        loaded: when it was loaded under the name: seconds since the epoch, but always later than what the name meant before.
+        sources: name and metadata of each document, as whoever gave the name loaded them.
+    """
+
+    name: str
+    tenant: str | None
+    family: str
+    key: str
+    loaded: float = 0.0
+    sources: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+class Names:
+    """Safe for threads, and for processes over one folder. What could not be written is known to this process alone.
+
+    Args:
+        root: of the disk tier, which has folders ``names`` and ``locks``; None keeps names in memory.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root
+        self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
+        self._lock = threading.Lock()
+
+    def of(self, tenant: str | None, name: str) -> list[Label]:
+        """What a tenant's name means, one label for each model, the last loaded last."""
+        return _in_order(self._known(_file_of(tenant, name)).values())
+
+    def everyones(self, name: str) -> list[Label]:
+        """What a name means to all tenants, the last loaded last."""
+        return _in_order(label for label in self.all() if label.name == name)
+
+    def all(self) -> Iterator[Label]:
+        """What every name means."""
+        for file in {*self._files(), *self._new}:
+            yield from _in_order(self._known(file).values())
+
+    def give(self, label: Label) -> Label:
+        """Give a name to a context, for this process; with its time set. :meth:`write` tells the others."""
+        file = _file_of(label.tenant, label.name)
+        before = self._known(file).get(label.family)
+        with self._lock:
+            label = replace(label, loaded=time.time() if before is None else max(time.time(), before.loaded + _TICK))
+            self._new.setdefault(file, {})[label.family] = label
+        return label
+
+    def write(self, label: Label) -> None:
+        """Write down what was given, unless the name was given to another context since.
+
+        Raises:
+            OSError: it cannot be written now, or another process has been writing for a second.
+        """
+        if self._root is None:
+            return
+        file = _file_of(label.tenant, label.name)
+        written = label if label.key else replace(label, name="", sources=())
+        with self._writing():
+            known = self._read(file)
+            if label.family not in known or known[label.family].loaded < label.loaded:
+                self._write(file, {**known, label.family: written})
+        self._forget(file, label)
+
+    def take(self, tenant: str | None, name: str, family: str) -> None:
+        """Take a name away from the context that has it.
+
+        Raises:
+            OSError: see :meth:`write`.
+        """
+        self.write(label := self.give(Label(name, tenant, family, "")))
+        self._forget(_file_of(tenant, name), label)
+
+    def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
+        """A context has left the memory: with it goes its name, if that is written nowhere."""
+        file = _file_of(tenant, name)
+        label = self._new.get(file, {}).get(family)
+        if label is not None and label.key == key:
+            self._forget(file, label)
+
+    def gc(self, is_stored: Callable[[str], bool]) -> None:
+        """Delete what has meant nothing for a day: names of contexts that are not stored, and notes of those that were taken away."""
+        for file in self._files():
+            with self._writing():
+                self._path(file).with_name(f".{file}").unlink(missing_ok=True)  # of a writer that was killed
+                known = self._read(file)
+                kept = {f: label for f, label in known.items() if is_stored(label.key) or abs(time.time() - label.loaded) < _DAY}
+                if kept != known:
+                    self._write(file, kept)
+
+    def _known(self, file: str) -> dict[str, Label]:
+        """By family what the file says, or what was given later."""
+        known = self._read(file)
+        with self._lock:
+            for family, label in self._new.get(file, {}).items():
+                if family not in known or known[family].loaded < label.loaded:
+                    known[family] = label
+        return known
+
+    def _forget(self, file: str, label: Label) -> None:
+        """Leave to the file what was given here, unless something else was given since."""
+        with self._lock:
+            new = self._new.get(file, {})
+            if new.get(label.family) is label:
+                del new[label.family]
+                if not new:
+                    del self._new[file]
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _files(self) -> list[str]:
+        if self._root is None:
+            return []
+        with suppress(FileNotFoundError):
+            return [path.stem for path in (self._root / "names").glob("*.json")]
+        return []
+
+    def _path(self, file: str) -> Path:
+        assert self._root is not None
+        return self._root / "names" / f"{file}.json"
+
+    def _writing(self) -> Any:
+        assert self._root is not None
+        return held(FileLock(self._root / "locks" / "names.lock", thread_local=False, mode=0o600), "writing names", QUIET_S)
+
+    def _read(self, file: str) -> dict[str, Label]:
+        """By family; nothing if it is not there, or not what we wrote."""
+        if self._root is None:
+            return {}
+        try:
+            with os.fdopen(os.open(self._path(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as opened:
+                checksum, _, text = opened.read().partition("\n")
+            if checksum != _checksum(file, text):
+                return {}
+            rows = [{**row, "sources": tuple(map(tuple, row["sources"]))} for row in json.loads(text)]
+            return {row["family"]: Label(**row) for row in rows}
+        except (OSError, ValueError, TypeError, KeyError):  # what cannot be read means nothing
+            return {}
+
+    def _write(self, file: str, known: Mapping[str, Label]) -> None:
+        path = self._path(file)
+        if not known:
+            path.unlink(missing_ok=True)
+            return
+        text = json.dumps([asdict(label) for label in known.values()], default=str)
+        temporary = path.with_name(f".{file}")  # one writer at a time
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as opened:
+            opened.write(f"{_checksum(file, text)}\n{text}")
+        os.replace(temporary, path)
+
+
+def _file_of(tenant: str | None, name: str) -> str:
+    return digest(["name", tenant, name])
+
+
+def _checksum(file: str, text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{file}\n{text}".encode())
+
+
+def _in_order(labels: Iterable[Label]) -> list[Label]:
+    return sorted((label for label in labels if label.key), key=lambda label: label.loaded)

@@ -1,0 +1,163 @@
+"""Contexts that were grown in many steps: made again, and held."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import pickle
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import TEXT, tiny_model, tiny_tokenizer
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory.chain import Managed, Step
+
+STEPS = 60
+
+
+def wide_engine(**options: object) -> KVzipEngine:
+    return KVzipEngine(tiny_model(max_position_embeddings=16384, num_hidden_layers=1), tiny_tokenizer(), **options)  # type: ignore[arg-type]
+
+
+def grown(engine: KVzipEngine, steps: int = STEPS, ratio: float = 1.0) -> CompressedContext:
+    context = engine.load([{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}], ratio=ratio)
+    for step in range(steps):
+        context = engine.extend(context, [{"role": "user", "content": f"{step}?"}, {"role": "assistant", "content": "Yes."}])
+    return context
+
+
+def pairs_of(context: CompressedContext) -> list[torch.Tensor]:
+    return [t.clone() for layer in context.layers for t in layer.tensors()]
+
+
+def forget_all(engine: KVzipEngine, keep: int = 0) -> list[str]:
+    """Lose all contexts but the first few, as another process may; their keys, the oldest first."""
+    engine.registry.flush()
+    keys = [entry.key for entry in sorted(engine.registry.contexts(), key=lambda entry: entry.n_tokens)]
+    for key in keys[keep:]:
+        engine.registry.remove(key)
+        engine.registry.readmit(key)
+    return keys
+
+
+@contextmanager
+def shallow(frames: int = 180) -> Iterator[None]:
+    """A stack for the model's own depth, and not for that of a chain."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + frames)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(before)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_a_long_chain_is_made_again_with_the_same_bytes(tmp_path: Path, stored: bool, ratio: float) -> None:
+    engine = wide_engine(cache_dir=tmp_path if stored else None, device_bytes="64MB")
+    context = grown(engine, STEPS if ratio == 1.0 else 20, ratio)
+    before = pairs_of(context)
+    keys = forget_all(engine)
+    with shallow(180 if ratio == 1.0 else 120):
+        again = pairs_of(context)
+    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
+    assert {entry.key for entry in engine.registry.contexts()} == set(keys)  # all of them, the same
+    engine.close()
+
+
+@pytest.mark.parametrize("harm", ["lost", "damaged", "old"])
+def test_it_goes_on_from_the_nearest_that_is_stored(tmp_path: Path, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = wide_engine(cache_dir=tmp_path, device_bytes="64MB", ttl=3600)
+    context = grown(engine)
+    before = pairs_of(context)
+    built = engine.stats()["built"]
+    keys = [entry.key for entry in sorted(engine.registry.contexts(), key=lambda entry: entry.n_tokens)]
+    if harm == "lost":
+        forget_all(engine, keep=STEPS - 10)
+        built += 10 + 1
+    else:
+        engine.close()
+        engine.registry._device.held.clear()  # what is in no memory
+        engine.registry._device._settled = 0
+        engine.registry._disk = wide_engine(cache_dir=tmp_path).registry._disk
+        built += len(keys)
+    if harm == "damaged":  # which shows when it is read, with a lock held
+        for path in (tmp_path / "contexts" / "blobs").rglob("*.safetensors"):
+            data = bytearray(path.read_bytes())
+            data[-5000] ^= 1
+            path.write_bytes(data)
+    if harm == "old":
+        import time
+
+        later = time.time() + 3601
+        monkeypatch.setattr(time, "time", lambda: later)
+    with shallow():
+        again = pairs_of(context)
+    assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
+    assert engine.stats()["built"] == built
+
+
+def test_a_handle_of_a_long_chain_holds_its_own_tokens_once() -> None:
+    engine = wide_engine()
+    context = grown(engine, 3)
+    ancestors = [weakref.ref(context)]
+    for step in range(5):
+        context = engine.extend(context, [{"role": "user", "content": f"And {step}?"}])
+        ancestors.append(weakref.ref(context))
+    gc.collect()
+    assert [ref() is not None for ref in ancestors] == [False] * 5 + [True]
+    assert isinstance(context.storage, Managed)
+    ids, step, known = [], context.storage.step, set()
+    while isinstance(step, Step):
+        assert step.ids is not None
+        ids[:0] = step.ids.tolist()
+        known.add(step.wanted.key)
+        step = step.parent  # type: ignore[assignment]
+    assert ids == context.token_ids.tolist()
+    assert len(known) == 9
+
+
+def test_nothing_goes_down_a_chain_by_itself() -> None:
+    engine = wide_engine()
+    context = grown(engine, 1)
+    assert isinstance(context.storage, Managed)
+    step = context.storage.step
+    for _ in range(100_000):
+        step = Step(step.registry, step.wanted, step.make, step, step.ids)
+    long = Managed(step, context).handle()
+    assert copy.deepcopy(long) is copy.copy(long) is long
+    assert repr(long) == repr(context)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(long)
+    del step, long
+    gc.collect()  # without end of the stack
+
+
+def test_a_session_is_folded_again_and_again() -> None:
+    engine = wide_engine(device_bytes="64MB")
+    session = engine.session()
+    for turn in range(40):
+        session.ask(f"{turn}?", max_new_tokens=1)
+        context = session.fold(0, ratio=1.0)
+    forget_all(engine)
+    with shallow():
+        assert session.ask("Who?", max_new_tokens=1).receipt.tier == "built"
+    assert context.identity["parent"] is not None
+
+
+def test_a_parent_without_its_text_says_so() -> None:
+    engine = wide_engine()
+    first = grown(engine, 1)
+    child = engine.extend(engine.get(first.key), [{"role": "user", "content": "More?"}])
+    key = first.key
+    del first
+    forget_all(engine)
+    with pytest.raises(InputError, match=f"{key[:12]}.* is no longer stored; load its text again"):
+        engine.generate(child, "Who?", max_new_tokens=1)
