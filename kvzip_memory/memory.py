@@ -85,6 +85,7 @@ class Memory:
         base: CompressedContext | None = None,
         handle: Mapping[str, Any] | None = None,
         ratio: float | None = None,
+        tags: Sequence[str] = (),
     ) -> Recalled:
         """The context that the conversation begins with, extended if a fold is due and there is room for it.
 
@@ -97,6 +98,7 @@ class Memory:
             base: the context the conversation is over, if any.
             handle: what was recalled at the call before; without it the longest stored beginning of no smaller ratio is looked for.
             ratio: kept fraction of the pairs of what is folded; None is that of the context before, or the engine's.
+            tags: of the conversation, by which its contexts are forgotten.
 
         Raises:
             InputError: a ratio outside (0, 1].
@@ -104,11 +106,13 @@ class Memory:
         """
         ratio = None if ratio is None else checked_ratio(ratio)
         try:
-            talk = _Talk(engine, messages, tools, base)
+            talk = _Talk(engine, messages, tools, base, tags)
         except InputError as error:  # whoever asks it will say so
             logger.debug("nothing is recalled: %s", error)
             return Recalled()
         found = talk.stored(handle, engine.ratio if ratio is None else ratio)
+        if found.context is not None:
+            engine.registry.join(found.context.key, tags)
         cut = self._cut(talk, found) if self._due(talk, found) else None
         if cut is None:
             return found
@@ -150,9 +154,14 @@ class _Talk:
     """A conversation as a prompt, and the prompts of its beginnings."""
 
     def __init__(
-        self, engine: KVzipEngine, messages: Sequence[Message], tools: Sequence[Tool] | None, base: CompressedContext | None
+        self,
+        engine: KVzipEngine,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        base: CompressedContext | None,
+        tags: Sequence[str],
     ) -> None:
-        self.engine, self.messages, self.tools, self.base = engine, list(messages), tools, base
+        self.engine, self.messages, self.tools, self.base, self.tags = engine, list(messages), tools, base, tags
         self._prompts = engine._prompts
         recipe = base.recipe if base else None
         self.ids = [*(base.token_ids.tolist() if base else []), *self._prompts.question(recipe, messages, tools, fixed=True)]
@@ -198,8 +207,8 @@ class _Talk:
     def folded(self, found: Recalled, count: int, ratio: float | None) -> Recalled:
         parent, more = found.context or self.base, self.messages[found.messages : count]
         if parent is None:
-            return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio), count)
-        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, behind=True), count)
+            return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio, tags=self.tags), count)
+        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True), count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:
         try:

@@ -32,6 +32,7 @@ class Held:
         pinned: never lost.
         expires: seconds since the epoch, None for never.
         used: seconds since the epoch of the last use.
+        stored: seconds since the epoch when it was last written to disk or read from there, None for never.
     """
 
     context: CompressedContext
@@ -42,6 +43,7 @@ class Held:
     pinned: bool = False
     expires: float | None = None
     used: float = field(default_factory=time.time)
+    stored: float | None = None
 
     @property
     def key(self) -> str:
