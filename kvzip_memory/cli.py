@@ -175,12 +175,12 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 @app.command()
 def rm(
     reference: Annotated[str | None, typer.Argument(help="a name, a key, the first 8 digits of a key, or a session")] = None,
-    tag: Annotated[str | None, typer.Option(help='forget all that was loaded with a tag, such as "thread: ana" or "document: a.pdf"')] = None,
+    tag: Annotated[str | None, typer.Option(help='forget what was loaded with a tag, such as "thread: ana", "document: a.pdf"')] = None,
     tenant: Annotated[str | None, typer.Option(help="whose, where several tenants have the tag")] = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
-    """Delete a context, a session with its turns, or all of a tag. One of several names that is given by one of them only loses that name."""
+    """Delete a context, a session with its turns, or all of a tag. One of several names that is given by one only loses that name."""
     if (reference is None) == (tag is None) or (tenant is not None and tag is None):
         raise typer.BadParameter("give a name or key, or --tag, which --tenant may follow", param_hint="REFERENCE")
     if reference is None:

@@ -76,8 +76,9 @@ class Reply:
         return self.text
 
 
-#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio and name follow.
-Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None], CompressedContext]
+Tags = str | Sequence[str] | None
+#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio, name and tags follow.
+Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -297,9 +298,7 @@ class Session(NotPickled):
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self.fork()
 
-    def fold(
-        self, keep: int = 1, *, ratio: float | None = None, name: str | None = None, tags: str | Sequence[str] | None = ()
-    ) -> CompressedContext:
+    def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None, tags: Tags = ()) -> CompressedContext:
         """Compress the older turns: they become part of a context of their own, over which the session goes on.
 
         They are not read again: their pairs are ranked and join the context's. The turns that stay are, behind the new context,

@@ -53,17 +53,18 @@ def traces(engine: KVzipEngine, texts: list[str]) -> dict[str, bytes]:
 
 
 def pairs(engine: KVzipEngine) -> dict[str, bytes]:
-    """The beginning of every layer's keys and values of all contexts with the secret."""
+    """A key and a value of the secret in every layer of all contexts."""
     ids = np.array(engine.tokenizer(SECRET, add_special_tokens=False).input_ids, dtype=np.int32).tobytes()
     found = {}
     for entry in engine.registry.contexts():
         context = engine.get(entry.key)
-        if ids in context.token_ids.numpy().tobytes():
+        start = context.token_ids.numpy().tobytes().find(ids) // 4
+        if start >= 0:
             with context.lease() as lease:
                 for number, layer in enumerate(lease.layers):
-                    for kind, tensor in (("keys", layer.keys), ("values", layer.values)):
-                        middle = len(tensor) // 2
-                        found[f"{entry.key[:8]} {kind} {number}"] = tensor[middle : middle + 4].cpu().numpy().tobytes()
+                    rows = ((layer.positions >= start) & (layer.positions < start + len(ids) // 4)).nonzero()
+                    for kind, tensor in (("keys", layer.keys), ("values", layer.values)) if len(rows) else ():
+                        found[f"{entry.key[:8]} {kind} {number}"] = tensor[rows[0, 0]].cpu().numpy().tobytes()
     return found
 
 
@@ -151,7 +152,7 @@ def marked(text: str) -> HumanMessage:
 @way
 def marks(engine: KVzipEngine) -> Callable[[], object]:
     agent = agent_of(engine)
-    for text in (f"{FILLER}{SECRET}", FILLER, FILLER, FILLER):
+    for text in (f"{FILLER}{SECRET}", FILLER, FILLER):
         agent.invoke({"messages": [marked(text)]}, {"configurable": {"thread_id": WHO}})
     return lambda: engine.forget(f"thread: {WHO}")
 
@@ -246,9 +247,10 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
     root = Path(kvzip_memory.__file__).parent
     for path in [*root.rglob("*.py"), *(root.parent / "integrations").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and "engine" in ast.unparse(node.func.value):
-                if node.func.attr in ("load", "aload", "extend", "aextend", "load_marked", "fold"):
-                    yield f"{path.name}:{node.lineno}", node
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if "engine" in ast.unparse(node.func.value) and node.func.attr in ("load", "aload", "extend", "aextend", "load_marked"):
+                yield f"{path.name}:{node.lineno}", node
 
 
 def test_whoever_makes_a_context_tags_it() -> None:
@@ -318,8 +320,7 @@ def test_two_threads_of_equal_turns_are_forgotten_one_by_one(tmp_path: Path) -> 
     engine.registry.flush()
     assert [entry.tags for entry in engine.registry.contexts()] == [("thread: ana", "thread: bob")]
     memory.forget("ana")
-    agent.invoke({"messages": [("user", "c")]}, {"configurable": {"thread_id": "bob"}})
-    assert engine.stats()["built"] == 1
+    assert [entry.tags for entry in engine.registry.contexts()] == [("thread: bob",)]
     KVzipMemoryMiddleware().forget("bob", KVzipChatModel(engine=engine))
     assert grep(tmp_path, traces(engine, [SECRET])) == []
     with pytest.raises(InputError, match="model="):
@@ -400,7 +401,7 @@ def test_the_command_line_forgets_by_tag(tmp_path: Path) -> None:
         assert rm(*wrong).exit_code == 2
 
 
-def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     damaged, half, orphan = (engine.load(f"{FILLER}{SECRET}{n}", tags="ana").key for n in range(3))
     other = engine.load(f"{FILLER}{SECRET}", tags="bob").key
@@ -430,8 +431,7 @@ def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path, caplog
     engine.forget("bob")
     assert grep(tmp_path, {**wanted, **{key: key.encode() for key in (damaged, half, orphan, other)}}) == []
     with closing(sqlite3.connect(folder / "index" / "cache.db")) as database:
-        assert [key for (key,) in database.execute("SELECT key FROM Cache")] == ["totals", "forgotten"]
-    assert "damaged" not in caplog.text or "index" not in caplog.text
+        assert {key for (key,) in database.execute("SELECT key FROM Cache")} == {"totals", "forgotten"}
     engine.close()
 
 
@@ -481,7 +481,8 @@ def test_a_process_that_has_it_in_memory_goes_on_and_does_not_bring_it_back(tmp_
     key = engine.registry.contexts()[0].key
     code = textwrap.dedent(OTHER).format(paths=sys.path, folder=str(tmp_path), text=text)
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdin and other.stdout
+        assert other.stdin
+        assert other.stdout
         assert other.stdout.readline() == "disk\n"
         engine.forget("ana")
         assert grep(tmp_path, traces(engine, [SECRET])) == []
