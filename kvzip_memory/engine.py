@@ -31,6 +31,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
@@ -155,6 +156,7 @@ class KVzipEngine(Shared):
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, CompressedContext] = WeakValueDictionary()
+        self._fronts = Fronts()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
@@ -290,7 +292,8 @@ class KVzipEngine(Shared):
         that keeps as much, is gone on from, as by :meth:`extend`. That takes 256 new tokens; with fewer that context is what is given.
         Contexts made so are tagged ``cache_control``, and with ``tags``; of those of one conversation the first and the last two stay.
 
-        None if no block has a mark, or if it ends within the first 256 tokens, where building would cost more than it saves.
+        None if no block has a mark, or if it ends within the first 256 tokens, where building would cost more than it saves; and in a
+        conversation, which ``tags`` stand for, whose system prompt or tools are other ones at every call.
 
         Raises:
             InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
@@ -304,6 +307,13 @@ class KVzipEngine(Shared):
             return None
         self._check_window(prompt)
         before = self.stored_prefix([*prompt.token_ids, -1])  # of all of them, too
+        if len(tags) > 1 and self._fronts.changes(tuple(tags), front(as_messages(messages), tools)) > 1 and before is None:
+            logger.warning(
+                "cache_control is ignored in %s: its system prompt or its tools change at every call, so that nothing would be found "
+                "again; put what changes behind the mark",
+                tags[-1],
+            )
+            return None
         if before is None or before.ratio < ratio or before.identity["scorer"] not in (None, self._scorer.identity()):
             return self._load(prompt, ratio, None, tags, began)
         self.registry.join(before.key, tags)
@@ -311,17 +321,19 @@ class KVzipEngine(Shared):
             return before
         left_behind = before.identity["parent"]
         context = self._load(replace(prompt, protected=before.protected), ratio, None, tags, began, before)
-        self._forget_marked(left_behind, tags)
+        self.leave_behind(left_behind, tags)
         return context
 
-    def _forget_marked(self, key: str | None, tags: Sequence[str]) -> None:
-        """Delete a context that a mark made when it moved on, and that nobody else has named, tagged or pinned."""
+    def leave_behind(self, key: str | None, tags: Sequence[str]) -> None:
+        """Delete a context that a conversation of these tags has grown through, and that nobody else has named, tagged or pinned. The
+        one it began with stays.
+        """
         for entry in self.registry.find(key) if key else []:
             if set(entry.tags) == set(tags) and entry.identity["parent"] and not entry.names and not entry.pinned:
                 try:
                     self.registry.remove(entry.key)
                 except (InputError, OSError) as error:
-                    logger.debug("context %s, which a mark has left behind, stays: %s", entry.key[:12], error)
+                    logger.debug("context %s, which a conversation has left behind, stays: %s", entry.key[:12], error)
 
     def extend(
         self,

@@ -186,6 +186,10 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             behind = base is not None and not file_ids
             return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request, None
         rest = said[recalled.messages - (len(turns) - len(said)) :]
+        if recalled.behind:
+            first = next((i for i, message in enumerate(said) if message.type != "system"), 0)
+            at = next(i for i, message in enumerate(rest) if message.type == "human")
+            rest[at:at] = [*([request.system_message] if len(turns) > len(said) and request.system_message else []), *said[:first]]
         if file_ids:  # the context they bring is part of the one recalled
             rest = [_without_files(message) for message in rest]
         recalling = model.with_context(recalled.context, behind=True)
