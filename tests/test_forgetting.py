@@ -223,6 +223,10 @@ def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[KVz
     forget = WAYS[request.param](engine)
     engine.registry.flush()
     wanted = {**traces(engine, [SECRET, WHO]), **pairs(engine)}
+    for entry in engine.registry.contexts():
+        if entry.name != "page":
+            facts = {entry.key, entry.group, entry.identity["text"], entry.identity["tokens"], entry.identity["tokens"][:8]}
+            wanted |= {fact: fact.encode() for fact in facts - {""}}
     assert any("keys" in name for name in wanted)
     assert any("ids <i4" in name for name in grep(tmp_path, wanted))
     assert any("values" in name for name in grep(tmp_path, wanted))

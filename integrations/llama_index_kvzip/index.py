@@ -313,9 +313,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Remove a document; the context it was in is built again when it is next asked.
 
-        With ``delete_from_docstore`` its text is forgotten: contexts of this index that are no longer used leave the registry, and those
-        that synthesizers have of the document, unless they were loaded under a name, with other tags or by another index, too: one
-        that has an id of its own or was persisted, or one of this process.
+        With ``delete_from_docstore`` its text is forgotten: contexts of the document that are no longer used leave the registry, also those
+        of earlier runs and of synthesizers, unless they were loaded under a name, with other tags or by another index, too: one that has
+        an id of its own or was persisted, or one of this process.
         """
         with self._lock:
             super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
