@@ -57,7 +57,9 @@ class Managed(Shared):
     _way_out = CompressedContext._way_out
 
     def __init__(self, step: Step, context: CompressedContext) -> None:
-        self.step = replace(step, wanted=replace(step.wanted, name=None, tags=(), sources=()))
+        wanted = step.wanted
+        origin = tuple({*wanted.tags, *wanted.origin})
+        self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=()))
         like = context.storage
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
         self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)

@@ -20,9 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvzip_memory import turns
-from kvzip_memory.errors import KVzipError
+from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.holders import naming, without
+from kvzip_memory.registry.identity import tenant_digest
 
 app = typer.Typer(help="Contexts in a cache folder: load, look, pin, delete, check.", no_args_is_help=True, add_completion=False)
 console = Console()
@@ -39,11 +41,11 @@ class Level(StrEnum):
     problem = "red"
 
 
-def _registry(cache_dir: Path) -> ContextRegistry:
+def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:
     folder = cache_dir.expanduser() / "contexts"
     if not folder.is_dir():
         raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
-    registry = ContextRegistry(torch.device("cpu"), folder, tenant=EVERYONE)
+    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant)
     if registry.no_disk is not None:
         raise typer.BadParameter(registry.no_disk, param_hint="--cache-dir")
     registry.check_disk()
@@ -172,11 +174,22 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 
 
 @app.command()
-def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete a context, or a session with its turns. One of several names that is given by one of them only loses that name.
+def rm(
+    reference: Annotated[str | None, typer.Argument(help="a name, a key, the first 8 digits of a key, or a session")] = None,
+    tag: Annotated[str | None, typer.Option(help='forget what was loaded with a tag, such as "thread: ana", "document: a.pdf"')] = None,
+    tenant: Annotated[str | None, typer.Option(help="whose, where several tenants have the tag")] = None,
+    cache_dir: CacheDir = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Delete a context, a session with its turns, or all of a tag. One of several names that is given by one of them only loses that name.
 
     Older texts of a name stay, and are deleted by their keys.
     """
+    if (reference is None) == (tag is None) or (tenant is not None and tag is None):
+        raise typer.BadParameter("give a name or key, or --tag, which --tenant may follow", param_hint="REFERENCE")
+    if reference is None:
+        assert tag is not None
+        return _forget(tag, tenant, cache_dir.expanduser(), as_json)
     registry, called = _registry(cache_dir), escape(reference)
     if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference)):
         count = session.remove(registry)
@@ -189,6 +202,28 @@ def rm(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = Fals
     lines += [f"{e.key[:12]}, which was {called} before, stays; give that key to delete it" for e in older]
     lines += [f"the turns it was made of are kept; rm {escape(repr(s.name))} deletes them" for s in _sessions_of(cache_dir, entry)]
     _show(_facts(entry), as_json, lambda: "\n".join(lines))
+
+
+def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> None:
+    if tenant is None:
+        tagged = [entry for entry in _registry(cache_dir).contexts() if without(entry.tags, entry.key, naming(tag)) != entry.tags]
+        whose = {entry.tenant for entry in tagged} or {None}
+        if len(whose) > 1:
+            raise InputError(f"contexts of {len(whose)} tenants are tagged {tag!r}; give one with --tenant")
+        owner = whose.pop()
+    else:
+        owner = tenant_digest(tenant)
+    forgotten = _registry(cache_dir, owner).forget(naming(tag))
+    count = turns.erase(cache_dir, owner, tag)
+    if not (forgotten.deleted or forgotten.kept or count):
+        raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
+    nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
+    lines = [f"deleted {len(forgotten.deleted)} contexts, {decimal(nbytes)}, and {count} turns"]
+    for entry in forgotten.kept:
+        others = [*entry.names, *without(entry.tags, entry.key, naming(tag)), *(["a pin"] if entry.pinned else [])]
+        lines.append(f"{entry.key[:12]} stays, which others have: {escape(', '.join(others))}")
+    facts = {"deleted": [_facts(e) for e in forgotten.deleted], "kept": [_facts(e) for e in forgotten.kept], "turns": count}
+    _show(facts, as_json, lambda: "\n".join(lines))
 
 
 @app.command()

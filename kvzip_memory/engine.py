@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kvzip_memory import loading
+from kvzip_memory import loading, turns
 from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
 from kvzip_memory.cache import Row, Tail
@@ -31,14 +31,16 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.limits import host_nbytes
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Label, Report, Wanted, check_text, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
+from kvzip_memory.registry.holders import MARKED, naming
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
     check_same_model,
@@ -57,9 +59,6 @@ from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 
 logger = logging.getLogger(__name__)
-
-# The tag of contexts that were made by marks.
-_MARKED = "cache_control"
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -159,6 +158,7 @@ class KVzipEngine(Shared):
         )
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
+        self._fronts = Fronts()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
 
@@ -281,21 +281,27 @@ class KVzipEngine(Shared):
         return self._load(prompt, ratio, name, tags, began)
 
     def load_marked(
-        self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, ratio: float | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] | None = None,
+        ratio: float | None = None,
+        tags: str | Sequence[str] | None = (),
     ) -> CompressedContext | None:
         """The context of a prompt's beginning, up to the last block of text with ``cache_control``: found or built as by :meth:`load`.
 
         A mark that moves on with a conversation has only what is new read: the longest stored context that the prompt begins with, and
         that keeps as much, is gone on from, as by :meth:`extend`. That takes 256 new tokens; with fewer that context is what is given.
-        Contexts made so are tagged ``cache_control``; of those of one conversation the first and the last two stay.
+        Contexts made so are tagged ``cache_control``, and with ``tags``; of those of one conversation the first and the last two stay.
 
-        None if no block has a mark, or if it ends within the first 256 tokens, where building would cost more than it saves.
+        None if no block has a mark, or if it ends within the first 256 tokens, where building would cost more than it saves; and in a
+        conversation, which ``tags`` stand for, whose system prompt or tools are other ones at every call.
 
         Raises:
             InputError, WindowError, BudgetError, ModelError: see :meth:`load`.
         """
         began = time.perf_counter()
-        ratio = checked_ratio(self.ratio if ratio is None else ratio)
+        ratio, tags = checked_ratio(self.ratio if ratio is None else ratio), [MARKED, *_labels(None, tags)]
         prompt = self._prompts.until_mark(messages, tools)
         if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
             if prompt is not None:
@@ -303,23 +309,33 @@ class KVzipEngine(Shared):
             return None
         self._check_window(prompt)
         before = self.stored_prefix([*prompt.token_ids, -1], ratio)  # of all of them, too
+        if len(tags) > 1 and self._fronts.changes(tuple(tags), front(as_messages(messages), tools)) > 1 and before is None:
+            logger.warning(
+                "cache_control is ignored in %s: its system prompt or its tools change at every call, so that nothing would be found "
+                "again; put what changes behind the mark",
+                tags[-1],
+            )
+            return None
         if before is None:
-            return self._load(prompt, ratio, None, (_MARKED,), began)
+            return self._load(prompt, ratio, None, tags, began)
+        self.registry.join(before.key, tags)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
         left_behind = before.identity["parent"]
-        context = self._load(replace(prompt, protected=before.protected), ratio, None, (_MARKED,), began, before)
-        self._forget_marked(left_behind)
+        context = self._load(replace(prompt, protected=before.protected), ratio, None, tags, began, before)
+        self.leave_behind(left_behind, tags)
         return context
 
-    def _forget_marked(self, key: str | None) -> None:
-        """Delete a context that a mark made when it moved on, and that nobody else has named, tagged or pinned."""
+    def leave_behind(self, key: str | None, tags: Sequence[str]) -> None:
+        """Delete a context that a conversation of these tags has grown through, and that nobody else has named, tagged or pinned. The
+        one it began with stays.
+        """
         for entry in self.registry.find(key) if key else []:
-            if entry.tags == (_MARKED,) and entry.identity["parent"] and not entry.names and not entry.pinned:
+            if set(entry.tags) == set(tags) and entry.identity["parent"] and not entry.names and not entry.pinned:
                 try:
                     self.registry.remove(entry.key)
                 except (InputError, OSError) as error:
-                    logger.debug("context %s, which a mark has left behind, stays: %s", entry.key[:12], error)
+                    logger.debug("context %s, which a conversation has left behind, stays: %s", entry.key[:12], error)
 
     def extend(
         self,
@@ -384,9 +400,10 @@ class KVzipEngine(Shared):
         pairs: DensePairs,
         ratio: float | None,
         name: str | None,
+        tags: str | Sequence[str] | None,
     ) -> CompressedContext:
         """The context of another one, or of none, and of turns whose pairs are there already."""
-        began = time.perf_counter()
+        began, tags = time.perf_counter(), _labels(name, tags)
         if context is not None:
             self._check_parent(context)
         if template != self._prompts.template:
@@ -395,7 +412,7 @@ class KVzipEngine(Shared):
                 fields=("template",),
             )
         self._check_window(prompt)
-        return self._load(prompt, ratio, name, (), began, context, pairs)
+        return self._load(prompt, ratio, name, tags, began, context, pairs)
 
     def _load(
         self,
@@ -446,6 +463,28 @@ class KVzipEngine(Shared):
             self._loaded[wanted.key] = storage = Managed(step, context)
         release()
         return storage.handle(name=name, sources=prompt.sources, receipt=receipt)
+
+    def forget(self, tag: str) -> Forgotten:
+        """Forget what was loaded with a tag: a conversation (``"thread: ana"``), a document (``"document: a.pdf"``), or any word of yours.
+
+        Contexts that nobody else holds, by another tag, a name or a pin, are deleted, also those that a conversation has grown out of;
+        from the others the tag is taken. The turns that a session of this name keeps as text are deleted, too. What is then left where
+        is told in ``docs/memory.md``. Loading the text again builds it again.
+
+        Raises:
+            InputError: the tag is no text.
+            StorageError: another process holds the index of the folder; nothing was deleted.
+            OSError: a file cannot be deleted.
+        """
+        check_text(tag)
+        forgotten = self.registry.forget(naming(tag))
+        if self.cache_dir is not None:  # last: contexts can be made of turns again
+            turns.erase(self.cache_dir, self.registry.tenant, tag)
+        return forgotten
+
+    async def aforget(self, tag: str) -> Forgotten:
+        """:meth:`forget` in a thread."""
+        return await asyncio.to_thread(self.forget, tag)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
         """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
@@ -895,6 +934,7 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     for text in labels if name is None else [name, *labels]:
         check_text(text)
     return labels
+
 
 
 class _Bar:

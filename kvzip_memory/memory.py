@@ -11,12 +11,13 @@ import logging
 import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
+from kvzip_memory.fronts import front, said_first
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt
 from kvzip_memory.sources import Message
@@ -37,15 +38,29 @@ class Recalled:
     Attributes:
         context: None while nothing has been folded.
         messages: how many messages it stands for, from the first one on.
+        front: digest of the system prompt and tools it begins with.
+        changes: how often they have changed.
+        refused: they cannot come behind a context, so there is none.
     """
 
     context: CompressedContext | None = None
     messages: int = 0
+    front: str = ""
+    changes: int = 0
+    refused: bool = False
+
+    @property
+    def behind(self) -> bool:
+        """Whether the context is one of the conversation alone, as system prompt or tools go on changing: they come behind it."""
+        return self.changes > 1
 
     @property
     def handle(self) -> dict[str, Any] | None:
         """What to keep of it between calls; plain JSON."""
-        return None if self.context is None else {"key": self.context.key, "messages": self.messages}
+        if self.context is None:
+            return {"refused": True} if self.refused else None
+        handle = {"key": self.context.key, "messages": self.messages, "front": "" if self.behind else self.front}
+        return {**handle, "changes": self.changes} if self.changes else handle
 
 
 class Memory:
@@ -67,7 +82,7 @@ class Memory:
             if not (isinstance(size, tuple) and len(size) == 2):
                 raise InputError(f'{size!r} is no size; give ("tokens", n), ("messages", n) or ("fraction", x)')
         self._clauses = [dict(clause) if isinstance(clause, Mapping) else dict([clause]) for clause in clauses]
-        self._keep = keep
+        self._keep, self._warned = keep, False
         for kind, value in [keep, *(item for clause in self._clauses for item in clause.items())]:
             if kind not in ("tokens", "messages", "fraction") or not value > 0 or (kind == "fraction" and value > 1):
                 raise InputError(
@@ -85,10 +100,12 @@ class Memory:
         base: CompressedContext | None = None,
         handle: Mapping[str, Any] | None = None,
         ratio: float | None = None,
+        tags: Sequence[str] = (),
     ) -> Recalled:
         """The context that the conversation begins with, extended if a fold is due and there is room for it.
 
-        A conversation that is no prompt has none.
+        A conversation that is no prompt has none. Where the system prompt or the tools are other ones than at the call before, twice, the
+        context is from then on one of the turns alone; the system prompt is then to come behind it, before the first that a user says.
 
         Args:
             engine: whose contexts they are.
@@ -97,18 +114,72 @@ class Memory:
             base: the context the conversation is over, if any.
             handle: what was recalled at the call before; without it the longest stored beginning of no smaller ratio is looked for.
             ratio: kept fraction of the pairs of what is folded; None is that of the context before, or the engine's.
+            tags: of the conversation, by which its contexts are forgotten.
 
         Raises:
             InputError: a ratio outside (0, 1].
             ModelError: see :meth:`KVzipEngine.load`.
         """
         ratio = None if ratio is None else checked_ratio(ratio)
+        if handle and handle.get("refused"):
+            return Recalled(refused=True)
+        now, changes = front(messages, tools), int((handle or {}).get("changes", 0))
+        changes += bool(handle and handle.get("front", now) not in ("", now))
+        if changes > 1:
+            return self._recalled_behind(engine, messages, tools, base, handle, ratio, tags, changes)
+        return replace(self._recalled(engine, messages, tools, base, handle, ratio, tags), front=now, changes=changes)
+
+    def _recalled_behind(
+        self,
+        engine: KVzipEngine,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        base: CompressedContext | None,
+        handle: Mapping[str, Any] | None,
+        ratio: float | None,
+        tags: Sequence[str],
+        changes: int,
+    ) -> Recalled:
+        """The context of the turns alone, if the system prompt and the tools can come behind it."""
+        first = said_first(messages)
+        system, turns = messages[:first], messages[first:]
+        handle = handle and {**handle, "messages": int(handle["messages"]) - first}
+        found = self._recalled(engine, turns, None, base, handle, ratio, tags, alone=True)
+        if found.context is not None:
+            rest = list(turns[found.messages :])
+            at = next(i for i, message in enumerate(rest) if message["role"] == "user")
+            try:
+                engine.prompt_ids(found.context, [*rest[:at], *system, *rest[at:]], tools)
+            except InputError as error:
+                if not self._warned:
+                    self._warned = True
+                    warnings.warn(
+                        "nothing is folded: the system prompt or the tools change, and this model's chat template does not take them "
+                        f"behind a conversation ({error}); keep them as they are, and say what changes in the last message",
+                        stacklevel=3,
+                    )
+                return Recalled(refused=True)
+        return replace(found, messages=found.messages + first if found.context else 0, changes=changes)
+
+    def _recalled(
+        self,
+        engine: KVzipEngine,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        base: CompressedContext | None,
+        handle: Mapping[str, Any] | None,
+        ratio: float | None,
+        tags: Sequence[str],
+        alone: bool = False,
+    ) -> Recalled:
         try:
-            talk = _Talk(engine, messages, tools, base)
+            talk = _Talk(engine, messages, tools, base, tags, alone)
         except InputError as error:  # whoever asks it will say so
             logger.debug("nothing is recalled: %s", error)
             return Recalled()
         found = talk.stored(handle, engine.ratio if ratio is None else ratio)
+        if found.context is not None:
+            engine.registry.join(found.context.key, tags)
         cut = self._cut(talk, found) if self._due(talk, found) else None
         if cut is None:
             return found
@@ -150,17 +221,24 @@ class _Talk:
     """A conversation as a prompt, and the prompts of its beginnings."""
 
     def __init__(
-        self, engine: KVzipEngine, messages: Sequence[Message], tools: Sequence[Tool] | None, base: CompressedContext | None
+        self,
+        engine: KVzipEngine,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        base: CompressedContext | None,
+        tags: Sequence[str],
+        alone: bool,
     ) -> None:
-        self.engine, self.messages, self.tools, self.base = engine, list(messages), tools, base
+        self.engine, self.messages, self.tools, self.base, self.tags = engine, list(messages), tools, base, tags
         self._prompts = engine._prompts
         recipe = base.recipe if base else None
         self.ids = [*(base.token_ids.tolist() if base else []), *self._prompts.question(recipe, messages, tools, fixed=True)]
-        said = next((i for i, message in enumerate(messages) if message["role"] != "system"), len(self.messages))
+        said = said_first(messages)
+        end = len(self.messages)
+        if alone:  # behind it something that a user says, which the system prompt comes before
+            end = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
         #: Numbers of messages that a context may stand for.
-        self.borders = [
-            i for i in range(said + 1, len(self.messages)) if messages[i]["role"] != "tool" and not messages[i - 1].get("tool_calls")
-        ]
+        self.borders = [i for i in range(said + 1, end) if messages[i]["role"] != "tool" and not messages[i - 1].get("tool_calls")]
 
     def stored(self, handle: Mapping[str, Any] | None, ratio: float) -> Recalled:
         """The context of a handle if the conversation begins with it, else the longest one stored, if it keeps as much."""
@@ -170,7 +248,7 @@ class _Talk:
                 context, count = self.engine.get(handle["key"]), int(handle["messages"])
             except (BudgetError, InputError) as error:
                 logger.debug("%s", error)
-        if context is not None and self._begins(context.token_ids.tolist(), context.recipe, count):
+        if context is not None and count in self.borders and self._begins(context.token_ids.tolist(), context.recipe, count):
             return Recalled(context, count)
         context = self.engine.stored_prefix(self.ids, ratio)
         if context is None or (self.base and context.n_tokens <= self.base.n_tokens):
@@ -198,8 +276,9 @@ class _Talk:
     def folded(self, found: Recalled, count: int, ratio: float | None) -> Recalled:
         parent, more = found.context or self.base, self.messages[found.messages : count]
         if parent is None:
-            return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio), count)
-        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, behind=True), count)
+            return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio, tags=self.tags), count)
+        self.engine.leave_behind(parent.identity["parent"], self.tags)
+        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True), count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:
         try:

@@ -76,8 +76,9 @@ class Reply:
         return self.text
 
 
-#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio and name follow.
-Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None], CompressedContext]
+Tags = str | Sequence[str] | None
+#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio, name and tags follow.
+Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -297,7 +298,7 @@ class Session(NotPickled):
     def __deepcopy__(self, memo: dict[int, Any]) -> Session:
         return self.fork()
 
-    def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None) -> CompressedContext:
+    def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None, tags: Tags = ()) -> CompressedContext:
         """Compress the older turns: they become part of a context of their own, over which the session goes on.
 
         They are not read again: their pairs are ranked and join the context's. The turns that stay are, behind the new context,
@@ -308,6 +309,7 @@ class Session(NotPickled):
             keep: turns, a question and its answer each, that stay as they are.
             ratio: kept fraction of all pairs of the new context; None takes the context's, or the engine's.
             name: an alias for the new context.
+            tags: free words to list and forget it by.
 
         Raises:
             InputError: fewer turns than that, or a negative number.
@@ -327,7 +329,7 @@ class Session(NotPickled):
                     deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, self._prompts.template, pairs, ratio, name)
+            context = self._fold(self.context, prompt, self._prompts.template, pairs, ratio, name, tags)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk = Tail(), talk

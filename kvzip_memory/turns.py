@@ -98,12 +98,9 @@ class Session:
         Raises:
             StorageError: another process holds the index of the folder; nothing was deleted.
         """
-        registry.check_changeable()
-        mine = [e for e in registry.contexts() if e.key in self.keys and set(e.tags) == {self.name} and not (e.names or e.pinned)]
-        for entry in mine:
-            registry.remove(entry.key)
+        forgotten = registry.forget(lambda key, tag: key in self.keys and tag == self.name)
         self.file.remove()
-        return len(mine)
+        return len(forgotten.deleted)
 
 
 def sessions(cache_dir: Path) -> Iterator[Session]:
@@ -140,3 +137,14 @@ def remove_expired(cache_dir: Path) -> int:
     for session in expired:
         session.file.remove()
     return len(expired)
+
+
+def erase(cache_dir: Path, tenant: str | None, name: str) -> int:
+    """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
+    found = [session for session in sessions(cache_dir) if session.name == name]
+    names = [(name[:at], name[at + 2 :]) for at in range(len(name)) if name.startswith(": ", at)]
+    paths = {TurnsFile.of(cache_dir, tenant, block.removeprefix("memory "), session_id).path for block, session_id in names}
+    mine = [session for session in found if session.file.path in paths]
+    for session in mine:
+        session.file.remove()
+    return sum(session.turns for session in mine)

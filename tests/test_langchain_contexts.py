@@ -124,6 +124,27 @@ def test_a_mark_that_moves_on_has_only_what_is_new_read(tmp_path: Path) -> None:
     assert (details["cache_creation"], details["cache_read"]) == (0, read[-1] + created[-1])
 
 
+def test_a_mark_behind_a_system_prompt_that_changes_at_every_call_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    engine = KVzipEngine(tiny_model(max_position_embeddings=8192), tiny_tokenizer(), ratio=0.5)
+    llm: Any = KVzipChatModel(engine=engine, max_tokens=4)
+    talk: list[Any] = []
+
+    def ask(turn: int, system: str) -> int:
+        asked = [{"type": "text", "text": f"Question {turn}: " + "who winds the lamp? " * 16, "cache_control": {"type": "ephemeral"}}]
+        reply = llm.invoke([("system", system), *talk, ("human", asked)], {"metadata": {"thread_id": "ana"}})
+        talk.extend([("human", asked[0]["text"]), ("ai", "The keeper.")])
+        return int(reply.usage_metadata["input_token_details"]["cache_creation"])
+
+    created = [ask(turn, f"It is {turn} o'clock.") for turn in range(6)]
+    assert [tokens > 0 for tokens in created] == [True, True, False, False, False, False]
+    assert "cache_control is ignored in thread: ana" in caplog.text
+    assert "put what changes behind the mark" in caplog.text
+    created = [ask(turn, "Be brief.") for turn in range(6, 9)]
+    assert [tokens > 0 for tokens in created] == [False, True, True]
+    assert created[2] < created[1] / 2  # it goes on from the one before
+    assert {entry.tags for entry in engine.registry.contexts()} == {("cache_control", "thread: ana")}
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_mark_goes_on_from_one_in_the_system_prompt(kept: bool) -> None:
     engine = tiny_engine(ratio=0.5)

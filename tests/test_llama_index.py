@@ -199,6 +199,8 @@ def test_a_deleted_text_is_in_no_context_that_is_left(tmp_path: Path) -> None:
     index = KVzipIndex.from_storage(storage, llm=llm, context_tokens=450)
     index.delete_ref_doc("c", delete_from_docstore=True)
     assert engine.stats()["built"] == 0  # nothing was for that
+    assert (stored("boat"), stored("goat"), stored(TEXT[:20])) == (0, 1, 1)
+    index.delete_ref_doc("d", delete_from_docstore=True)
     assert (stored("boat"), stored("goat"), stored(TEXT[:20])) == (0, 0, 1)
     index.parts()
     assert engine.stats()["built"] == 1

@@ -31,7 +31,7 @@ import langchain_kvzip
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
-from templates import HERMES
+from templates import HERMES, MISTRAL
 
 THREAD: Any = {"configurable": {"thread_id": "ana"}}
 PERSONA = "You are a lighthouse keeper's assistant."
@@ -119,6 +119,79 @@ def test_at_ratio_1_an_agent_with_memory_says_what_one_without_says() -> None:
     with_memory = talk(agent_of(tiny_engine(), memory(ratio=1.0)), 7)
     without = talk(agent_of(tiny_engine()), 7)
     assert [reply.text for reply in with_memory] == [reply.text for reply in without]
+
+
+class Changing(AgentMiddleware[Any, Any, Any]):
+    """Another system prompt, or other tools, at every call, as ``dynamic_prompt`` makes them."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.calls = what, 0
+
+    def wrap_model_call(self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Any]) -> Any:
+        self.calls += 1
+        if self.what == "prompt":
+            return handler(request.override(system_message=SystemMessage(f"You keep a lamp. It is {self.calls} past noon.")))
+        named = convert_to_openai_tool(wind)
+        named["function"]["description"] = f"Wind a lamp. It is {self.calls} past noon."
+        return handler(request.override(tools=[named], tool_choice="none"))
+
+
+@pytest.mark.parametrize("template", ["chatml", "hermes", "mistral"])
+@pytest.mark.parametrize("what", ["prompt", "tools"])
+def test_a_front_that_changes_at_every_call_is_read_behind_the_conversation(tmp_path: Path, what: str, template: str) -> None:
+    options = {} if template == "chatml" else {"template": {"hermes": HERMES, "mistral": MISTRAL}[template]}
+    engine, watch = tiny_engine(cache_dir=tmp_path, **options), Watch()
+    middleware = memory(trigger=("messages", 6), keep=("messages", 2))
+    llm = KVzipChatModel(engine=engine, max_tokens=2)
+    tools = [wind] if what == "tools" else []
+    agent = create_agent(llm, tools, middleware=[Changing(what), middleware, watch], checkpointer=InMemorySaver())
+    nbytes, read = [0], [0]
+    for call in range(30):
+        state = agent.invoke({"messages": [("user", f"Fact {call}.")]}, THREAD)
+        engine.registry.flush()
+        nbytes.append(sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
+        usage, request = state["messages"][-1].usage_metadata, watch.requests[-1]
+        context = request.model.context
+        built = context.receipt.read if context and context.receipt else 0
+        read.append(read[-1] + built + usage["input_tokens"] - usage["input_token_details"]["cache_read"])
+        assert usage["input_tokens"] < 2048
+        turns = [*([request.system_message] if request.system_message else []), *request.messages]
+        shown = [tool for tool in request.tools if isinstance(tool, dict)]
+        told = engine.tokenizer.decode([*(context.token_ids.tolist() if context else []), *engine.prompt_ids(context, turns, shown)])
+        assert f"It is {call + 1} past noon." in told
+        assert f"Fact {call}." in told
+        if call > 6:
+            assert told.count("past noon") == 1
+    for sums in (nbytes, read):
+        tens = [sums[n + 10] - sums[n] for n in (0, 10, 20)]
+        assert tens[2] < 1.3 * tens[1]
+    assert engine.stats()["built"] < 30 / 2 + 3
+
+
+def test_a_front_that_a_template_does_not_take_behind_a_conversation_stays_in_front() -> None:
+    strict = """{%- for message in messages if message.role == 'user' and 'past noon' in message.content %}
+        {{- raise_exception('no user tells the time') }}{%- endfor %}"""
+    engine, watch = tiny_engine(template=strict + HERMES), Watch()
+    llm = KVzipChatModel(engine=engine, max_tokens=2)
+    agent = create_agent(llm, [], middleware=[Changing("prompt"), memory(), watch], checkpointer=InMemorySaver())
+    with pytest.warns(UserWarning, match="no user tells the time") as warned:
+        talk(agent, 12)
+    assert sum("nothing is folded" in str(warning.message) for warning in warned) == 1
+    assert engine.stats()["built"] <= 3
+    assert watch.requests[-1].system_message.text == "You keep a lamp. It is 12 past noon."
+    assert len(watch.requests[-1].messages) == 23
+
+
+def test_an_agent_that_is_given_another_prompt_once_has_it_in_front() -> None:
+    engine, watch, saver = tiny_engine(), Watch(), InMemorySaver()
+    talk(agent_of(engine, memory(), watch, checkpointer=saver), 5)
+    llm = KVzipChatModel(engine=engine, max_tokens=6)
+    talk(create_agent(llm, system_prompt="You keep bees.", middleware=[memory(), watch], checkpointer=saver), 3, first=5)
+    context = watch.requests[-1].model.context
+    assert "You keep bees." in engine.tokenizer.decode(context.token_ids)
+    assert watch.requests[-1].system_message is None
+    assert all(message.type != "system" for message in watch.requests[-1].messages)
 
 
 @pytest.mark.parametrize("based", [False, True])

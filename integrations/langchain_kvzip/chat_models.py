@@ -24,7 +24,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
@@ -33,6 +33,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, Unfi
 from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
+from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
@@ -320,22 +321,27 @@ class KVzipChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Generator[ChatGenerationChunk, None, None]:
-        yield from self._answer(messages, stop, kwargs)
+        yield from self._answer(messages, stop, kwargs, thread_tags(run_manager))
 
     def _answer(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None,
+        kwargs: dict[str, Any],
+        tags: Sequence[str],
+        started: Started = lambda stream: None,
     ) -> Generator[ChatGenerationChunk, None, None]:
         if self._witness is not None:
             self._witness.asked(messages)
         try:
-            yield from self._chunks(messages, stop, kwargs, started)
+            yield from self._chunks(messages, stop, kwargs, tags, started)
             if self._witness is not None:
                 self._witness.answered()
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
     def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], tags: Sequence[str], started: Started
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs)
         engine = self.engine
@@ -345,7 +351,7 @@ class KVzipChatModel(BaseChatModel):
         options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
         created = 0
         if context is None:
-            context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
+            context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio, tags=tags)
             if context is not None and context.receipt is not None:
                 created = context.receipt.read
         form, shown, kept = options["form"], options.pop("shown"), options.pop("keep_unfinished")
@@ -423,7 +429,8 @@ class KVzipChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         self._options(stop, kwargs)  # tells what is wrong with them before the weights are loaded
-        answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
+        asked = partial(self._answer, messages, stop, kwargs, thread_tags(run_manager))
+        answer = in_thread(asked, self.given_engine or self._lazy.engine, lambda: self.engine)
         async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -558,6 +565,13 @@ class KVzipChatModel(BaseChatModel):
 
 
 ChatKVzip = KVzipChatModel
+
+
+def thread_tags(run_manager: Any = None) -> list[str]:
+    """The tag of the graph's thread that this is called in, if any; a call outside of a graph may have a ``thread_id`` in its metadata."""
+    told = getattr(run_manager, "metadata", None) or {}
+    thread_id = ensure_config().get("configurable", {}).get("thread_id") or told.get("thread_id")
+    return [] if thread_id is None else [thread_tag(clean(str(thread_id), "thread_id"))]
 
 
 def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], list[str]]:

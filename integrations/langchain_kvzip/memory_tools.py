@@ -49,13 +49,7 @@ def create_memory_tools(
 
     def let_go(name: str, but: str | None = None) -> None:
         """Take the name from all contexts but one; delete those that nobody else uses."""
-        tag = prefix + name
-        for entry in engine.registry.contexts():
-            if tag in entry.tags and entry.key != but:
-                if entry.names or entry.pinned or set(entry.tags) != {tag}:
-                    engine.registry.untag(entry.key, tag)
-                else:
-                    engine.registry.remove(entry.key)
+        engine.registry.forget(lambda key, tag: tag == prefix + name and key != but)
 
     def entry_of(name: str) -> Entry:
         found = mine()

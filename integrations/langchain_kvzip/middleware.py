@@ -6,6 +6,7 @@ import asyncio
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NotRequired
+from weakref import WeakSet
 
 from langchain.agents.middleware.types import (
     AgentMiddleware,
@@ -18,9 +19,12 @@ from langchain.agents.middleware.types import (
 from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
 from langgraph.types import Command, TracePolicy, omit_payload
 
+from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from kvzip_memory.options import checked_ratio
-from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain
+from kvzip_memory.registry.holders import thread_tag
+from kvzip_memory.sources import clean
+from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain, thread_tags
 
 
 class KVzipMemoryState(AgentState[Any]):
@@ -99,6 +103,28 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         ratio = None if ratio is None else checked_ratio(ratio)
         self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
         self._warned = False
+        self._engines: WeakSet[KVzipEngine] = WeakSet()
+
+    def forget(self, thread_id: str, model: KVzipChatModel | None = None) -> None:
+        """Delete the contexts of a thread that no other thread has. Its messages are the checkpointer's: ``delete_thread`` deletes them.
+
+        Args:
+            thread_id: as in ``{"configurable": {"thread_id": ...}}``; ``""`` for all conversations without one.
+            model: whose contexts they are; None stands for all models that this middleware has been called with.
+
+        Raises:
+            InputError: it has been called with none yet, as after a restart.
+            StorageError: as for :meth:`KVzipEngine.forget`.
+        """
+        engines = [*self._engines] if model is None else [model.engine]
+        if not engines:
+            raise InputError("this middleware has seen no model yet; give the agent's as model=, or kvzip-memory rm --tag")
+        for engine in engines:
+            engine.forget(thread_tag(clean(str(thread_id), "thread_id")))
+
+    async def aforget(self, thread_id: str, model: KVzipChatModel | None = None) -> None:
+        """:meth:`forget` in a thread."""
+        await asyncio.to_thread(self.forget, thread_id, model)
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -153,11 +179,17 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         base = model.engine.one_context([model.context, *file_ids])
         tools = [_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")
-        recalled = self._memory.recall(model.engine, turns, tools, base, handle, model.ratio if self._ratio is None else self._ratio)
+        ratio = model.ratio if self._ratio is None else self._ratio
+        self._engines.add(model.engine)
+        recalled = self._memory.recall(model.engine, turns, tools, base, handle, ratio, thread_tags() or [thread_tag()])
         if recalled.context is None:
             behind = base is not None and not file_ids
             return recalled, request.override(model=model.with_context(base, behind=True)) if behind else request, None
         rest = said[recalled.messages - (len(turns) - len(said)) :]
+        if recalled.behind:
+            first = next((i for i, message in enumerate(said) if message.type != "system"), 0)
+            at = next(i for i, message in enumerate(rest) if message.type == "human")
+            rest[at:at] = [*([request.system_message] if len(turns) > len(said) and request.system_message else []), *said[:first]]
         if file_ids:  # the context they bring is part of the one recalled
             rest = [_without_files(message) for message in rest]
         recalling = model.with_context(recalled.context, behind=True)

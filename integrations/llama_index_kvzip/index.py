@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from inspect import signature
 from typing import Any
+from weakref import WeakSet
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -30,16 +31,20 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.options import CALL_OPTIONS, renamed
+from kvzip_memory.registry.holders import document_tag, parts
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import encodable, readable, room, size
+from llama_index_kvzip.packing import document_of, encodable, readable, room, size, tag_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import unwrapped
 
 # Where a node is that has no text, and where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
 _NOWHERE, _FIRST_ID = "", "first index id"
+
+# Begins the part of a context's tag that names the index; the other parts name the documents.
+_INDEX = "index: "
 
 _INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
 _CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", "source_top_k", "node_parser"}
@@ -117,7 +122,11 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
+        self._known: set[str] = set()  # keys of all that it has loaded
+        self._gone: set[str] = set()  # tags of documents that are deleted by a change under way
+        self._persisted = kwargs.get("index_struct") is not None
         self._lock, self._changing = threading.RLock(), False
+        llm.engine.shared.setdefault("llama_index.indexes", WeakSet()).add(self)
         super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
@@ -149,8 +158,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
             parts, used = [], {}
             for key, nodes in self._groups_of_nodes().items():
                 used[key] = self._contexts.get(key) or self._llm.engine.load(
-                    nodes, ratio=self._llm.ratio, system=self._system, tags=self._tag
+                    nodes, ratio=self._llm.ratio, system=self._system, tags=tag_of(nodes, *self._tag)
                 )
+                self._known.add(used[key].key)
                 parts.append(Part(used[key], whole(used[key], nodes)))
             self._contexts = used
             return parts
@@ -165,18 +175,32 @@ class KVzipIndex(Shared, BaseManagedIndex):
         return {(*(node.node_id for node in nodes), *(node.hash for node in nodes)): nodes for nodes in found}
 
     @property
-    def _tag(self) -> str:
-        """Of every context that this index has loaded: the id it had first."""
-        return f"llama_index:{self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0]}"
+    def _tag(self) -> tuple[str, ...]:
+        """What names the index at every run: the id it had first; nothing while that is a random one that nobody knows."""
+        named = self._persisted or _FIRST_ID in self._index_struct.doc_id_dict
+        return (_INDEX + self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0],) if named else ()
 
     def _forget_unused(self) -> None:
-        """Remove the contexts that only this index has loaded and that it no longer has."""
+        """Let go of the contexts that this index no longer has, and of all that others without a name have of deleted documents."""
         present = self._groups_of_nodes()
         used = {context.key for key, context in self._contexts.items() if key in present}
-        registry = self._llm.engine.registry
-        for entry in registry.contexts():
-            if set(entry.tags) == {self._tag} and not entry.names and entry.key not in used:
-                registry.remove(entry.key)
+        indexes: list[KVzipIndex] = [index for index in self._llm.engine.shared["llama_index.indexes"] if index is not self]
+        others = {context.key for index in indexes for context in [*index._contexts.values()]}
+        gone, self._gone = self._gone, set()
+
+        def let_go(key: str, tag: str) -> bool:
+            named = parts(tag)
+            if key in used:
+                return False
+            if indices := {part for part in named if part.startswith(_INDEX)}:
+                return indices == {*self._tag}
+            if key in others:
+                return False
+            if tag.startswith("llama_index:"):  # of earlier versions: whose it is is not known
+                return key in self._known
+            return bool(named & gone) or (key in self._known and all(part.startswith(document_tag("")) for part in named))
+
+        self._llm.engine.registry.forget(let_go)
 
     def _size(self, node: BaseNode) -> int:
         return size(self._llm.engine, node)
@@ -276,6 +300,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
             if forget:
                 self._llm.engine.registry.check_changeable()
                 self.parts()  # so that those of the other documents are known; they are found, not built
+            if delete_from_docstore:
+                self._gone |= {document_of(node) for node in self.docstore.get_nodes(list(node_ids), raise_error=False)}
             super().delete_nodes(list(node_ids), delete_from_docstore, **delete_kwargs)  # the docstore may change the list itself
             if forget:
                 self._forget_unused()
@@ -287,11 +313,20 @@ class KVzipIndex(Shared, BaseManagedIndex):
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Remove a document; the context it was in is built again when it is next asked.
 
-        With ``delete_from_docstore`` its text is forgotten: contexts of this index that are no longer used leave the registry, unless
-        they were loaded under a name, with other tags or by another index, too.
+        With ``delete_from_docstore`` its text is forgotten: contexts of the document that are no longer used leave the registry, also those
+        of earlier runs and of synthesizers, unless they were loaded under a name, with other tags or by another index, too: one that has
+        an id of its own or was persisted, or one of this process.
         """
         with self._lock:
             super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
+
+    def forget(self, ref_doc_id: str) -> None:
+        """Delete a document, its text included: :meth:`delete_ref_doc` with ``delete_from_docstore``.
+
+        Raises:
+            StorageError: another process holds the index of the engine's folder; nothing was deleted.
+        """
+        self.delete_ref_doc(ref_doc_id, delete_from_docstore=True)
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """:meth:`delete_ref_doc` in a thread."""

@@ -16,6 +16,7 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
+from kvzip_memory.registry.holders import naming
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
@@ -72,7 +73,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return session.known.context
 
     def forget(self, session_id: str = "") -> None:
-        """Delete a session's old turns and the contexts that only it has loaded.
+        """Delete a session's old turns and the contexts that nobody else has loaded.
 
         Raises:
             StorageError: another process holds the index of the engine's folder; nothing was deleted.
@@ -152,10 +153,7 @@ class _Session:
     def forget(self) -> None:
         registry = self._engine.registry
         with self._lock:
-            registry.check_changeable()
-            for entry in registry.contexts():
-                if set(entry.tags) == {self._tag} and not entry.names:
-                    registry.remove(entry.key)
+            registry.forget(naming(self._tag))
             if self._file is not None:  # last: contexts can be made of turns again
                 self._file.remove()
             self.known = _Known()

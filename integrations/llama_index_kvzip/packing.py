@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -10,12 +11,15 @@ from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
+from kvzip_memory.registry.holders import document_tag, together
 from kvzip_memory.sources import as_document, clean, cleaned, header
 from llama_index_kvzip.llm import KVzipLLM
 
 logger = logging.getLogger(__name__)
 
 Node = TypeVar("Node", bound=BaseNode)
+
+_RANDOM = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 # Tokens that the template around all documents may take, and more documents than a context has.
 _HEAD, _MANY = 64, 9999
@@ -38,6 +42,22 @@ def encodable(node: Node) -> Node:
         copy.metadata = cleaned(node.metadata, where)
         copy.set_content(clean(node.get_content(), where))
         return copy
+
+
+def tag_of(nodes: Sequence[BaseNode], *more: str) -> str:
+    """The tag of a context of these nodes: it goes when one of their documents is forgotten."""
+    return together(*more, *map(document_of, nodes))
+
+
+def document_of(node: BaseNode) -> str:
+    """The tag of a node's document, the same at every run: its id, unless that is a random one; then its file, or a hash of it."""
+    source = node.source_node
+    id_ = source.node_id if source else node.node_id
+    if _RANDOM.fullmatch(id_):
+        metadata = {**node.metadata, **(source.metadata if source else {})}
+        named = next((str(metadata[key]) for key in ("file_path", "file_name", "source", "url") if metadata.get(key)), None)
+        id_ = named or (source.hash if source and source.hash else node.hash)
+    return document_tag(clean(id_, "a document's id"))
 
 
 def room(llm: KVzipLLM, system: str | None = None, context_tokens: int | None = None) -> int:

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.options import renamed
 from llama_index_kvzip.llm import KVzipLLM
-from llama_index_kvzip.packing import encodable, readable
+from llama_index_kvzip.packing import encodable, readable, tag_of
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import (
     AsyncStreamedObject,
@@ -126,7 +126,8 @@ class KVzipQueryEngine(BaseQueryEngine):
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
         documents = [encodable(document) for document in readable(documents)]
         model, _ = unwrapped(llm)
-        context = model.engine.load(documents, name=name, ratio=model.ratio if ratio is None else ratio, system=system)
+        ratio = model.ratio if ratio is None else ratio
+        context = model.engine.load(documents, name=name, ratio=ratio, system=system, tags=tag_of(documents) if documents else ())
         return cls.from_context(context, documents, llm=llm, **kwargs)
 
     def _query(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:

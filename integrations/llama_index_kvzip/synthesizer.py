@@ -16,7 +16,9 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryT
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
-from llama_index_kvzip.packing import readable, room, size
+from kvzip_memory.registry.holders import document_tag
+from kvzip_memory.sources import clean
+from llama_index_kvzip.packing import readable, room, size, tag_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
 from llama_index_kvzip.structured import unwrapped
@@ -96,6 +98,18 @@ class KVzipSynthesizer(BaseSynthesizer):
         nodes = _readable(_nodes(text_chunks))
         return _said(await (self._reader(nodes, response_kwargs).aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
 
+    def forget(self, document_id: str) -> None:
+        """Delete the contexts with nodes of a document, also other synthesizers'; what was loaded under a name or other tags stays.
+
+        Args:
+            document_id: the nodes' ``ref_doc_id``; for a random one, which is another one at the next run, the ``file_path``,
+                ``file_name``, ``source`` or ``url`` of their metadata, the first that is there.
+
+        Raises:
+            StorageError: as for :meth:`KVzipEngine.forget`.
+        """
+        self._model.engine.forget(document_tag(clean(document_id, "a document's id")))
+
     def _reader(self, nodes: Sequence[NodeWithScore], options: dict[str, Any]) -> KVzipQueryEngine:
         return KVzipQueryEngine(self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **options})
 
@@ -110,7 +124,7 @@ class KVzipSynthesizer(BaseSynthesizer):
                 taken = 0
             groups[-1].append(node)
             taken += tokens
-        contexts = [engine.load(group, ratio=self._model.ratio, system=self._system) for group in groups]
+        contexts = [engine.load(group, ratio=self._model.ratio, system=self._system, tags=tag_of(group)) for group in groups]
         return [Part(context, whole(context, group)) for context, group in zip(contexts, groups, strict=True)]
 
     def _with_sources(self, response: RESPONSE_TYPE, nodes: Sequence[NodeWithScore], more: Sequence[NodeWithScore] | None) -> RESPONSE_TYPE:

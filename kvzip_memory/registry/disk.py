@@ -40,7 +40,8 @@ from filelock import FileLock, Timeout
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
-from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
+from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, rewrite_catalog
+from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 from kvzip_memory.registry.names import Names
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = 1
 _CONTEXT, _GROUP, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "bad:", "tokens:", "lengths:"
+_FORGOTTEN = "forgotten"  # the row that tells when something last was
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
@@ -284,7 +286,7 @@ class DiskTier:
             expires=context.expires,
             coarsest=context.coarsest,
         )
-        path, temporary = self.path(context.key), self.root / "blobs" / ".tmp" / f"{context.key}.{uuid.uuid4().hex[:8]}.tmp"
+        path, temporary = self.path(context.key), self._temporary(context.key)
         if not self._inside(path):
             raise OSError(f"{path.parent} is a symbolic link; nothing is written there")
         try:
@@ -301,6 +303,9 @@ class DiskTier:
             with suppress(OSError):
                 self._opened()
             raise
+
+    def _temporary(self, key: str) -> Path:
+        return self.root / "blobs" / ".tmp" / f"{key}.{uuid.uuid4().hex[:8]}.tmp"
 
     def _temporaries(self) -> Iterator[Path]:
         """Files being written: theirs are named after the key. The first folder is that of older versions."""
@@ -560,6 +565,92 @@ class DiskTier:
         self._unlink(key)
         return existed
 
+    def forget(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
+        """Take tags from contexts, and delete those that nobody holds then. Nothing of these stays in the folder: the quarantine is
+        emptied, the index is written anew, and so is the header of a file that stays.
+
+        Returns:
+            What was deleted, and what has lost a tag and stays; as they were.
+
+        Raises:
+            IndexUnavailableError: the index cannot be changed now.
+        """
+        self._tidy_now()  # a whole file without a row gets one, by which it is found
+        changed = [entry for entry in self.entries(None, mine) if without(entry.tags, entry.key, let_go) != entry.tags]
+        deleted = [entry for entry in changed if self._let_go(entry.key, let_go)]
+        kept = [entry for entry in changed if entry not in deleted]
+        self._let_go_lost(let_go, mine)
+        self._empty_quarantine()
+        for note in (self.root / "locks").glob("*.progress"):  # builds that are under way leave another one
+            note.unlink(missing_ok=True)
+        for entry in kept:
+            self._write_catalog(entry.key)
+        self._rewrite_index()
+        return deleted, kept
+
+    @_needs_index
+    def _let_go(self, key: str, let_go: LetGo) -> bool:
+        """Whether a context was deleted, since nobody else holds it."""
+        with self._changing_files() as index:
+            if (entry := _entry(index, key)) is None:
+                return True
+            entry = replace(entry, tags=without(entry.tags, key, let_go))
+            if is_held(entry.names, entry.pinned, entry.tags):
+                index.set(_CONTEXT + key, asdict(entry))
+                return False
+            self._drop(index, entry)
+            index.delete(_LOST + key)
+            return True
+
+    @_needs_index
+    def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
+        """The same for contexts whose files were lost; and note when it was, for processes that have some of them in memory."""
+        index = self._opened()
+        with index.transaction():
+            for key in [*index.keys(_LOST)]:
+                entry = _entry(index, key, _LOST)
+                if entry is None or not mine(entry) or without(entry.tags, key, let_go) == entry.tags:
+                    continue
+                entry = replace(entry, tags=without(entry.tags, key, let_go))
+                if is_held(entry.names, entry.pinned, entry.tags):
+                    index.set(_LOST + key, asdict(entry))
+                else:
+                    index.delete(_LOST + key)
+            index.set(_FORGOTTEN, {"time": time.time()})
+
+    @_needs_index
+    def forgot_since(self, when: float) -> bool:
+        """Whether anything was forgotten after a time, by any process."""
+        row = self._opened().get(_FORGOTTEN)
+        return row is not None and row["time"] >= when
+
+    def _write_catalog(self, key: str) -> None:
+        """Bring a file's catalog up to date with its row. Its copy is not counted in the budget."""
+        try:
+            with held(self.lock(key), f"building or writing context {key[:12]}", QUIET_S):
+                entry = self.entry(key)
+                if entry is not None and self._inside(self.path(key)):
+                    catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
+                    self._resized(key, rewrite_catalog(self.path(key), self._temporary(key), catalog))
+        except (OSError, Timeout, CorruptFileError) as error:
+            logger.warning("the file of context %s, which others have, still names a tag that was forgotten: %s", key[:12], error)
+
+    @_needs_index
+    def _resized(self, key: str, nbytes: int) -> None:
+        index = self._opened()
+        with index.transaction():
+            if (entry := _entry(index, key)) is not None:
+                index.set(_CONTEXT + key, asdict(replace(entry, file_nbytes=nbytes)))
+                stored, writing = self._totals(index)
+                self._set_totals(index, stored + nbytes - entry.file_nbytes, writing)
+
+    @_needs_index
+    def _rewrite_index(self) -> None:
+        try:
+            self._opened().rewrite()
+        except IndexHeldError:
+            logger.warning("another process reads the index of %s: until that is written anew, free pages of it may hold tags", self.root)
+
     @_needs_index
     def quarantine(self) -> list[dict[str, Any]]:
         """What was taken out of use: key, file, nbytes, reason, time."""
@@ -750,6 +841,9 @@ class DiskTier:
     def _tidy(self) -> None:
         """What killed processes have left, when a folder is opened."""
         self._opened()
+        self._tidy_now()
+
+    def _tidy_now(self) -> None:
         self._collect_dead_writers()
         self._reconcile()
 

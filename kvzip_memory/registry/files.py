@@ -71,20 +71,31 @@ class PreparedFile:
         Raises:
             OSError: it cannot be written; the temporary file is gone and ``path`` is as it was.
         """
-        try:
-            with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(self._header)
-                for data in self._extents:
-                    file.write(data)
-                    file.write(bytes(-len(data) % ALIGNMENT))
-                file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(self._header)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync_directory(path.parent)
+        _write(path, temporary, self._header, (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT))))
+
+
+def rewrite_catalog(path: Path, temporary: Path, catalog: Mapping[str, Any]) -> int:
+    """Give a file another catalog; its data is copied as it is. Returns its bytes.
+
+    Raises:
+        CorruptFileError: as for :func:`read_header`.
+        OSError: it cannot be read or written; it is as it was.
+    """
+    with open_context(path, follow_links=False) as source:
+        facts = read_header(source, path)
+        table = json.loads(os.pread(source.fileno(), source.tell() - 8, 8))
+        table["__metadata__"]["kvzip_memory"] = json.dumps({**facts, "catalog": dict(catalog)})
+        header = _padded(table)
+        data = sum(extent["padded"] for extent in facts["extents"])
+
+        def body() -> Iterator[bytes]:
+            left = data
+            while left and (piece := source.read(min(left, _PIECE))):
+                left -= len(piece)
+                yield piece
+
+        _write(path, temporary, header, body())
+    return len(header) + data + 8
 
 
 def write_context(context: CompressedContext, path: Path) -> Path:
@@ -196,9 +207,32 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any]) -> tuple[byt
         offset += padded
     table["header.xxh3"] = {"dtype": "U8", "shape": [8], "data_offsets": [offset, offset + 8]}
     facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
-    header = json.dumps({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table}, separators=(",", ":")).encode()
+    header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
+    return header, [_bytes(t) for t in tensors.values()]
+
+
+def _padded(table: Mapping[str, Any]) -> bytes:
+    """A header as it is written, behind its length."""
+    header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
-    return struct.pack("<Q", len(header)) + header, [_bytes(t) for t in tensors.values()]
+    return struct.pack("<Q", len(header)) + header
+
+
+def _write(path: Path, temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -> None:
+    """Write ``temporary``, fsync it and rename it to ``path``; mode 0600. After an error it is gone."""
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(header)
+            for piece in body:
+                file.write(piece)
+            file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
 
 
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:

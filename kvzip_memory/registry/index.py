@@ -110,6 +110,7 @@ class Index:
                 statistics=0,
                 tag_index=0,
                 disk_min_file_size=2**60,
+                sqlite_secure_delete=1,  # what is deleted is overwritten
             )
 
     def get(self, key: str) -> Row | None:
@@ -160,6 +161,18 @@ class Index:
                 return
             if key.startswith(prefix):
                 yield key[len(prefix) :]
+
+    def rewrite(self) -> None:
+        """Write the database anew: neither free pages nor SQLite's log hold what was deleted, by whatever version.
+
+        Raises:
+            IndexHeldError: another process reads or writes; rows are as they were.
+        """
+        with self._lock, _translated():
+            self._rows._sql("VACUUM")
+            ((busy, _, _),) = self._rows._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        if busy:
+            raise IndexHeldError()
 
     def close(self) -> None:
         with _translated():

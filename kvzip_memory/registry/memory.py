@@ -32,6 +32,7 @@ class Held:
         pinned: never lost.
         room: of one that is no longer found: its bytes are counted until its users have ended.
         used: seconds since the epoch of the last use.
+        stored: seconds since the epoch when it was last written to disk or read from there, None for never.
     """
 
     context: CompressedContext
@@ -41,6 +42,7 @@ class Held:
     pinned: bool = False
     room: Room | None = None
     used: float = field(default_factory=time.time)
+    stored: float | None = None
     uses: weakref.WeakSet[Use] = field(default_factory=weakref.WeakSet)
 
     @property

@@ -25,6 +25,7 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
+from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
@@ -54,6 +55,7 @@ class Wanted:
         name: alias to give it.
         tags: free words to give it.
         sources: the documents, by the names and with the metadata that whoever gives the name knows them by.
+        origin: tags that it gets only if it is built: those of who has loaded it first, if it was lost.
 
     Raises:
         InputError: a name or tag that cannot be stored.
@@ -65,10 +67,19 @@ class Wanted:
     name: str | None = None
     tags: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
+    origin: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for text in (self.name or "", *self.tags):
             check_text(text)
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What :meth:`ContextRegistry.forget` has done: contexts that were deleted, and those that others hold; as they were."""
+
+    deleted: tuple[Entry, ...]
+    kept: tuple[Entry, ...]
 
 
 @dataclass
@@ -284,10 +295,10 @@ class ContextRegistry(Shared):
         """Move a context to the device, into its room there."""
         moved = to_device(context, self.device)
         if entry is not None:
-            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned)
+            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, stored=time.time())
         else:
             names = {} if wanted.name is None else {wanted.name: time.time()}
-            held = Held(moved, wanted.group, names, wanted.tags)
+            held = Held(moved, wanted.group, names, tuple(sorted({*wanted.tags, *wanted.origin})))
         with self._changed:
             self._device.add(held, room)
             use.begin(held)
@@ -469,8 +480,8 @@ class ContextRegistry(Shared):
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
         began = time.perf_counter()
         try:
-            if self._disk is None:
-                return False
+            if self._disk is None or (held.stored is not None and self._disk.forgot_since(held.stored)):
+                return False  # it was there, and may be what was forgotten
             self._disk.check_free()  # before anything is copied
             self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags)
             if self.is_removed(held.key):  # meanwhile
@@ -480,6 +491,7 @@ class ContextRegistry(Shared):
             if isinstance(error, IndexHeldError):
                 self._unstored.add(held.key)
             return False
+        held.stored = time.time()
         self._unstored.discard(held.key)
         self._count("stored")
         self._count("stored.ms", round(1e3 * (time.perf_counter() - began)))
@@ -813,6 +825,47 @@ class ContextRegistry(Shared):
         for name in entry.names:
             self._names.take(entry.tenant, name, family_of(entry.identity))
         return replace(entry, names={})
+
+    def forget(self, let_go: LetGo) -> Forgotten:
+        """Take the tags that are let go of from all contexts, and delete those that nobody else holds, by a name, a pin or another tag.
+
+        Of these neither text, ids nor pairs are left in the folder or, once answers from them have ended, in memory. A process that has
+        one in its memory answers from it until it leaves that, and does not write it again.
+
+        Raises:
+            StorageError: another process holds the index of the folder; nothing was deleted.
+            OSError: a file cannot be deleted; those before it were.
+        """
+        self.flush()
+        self.check_changeable()
+        deleted, kept = self._disk.forget(let_go, self._mine) if self._disk is not None else ([], [])
+        gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
+        with self._changed:
+            self._changed.wait_for(lambda: not gone.keys() & self._flights.keys(), self._wait_s)  # on the way to another tier
+            for held in [held for tier in (self._device, self._host) for held in tier.held.values()]:
+                entry, rest = _entry(held), without(held.tags, held.key, let_go)
+                if not self._mine(entry) or rest == held.tags:
+                    continue
+                held.tags = rest
+                if held.key not in {**gone, **stays}:  # only in memory
+                    (stays if is_held(held.names, held.pinned, held.tags) else gone)[held.key] = entry
+            for held in [held for tier in (self._device, self._host) for held in tier.held.values() if held.key in gone]:
+                if not held.users:
+                    self._drop(held)
+            self._removed |= gone.keys()
+            self._unstored -= gone.keys()
+            self._changed.notify_all()
+        return Forgotten(tuple(gone.values()), tuple(stays.values()))
+
+    def join(self, key: str, tags: Sequence[str]) -> None:
+        """Hold a context in memory by further tags, if it has any. One without is whoever's has loaded it, and not to be forgotten by
+        one that has found it."""
+        with self._changed:
+            held = next((tier.held[key] for tier in (self._device, self._host) if key in tier.held), None)
+            if held is None or not held.tags or set(tags) <= set(held.tags):
+                return
+            held.tags = tuple(sorted({*held.tags, *tags}))
+        self._touch_behind(key, tags=tags)
 
     def _unname(self, entry: Entry, name: str) -> None:
         key = entry.key

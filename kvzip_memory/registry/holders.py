@@ -1,0 +1,52 @@
+"""Who holds a context: its names, a pin, and its tags.
+
+A tag stands for one who has loaded the context: a conversation, a document, an agent. One of several parts, :func:`together`, stands for
+several things that only together have it, as the documents of one context: whoever forgets one of them lets go of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+_JOINT = " | "
+
+#: Says how a context was made; nobody's.
+MARKED = "cache_control"
+
+#: Whether a context, by its key, is let go of by a tag of it.
+LetGo = Callable[[str, str], bool]
+
+
+def together(*parts: str) -> str:
+    """The tag of things that only together have a context."""
+    return _JOINT.join(sorted({part.replace("|", "/") for part in parts}))
+
+
+def parts(tag: str) -> set[str]:
+    return set(tag.split(_JOINT))
+
+
+def naming(tag: str) -> LetGo:
+    """Let go by the tags that name all that ``tag`` names."""
+    wanted = parts(tag.strip())
+    return lambda key, other: wanted <= parts(other)
+
+
+def without(tags: Collection[str], key: str, let_go: LetGo) -> tuple[str, ...]:
+    """The tags of a context by which it is not let go of."""
+    return tuple(tag for tag in tags if not let_go(key, tag))
+
+
+def thread_tag(thread_id: str = "") -> str:
+    """Of what was read for a conversation; all of those without an id are one."""
+    return f"thread: {thread_id}".strip()
+
+
+def document_tag(document_id: str) -> str:
+    """Of what was read of a document."""
+    return f"document: {document_id}"
+
+
+def is_held(names: Collection[str], pinned: bool, tags: Collection[str]) -> bool:
+    """Whether anybody has a context."""
+    return bool(names) or pinned or bool(set(tags) - {MARKED})

@@ -1,0 +1,527 @@
+"""What was forgotten is nowhere in the folder: neither text, ids nor pairs, whichever way it came in and whatever happened to it."""
+
+import ast
+import asyncio
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import HumanMessage
+from langgraph.checkpoint.memory import InMemorySaver
+from llama_index.core import Document, StorageContext
+from llama_index.core.llms import ChatMessage
+from llama_index.core.schema import NodeWithScore, TextNode
+from typer.testing import CliRunner
+
+import kvzip_memory
+from conftest import TEXT, tiny_engine
+from kvzip_memory import InputError, KVzipEngine, StorageError
+from kvzip_memory.cli import app
+from kvzip_memory.turns import sessions
+from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
+from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipSynthesizer
+
+SECRET = "Zwölf Hüte liegen im Turm, sagt Ana."
+FILLER = "The lamp turns all night long. " * 14
+WHO = "ana-7f3"
+
+
+def traces(engine: KVzipEngine, texts: list[str]) -> dict[str, bytes]:
+    """Bytes by which a text could be found: in encodings, and as ids of several widths."""
+    found: dict[str, bytes] = {}
+    for text in texts:
+        for encoding in ("utf-8", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "latin-1"):
+            found[f"{text} {encoding}"] = text.encode(encoding)
+        found[f"{text} json"] = json.dumps(text)[1:-1].encode()
+        found[f"{text} json twice"] = json.dumps(json.dumps(text)[1:-1])[1:-1].encode()
+        found[f"{text} hex"] = text.encode().hex().encode()
+        ids = engine.tokenizer(text, add_special_tokens=False).input_ids
+        for kind in ("<i4", "<i8", "<i2", ">i4"):
+            found[f"{text} ids {kind}"] = np.array(ids, dtype=kind).tobytes()
+        found[f"{text} ids json"] = ", ".join(map(str, ids)).encode()
+    return found
+
+
+def pairs(engine: KVzipEngine) -> dict[str, bytes]:
+    """A key and a value of the secret in every layer of all contexts."""
+    ids = np.array(engine.tokenizer(SECRET, add_special_tokens=False).input_ids, dtype=np.int32).tobytes()
+    found = {}
+    for entry in engine.registry.contexts():
+        context = engine.get(entry.key)
+        start = context.token_ids.numpy().tobytes().find(ids) // 4
+        if start >= 0:
+            with context.lease() as lease:
+                for number, layer in enumerate(lease.layers):
+                    rows = ((layer.positions >= start) & (layer.positions < start + len(ids) // 4)).nonzero()
+                    for kind, tensor in (("keys", layer.keys), ("values", layer.values)) if len(rows) else ():
+                        found[f"{entry.key[:8]} {kind} {number}"] = tensor[rows[0, 0]].cpu().numpy().tobytes()
+    return found
+
+
+def grep(folder: Path, wanted: dict[str, bytes]) -> list[str]:
+    found = []
+    for path in folder.rglob("*"):
+        found += [f"{wanted} in {path.name}" for name in wanted if name in str(path)]
+        if path.is_file():
+            content = path.read_bytes()
+            found += [f"{name} in {path.relative_to(folder)}" for name, trace in wanted.items() if trace in content]
+    return found
+
+
+Way = Callable[[KVzipEngine], Callable[[], object]]
+WAYS: dict[str, Way] = {}
+
+
+def way(function: Way) -> Way:
+    WAYS[function.__name__] = function
+    return function
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for text in texts for role in ("user", "assistant")]
+
+
+@way
+def load(engine: KVzipEngine) -> Callable[[], object]:
+    engine.load(f"{FILLER}{SECRET}", tags=WHO)
+    return lambda: engine.forget(WHO)
+
+
+@way
+def load_of_two_ratios(engine: KVzipEngine) -> Callable[[], object]:
+    for ratio in (0.8, 0.4):
+        engine.load(f"{FILLER}{SECRET}", ratio=ratio, tags=[WHO, "red"] if ratio > 0.5 else WHO)
+    return lambda: (engine.forget(WHO), engine.forget("red"))
+
+
+@way
+def extend(engine: KVzipEngine) -> Callable[[], object]:
+    context = engine.load(turns(FILLER, SECRET), tags=WHO)
+    for more in ("Well.", "And then?", "So it is."):
+        context = engine.extend(context, turns(more), tags=WHO)
+    return lambda: engine.forget(WHO)
+
+
+@way
+def fold(engine: KVzipEngine) -> Callable[[], object]:
+    session = engine.session()
+    for question in (FILLER, SECRET, "And?"):
+        session.ask(question, max_new_tokens=4)
+        session.fold(keep=0, tags=WHO)
+    return lambda: engine.forget(WHO)
+
+
+def agent_of(engine: KVzipEngine, *middleware: Any, **options: Any) -> Any:
+    llm = KVzipChatModel(engine=engine, max_tokens=4, ratio=0.5)
+    return create_agent(llm, tools=[], middleware=middleware, checkpointer=InMemorySaver(), **options)
+
+
+@way
+def middleware(engine: KVzipEngine) -> Callable[[], object]:
+    memory = KVzipMemoryMiddleware(trigger=("messages", 4), keep=("messages", 2))
+    agent = agent_of(engine, memory, system_prompt="You keep a lamp.")
+    thread = {"configurable": {"thread_id": WHO}}
+    for text in (SECRET, *"abcdef"):
+        agent.invoke({"messages": [("user", text)]}, thread)
+    agent.checkpointer.delete_thread(WHO)
+    return lambda: memory.forget(WHO)
+
+
+@way
+def middleware_without_a_thread(engine: KVzipEngine) -> Callable[[], object]:
+    memory = KVzipMemoryMiddleware(trigger=("messages", 4), keep=("messages", 2))
+    llm = KVzipChatModel(engine=engine, max_tokens=4, ratio=0.5)
+    create_agent(llm, tools=[], middleware=[memory]).invoke({"messages": turns(SECRET, "a", "b", "c")[:-1]})
+    return lambda: memory.forget("")
+
+
+def marked(text: str) -> HumanMessage:
+    return HumanMessage([{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}])
+
+
+@way
+def marks(engine: KVzipEngine) -> Callable[[], object]:
+    agent = agent_of(engine)
+    for text in (f"{FILLER}{SECRET}", FILLER, FILLER):
+        agent.invoke({"messages": [marked(text)]}, {"configurable": {"thread_id": WHO}})
+    return lambda: engine.forget(f"thread: {WHO}")
+
+
+@way
+def marks_of_one_call(engine: KVzipEngine) -> Callable[[], object]:
+    llm = KVzipChatModel(engine=engine, max_tokens=4, ratio=0.5)
+    asyncio.run(llm.ainvoke([marked(f"{FILLER}{SECRET}")], {"metadata": {"thread_id": WHO}}))
+    return lambda: engine.forget(f"thread: {WHO}")
+
+
+@way
+def memory_block(engine: KVzipEngine) -> Callable[[], object]:
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine, ratio=0.5, max_tokens=4))
+    for text in (SECRET, "Well.", "So."):
+        said = [ChatMessage(t["content"], role=t["role"], additional_kwargs={"session_id": WHO}) for t in turns(text)]
+        asyncio.run(block.aput(said, from_short_term_memory=True, session_id=WHO))
+    return lambda: block.forget(WHO)
+
+
+@way
+def memory_block_by_its_tag(engine: KVzipEngine) -> Callable[[], object]:
+    memory_block(engine)
+    return lambda: engine.forget(f"memory history: {WHO}")
+
+
+@way
+def synthesizer(engine: KVzipEngine) -> Callable[[], object]:
+    llm = KVzipLLM(engine=engine, ratio=0.5, max_tokens=4)
+    synthesizer = KVzipSynthesizer(llm)
+    for ids in ((WHO,), (WHO, "other"), ("other", WHO, "third")):
+        nodes = [TextNode(text=SECRET if id_ == WHO else f"Text of {id_}.", id_=id_) for id_ in ids]
+        synthesizer.synthesize("Who?", [NodeWithScore(node=node, score=1.0) for node in nodes])
+    return lambda: synthesizer.forget(WHO)
+
+
+@way
+def index(engine: KVzipEngine) -> Callable[[], object]:
+    llm = KVzipLLM(engine=engine, ratio=0.5, max_tokens=4)
+    documents = [Document(text=f"{FILLER}{SECRET}", doc_id=WHO), Document(text="The boat is green. " * 3, doc_id="boat")]
+    for _ in range(3):  # as many starts of the program
+        index = KVzipIndex.from_documents(documents, llm=llm)
+        engine.shared.pop("llama_index.indexes")
+    engine.shared["llama_index.indexes"] = {index}
+    index.as_query_engine().query("Who?")
+    return lambda: index.forget(WHO)
+
+
+@way
+def index_that_is_updated(engine: KVzipEngine) -> Callable[[], object]:
+    llm = KVzipLLM(engine=engine, ratio=0.5, max_tokens=4)
+    index = KVzipIndex.from_documents([Document(text=f"{FILLER}{SECRET}", doc_id="page"), Document(text="Boat.", doc_id="boat")], llm=llm)
+    return lambda: index.update_ref_doc(Document(text=FILLER, doc_id="page"))
+
+
+@way
+def memory_tools(engine: KVzipEngine) -> Callable[[], object]:
+    load_document, _, _, forget_document = create_memory_tools(engine, namespace="agent")
+    load_document.invoke({"name": WHO, "text": f"{FILLER}{SECRET}"})
+    return lambda: forget_document.invoke({"name": WHO})
+
+
+@pytest.fixture(params=WAYS)
+def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[KVzipEngine, Callable[[], object], dict[str, bytes]]]:
+    """An engine that has read the secret in one way, and something else; how to forget it; and what must not be found then."""
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    engine.load(TEXT, name="page")
+    forget = WAYS[request.param](engine)
+    engine.registry.flush()
+    wanted = {**traces(engine, [SECRET, WHO]), **pairs(engine)}
+    for entry in engine.registry.contexts():
+        if entry.name != "page":
+            facts = {entry.key, entry.group, entry.identity["text"], entry.identity["tokens"], entry.identity["tokens"][:8]}
+            wanted |= {fact: fact.encode() for fact in facts - {""}}
+    assert any("keys" in name for name in wanted)
+    assert any("ids <i4" in name for name in grep(tmp_path, wanted))
+    assert any("values" in name for name in grep(tmp_path, wanted))
+    yield engine, forget, wanted
+    engine.close()
+
+
+def test_nothing_of_it_is_in_the_folder_whichever_way_it_came_in(
+    filled: tuple[KVzipEngine, Callable[[], object], dict[str, bytes]], tmp_path: Path
+) -> None:
+    engine, forget, wanted = filled
+    forget()
+    assert grep(tmp_path, wanted) == []
+    engine.close()
+    assert grep(tmp_path, wanted) == []
+    assert tiny_engine(cache_dir=tmp_path).get("page").n_tokens > 200
+    assert all(WHO not in tag for entry in engine.registry.contexts() for tag in entry.tags)
+
+
+def calls() -> Iterator[tuple[str, ast.Call]]:
+    """All calls, outside of the engine, by which something becomes a context."""
+    root = Path(kvzip_memory.__file__).parent
+    for path in [*root.rglob("*.py"), *(root.parent / "integrations").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            if "engine" in ast.unparse(node.func.value) and node.func.attr in ("load", "aload", "extend", "aextend", "load_marked"):
+                yield f"{path.name}:{node.lineno}", node
+
+
+def test_whoever_makes_a_context_tags_it() -> None:
+    found = dict(calls())
+    assert len(found) > 8
+    untagged = [where for where, call in found.items() if not {"tags", None} & {keyword.arg for keyword in call.keywords}]
+    assert [where.partition(":")[0] for where in untagged] == ["llm.py"]  # marks of LlamaIndex' model, which knows no session
+
+
+def test_what_others_hold_stays_until_the_last_of_them_forgets_it(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    contexts = [engine.load(f"{FILLER}{SECRET}", tags=tag) for tag in ("ana", "bob", "document: a | document: b", "cache_control")]
+    assert len({context.key for context in contexts}) == 1
+    for tag in ("ana", "document: b", "nobody's"):
+        forgotten = engine.forget(tag)
+        assert (len(forgotten.deleted), len(forgotten.kept)) == (0, tag != "nobody's")
+    engine.registry.flush()
+    assert [entry.tags for entry in engine.registry.contexts()] == [("bob", "cache_control")]
+    assert grep(tmp_path, traces(engine, ["document: a"])) == []
+    assert engine.registry.verify(contexts[0].key) is None
+    assert engine.generate(contexts[0], "Who?", max_new_tokens=2).receipt.tier == "device"
+    engine.close()
+    later = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    assert later.load(f"{FILLER}{SECRET}").receipt.tier == "disk"
+    assert later.registry.stats()["tiers"]["disk"]["nbytes"] == later.registry._disk.measured()
+    assert len(later.forget("bob").deleted) == 1
+    assert grep(tmp_path, traces(engine, [SECRET])) == []
+    assert later.load(f"{FILLER}{SECRET}").receipt.tier == "built"
+    later.close()
+
+
+@pytest.mark.parametrize("how", ["name", "pin"])
+def test_a_name_and_a_pin_hold_too(tmp_path: Path, how: str) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    key = engine.load(f"{FILLER}{SECRET}", name="mine" if how == "name" else None, tags="ana").key
+    if how == "pin":
+        engine.registry.pin(key)
+    assert len(engine.forget("ana").kept) == 1
+    assert engine.get(key).key == key
+    engine.registry.pin(key, False)
+    engine.close()
+
+
+def test_two_sessions_of_equal_turns_are_forgotten_one_by_one(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine, ratio=0.5, max_tokens=4))
+    for who in ("ana", "bob"):
+        said = [ChatMessage(t["content"], role=t["role"], additional_kwargs={"session_id": who}) for t in turns(SECRET)]
+        asyncio.run(block.aput(said, from_short_term_memory=True, session_id=who))
+    engine.registry.flush()
+    block.forget("ana")
+    assert block.context("bob") is not None
+    assert [session.name for session in sessions(tmp_path)] == ["memory history: bob"]
+    block.forget("bob")
+    assert engine.registry.contexts() == []
+    assert grep(tmp_path, traces(engine, [SECRET])) == []
+    engine.close()
+
+
+def test_two_threads_of_equal_turns_are_forgotten_one_by_one(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    memory = KVzipMemoryMiddleware(trigger=("messages", 4), keep=("messages", 2))
+    agent = agent_of(engine, memory)
+    for who in ("ana", "bob"):
+        for text in (SECRET, "a", "b"):
+            agent.invoke({"messages": [("user", text)]}, {"configurable": {"thread_id": who}})
+    engine.registry.flush()
+    assert [entry.tags for entry in engine.registry.contexts()] == [("thread: ana", "thread: bob")]
+    memory.forget("ana")
+    assert [entry.tags for entry in engine.registry.contexts()] == [("thread: bob",)]
+    KVzipMemoryMiddleware().forget("bob", KVzipChatModel(engine=engine))
+    assert grep(tmp_path, traces(engine, [SECRET])) == []
+    with pytest.raises(InputError, match="model="):
+        KVzipMemoryMiddleware().forget("bob")
+    engine.close()
+
+
+def test_documents_with_random_ids_are_known_by_what_they_are(tmp_path: Path) -> None:
+    def opened() -> tuple[KVzipEngine, KVzipIndex]:
+        engine = tiny_engine(cache_dir=tmp_path)
+        llm = KVzipLLM(engine=engine, ratio=0.5, max_tokens=4)
+        documents = [Document(text=f"{FILLER}{SECRET}", metadata={"file_name": "a.txt"}), Document(text="Boat. " * 9)]
+        return engine, KVzipIndex.from_documents(documents, llm=llm)
+
+    for _ in range(3):
+        engine, index = opened()
+        assert len([tag for entry in engine.registry.contexts() for tag in entry.tags]) == 1
+        engine.close()
+    engine, index = opened()
+    assert engine.stats()["built"] == 0
+    index.delete_ref_doc(next(iter(index.ref_doc_info)), delete_from_docstore=True)
+    assert grep(tmp_path, traces(engine, [SECRET])) == []
+    engine.close()
+
+
+def test_an_index_with_an_id_keeps_what_another_one_forgets(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path / "cache")
+    llm = KVzipLLM(engine=engine, ratio=0.5, max_tokens=4)
+    documents = [Document(text=f"{FILLER}{SECRET}", doc_id="a")]
+    for name in ("one", "two"):
+        index = KVzipIndex.from_documents(documents, llm=llm)
+        index.set_index_id(name)
+        index.storage_context.persist(str(tmp_path / name))
+    engine.close()
+    del index
+
+    def opened(name: str) -> tuple[KVzipEngine, KVzipIndex]:
+        engine = tiny_engine(cache_dir=tmp_path / "cache")
+        storage = StorageContext.from_defaults(persist_dir=str(tmp_path / name))
+        return engine, KVzipIndex.from_storage(storage, llm=KVzipLLM(engine=engine, ratio=0.5, max_tokens=4))
+
+    for name in ("one", "two"):
+        engine, index = opened(name)
+        index.parts()
+        engine.close()
+    engine, index = opened("one")
+    index.forget("a")
+    assert len(engine.registry.contexts()) == 1
+    engine.close()
+    engine, index = opened("two")
+    index.parts()
+    assert engine.stats()["built"] == 0
+    index.forget("a")
+    assert grep(tmp_path / "cache", traces(engine, [SECRET])) == []
+    engine.close()
+
+
+def test_the_command_line_forgets_by_tag(tmp_path: Path) -> None:
+    for tenant in (None, "acme"):
+        engine = tiny_engine(cache_dir=tmp_path, ratio=0.5, tenant=tenant)
+        memory_block(engine)
+        engine.load(FILLER, name="lamp", tags=["memory history: eve"])
+        engine.close()
+
+    def rm(*args: str) -> Any:
+        out = CliRunner().invoke(app, ["rm", *args, "--cache-dir", str(tmp_path), "--json"])
+        return json.loads(out.stdout) if out.exit_code == 0 else out
+
+    assert "contexts of 2 tenants" in str(rm("--tag", f"memory history: {WHO}").exception)
+    assert rm("--tag", f"memory history: {WHO}", "--tenant", "acme")["turns"] == 6
+    assert len([*sessions(tmp_path)]) == 1
+    gone = rm("--tag", f"memory history: {WHO}")
+    assert (gone["turns"], len(gone["deleted"]), gone["kept"]) == (6, 3, [])
+    assert grep(tmp_path, traces(engine, [SECRET, WHO])) == []
+    assert "nothing is tagged" in str(rm("--tag", f"memory history: {WHO}").exception)
+    assert rm("--tag", "memory history: eve", "--tenant", "acme")["kept"][0]["names"] == ["lamp"]
+    for wrong in ((), ("lamp", "--tag", "x"), ("lamp", "--tenant", "acme")):
+        assert rm(*wrong).exit_code == 2
+
+
+def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    damaged, half, orphan = (engine.load(f"{FILLER}{SECRET}{n}", tags="ana").key for n in range(3))
+    other = engine.load(f"{FILLER}{SECRET}", tags="bob").key
+    engine.registry.flush()
+    wanted = {**traces(engine, [SECRET]), **pairs(engine)}
+    engine.close()
+    folder = tmp_path / "contexts"
+
+    def blob(key: str) -> Path:
+        return folder / "blobs" / key[:2] / f"{key}.safetensors"
+
+    content = blob(half).read_bytes()
+    blob(damaged).write_bytes(blob(damaged).read_bytes()[:-9])
+    os.chmod(blob(damaged), 0o600)
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    assert engine.registry.verify(damaged)  # to quarantine
+    (folder / "quarantine" / f"{orphan}.1.safetensors").write_bytes(content)  # without a row
+    (folder / "tmp" / f"{half}.tmp").write_bytes(content[:-99])  # of a writer that was killed
+    index = folder / "quarantine" / "index.1"
+    index.mkdir()
+    (index / "cache.db").write_bytes(SECRET.encode())
+    with closing(sqlite3.connect(folder / "index" / "cache.db", isolation_level=None)) as database:
+        database.execute("DELETE FROM Cache WHERE key = ?", (f"context:{orphan}",))  # killed before its row was there
+    (folder / "locks" / f"{half[:3]}.progress").write_text(json.dumps({"key": half, "stage": SECRET}))
+    assert len(engine.forget("ana").deleted) == 2  # the damaged one was gone
+    assert {entry.key for entry in engine.registry.contexts()} == {other}
+    engine.forget("bob")
+    assert grep(tmp_path, {**wanted, **{key: key.encode() for key in (damaged, half, orphan, other)}}) == []
+    with closing(sqlite3.connect(folder / "index" / "cache.db")) as database:
+        assert {key for (key,) in database.execute("SELECT key FROM Cache")} == {"totals", "forgotten"}
+    engine.close()
+
+
+def test_nothing_is_forgotten_by_halves_while_another_process_holds_the_index(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    forget = memory_block(engine)
+    engine.registry.flush()
+    before = engine.registry.contexts()
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        for action in (forget, lambda: engine.forget(f"memory history: {WHO}")):
+            with pytest.raises(StorageError, match="try again when it is free"):
+                action()
+        holder.execute("ROLLBACK")
+    assert engine.registry.contexts() == before
+    assert len([*sessions(tmp_path)]) == 1
+    forget()
+    assert engine.registry.contexts() == []
+    engine.close()
+
+
+OTHER = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from conftest import tiny_engine
+engine = tiny_engine(cache_dir=Path({folder!r}), ratio=0.5)
+context = engine.load({text!r})
+print(context.receipt.tier, flush=True)
+stream = engine.session(context).stream("Who?", max_new_tokens=9)
+first = next(iter(stream))
+sys.stdin.readline()
+list(stream)
+print(engine.generate(context, "And?", max_new_tokens=2).receipt.tier, flush=True)
+for number in range(4):  # moves down what is in memory
+    engine.registry._device.budget = context.nbytes + 4096
+    engine.load({text!r}.replace("lamp", f"lamp{{number}}"), ratio=0.4)
+engine.close()
+"""
+
+
+def test_a_process_that_has_it_in_memory_goes_on_and_does_not_bring_it_back(tmp_path: Path) -> None:
+    text = f"{FILLER}{SECRET}"
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    engine.load(text, tags="ana")
+    engine.registry.flush()
+    key = engine.registry.contexts()[0].key
+    code = textwrap.dedent(OTHER).format(paths=sys.path, folder=str(tmp_path), text=text)
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin
+        assert other.stdout
+        assert other.stdout.readline() == "disk\n"
+        engine.forget("ana")
+        assert grep(tmp_path, traces(engine, [SECRET])) == []
+        print(file=other.stdin, flush=True)
+        assert other.stdout.readline() == "device\n"
+        assert other.wait(60) == 0
+    later = tiny_engine(cache_dir=tmp_path)
+    assert later.registry.find(key) == []
+    later.close()
+    engine.close()
+
+
+def test_a_context_in_use_is_gone_when_the_answer_has_ended(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    context = engine.load(f"{FILLER}{SECRET}", tags="ana")
+    with context.lease():
+        engine.forget("ana")
+        assert engine.stats()["tiers"]["device"]["contexts"] == 1
+    assert engine.stats()["tiers"]["device"] == {**engine.stats()["tiers"]["device"], "contexts": 0, "nbytes": 0}
+    assert engine.load(f"{FILLER}{SECRET}", tags="ana").receipt.tier == "built"
+    engine.close()
+
+
+def test_what_is_built_again_after_it_was_evicted_is_still_whose_it_was(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    first = engine.load(turns(FILLER), tags="ana")
+    last = engine.extend(first, turns(SECRET), tags="ana")
+    engine.registry.flush()
+    for key in (first.key, last.key):  # as a full disk and full memory do
+        engine.registry._disk.remove(key)
+        with engine.registry._changed:
+            engine.registry._drop(engine.registry._device.held[key])
+    engine.generate(last, "Who?", max_new_tokens=2)
+    engine.registry.flush()
+    assert [entry.tags for entry in engine.registry.contexts()] == [("ana",), ("ana",)]
+    engine.forget("ana")
+    assert grep(tmp_path, traces(engine, [SECRET])) == []
+    engine.close()
