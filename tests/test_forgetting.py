@@ -423,7 +423,7 @@ def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path) -> Non
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     assert engine.registry.verify(damaged)  # to quarantine
     (folder / "quarantine" / f"{orphan}.1.safetensors").write_bytes(content)  # without a row
-    (folder / "tmp" / f"{half}.tmp").write_bytes(content[:-99])  # of a writer that was killed
+    engine.registry._disk._temporary(half).write_bytes(content[:-99])  # of a writer that was killed
     index = folder / "quarantine" / "index.1"
     index.mkdir()
     (index / "cache.db").write_bytes(SECRET.encode())

@@ -127,11 +127,12 @@ class Names:
 
     def _known(self, file: str) -> dict[str, Label]:
         """By family what the file says, or what was given later."""
-        known = self._read(file)
         with self._lock:
-            for family, label in self._new.get(file, {}).items():
-                if family not in known or known[family].loaded < label.loaded:
-                    known[family] = label
+            new = dict(self._new.get(file, {}))
+        known = self._read(file)  # after: what is written meanwhile leaves the memory when it is in the file
+        for family, label in new.items():
+            if family not in known or known[family].loaded < label.loaded:
+                known[family] = label
         return known
 
     def _forget(self, file: str, label: Label) -> None:
