@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import math
@@ -22,9 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kvzip_memory import loading
+from kvzip_memory import calls, loading
 from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
+from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -231,6 +231,11 @@ class KVzipEngine(Shared):
         return self._model.places
 
     @property
+    def loads(self) -> Places:
+        """Threads for everything else that one waits for; for the integrations."""
+        return self._model.loads
+
+    @property
     def window(self) -> int:
         """Tokens the model can hold: context, questions and answers together."""
         return self._model.window
@@ -372,7 +377,7 @@ class KVzipEngine(Shared):
 
     async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
         """:meth:`extend` in a thread, see :meth:`aload`."""
-        return await asyncio.to_thread(self.extend, context, more, **options)
+        return await result_of(self.loads, self.extend, context, more, **options)
 
     def _folded(
         self,
@@ -437,8 +442,11 @@ class KVzipEngine(Shared):
         return context
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
-        """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
-        return await asyncio.to_thread(self.load, source, **options)
+        """:meth:`load` in a thread, so that an event loop goes on.
+
+        When it is cancelled, a build is given up within a chunk, unless others wait for it. ``asyncio.shield`` has it go on and be kept.
+        """
+        return await result_of(self.loads, self.load, source, **options)
 
     def get(self, reference: str) -> CompressedContext:
         """The context last loaded under a name with this model, or that of a key (8 digits of it at least).
@@ -549,7 +557,7 @@ class KVzipEngine(Shared):
         check_same_model(wanted.identity, self._identity, f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
         recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
         done = total = 0
-        with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
+        with self._model.building(), self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             layers = list(lease.layers) if lease else []
 
             def progress(stage: str, tokens: int) -> None:
@@ -692,8 +700,11 @@ class KVzipEngine(Shared):
         return self.stream(context, question, **params).whole()
 
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
-        """:meth:`generate` in a thread, so that an event loop goes on."""
-        return await asyncio.to_thread(self.generate, context, question, **params)
+        """:meth:`generate` in a thread, so that an event loop goes on. When it is cancelled, the answer ends within a token.
+
+        As many run as the engine decodes together; more wait, without threads and as many as there are.
+        """
+        return await result_of(self.places, self.generate, context, question, **params)
 
     def stream(
         self,
@@ -876,7 +887,8 @@ class _Managed(Shared):
             self._registry.readmit(key)
         if self._registry.is_removed(key):
             logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
-            context = self._build(lambda *progress: None)
+            with calls.waiting():
+                context = self._build(lambda *progress: None)
             with context.lease() as lease:
                 yield replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
             return

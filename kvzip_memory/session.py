@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip_memory.batching import Gate, check_thread
+from kvzip_memory import calls
+from kvzip_memory.batching import Place, check_thread
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.calls import Cancelled, Gate
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
@@ -281,7 +283,9 @@ class Session(NotPickled):
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
             self._turn = _Turn(asked, checked)
-            return Stream(self, self._turn)
+            stream = Stream(self, self._turn)
+        calls.started(stream)
+        return stream
 
     def fork(self) -> Session:
         """A second session that has had the same conversation so far; the two go on independently."""
@@ -390,7 +394,7 @@ class Session(NotPickled):
         tail.crop(start)
         began = time.perf_counter()
         try:
-            with model.answering(tail, turn.entry), self._lease(turn) as lease:
+            with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
@@ -420,10 +424,18 @@ class Session(NotPickled):
             yield from turn.reader.push(piece)
         yield from turn.reader.flush()
 
-    def _lease(self, turn: _Turn) -> AbstractContextManager[Lease]:
-        if self.context is None or turn.cancelled.is_set():
-            return nullcontext(_NO_LEASE if self.context is None else _LEFT)
-        return self.context.lease()
+    @contextmanager
+    def _lease(self, turn: _Turn, place: Place) -> Iterator[Lease]:
+        """The context's layers. While the answer waits for them another one has its place."""
+        if self.context is None:
+            yield _NO_LEASE
+            return
+        with ExitStack() as held:
+            lease = _LEFT
+            with suppress(Cancelled), calls.within(turn.cancelled, place):
+                calls.check()
+                lease = held.enter_context(self.context.lease())
+            yield lease
 
     def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""

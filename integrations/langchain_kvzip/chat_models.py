@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os.path
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
-from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
+from kvzip_memory.bridge import pieces_of, result_of
+from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sources import as_message, clean
@@ -266,7 +266,7 @@ class KVzipChatModel(BaseChatModel):
 
     async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:
         """:meth:`load_documents` in a thread, so that an event loop goes on."""
-        return await asyncio.to_thread(self.load_documents, documents, **options)
+        return await result_of(loads_of(self), self.load_documents, documents, **options)
 
     def with_context(self, context: CompressedContext | str | None, *, behind: bool = False) -> KVzipChatModel:
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
@@ -321,20 +321,18 @@ class KVzipChatModel(BaseChatModel):
         yield from self._answer(messages, stop, kwargs)
 
     def _answer(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started = lambda stream: None
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
         if self._witness is not None:
             self._witness.asked(messages)
         try:
-            yield from self._chunks(messages, stop, kwargs, started)
+            yield from self._chunks(messages, stop, kwargs)
             if self._witness is not None:
                 self._witness.answered()
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
-    def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], started: Started
-    ) -> Iterator[ChatGenerationChunk]:
+    def _chunks(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs)
         engine = self.engine
         options["form"] = engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser]
@@ -355,8 +353,7 @@ class KVzipChatModel(BaseChatModel):
         called = False
         try:
             with engine.stream(context, turns, **options) as pieces:
-                started(pieces.with_reasoning())
-                for piece in pieces:
+                for piece in pieces.with_reasoning():
                     if isinstance(piece, Reasoning):
                         yield ChatGenerationChunk(message=AIMessageChunk(content="", additional_kwargs={"reasoning_content": str(piece)}))
                         continue
@@ -420,8 +417,7 @@ class KVzipChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         self._options(stop, kwargs)  # tells what is wrong with them before the weights are loaded
-        answer = in_thread(partial(self._answer, messages, stop, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
-        async with aclosing(answer) as chunks:
+        async with aclosing(pieces_of(partial(self._answer, messages, stop, kwargs), places_of(self))) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NotRequired
@@ -18,6 +17,8 @@ from langchain.agents.middleware.types import (
 from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
 from langgraph.types import Command, TracePolicy, omit_payload
 
+from kvzip_memory.bridge import result_of
+from kvzip_memory.integration import loads_of
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from kvzip_memory.options import checked_ratio
 from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain
@@ -117,7 +118,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """:meth:`wrap_model_call`; the event loop goes on while a context is built."""
         if not self._supports(request.model):
             return await handler(request)
-        recalled, shorter, witness = await asyncio.to_thread(self._recalled, request)
+        recalled, shorter, witness = await result_of(loads_of(request.model), self._recalled, request)
         response = await handler(shorter)
         self._look(witness, shorter.model)
         return self._with_handle(response, request, recalled)

@@ -25,6 +25,8 @@ from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 from llama_index.core.types import Thread
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
+from kvzip_memory.bridge import result_of
+from kvzip_memory.integration import loads_of
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
@@ -279,7 +281,7 @@ class KVzipChatEngine(SimpleChatEngine):
             async with self._ataken_back_on_failure(message):
                 answer = (await self._llm.achat(await self._aasked(message, chat_history))).message
                 await self._memory.aput(answer)
-        return AgentChatResponse(response=str(answer.content), source_nodes=await asyncio.to_thread(self._sources, message))
+        return AgentChatResponse(response=str(answer.content), source_nodes=await result_of(loads_of(self._llm), self._sources, message))
 
     @trace_method("chat")
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
@@ -314,7 +316,7 @@ class KVzipChatEngine(SimpleChatEngine):
                     await response.awrite_response_to_history(self._memory)
 
         response.awrite_response_to_history_task = asyncio.create_task(write())
-        response.source_nodes = await asyncio.to_thread(self._sources, message)
+        response.source_nodes = await result_of(loads_of(self._llm), self._sources, message)
         return response
 
     def reset(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from bisect import bisect_left
@@ -16,6 +15,8 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
+from kvzip_memory.bridge import result_of
+from kvzip_memory.integration import loads_of
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
@@ -57,13 +58,13 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     async def _aget(self, messages: list[ChatMessage] | None = None, session_id: str = "", **block_kwargs: Any) -> list[ChatMessage]:
         session = self._session(session_id)
         if not session.is_current:
-            await asyncio.to_thread(session.read, self._ratio, self._limit)
+            await result_of(loads_of(self.llm), session.read, self._ratio, self._limit)
         return session.told()
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         if messages:
             session = self._session(messages[0].additional_kwargs.get("session_id", ""))
-            await asyncio.to_thread(session.grow, messages, self._ratio, self._limit)
+            await result_of(loads_of(self.llm), session.grow, messages, self._ratio, self._limit)
 
     def context(self, session_id: str = "") -> CompressedContext | None:
         """The context of a session's old turns, None before there are any."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
+from kvzip_memory import calls
+from kvzip_memory.calls import Left
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
@@ -75,7 +77,20 @@ class _Flight:
 
     progress: tuple[str, int, int] = ("", 0, 0)
     error: Exception | None = None
-    landed: bool = False
+    waiters: set[object] = field(default_factory=set)
+
+    def unwanted(self, left: Left | None) -> Left | None:
+        """Set when nobody waits for it: neither the call that brings it, which has ``left``, nor others."""
+        return None if left is None else _Unwanted(self, left)
+
+
+@dataclass
+class _Unwanted:
+    flight: _Flight
+    left: Left
+
+    def is_set(self) -> bool:
+        return self.left.is_set() and not self.flight.waiters
 
 
 @dataclass
@@ -156,22 +171,31 @@ class ContextRegistry(Shared):
         Raises:
             BudgetError: larger than the device tier, or other answers use all of it for longer than ``wait_s``.
         """
-        held, story = self._acquire(wanted, build, waiting or (lambda *progress: None))
-        receipt = Receipt(
-            wanted.key,
-            hit=story.tier != "built",
-            tier=story.tier,
-            reason=story.reason,
-            differs=story.differs,
-            shrunk_from=story.shrunk_from,
-            nbytes=held.nbytes,
-            ms=story.ms,
-        )
-        try:
+        story = _Story()
+        with ExitStack() as leased:
+            held = self._resident(wanted.key)
+            if held is None:
+                with calls.waiting():
+                    held = self._acquire(wanted, build, waiting or (lambda *progress: None), story)
+                    leased.callback(self._let_go, held)
+            else:
+                leased.callback(self._let_go, held)
+                story.tier, story.ms["wait"] = "device", 0.0
+            self._annotate(held, wanted)
+            if held.key in self._unstored:
+                self._store_later([held])
+            receipt = Receipt(
+                wanted.key,
+                hit=story.tier != "built",
+                tier=story.tier,
+                reason=story.reason,
+                differs=story.differs,
+                shrunk_from=story.shrunk_from,
+                nbytes=held.nbytes,
+                ms=story.ms,
+            )
             with held.context.lease() as resident:
                 yield held.context, Lease(resident.layers, receipt)
-        finally:
-            self._let_go(held)
 
     def _let_go(self, held: Held) -> None:
         with self._changed:
@@ -180,36 +204,44 @@ class ContextRegistry(Shared):
                 self._drop(held)
             self._changed.notify_all()
 
-    def _acquire(self, wanted: Wanted, build: Build, waiting: Report) -> tuple[Held, _Story]:
-        began, story = time.perf_counter(), _Story()
-        while True:
-            with self._changed:
-                held = self._device.held.get(wanted.key)
-                if held is not None and self._alive(held):
-                    held.users += 1
-                    held.used = time.time()
-                    self._device.held.move_to_end(wanted.key)
-                    story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
-                    self._counts["hits.device"] += 1
-                    break
-                flight = self._flights.get(wanted.key)
-                if flight is None:
-                    flight = self._flights[wanted.key] = _Flight()
-                    mine = True
-                else:
-                    mine = False
-                    self._changed.wait(0.2)
+    def _resident(self, key: str) -> Held | None:
+        """A context that is on the device, in use from now on."""
+        with self._changed:
+            held = self._device.held.get(key)
+            if held is None or not self._alive(held):
+                return None
+            held.users += 1
+            held.used = time.time()
+            self._device.held.move_to_end(key)
+            self._counts["hits.device"] += 1
+            return held
+
+    def _acquire(self, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+        """A context in use from now on, once it is on the device."""
+        began, me = time.perf_counter(), object()
+        flight: _Flight | None = None
+        try:
+            while True:
+                calls.check()
+                with self._changed:
+                    if (held := self._resident(wanted.key)) is not None:
+                        story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
+                        return held
+                    flight = self._flights.get(wanted.key)
+                    if flight is None:
+                        mine = self._flights[wanted.key] = _Flight()
+                        break
+                    flight.waiters.add(me)
+                    self._changed.wait(calls.LOOK_S)
                     error = flight.error
-            if mine:
-                held = self._fly(flight, wanted, build, waiting, story)
-                break
-            waiting(*flight.progress)
-            if error is not None:
-                raise error
-        self._annotate(held, wanted)
-        if held.key in self._unstored:
-            self._store_later([held])
-        return held, story
+                waiting(*flight.progress)
+                if error is not None:
+                    raise error
+        finally:
+            if flight is not None:
+                flight.waiters.discard(me)
+        with calls.within(left=mine.unwanted(calls.left())):
+            return self._fly(mine, wanted, build, waiting, story)
 
     def _alive(self, held: Held) -> bool:
         """False, and gone, if it has expired. With the lock held."""
@@ -414,6 +446,7 @@ class ContextRegistry(Shared):
         notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
+                calls.check()
                 with suppress(Timeout):
                     lock.acquire(timeout=0)
                 if self._disk.has(wanted.key) and (held := self._from_disk(wanted, story)) is not None:
@@ -510,6 +543,7 @@ class ContextRegistry(Shared):
         deadline = time.monotonic() + self._wait_s
         notice = Notice("waiting for room for %s bytes in the %s tier, all of which answers use", f"{nbytes:,}", tier.name)
         while True:
+            calls.check()
             with self._changed:
                 if tier.has_room(nbytes):
                     tier.reserved += nbytes
@@ -525,7 +559,7 @@ class ContextRegistry(Shared):
                             f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
                         )
                     notice.look()
-                    self._changed.wait(min(remaining, 0.5))
+                    self._changed.wait(min(remaining, calls.LOOK_S))
                     continue
             self._move_down(victim, tier)
 
