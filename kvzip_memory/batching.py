@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.calls import Gate, pass_through, within
+from kvzip_memory.calls import Gate, pass_through
 from kvzip_memory.errors import InputError, KVzipError, QueueFullError
 from kvzip_memory.threads import release
 
@@ -218,6 +218,10 @@ class Admission:
         return None
 
 
+#: What is run in a thread; it gets its place if it may leave that to wait for memory.
+Work = Callable[[Place | None], object]
+
+
 class Places(Admission):
     """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads. Nothing is refused.
 
@@ -237,15 +241,15 @@ class Places(Admission):
         with self._lock:
             return list(self._queue.values())
 
-    def start(self, work: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
-        """Have work done; ``failed`` is told if no thread can be started."""
+    def start(self, work: Work, failed: Callable[[BaseException], object]) -> None:
+        """Have work done, which gets the place that it may leave; ``failed`` is told if no thread can be started."""
         gate = SimpleQueue[None]()
         place = Place(self, gate, lambda: self._begin(place, work, failed))
         with self._lock:
             self._queue[place] = time.monotonic()
             self._advance()
 
-    def _begin(self, place: Place, work: Callable[[], object], failed: Callable[[BaseException], object]) -> None:
+    def _begin(self, place: Place, work: Work, failed: Callable[[BaseException], object]) -> None:
         place.begin = lambda: place.entry.put(None)  # when it comes back
         try:
             threading.Thread(target=self._run, args=(place, work), name="kvzip-answer", daemon=True).start()
@@ -254,10 +258,9 @@ class Places(Admission):
             self._running -= 1
             failed(error)
 
-    def _run(self, place: Place, work: Callable[[], object]) -> None:
+    def _run(self, place: Place, work: Work) -> None:
         try:
-            with within(place=None if self._most_away is None else place):
-                work()
+            work(None if self._most_away is None else place)
         finally:
             self.part(place)
 

@@ -10,7 +10,7 @@ from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from kvzip_memory.batching import Places
+from kvzip_memory.batching import Place, Places
 from kvzip_memory.calls import within
 from kvzip_memory.session import Stream
 
@@ -40,11 +40,11 @@ async def pieces_of(make: Callable[[], Generator[T, None, None]], places: Places
         if left.is_set():
             stream.cancel()
 
-    def run() -> None:
+    def run(place: Place | None) -> None:
         if left.is_set():
             return
         try:
-            with within(left, started=started), closing(make()) as pieces:
+            with within(left, place, started), closing(make()) as pieces:
                 for piece in pieces:
                     if left.is_set():
                         return
@@ -53,7 +53,10 @@ async def pieces_of(make: Callable[[], Generator[T, None, None]], places: Places
         except BaseException as error:
             tell(None, error)
 
-    work, failed = partial(contextvars.copy_context().run, run), partial(tell, None)
+    context, failed = contextvars.copy_context(), partial(tell, None)
+
+    def work(place: Place | None) -> None:
+        context.run(run, place)
 
     def start_in(places: Callable[[], Places]) -> None:
         try:

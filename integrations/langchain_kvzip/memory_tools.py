@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
 from kvzip_memory import KVzipEngine
+from kvzip_memory.batching import Places
+from kvzip_memory.bridge import result_of
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import Entry
 from kvzip_memory.sources import as_path, clean
@@ -109,6 +112,13 @@ def create_memory_tools(
             let_go(name)
         return f"{name!r} is forgotten"
 
-    load = (load_document, "load_document") if root is None else (load_file, "load_document")
-    functions = [load, (list_documents, "list_documents"), (ask_document, "ask_document"), (forget_document, "forget_document")]
-    return [StructuredTool.from_function(function, name=name, handle_tool_error=True) for function, name in functions]
+    def tool(name: str, function: Callable[..., str], places: Places) -> BaseTool:
+        coroutine = partial(result_of, places, function)
+        return StructuredTool.from_function(function, coroutine, name=name, handle_tool_error=True)
+
+    return [
+        tool("load_document", load_document if root is None else load_file, engine.loads),
+        tool("list_documents", list_documents, engine.loads),
+        tool("ask_document", ask_document, engine.places),
+        tool("forget_document", forget_document, engine.loads),
+    ]

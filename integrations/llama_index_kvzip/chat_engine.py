@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -16,7 +16,7 @@ from llama_index.core.base.llms.types import MessageRole
 from llama_index.core.callbacks import trace_method
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
-from llama_index.core.llms import ChatMessage
+from llama_index.core.llms import ChatMessage, ChatResponseGen
 from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
@@ -26,7 +26,9 @@ from llama_index.core.types import Thread
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.calls import Cancelled, check, within
 from kvzip_memory.integration import loads_of
+from kvzip_memory.session import Stream
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
@@ -48,6 +50,38 @@ class _Turn:
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set_result(None)
+
+
+class _Response(StreamingAgentChatResponse):
+    """An answer that is taken back when the generator of its pieces is closed or cancelled; LlamaIndex' own waits for its end."""
+
+    leave: Callable[[], None]
+
+    @property
+    def response_gen(self) -> Generator[str, None, None]:
+        pieces = super().response_gen
+        try:
+            for piece in pieces:  # noqa: UP028 (which would close them, and wait for their end, before we know)
+                yield piece
+        except GeneratorExit:
+            self.leave()
+            raise
+
+    async def async_response_gen(self) -> AsyncGenerator[str, None]:
+        pieces = super().async_response_gen()
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(pieces, None))
+                piece = await asyncio.shield(following)
+                if piece is None:
+                    return
+                yield piece
+        except (GeneratorExit, asyncio.CancelledError):
+            if self.awrite_response_to_history_task is not None:
+                self.awrite_response_to_history_task.cancel()
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            raise
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -264,7 +298,8 @@ class KVzipChatEngine(SimpleChatEngine):
         """Answer the next message; ``chat_history`` replaces what was said so far.
 
         Questions are answered one at a time, in their order: the next one waits until an answer that is streamed has ended, whether it is
-        read or not. A question without an answer, since that failed, leaves the history.
+        read or not. A question without an answer, since that failed, was cancelled or the generator of its pieces
+        closed, leaves the history.
 
         Raises:
             SessionBusyError: an async answer is under way in this thread's event loop, which waiting would stop.
@@ -289,11 +324,24 @@ class KVzipChatEngine(SimpleChatEngine):
         with ExitStack() as turn:
             turn.enter_context(self._next())
             turn.enter_context(self._taken_back_on_failure(message))
-            response = StreamingAgentChatResponse(chat_stream=self._llm.stream_chat(self._asked(message, chat_history)))
+            pieces = self._llm.stream_chat(self._asked(message, chat_history))
             going_on = turn.pop_all()
+        left, streams = threading.Event(), list[Stream]()
+
+        def answered() -> ChatResponseGen:
+            yield from pieces
+            check()  # what was cancelled has ended, too
+
+        def leave() -> None:
+            left.set()
+            for stream in streams:
+                stream.cancel()
+
+        response = _Response(chat_stream=answered())
+        response.leave = leave
 
         def write() -> None:
-            with suppress(Exception), going_on:  # whoever reads the response is told
+            with suppress(Exception, Cancelled), going_on, within(left, started=streams.append):  # whoever reads the response is told
                 response.write_response_to_history(self._memory)
 
         response.write_response_to_history_thread = thread = Thread(target=write)
@@ -307,7 +355,7 @@ class KVzipChatEngine(SimpleChatEngine):
         async with AsyncExitStack() as turn:
             turn.enter_context(await self._anext())
             await turn.enter_async_context(self._ataken_back_on_failure(message))
-            response = StreamingAgentChatResponse(achat_stream=await self._llm.astream_chat(await self._aasked(message, chat_history)))
+            response = _Response(achat_stream=await self._llm.astream_chat(await self._aasked(message, chat_history)))
             going_on = turn.pop_all()
 
         async def write() -> None:
