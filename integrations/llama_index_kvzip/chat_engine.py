@@ -77,10 +77,10 @@ class _Response(StreamingAgentChatResponse):
                     return
                 yield piece
         except (GeneratorExit, asyncio.CancelledError):
-            if self.awrite_response_to_history_task is not None:
-                self.awrite_response_to_history_task.cancel()
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            tasks = [task for task in (self.awrite_response_to_history_task, following) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
 
