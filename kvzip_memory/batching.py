@@ -25,6 +25,7 @@ from torch import Tensor
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.calls import Gate, pass_through
 from kvzip_memory.errors import InputError, KVzipError, QueueFullError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.threads import release
 
 T = TypeVar("T")
@@ -32,17 +33,6 @@ T = TypeVar("T")
 #: A step waits for the rows of the last one to come back with their next token, at most so many seconds, or this
 #: fraction of the time that step took.
 GATHER_S, GATHER_FRACTION = 0.004, 0.1
-
-
-def check_thread(thread: threading.Thread) -> None:
-    """Raises:
-    KVzipError: the process was forked since; of its threads only the one that forked goes on in the new process.
-    """
-    if not thread.is_alive():
-        raise KVzipError(
-            f"the thread {thread.name!r}, which computes, is not in this process: it was forked from the one that made the engine, or is "
-            "ending. Make an engine in this one, or start processes by multiprocessing's 'spawn' or 'forkserver'"
-        )
 
 
 class Worker:
@@ -62,8 +52,11 @@ class Worker:
         weakref.finalize(self, self._queue.put, None)
 
     def check(self) -> None:
-        """Raises what :func:`check_thread` does."""
-        check_thread(self._thread)
+        """Raises:
+        KVzipError: Python ends.
+        """
+        if not self._thread.is_alive():
+            raise KVzipError("Python is ending, and the thread that computes has ended; wait for answers before")
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         self.check()
@@ -146,6 +139,7 @@ class Admission:
         self._limit, self._queue_limit = running, waiting
         self._lock = threading.RLock()  # collecting garbage may end an answer on the thread that holds it
         self._running = 0
+        refuse_after_fork(self, "_lock")
         # Since when each waits, the oldest first: for its turn, to go on, and for something else.
         self._queue, self._back = OrderedDict[Place, float](), OrderedDict[Place, float]()
         self._away: dict[Place, float] = {}
@@ -304,6 +298,7 @@ class Batcher:
     def __init__(self, forward: Forward, worker: Worker, padded_tokens: int) -> None:
         self._forward, self._worker, self._padded_tokens = forward, worker, padded_tokens
         self._changed = threading.Condition()
+        refuse_after_fork(self, "_changed", "_worker")
         self._waiting: list[_Request] = []
         self._scheduled = False
         self._expected: set[Tail] = set()  # of the rows of the last forwards, those that have not come back

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -90,3 +90,13 @@ async def result_of(places: Places | Callable[[], Places], work: Callable[..., T
 
     async with aclosing(pieces_of(once, places)) as results:
         return await anext(results)
+
+
+async def finished(work: Coroutine[Any, Any, T]) -> T:
+    """What a short coroutine gives that must not be left half done, such as by a database's client; a cancelled caller waits for it."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.gather(task, return_exceptions=True)
+        raise

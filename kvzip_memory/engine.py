@@ -31,6 +31,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
@@ -69,7 +70,7 @@ class KVzipEngine(Shared):
 
     ``ratio`` is the fraction of key-value pairs **kept** (kvpress' ``compression_ratio`` is the fraction removed).
     May be used from any number of threads: their answers are decoded together, builds take turns with them. A copy, deep or not, is
-    the engine itself.
+    the engine itself. It is the process' that made it: in a child that is forked later it raises :class:`ForkedError`.
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
@@ -159,6 +160,7 @@ class KVzipEngine(Shared):
         self._loaded: WeakValueDictionary[str, CompressedContext] = WeakValueDictionary()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
+        refuse_after_fork(self, "_model", "registry", "shared", "guidance")
 
     @classmethod
     def from_pretrained(
@@ -653,9 +655,10 @@ class KVzipEngine(Shared):
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
 
         An index that another process keeps locked is waited for a second: what was loaded meanwhile is then not on disk, says a warning
-        that counts it, and is built again by the next engine.
+        that counts it, and is built again by the next engine. A process that was forked has nothing to close.
         """
-        self.registry.close()
+        if not is_parents(self):
+            self.registry.close()
 
     def stored_prefix(self, ids: Sequence[int]) -> CompressedContext | None:
         """The stored context with the most tokens that a prompt's ids begin with, None if there is none."""

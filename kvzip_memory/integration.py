@@ -13,18 +13,20 @@ from transformers import PreTrainedConfig
 
 from kvzip_memory.batching import Places
 from kvzip_memory.engine import KVzipEngine
+from kvzip_memory.forks import after_fork
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import as_folder
 
 
 class LazyEngine(Shared):
-    """One engine for all copies of a framework's model object, made by whichever needs it first."""
+    """One engine for all copies of a framework's model object, made by whichever needs it first; another one in each process."""
 
     _way_out = "make the model anew in each process, with the same cache_dir"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.engine: KVzipEngine | None = None
+        after_fork(self, LazyEngine.__init__)
 
     def get(self, make: Callable[[], KVzipEngine]) -> KVzipEngine:
         """The engine; others wait while it is made. What fails is tried again by the next."""

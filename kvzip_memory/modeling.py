@@ -19,6 +19,7 @@ from kvzip_memory.batching import Admission, Batcher, Choose, Place, Places, Wor
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.calls import Gate, check, within
 from kvzip_memory.errors import UnsupportedModelError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class LanguageModel:
         self._admission = Admission(max_running, max_waiting)
         self._builders = Admission(max_running)  # each holds dense pairs
         self.places, self.loads = Places(max_running, away=max_waiting), Places(LOADS)
+        refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
         if config.model_type not in TESTED:
             self._compare_with_original()
 
@@ -186,7 +188,7 @@ class LanguageModel:
 
         Raises:
             QueueFullError: more answers run and wait than the engine allows.
-            KVzipError: the process was forked since the engine was made.
+            ForkedError: the process was forked since the engine was made.
         """
         self._worker.check()
         with self._admission.admitted(entry) as place:
@@ -200,7 +202,7 @@ class LanguageModel:
         """Around a build: no more of them at a time than answers. Who waits for a context in it is not one of them meanwhile.
 
         Raises:
-            KVzipError: the process was forked since the engine was made.
+            ForkedError: the process was forked since the engine was made.
         """
         self._worker.check()
         with self._builders.admitted() as place, within(place=place):

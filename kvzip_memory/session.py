@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvzip_memory import calls
-from kvzip_memory.batching import Place, check_thread
+from kvzip_memory.batching import Place
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.calls import Cancelled, Gate
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Prompt, PromptBuilder
@@ -106,6 +107,9 @@ class _Turn:
     settled: Gate = field(default_factory=SimpleQueue)  # opened then
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __post_init__(self) -> None:
+        refuse_after_fork(self, "lock")
+
 
 class _Ahead(Iterator[str]):
     """Pieces that a generator yields in a thread of its own, whether or not they are read."""
@@ -113,13 +117,10 @@ class _Ahead(Iterator[str]):
     def __init__(self, pieces: Iterator[str]) -> None:
         self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True)
-        self._thread.start()
+        threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True).start()
 
     def __next__(self) -> str:
         release()
-        if not self._thread.is_alive() and self._pieces.empty():  # its last words are there before it ends
-            check_thread(self._thread)
         piece = self._pieces.get()
         if isinstance(piece, str):
             return piece
@@ -199,7 +200,7 @@ class Stream(NotPickled, Iterator[str]):
     def cancel(self) -> None:
         """End the answer after the token being computed, and what was not read of it; may be called from any thread."""
         turn = self._turn
-        if turn.kept is not None:
+        if turn.kept is not None or is_parents(turn):
             return
         turn.cancelled.set()
         turn.entry.put(None)
@@ -211,7 +212,7 @@ class Stream(NotPickled, Iterator[str]):
     def close(self) -> None:
         """:meth:`cancel`; the session may be asked at once, and waits for that token."""
         self.cancel()
-        if isinstance(self._pieces, Generator):
+        if isinstance(self._pieces, Generator) and not is_parents(self._turn):
             with suppress(ValueError):  # it is running, in another thread, and will end
                 self._pieces.close()
 
@@ -245,6 +246,7 @@ class Session(NotPickled):
         self._tail = Tail()
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
 
     def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Reply:
         """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.

@@ -127,10 +127,14 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     "aupdate_ref_doc": ("index.aupdate_ref_doc", lambda made: made.index.aupdate_ref_doc(Document(text="New. " * 40, doc_id="a"))),
     "arefresh_ref_docs": ("index.arefresh_ref_docs", lambda made: made.index.arefresh_ref_docs([*DOCUMENTS, THIRD])),
     "chat engine": (
-        "chat_engine.achat chat_engine._anext chat_engine._aasked chat_engine._ataken_back_on_failure",
+        "chat_engine.achat chat_engine._anext chat_engine._aasked chat_engine._ataken_back_on_failure"
+        " chat_engine._ataken_back bridge.finished",
         lambda made: made.index.as_chat_engine().achat("Who?"),
     ),
-    "streamed chat engine": ("chat_engine.astream_chat chat_engine.write", lambda made: told(made.index.as_chat_engine())),
+    "streamed chat engine": (
+        "chat_engine.astream_chat chat_engine.write chat_engine.async_response_gen",
+        lambda made: told(made.index.as_chat_engine()),
+    ),
 }
 #: These compute nothing.
 IDLE = {"index.adelete_nodes", "index.adelete_ref_doc"}

@@ -37,7 +37,10 @@ def create_memory_tools(
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else as_path(folder, "folder").resolve()
-    changing = threading.Lock()  # an agent may call several tools at a time
+
+    def changing() -> threading.Lock:  # an agent may call several tools at a time
+        lock: threading.Lock = engine.shared.setdefault("langchain.memory_tools", threading.Lock())
+        return lock
 
     def mine() -> dict[str, Entry]:
         entries = reversed(engine.registry.contexts())
@@ -86,7 +89,7 @@ def create_memory_tools(
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
-        with changing, told():
+        with told(), changing():
             if name in mine():  # the text before will have to go
                 engine.registry.check_changeable()
             context = engine.load(source, tags=prefix + name)
@@ -106,7 +109,7 @@ def create_memory_tools(
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
         name = clean(name, "name")
-        with changing, told():
+        with told(), changing():
             entry_of(name)
             engine.registry.check_changeable()
             let_go(name)

@@ -25,8 +25,9 @@ from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 from llama_index.core.types import Thread
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
-from kvzip_memory.bridge import result_of
+from kvzip_memory.bridge import finished, result_of
 from kvzip_memory.calls import Cancelled, check, within
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.session import Stream
 from kvzip_memory.sources import clean
@@ -201,6 +202,7 @@ class KVzipChatEngine(SimpleChatEngine):
         engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
         engine._part, engine._ranking = part, Ranking(llm.engine, source_top_k, node_parser)
         engine._taking, engine._turn = threading.Lock(), _Turn()
+        refuse_after_fork(engine, "_taking")
         engine._turn.ended.set_result(None)
         return engine
 
@@ -221,6 +223,7 @@ class KVzipChatEngine(SimpleChatEngine):
         for name, value in vars(self).items():
             setattr(twin, name, value if name in ("_taking", "_turn") else copy.deepcopy(value, memo))
         twin._taking, twin._turn = threading.Lock(), _Turn()
+        refuse_after_fork(twin, "_taking")
         twin._turn.ended.set_result(None)
         return twin
 
@@ -288,10 +291,13 @@ class KVzipChatEngine(SimpleChatEngine):
         try:
             yield
         except BaseException:
-            said = await self._memory.aget_all(**self._active)
-            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-                await self._memory.aset(said[:-1])
+            await finished(self._ataken_back(message))
             raise
+
+    async def _ataken_back(self, message: str) -> None:
+        said = await self._memory.aget_all(**self._active)
+        if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
+            await self._memory.aset(said[:-1])
 
     @trace_method("chat")
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
@@ -314,8 +320,8 @@ class KVzipChatEngine(SimpleChatEngine):
         """:meth:`chat` in a thread."""
         with await self._anext():
             async with self._ataken_back_on_failure(message):
-                answer = (await self._llm.achat(await self._aasked(message, chat_history))).message
-                await self._memory.aput(answer)
+                answer = (await self._llm.achat(await finished(self._aasked(message, chat_history)))).message
+                await finished(self._memory.aput(answer))
         return AgentChatResponse(response=str(answer.content), source_nodes=await result_of(loads_of(self._llm), self._sources, message))
 
     @trace_method("chat")
@@ -355,7 +361,7 @@ class KVzipChatEngine(SimpleChatEngine):
         async with AsyncExitStack() as turn:
             turn.enter_context(await self._anext())
             await turn.enter_async_context(self._ataken_back_on_failure(message))
-            response = _Response(achat_stream=await self._llm.astream_chat(await self._aasked(message, chat_history)))
+            response = _Response(achat_stream=await self._llm.astream_chat(await finished(self._aasked(message, chat_history))))
             going_on = turn.pop_all()
 
         async def write() -> None:

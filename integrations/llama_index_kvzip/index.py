@@ -29,6 +29,7 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.options import CALL_OPTIONS, renamed
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
@@ -118,6 +119,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[tuple[str, ...], CompressedContext] = {}
         self._lock, self._changing = threading.RLock(), False
+        refuse_after_fork(self, "_lock")
         super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import TurnsFile
@@ -116,6 +117,7 @@ class _Session:
         self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
         self._file = None if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, engine.registry.tenant, name, session_id)
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
         self.known = _Known()
 
     @property

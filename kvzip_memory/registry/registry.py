@@ -25,6 +25,7 @@ from kvzip_memory.calls import Left
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Notice
 from kvzip_memory.locks import held as holding
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, latest
@@ -149,6 +150,7 @@ class ContextRegistry(Shared):
         self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
         self._disk: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
+        refuse_after_fork(self, "_changed", "_writer", "_disk")
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
@@ -865,8 +867,11 @@ class ContextRegistry(Shared):
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
 
-        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk.
+        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk. A process that
+        was forked has nothing to close.
         """
+        if is_parents(self):
+            return
         self.flush()
         if self._unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
