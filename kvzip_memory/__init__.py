@@ -5,6 +5,7 @@ from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import (
     BudgetError,
     CorruptFileError,
+    ForkedError,
     IdentityMismatchError,
     InputError,
     KVzipError,
@@ -27,6 +28,7 @@ __all__ = [
     "CompressedContext",
     "CorruptFileError",
     "Document",
+    "ForkedError",
     "IdentityMismatchError",
     "InputError",
     "KVzipEngine",

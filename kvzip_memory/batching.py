@@ -8,13 +8,14 @@ thread that computes has threads of its own, see :mod:`kvzip_memory.threads`.
 from __future__ import annotations
 
 import atexit
+import math
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, ClassVar, TypeVar
@@ -22,7 +23,9 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.calls import Gate, pass_through
 from kvzip_memory.errors import InputError, KVzipError, QueueFullError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.threads import release
 
 T = TypeVar("T")
@@ -30,20 +33,6 @@ T = TypeVar("T")
 #: A step waits for the rows of the last one to come back with their next token, at most so many seconds, or this
 #: fraction of the time that step took.
 GATHER_S, GATHER_FRACTION = 0.004, 0.1
-
-#: Where one thread waits until another puts None there; that waits for nothing, so it may happen while garbage is collected.
-Gate = SimpleQueue[None]
-
-
-def check_thread(thread: threading.Thread) -> None:
-    """Raises:
-    KVzipError: the process was forked since; of its threads only the one that forked goes on in the new process.
-    """
-    if not thread.is_alive():
-        raise KVzipError(
-            f"the thread {thread.name!r}, which computes, is not in this process: it was forked from the one that made the engine, or is "
-            "ending. Make an engine in this one, or start processes by multiprocessing's 'spawn' or 'forkserver'"
-        )
 
 
 class Worker:
@@ -63,8 +52,11 @@ class Worker:
         weakref.finalize(self, self._queue.put, None)
 
     def check(self) -> None:
-        """Raises what :func:`check_thread` does."""
-        check_thread(self._thread)
+        """Raises:
+        KVzipError: Python ends.
+        """
+        if not self._thread.is_alive():
+            raise KVzipError("Python is ending, and the thread that computes has ended; wait for answers before")
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         self.check()
@@ -105,21 +97,52 @@ def _end_workers() -> None:
         thread.join()
 
 
+@dataclass(eq=False)
+class Place:
+    """Where one of those runs that an :class:`Admission` lets in, or the wait for it.
+
+    Attributes:
+        entry: opened when it is its turn, or by somebody else who wants it to wait no longer.
+        begin: what happens when it is its turn.
+        held: whether it is one of those that run.
+    """
+
+    admission: Admission
+    entry: Gate
+    begin: Callable[[], object]
+    held: bool = False
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Another one may run while the block does. Who comes back is the next, before all that have not begun; not if the block fails."""
+        admission = self.admission
+        admission.part(self, away=True)
+        try:
+            yield
+        except BaseException:
+            admission.part(self)
+            raise
+        admission.wait(self, back=True)
+
+
 class Admission:
-    """How many answers run at once and how many may wait for their turn, first come first served.
+    """How many run at once and how many may wait for their turn, first come first served.
 
     Raises:
         InputError: limits that let nothing run.
-        QueueFullError: on entering, when ``running`` answers run and ``waiting`` wait.
+        QueueFullError: on entering, when ``running`` run and ``waiting`` wait, for their turn or for something else meanwhile.
     """
 
-    def __init__(self, running: int, waiting: int) -> None:
+    def __init__(self, running: int, waiting: float = math.inf) -> None:
         if running < 1 or waiting < 0:
             raise InputError(f"max_running is {running} and max_waiting {waiting}; at least one answer must run, and none or more may wait")
         self._limit, self._queue_limit = running, waiting
         self._lock = threading.RLock()  # collecting garbage may end an answer on the thread that holds it
         self._running = 0
-        self._queue: dict[Gate, float] = {}  # since when each waits, the oldest first
+        refuse_after_fork(self, "_lock")
+        # Since when each waits, the oldest first: for its turn, to go on, and for something else.
+        self._queue, self._back = OrderedDict[Place, float](), OrderedDict[Place, float]()
+        self._away: dict[Place, float] = {}
 
     @property
     def running(self) -> int:
@@ -129,66 +152,114 @@ class Admission:
     def waiting(self) -> list[float]:
         """Since when each answer waits, on the monotonic clock."""
         with self._lock:
-            return list(self._queue.values())
+            return [*self._queue.values(), *self._back.values(), *self._away.values()]
 
     @contextmanager
-    def admitted(self, entry: Gate | None = None) -> Iterator[None]:
+    def admitted(self, entry: Gate | None = None) -> Iterator[Place]:
         """Runs the block when it is its turn; before that, and not as one of those that run, if somebody else opens its ``entry``."""
-        entry = SimpleQueue() if entry is None else entry
+        gate = SimpleQueue() if entry is None else entry
+        place = Place(self, gate, lambda: gate.put(None))
+        try:
+            self.wait(place)
+            yield place
+        finally:
+            self.part(place)
+
+    def wait(self, place: Place, back: bool = False) -> None:
         with self._lock:
-            waits = self._running == self._limit
-            if not waits:
-                self._running += 1
-            elif len(self._queue) < self._queue_limit:
-                self._queue[entry] = time.monotonic()
-            else:
+            waits = len(self._queue) + len(self._back) + len(self._away)
+            if not back and self._running >= self._limit and waits >= self._queue_limit:
                 raise QueueFullError(
-                    f"{self._running} answers are running and {len(self._queue)} wait, which is the limit; "
+                    f"{self._running} answers are running and {waits} wait, which is the limit; "
                     "ask again later, or make the engine with a larger max_waiting"
                 )
+            since = self._away.pop(place, None) or time.monotonic()
+            (self._back if back else self._queue)[place] = since
+            self._advance()
         try:
-            if waits:
-                entry.get()
-            yield
+            pass_through(place.entry)
         finally:
             with self._lock:
-                if entry in self._queue:
-                    del self._queue[entry]
-                elif self._queue:
-                    following = next(iter(self._queue))
-                    del self._queue[following]
-                    following.put(None)
-                else:
-                    self._running -= 1
+                self._queue.pop(place, None)
+                self._back.pop(place, None)
+
+    def part(self, place: Place, away: bool = False) -> None:
+        """It runs no longer, or waits ``away`` for something else."""
+        with self._lock:
+            self._away.pop(place, None)
+            if away:
+                self._away[place] = time.monotonic()
+            if place.held:
+                place.held = False
+                self._running -= 1
+            self._advance()
+
+    def _advance(self) -> None:
+        """Let those run whose turn it is. With the lock held, and perhaps once more within itself, when garbage is collected."""
+        while self._running < self._limit:
+            self._running += 1
+            place = self._next()
+            if place is None:
+                self._running -= 1
+                return
+            place.held = True
+            place.begin()
+
+    def _next(self) -> Place | None:
+        for waits in (self._back, self._queue):
+            with suppress(KeyError):
+                return waits.popitem(last=False)[0]
+        return None
 
 
-class Places:
-    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads."""
+#: What is run in a thread; it gets its place if it may leave that to wait for memory.
+Work = Callable[[Place | None], object]
 
-    def __init__(self, limit: int) -> None:
-        self._limit, self._lock = limit, threading.Lock()
-        self._running, self._queue = 0, deque[tuple[float, Callable[[], object]]]()
+
+class Places(Admission):
+    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads. Nothing is refused.
+
+    Args:
+        running: pieces of work at a time.
+        away: so many threads may have left their places to wait for memory before no more begin. None has them keep their places: for
+            work that holds locks meanwhile, for which others may wait in theirs.
+    """
+
+    def __init__(self, running: int, away: int | None = None) -> None:
+        super().__init__(running)
+        self._most_away = away
 
     @property
     def waiting(self) -> list[float]:
         """Since when each piece of work waits, on the monotonic clock."""
         with self._lock:
-            return [since for since, _ in self._queue]
+            return list(self._queue.values())
 
-    def start(self, work: Callable[[], object]) -> None:
+    def start(self, work: Work, failed: Callable[[BaseException], object]) -> None:
+        """Have work done, which gets the place that it may leave; ``failed`` is told if no thread can be started."""
+        gate = SimpleQueue[None]()
+        place = Place(self, gate, lambda: self._begin(place, work, failed))
         with self._lock:
-            if self._running == self._limit:
-                self._queue.append((time.monotonic(), work))
-                return
-            self._running += 1
-        threading.Thread(target=self._run, args=(work,), name="kvzip-answer", daemon=True).start()
+            self._queue[place] = time.monotonic()
+            self._advance()
 
-    def _run(self, work: Callable[[], object] | None) -> None:
-        while work is not None:
-            work()
-            with self._lock:
-                work = self._queue.popleft()[1] if self._queue else None
-                self._running -= work is None
+    def _begin(self, place: Place, work: Work, failed: Callable[[BaseException], object]) -> None:
+        place.begin = lambda: place.entry.put(None)  # when it comes back
+        try:
+            threading.Thread(target=self._run, args=(place, work), name="kvzip-answer", daemon=True).start()
+        except RuntimeError as error:  # no more threads, or Python ends
+            place.held = False
+            self._running -= 1
+            failed(error)
+
+    def _run(self, place: Place, work: Work) -> None:
+        try:
+            work(None if self._most_away is None else place)
+        finally:
+            self.part(place)
+
+    def _next(self) -> Place | None:
+        return super()._next() if self._back or len(self._away) <= (self._most_away or 0) else None
 
 
 #: From a row's logits ``[n, vocab]`` fp32 to its next tokens; runs on the model's thread.
@@ -227,6 +298,7 @@ class Batcher:
     def __init__(self, forward: Forward, worker: Worker, padded_tokens: int) -> None:
         self._forward, self._worker, self._padded_tokens = forward, worker, padded_tokens
         self._changed = threading.Condition()
+        refuse_after_fork(self, "_changed", "_worker")
         self._waiting: list[_Request] = []
         self._scheduled = False
         self._expected: set[Tail] = set()  # of the rows of the last forwards, those that have not come back

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import logging
 import math
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel
 from kvzip_memory import loading, turns
 from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
+from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
@@ -31,6 +31,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
@@ -69,7 +70,7 @@ class KVzipEngine(Shared):
 
     ``ratio`` is the fraction of key-value pairs **kept** (kvpress' ``compression_ratio`` is the fraction removed).
     May be used from any number of threads: their answers are decoded together, builds take turns with them. A copy, deep or not, is
-    the engine itself.
+    the engine itself. It is the process' that made it: in a child that is forked later it raises :class:`ForkedError`.
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
@@ -161,6 +162,7 @@ class KVzipEngine(Shared):
         self._fronts = Fronts()
         release()
         self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
+        refuse_after_fork(self, "_model", "registry", "shared", "guidance")
 
     @classmethod
     def from_pretrained(
@@ -231,6 +233,11 @@ class KVzipEngine(Shared):
     def places(self) -> Places:
         """Threads for answers that an event loop waits for; for the integrations."""
         return self._model.places
+
+    @property
+    def loads(self) -> Places:
+        """Threads for everything else that one waits for; for the integrations."""
+        return self._model.loads
 
     @property
     def window(self) -> int:
@@ -390,7 +397,7 @@ class KVzipEngine(Shared):
 
     async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
         """:meth:`extend` in a thread, see :meth:`aload`."""
-        return await asyncio.to_thread(self.extend, context, more, **options)
+        return await result_of(self.loads, self.extend, context, more, **options)
 
     def _folded(
         self,
@@ -484,11 +491,14 @@ class KVzipEngine(Shared):
 
     async def aforget(self, tag: str) -> Forgotten:
         """:meth:`forget` in a thread."""
-        return await asyncio.to_thread(self.forget, tag)
+        return await result_of(self.loads, self.forget, tag)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
-        """:meth:`load` in a thread, so that an event loop goes on. Cancelling stops waiting; a build goes on and is kept."""
-        return await asyncio.to_thread(self.load, source, **options)
+        """:meth:`load` in a thread, so that an event loop goes on.
+
+        When it is cancelled, a build is given up within a chunk, unless others wait for it. ``asyncio.shield`` has it go on and be kept.
+        """
+        return await result_of(self.loads, self.load, source, **options)
 
     def get(self, reference: str) -> CompressedContext:
         """The context last loaded under a name with this model, or that of a key (8 digits of it at least).
@@ -608,7 +618,7 @@ class KVzipEngine(Shared):
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
         ids, start, ratio = tuple(token_ids.tolist()), parent.n_tokens if parent else 0, wanted.identity["ratio"]
         done = total = 0
-        with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
+        with self._model.building(), self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             layers = list(lease.layers) if lease else []
 
             def progress(stage: str, tokens: int) -> None:
@@ -707,9 +717,10 @@ class KVzipEngine(Shared):
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
 
         An index that another process keeps locked is waited for a second: what was loaded meanwhile is then not on disk, says a warning
-        that counts it, and is built again by the next engine.
+        that counts it, and is built again by the next engine. A process that was forked has nothing to close.
         """
-        self.registry.close()
+        if not is_parents(self):
+            self.registry.close()
 
     def stored_prefix(self, ids: Sequence[int], ratio: float | None = None) -> CompressedContext | None:
         """The stored context with the most tokens that a prompt's ids begin with, the finest of them; None if there is none.
@@ -768,8 +779,11 @@ class KVzipEngine(Shared):
         return self.stream(context, question, **params).whole()
 
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
-        """:meth:`generate` in a thread, so that an event loop goes on."""
-        return await asyncio.to_thread(self.generate, context, question, **params)
+        """:meth:`generate` in a thread, so that an event loop goes on. When it is cancelled, the answer ends within a token.
+
+        As many run as the engine decodes together; more wait, without threads and as many as there are.
+        """
+        return await result_of(self.places, self.generate, context, question, **params)
 
     def stream(
         self,
@@ -934,7 +948,6 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     for text in labels if name is None else [name, *labels]:
         check_text(text)
     return labels
-
 
 
 class _Bar:

@@ -51,6 +51,10 @@ class StorageError(KVzipError, OSError):
     """What lies in ``cache_dir`` cannot be changed now: another process holds its index, or the disk refuses."""
 
 
+class ForkedError(KVzipError, RuntimeError):
+    """An engine, or what belongs to one, that was made before the process was forked."""
+
+
 class CorruptFileError(KVzipError, ValueError):
     """A stored context that is damaged, incomplete or not one of our files."""
 

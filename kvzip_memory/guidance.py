@@ -22,6 +22,7 @@ from torch import Tensor
 from kvzip_memory.encoding import THOUGHTS, Encoder, added_tokens, knows_mistral, token_bytes
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.schemas import contradiction, guiding, json_rule
 from kvzip_memory.sharing import Shared
 
@@ -140,6 +141,7 @@ class Guidance(Shared):
         self._tokenizer, self._eos_ids = tokenizer, sorted(eos_ids)
         self._size = max(vocab_size, len(tokenizer))
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
         self._prepared: LLTokenizer | None = None
         self._alphabet: Alphabet | None = None
         added = added_tokens(tokenizer)

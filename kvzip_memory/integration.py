@@ -1,35 +1,32 @@
-"""What the integrations share: an engine made on first use, and answers that leave an event loop free."""
+"""What the integrations share: an engine made on first use."""
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import os.path
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import closing, suppress
-from functools import partial
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from transformers import PreTrainedConfig
 
+from kvzip_memory.batching import Places
 from kvzip_memory.engine import KVzipEngine
-from kvzip_memory.session import Stream
+from kvzip_memory.forks import after_fork
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import as_folder
 
-T = TypeVar("T")
-
 
 class LazyEngine(Shared):
-    """One engine for all copies of a framework's model object, made by whichever needs it first."""
+    """One engine for all copies of a framework's model object, made by whichever needs it first; another one in each process."""
 
     _way_out = "make the model anew in each process, with the same cache_dir"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.engine: KVzipEngine | None = None
+        after_fork(self, LazyEngine.__init__)
 
     def get(self, make: Callable[[], KVzipEngine]) -> KVzipEngine:
         """The engine; others wait while it is made. What fails is tried again by the next."""
@@ -43,6 +40,18 @@ class LazyEngines(Shared, dict[str, LazyEngine]):
     """Those of one model object and its copies, by what they are made of."""
 
     _way_out = LazyEngine._way_out
+
+
+def places_of(model: Any) -> Places | Callable[[], Places]:
+    """Threads for answers that an event loop waits for; or what gives them, in a thread, once the weights are loaded."""
+    engine: KVzipEngine | None = model.given_engine or model._lazy.engine
+    return engine.places if engine is not None else lambda: model.engine.places
+
+
+def loads_of(model: Any) -> Places | Callable[[], Places]:
+    """:func:`places_of` for everything else that an event loop waits for."""
+    engine: KVzipEngine | None = model.given_engine or model._lazy.engine
+    return engine.loads if engine is not None else lambda: model.engine.loads
 
 
 def located(path: str) -> str:
@@ -62,76 +71,3 @@ def configured_window(model: str) -> int | None:
         window: int | None = PreTrainedConfig.get_config_dict(model, local_files_only=True)[0].get("max_position_embeddings")
         return window
     return None
-
-
-#: Told which stream an answer comes from, as soon as there is one.
-Started = Callable[[Stream], None]
-
-
-async def in_thread(
-    pieces: Callable[[Started], Generator[T, None, None]], engine: KVzipEngine | None, load: Callable[[], KVzipEngine]
-) -> AsyncGenerator[T, None]:
-    """What a generator yields, run in a thread of its own with this task's context variables.
-
-    The loop's own pool has a handful of threads, which would be the limit of what is decoded together. As many run at a time as
-    the engine decodes; more wait, as many as there are. What is yielded is kept for the loop, so these threads decode themselves. When
-    the iteration is left, the stream is cancelled.
-
-    Args:
-        pieces: makes the generator.
-        engine: that answers, None while its weights are not loaded.
-        load: loads them.
-    """
-    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[T | None, BaseException | None, bool]]()
-    left, streams = threading.Event(), list[Stream]()
-
-    def tell(piece: T | None, error: BaseException | None = None, ended: bool = False) -> None:
-        if not left.is_set():
-            with suppress(RuntimeError):  # the loop was closed
-                loop.call_soon_threadsafe(queue.put_nowait, (piece, error, ended))
-
-    def started(stream: Stream) -> None:
-        streams.append(stream.in_this_thread())
-        if left.is_set():
-            stream.cancel()
-
-    def run() -> None:
-        if left.is_set():
-            return
-        try:
-            with closing(pieces(started)) as generator:
-                for piece in generator:
-                    if left.is_set():
-                        return
-                    tell(piece)
-            tell(None, ended=True)
-        except BaseException as error:
-            tell(None, error)
-
-    work = partial(contextvars.copy_context().run, run)
-
-    def begin(ready: KVzipEngine) -> None:
-        ready.places.start(work)
-
-    def load_first() -> None:
-        try:
-            begin(load())
-        except BaseException as error:
-            tell(None, error)
-
-    if engine is not None:
-        begin(engine)
-    else:
-        threading.Thread(target=load_first, name="kvzip-load", daemon=True).start()
-    try:
-        while True:
-            piece, error, ended = await queue.get()
-            if error is not None:
-                raise error
-            if ended:
-                return
-            yield piece  # type: ignore[misc]
-    finally:
-        left.set()
-        for stream in streams:
-            stream.cancel()

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
-from kvzip_memory.batching import Admission, Batcher, Choose, Gate, Places, Worker
+from kvzip_memory.batching import Admission, Batcher, Choose, Place, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
+from kvzip_memory.calls import Gate, check, within
 from kvzip_memory.errors import UnsupportedModelError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"}
 CHUNK_TOKENS = 256
 #: The same on a GPU, which small chunks would leave idle.
 GPU_CHUNK_TOKENS = 2048
+
+#: Loads that event loops wait for at one time: threads of asyncio's own pool, at most.
+LOADS = 32
 
 # Our calls mask by position. A mask that is four-dimensional already is handed through as it is, so none is made.
 _NO_MASK = torch.empty(1, 1, 0, 0)
@@ -56,6 +61,7 @@ class LanguageModel:
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
         places: threads for answers that an event loop waits for.
+        loads: threads for everything else that one waits for.
 
     Raises:
         UnsupportedModelError: naming the property of the model that stands in the way.
@@ -86,7 +92,9 @@ class LanguageModel:
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
-        self.places = Places(max_running)
+        self._builders = Admission(max_running)  # each holds dense pairs
+        self.places, self.loads = Places(max_running, away=max_waiting), Places(LOADS)
+        refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
         if config.model_type not in TESTED:
             self._compare_with_original()
 
@@ -119,6 +127,7 @@ class LanguageModel:
         Returns:
             Logits of each row, ``[min(n_logits, len(ids[row])), vocab]`` fp32.
         """
+        check()
         return self._worker.run(partial(self._forward, rows, ids, n_logits))
 
     @torch.inference_mode()
@@ -174,19 +183,30 @@ class LanguageModel:
         return self._batcher.step(row, last, n_logits, choose)
 
     @contextmanager
-    def answering(self, tail: Tail, entry: Gate | None = None) -> Iterator[None]:
+    def answering(self, tail: Tail, entry: Gate | None = None) -> Iterator[Place]:
         """Around an answer into a tail, from its question to its last token; it does not wait for its turn once its ``entry`` is open.
 
         Raises:
             QueueFullError: more answers run and wait than the engine allows.
-            KVzipError: the process was forked since the engine was made.
+            ForkedError: the process was forked since the engine was made.
         """
         self._worker.check()
-        with self._admission.admitted(entry):
+        with self._admission.admitted(entry) as place:
             try:
-                yield
+                yield place
             finally:
                 self._batcher.leave(tail)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Around a build: no more of them at a time than answers. Who waits for a context in it is not one of them meanwhile.
+
+        Raises:
+            ForkedError: the process was forked since the engine was made.
+        """
+        self._worker.check()
+        with self._builders.admitted() as place, within(place=place):
+            yield
 
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> Iterator[int]:
         """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.
@@ -218,6 +238,7 @@ class LanguageModel:
                 attach(self.model)
                 self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
 
+        check()
         with self._building:
             self._worker.run(forward)
 

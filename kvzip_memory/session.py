@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvzip_memory.batching import Gate, check_thread
+from kvzip_memory import calls
+from kvzip_memory.batching import Place
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.calls import Cancelled, Gate
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Prompt, PromptBuilder
@@ -105,6 +108,9 @@ class _Turn:
     settled: Gate = field(default_factory=SimpleQueue)  # opened then
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __post_init__(self) -> None:
+        refuse_after_fork(self, "lock")
+
 
 class _Ahead(Iterator[str]):
     """Pieces that a generator yields in a thread of its own, whether or not they are read."""
@@ -112,13 +118,10 @@ class _Ahead(Iterator[str]):
     def __init__(self, pieces: Iterator[str]) -> None:
         self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         run = contextvars.copy_context().run
-        self._thread = threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True)
-        self._thread.start()
+        threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True).start()
 
     def __next__(self) -> str:
         release()
-        if not self._thread.is_alive() and self._pieces.empty():  # its last words are there before it ends
-            check_thread(self._thread)
         piece = self._pieces.get()
         if isinstance(piece, str):
             return piece
@@ -198,7 +201,7 @@ class Stream(NotPickled, Iterator[str]):
     def cancel(self) -> None:
         """End the answer after the token being computed, and what was not read of it; may be called from any thread."""
         turn = self._turn
-        if turn.kept is not None:
+        if turn.kept is not None or is_parents(turn):
             return
         turn.cancelled.set()
         turn.entry.put(None)
@@ -210,7 +213,7 @@ class Stream(NotPickled, Iterator[str]):
     def close(self) -> None:
         """:meth:`cancel`; the session may be asked at once, and waits for that token."""
         self.cancel()
-        if isinstance(self._pieces, Generator):
+        if isinstance(self._pieces, Generator) and not is_parents(self._turn):
             with suppress(ValueError):  # it is running, in another thread, and will end
                 self._pieces.close()
 
@@ -244,6 +247,7 @@ class Session(NotPickled):
         self._tail = Tail()
         self._turn: _Turn | None = None  # the answer under way
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
 
     def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Reply:
         """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
@@ -282,7 +286,9 @@ class Session(NotPickled):
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
             self._turn = _Turn(asked, checked)
-            return Stream(self, self._turn)
+            stream = Stream(self, self._turn)
+        calls.started(stream)
+        return stream
 
     def fork(self) -> Session:
         """A second session that has had the same conversation so far; the two go on independently."""
@@ -392,7 +398,7 @@ class Session(NotPickled):
         tail.crop(start)
         began = time.perf_counter()
         try:
-            with model.answering(tail, turn.entry), self._lease(turn) as lease:
+            with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
@@ -422,10 +428,18 @@ class Session(NotPickled):
             yield from turn.reader.push(piece)
         yield from turn.reader.flush()
 
-    def _lease(self, turn: _Turn) -> AbstractContextManager[Lease]:
-        if self.context is None or turn.cancelled.is_set():
-            return nullcontext(_NO_LEASE if self.context is None else _LEFT)
-        return self.context.lease()
+    @contextmanager
+    def _lease(self, turn: _Turn, place: Place) -> Iterator[Lease]:
+        """The context's layers. While the answer waits for them another one has its place."""
+        if self.context is None:
+            yield _NO_LEASE
+            return
+        with ExitStack() as held:
+            lease = _LEFT
+            with suppress(Cancelled), calls.within(turn.cancelled, place):
+                calls.check()
+                lease = held.enter_context(self.context.lease())
+            yield lease
 
     def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,8 +17,8 @@ import torch
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, QueueFullError, threads
 from kvzip_memory.batching import Admission, Gate, Worker
+from kvzip_memory.bridge import pieces_of
 from kvzip_memory.cache import Row
-from kvzip_memory.integration import Started, in_thread
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
 
@@ -210,13 +210,12 @@ async def test_answers_for_an_event_loop_take_a_thread_each_and_wait_without_one
         go.wait()
         return forward(rows, ids, n_logits)
 
-    def pieces(started: Started) -> Iterator[str]:
+    def pieces() -> Generator[str, None, None]:
         with engine.stream(None, "Who?", max_new_tokens=6) as stream:
-            started(stream)
             yield from stream
 
     async def answer() -> str:
-        return "".join([piece async for piece in in_thread(pieces, engine, lambda: engine)])
+        return "".join([piece async for piece in pieces_of(pieces, engine.places)])
 
     engine._model._batcher._forward = held
     before = threading.active_count()
@@ -282,7 +281,7 @@ def test_whoever_leaves_the_queue_takes_no_place_along() -> None:
     assert admission.running == 0
 
     class Interrupt:
-        def get(self) -> None:
+        def get(self, timeout: float | None = None) -> None:
             raise KeyboardInterrupt
 
     with admission.admitted(), pytest.raises(KeyboardInterrupt), admission.admitted(Interrupt()):  # type: ignore[arg-type]

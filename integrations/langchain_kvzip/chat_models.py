@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os.path
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +29,8 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
-from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
+from kvzip_memory.bridge import pieces_of, result_of
+from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
@@ -269,7 +269,7 @@ class KVzipChatModel(BaseChatModel):
 
     async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:
         """:meth:`load_documents` in a thread, so that an event loop goes on."""
-        return await asyncio.to_thread(self.load_documents, documents, **options)
+        return await result_of(loads_of(self), self.load_documents, documents, **options)
 
     def with_context(self, context: CompressedContext | str | None, *, behind: bool = False) -> KVzipChatModel:
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
@@ -324,24 +324,19 @@ class KVzipChatModel(BaseChatModel):
         yield from self._answer(messages, stop, kwargs, thread_tags(run_manager))
 
     def _answer(
-        self,
-        messages: list[BaseMessage],
-        stop: list[str] | None,
-        kwargs: dict[str, Any],
-        tags: Sequence[str],
-        started: Started = lambda stream: None,
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], tags: Sequence[str]
     ) -> Generator[ChatGenerationChunk, None, None]:
         if self._witness is not None:
             self._witness.asked(messages)
         try:
-            yield from self._chunks(messages, stop, kwargs, tags, started)
+            yield from self._chunks(messages, stop, kwargs, tags)
             if self._witness is not None:
                 self._witness.answered()
         except WindowError as error:
             raise ContextOverflowError(str(error)) from error
 
     def _chunks(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], tags: Sequence[str], started: Started
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any], tags: Sequence[str]
     ) -> Iterator[ChatGenerationChunk]:
         options = self._options(stop, kwargs)
         engine = self.engine
@@ -363,8 +358,7 @@ class KVzipChatModel(BaseChatModel):
         called = False
         try:
             with engine.stream(context, turns, **options) as pieces:
-                started(pieces.with_reasoning())
-                for piece in pieces:
+                for piece in pieces.with_reasoning():
                     if isinstance(piece, Reasoning):
                         yield ChatGenerationChunk(message=AIMessageChunk(content="", additional_kwargs={"reasoning_content": str(piece)}))
                         continue
@@ -430,8 +424,7 @@ class KVzipChatModel(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         self._options(stop, kwargs)  # tells what is wrong with them before the weights are loaded
         asked = partial(self._answer, messages, stop, kwargs, thread_tags(run_manager))
-        answer = in_thread(asked, self.given_engine or self._lazy.engine, lambda: self.engine)
-        async with aclosing(answer) as chunks:
+        async with aclosing(pieces_of(asked, places_of(self))) as chunks:
             async for chunk in chunks:
                 yield chunk
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
 from kvzip_memory import KVzipEngine
+from kvzip_memory.batching import Places
+from kvzip_memory.bridge import result_of
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.registry import Entry
 from kvzip_memory.sources import as_path, clean
@@ -34,7 +37,10 @@ def create_memory_tools(
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else as_path(folder, "folder").resolve()
-    changing = threading.Lock()  # an agent may call several tools at a time
+
+    def changing() -> threading.Lock:  # an agent may call several tools at a time
+        lock: threading.Lock = engine.shared.setdefault("langchain.memory_tools", threading.Lock())
+        return lock
 
     def mine() -> dict[str, Entry]:
         entries = reversed(engine.registry.contexts())
@@ -77,7 +83,7 @@ def create_memory_tools(
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
-        with changing, told():
+        with told(), changing():
             if name in mine():  # the text before will have to go
                 engine.registry.check_changeable()
             context = engine.load(source, tags=prefix + name)
@@ -97,12 +103,19 @@ def create_memory_tools(
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
         name = clean(name, "name")
-        with changing, told():
+        with told(), changing():
             entry_of(name)
             engine.registry.check_changeable()
             let_go(name)
         return f"{name!r} is forgotten"
 
-    load = (load_document, "load_document") if root is None else (load_file, "load_document")
-    functions = [load, (list_documents, "list_documents"), (ask_document, "ask_document"), (forget_document, "forget_document")]
-    return [StructuredTool.from_function(function, name=name, handle_tool_error=True) for function, name in functions]
+    def tool(name: str, function: Callable[..., str], places: Places) -> BaseTool:
+        coroutine = partial(result_of, places, function)
+        return StructuredTool.from_function(function, coroutine, name=name, handle_tool_error=True)
+
+    return [
+        tool("load_document", load_document if root is None else load_file, engine.loads),
+        tool("list_documents", list_documents, engine.loads),
+        tool("ask_document", ask_document, engine.places),
+        tool("forget_document", forget_document, engine.loads),
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal, NotRequired
@@ -20,6 +19,8 @@ from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, 
 from langgraph.types import Command, TracePolicy, omit_payload
 
 from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory.bridge import result_of
+from kvzip_memory.integration import loads_of
 from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.registry.holders import thread_tag
@@ -116,15 +117,19 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             InputError: it has been called with none yet, as after a restart.
             StorageError: as for :meth:`KVzipEngine.forget`.
         """
-        engines = [*self._engines] if model is None else [model.engine]
-        if not engines:
-            raise InputError("this middleware has seen no model yet; give the agent's as model=, or kvzip-memory rm --tag")
-        for engine in engines:
+        for engine in self._asked(model):
             engine.forget(thread_tag(clean(str(thread_id), "thread_id")))
 
     async def aforget(self, thread_id: str, model: KVzipChatModel | None = None) -> None:
         """:meth:`forget` in a thread."""
-        await asyncio.to_thread(self.forget, thread_id, model)
+        for engine in self._asked(model):
+            await engine.aforget(thread_tag(clean(str(thread_id), "thread_id")))
+
+    def _asked(self, model: KVzipChatModel | None) -> list[KVzipEngine]:
+        engines = [*self._engines] if model is None else [model.engine]
+        if not engines:
+            raise InputError("this middleware has seen no model yet; give the agent's as model=, or kvzip-memory rm --tag")
+        return engines
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -143,7 +148,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """:meth:`wrap_model_call`; the event loop goes on while a context is built."""
         if not self._supports(request.model):
             return await handler(request)
-        recalled, shorter, witness = await asyncio.to_thread(self._recalled, request)
+        recalled, shorter, witness = await result_of(loads_of(request.model), self._recalled, request)
         response = await handler(shorter)
         self._look(witness, shorter.model)
         return self._with_handle(response, request, recalled)

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
@@ -16,7 +16,7 @@ from llama_index.core.base.llms.types import MessageRole
 from llama_index.core.callbacks import trace_method
 from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
-from llama_index.core.llms import ChatMessage
+from llama_index.core.llms import ChatMessage, ChatResponseGen
 from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
@@ -25,6 +25,11 @@ from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 from llama_index.core.types import Thread
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
+from kvzip_memory.bridge import finished, result_of
+from kvzip_memory.calls import Cancelled, check, within
+from kvzip_memory.forks import refuse_after_fork
+from kvzip_memory.integration import loads_of
+from kvzip_memory.session import Stream
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
@@ -46,6 +51,38 @@ class _Turn:
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set_result(None)
+
+
+class _Response(StreamingAgentChatResponse):
+    """An answer that is taken back when the generator of its pieces is closed or cancelled; LlamaIndex' own waits for its end."""
+
+    leave: Callable[[], None]
+
+    @property
+    def response_gen(self) -> Generator[str, None, None]:
+        pieces = super().response_gen
+        try:
+            for piece in pieces:  # noqa: UP028 (which would close them, and wait for their end, before we know)
+                yield piece
+        except GeneratorExit:
+            self.leave()
+            raise
+
+    async def async_response_gen(self) -> AsyncGenerator[str, None]:
+        pieces = super().async_response_gen()
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(pieces, None))
+                piece = await asyncio.shield(following)
+                if piece is None:
+                    return
+                yield piece
+        except (GeneratorExit, asyncio.CancelledError):
+            tasks = [task for task in (self.awrite_response_to_history_task, following) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -165,6 +202,7 @@ class KVzipChatEngine(SimpleChatEngine):
         engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
         engine._part, engine._ranking = part, Ranking(llm.engine, source_top_k, node_parser)
         engine._taking, engine._turn = threading.Lock(), _Turn()
+        refuse_after_fork(engine, "_taking")
         engine._turn.ended.set_result(None)
         return engine
 
@@ -185,6 +223,7 @@ class KVzipChatEngine(SimpleChatEngine):
         for name, value in vars(self).items():
             setattr(twin, name, value if name in ("_taking", "_turn") else copy.deepcopy(value, memo))
         twin._taking, twin._turn = threading.Lock(), _Turn()
+        refuse_after_fork(twin, "_taking")
         twin._turn.ended.set_result(None)
         return twin
 
@@ -252,17 +291,21 @@ class KVzipChatEngine(SimpleChatEngine):
         try:
             yield
         except BaseException:
-            said = await self._memory.aget_all(**self._active)
-            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-                await self._memory.aset(said[:-1])
+            await finished(self._ataken_back(message))
             raise
+
+    async def _ataken_back(self, message: str) -> None:
+        said = await self._memory.aget_all(**self._active)
+        if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
+            await self._memory.aset(said[:-1])
 
     @trace_method("chat")
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer the next message; ``chat_history`` replaces what was said so far.
 
         Questions are answered one at a time, in their order: the next one waits until an answer that is streamed has ended, whether it is
-        read or not. A question without an answer, since that failed, leaves the history.
+        read or not. A question without an answer, since that failed, was cancelled or the generator of its pieces
+        closed, leaves the history.
 
         Raises:
             SessionBusyError: an async answer is under way in this thread's event loop, which waiting would stop.
@@ -277,9 +320,9 @@ class KVzipChatEngine(SimpleChatEngine):
         """:meth:`chat` in a thread."""
         with await self._anext():
             async with self._ataken_back_on_failure(message):
-                answer = (await self._llm.achat(await self._aasked(message, chat_history))).message
-                await self._memory.aput(answer)
-        return AgentChatResponse(response=str(answer.content), source_nodes=await asyncio.to_thread(self._sources, message))
+                answer = (await self._llm.achat(await finished(self._aasked(message, chat_history)))).message
+                await finished(self._memory.aput(answer))
+        return AgentChatResponse(response=str(answer.content), source_nodes=await result_of(loads_of(self._llm), self._sources, message))
 
     @trace_method("chat")
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
@@ -287,11 +330,24 @@ class KVzipChatEngine(SimpleChatEngine):
         with ExitStack() as turn:
             turn.enter_context(self._next())
             turn.enter_context(self._taken_back_on_failure(message))
-            response = StreamingAgentChatResponse(chat_stream=self._llm.stream_chat(self._asked(message, chat_history)))
+            pieces = self._llm.stream_chat(self._asked(message, chat_history))
             going_on = turn.pop_all()
+        left, streams = threading.Event(), list[Stream]()
+
+        def answered() -> ChatResponseGen:
+            yield from pieces
+            check()  # what was cancelled has ended, too
+
+        def leave() -> None:
+            left.set()
+            for stream in streams:
+                stream.cancel()
+
+        response = _Response(chat_stream=answered())
+        response.leave = leave
 
         def write() -> None:
-            with suppress(Exception), going_on:  # whoever reads the response is told
+            with suppress(Exception, Cancelled), going_on, within(left, started=streams.append):  # whoever reads the response is told
                 response.write_response_to_history(self._memory)
 
         response.write_response_to_history_thread = thread = Thread(target=write)
@@ -305,7 +361,7 @@ class KVzipChatEngine(SimpleChatEngine):
         async with AsyncExitStack() as turn:
             turn.enter_context(await self._anext())
             await turn.enter_async_context(self._ataken_back_on_failure(message))
-            response = StreamingAgentChatResponse(achat_stream=await self._llm.astream_chat(await self._aasked(message, chat_history)))
+            response = _Response(achat_stream=await self._llm.astream_chat(await finished(self._aasked(message, chat_history))))
             going_on = turn.pop_all()
 
         async def write() -> None:
@@ -314,7 +370,7 @@ class KVzipChatEngine(SimpleChatEngine):
                     await response.awrite_response_to_history(self._memory)
 
         response.awrite_response_to_history_task = asyncio.create_task(write())
-        response.source_nodes = await asyncio.to_thread(self._sources, message)
+        response.source_nodes = await result_of(loads_of(self._llm), self._sources, message)
         return response
 
     def reset(self) -> None:

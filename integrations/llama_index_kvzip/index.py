@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -30,6 +29,8 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInf
 from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory.bridge import result_of
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.options import CALL_OPTIONS, renamed
 from kvzip_memory.registry.holders import document_tag, parts
 from kvzip_memory.sharing import Shared
@@ -127,6 +128,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self._persisted = kwargs.get("index_struct") is not None
         self._lock, self._changing = threading.RLock(), False
         llm.engine.shared.setdefault("llama_index.indexes", WeakSet()).add(self)
+        refuse_after_fork(self, "_lock")
         super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
@@ -285,7 +287,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     async def ainsert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """:meth:`insert_nodes` in a thread."""
-        await asyncio.to_thread(self.insert_nodes, nodes, **insert_kwargs)
+        await result_of(self._llm.engine.loads, self.insert_nodes, nodes, **insert_kwargs)
 
     def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         self._place(self._index_struct, nodes)
@@ -308,7 +310,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     async def adelete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """:meth:`delete_nodes` in a thread."""
-        await asyncio.to_thread(self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
+        await result_of(self._llm.engine.loads, self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Remove a document; the context it was in is built again when it is next asked.
@@ -330,7 +332,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """:meth:`delete_ref_doc` in a thread."""
-        await asyncio.to_thread(self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
+        await result_of(self._llm.engine.loads, self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """Replace a document by its new version, or insert it; what this index had of it is forgotten as by :meth:`delete_ref_doc`."""
@@ -341,7 +343,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """:meth:`update_ref_doc` in a thread."""
-        await asyncio.to_thread(self.update_ref_doc, document, **update_kwargs)
+        await result_of(self._llm.engine.loads, self.update_ref_doc, document, **update_kwargs)
 
     def refresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """Insert those of these documents that are not in the index and update the changed ones; all of them or, after an error, none.
@@ -365,7 +367,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
         """:meth:`refresh_ref_docs` in a thread."""
-        return await asyncio.to_thread(self.refresh_ref_docs, documents, **update_kwargs)
+        return await result_of(self._llm.engine.loads, self.refresh_ref_docs, documents, **update_kwargs)
 
     @property
     def ref_doc_info(self) -> dict[str, RefDocInfo]:
@@ -484,4 +486,4 @@ class _Retriever(BaseRetriever):
         return self._sources(self._index.parts(), query_bundle.query_str)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return await asyncio.to_thread(self._retrieve, query_bundle)
+        return await result_of(self._index._llm.engine.loads, self._retrieve, query_bundle)

@@ -36,7 +36,8 @@ from llama_index.core.tools import BaseTool
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
-from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
+from kvzip_memory.bridge import pieces_of
+from kvzip_memory.integration import LazyEngine, configured_window, fixed_folder, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sources import Message, as_message
@@ -221,9 +222,7 @@ class KVzipLLM(FunctionCallingLLM):
 
         return completions()
 
-    def _answer(
-        self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any], started: Started = lambda stream: None
-    ) -> ChatResponseGen:
+    def _answer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseGen:
         options = self.stream_options(kwargs)
         engine = self.engine
         turns, keys = plain_messages(messages)
@@ -236,8 +235,7 @@ class KVzipLLM(FunctionCallingLLM):
         reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
         said, thought, calls = "", "", list[ToolCallBlock]()
         with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
-            started(pieces.with_reasoning())
-            for piece in pieces:
+            for piece in pieces.with_reasoning():
                 if isinstance(piece, Reasoning):
                     thought += piece
                     yield _response(said, calls, "", thought=thought, thinking_delta=str(piece))
@@ -257,8 +255,7 @@ class KVzipLLM(FunctionCallingLLM):
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
         self.stream_options(kwargs)  # tells what is wrong with them before the weights are loaded
-        answer = in_thread(partial(self._answer, messages, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
-        async with aclosing(answer) as responses:
+        async with aclosing(pieces_of(partial(self._answer, messages, kwargs), places_of(self))) as responses:
             async for response in responses:
                 yield response
 

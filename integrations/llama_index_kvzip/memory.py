@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import threading
 from bisect import bisect_left
@@ -16,6 +15,9 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
+from kvzip_memory.bridge import result_of
+from kvzip_memory.forks import refuse_after_fork
+from kvzip_memory.integration import loads_of
 from kvzip_memory.registry.holders import naming
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import TurnsFile
@@ -58,13 +60,13 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     async def _aget(self, messages: list[ChatMessage] | None = None, session_id: str = "", **block_kwargs: Any) -> list[ChatMessage]:
         session = self._session(session_id)
         if not session.is_current:
-            await asyncio.to_thread(session.read, self._ratio, self._limit)
+            await result_of(loads_of(self.llm), session.read, self._ratio, self._limit)
         return session.told()
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         if messages:
             session = self._session(messages[0].additional_kwargs.get("session_id", ""))
-            await asyncio.to_thread(session.grow, messages, self._ratio, self._limit)
+            await result_of(loads_of(self.llm), session.grow, messages, self._ratio, self._limit)
 
     def context(self, session_id: str = "") -> CompressedContext | None:
         """The context of a session's old turns, None before there are any."""
@@ -116,6 +118,7 @@ class _Session:
         self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
         self._file = None if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, engine.registry.tenant, name, session_id)
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
         self.known = _Known()
 
     @property

@@ -22,6 +22,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 from pydantic import BaseModel
 
 from kvzip_memory import CompressedContext, InputError
+from kvzip_memory.bridge import result_of
 from kvzip_memory.options import renamed
 from llama_index_kvzip.llm import KVzipLLM
 from llama_index_kvzip.packing import encodable, readable, tag_of
@@ -157,7 +158,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     async def _aquery(self, query_bundle: QueryBundle) -> RESPONSE_TYPE:
         with self._event(query_bundle) as event:
             question = query_bundle.query_str
-            parts, nodes = await asyncio.to_thread(self._aimed, question)
+            parts, nodes = await result_of(self._llm.engine.loads, self._aimed, question)
             answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
             if self._asks_each(parts):

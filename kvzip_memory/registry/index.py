@@ -20,7 +20,8 @@ import diskcache
 import xxhash
 from diskcache.core import MODE_RAW, UNKNOWN
 
-from kvzip_memory.errors import StorageError
+from kvzip_memory.errors import ForkedError, StorageError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
 
 Row = dict[str, Any]
@@ -112,6 +113,7 @@ class Index:
                 disk_min_file_size=2**60,
                 sqlite_secure_delete=1,  # what is deleted is overwritten
             )
+        refuse_after_fork(self, "_lock", "_rows")
 
     def get(self, key: str) -> Row | None:
         with _translated():
@@ -212,7 +214,7 @@ def _unpacked(key: str, packed: str) -> Row:
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (IndexDamagedError, IndexUnavailableError, UnicodeEncodeError):  # the last is what was asked for
+    except (IndexDamagedError, IndexUnavailableError, ForkedError, UnicodeEncodeError):  # the last is what was asked for
         raise
     except diskcache.Timeout as error:
         cause = error.__context__

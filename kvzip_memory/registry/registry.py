@@ -15,14 +15,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
 
+from kvzip_memory import calls
+from kvzip_memory.calls import Left
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.holders import LetGo, is_held, without
@@ -87,6 +90,20 @@ class _Flight:
     """A context on its way to the device: one thread brings it, others wait."""
 
     progress: tuple[str, int, int] = ("", 0, 0)
+    waiters: WeakSet[Use] = field(default_factory=WeakSet)
+
+    def unwanted(self, left: Left | None) -> Left | None:
+        """Set when nobody waits for it: neither the call that brings it, which has ``left``, nor others."""
+        return None if left is None else _Unwanted(self, left)
+
+
+@dataclass
+class _Unwanted:
+    flight: _Flight
+    left: Left
+
+    def is_set(self) -> bool:
+        return self.left.is_set() and not self.flight.waiters
 
 
 @dataclass
@@ -145,6 +162,7 @@ class ContextRegistry(Shared):
         self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
         self._disk: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
+        refuse_after_fork(self, "_changed", "_writer", "_disk")
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
@@ -170,7 +188,17 @@ class ContextRegistry(Shared):
         """
         story = _Story()
         with self._using() as use:
-            held = self._acquire(use, wanted, build, waiting or (lambda *progress: None), story)
+            if self._begun(use, wanted.key):
+                story.tier, story.ms["wait"] = "device", 0.0
+                self._count("hits.device")
+            else:
+                with calls.waiting():
+                    self._acquire(use, wanted, build, waiting or (lambda *progress: None), story)
+            held = use.held
+            assert held is not None
+            self._annotate(held, wanted)
+            if held.key in self._unstored:
+                self._store_later([held])
             receipt = Receipt(
                 wanted.key,
                 hit=story.tier != "built",
@@ -202,35 +230,32 @@ class ContextRegistry(Shared):
                         self._drop(held)
                 self._changed.notify_all()
 
-    def _acquire(self, use: Use, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> Held:
+    def _acquire(self, use: Use, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Begin to use a context on the device. One thread at a time brings it; who waited tries for itself when that one failed."""
         began, flight = time.perf_counter(), _Flight()
         try:
             while not (there := self._begun(use, wanted.key)):
+                calls.check()
                 with self._changed:
                     other = self._flights.setdefault(wanted.key, flight)
                     if other is flight:
                         break
+                    other.waiters.add(use)
                     progress = other.progress
                     del other  # a flight goes with the frame of the thread that flies
-                    self._changed.wait(0.2)
+                    self._changed.wait(calls.LOOK_S)
                 waiting(*progress)
             if there or self._begun(use, wanted.key):  # landed in between
                 story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
             else:
-                self._bring(use, flight, wanted, build, waiting, story)
+                with calls.within(left=flight.unwanted(calls.left())):
+                    self._bring(use, flight, wanted, build, waiting, story)
             self._count(story.tier if story.tier == "built" else f"hits.{story.tier}")
         finally:
             if self._flights.get(wanted.key) is flight:
                 with self._changed:
                     del self._flights[wanted.key]
                     self._changed.notify_all()
-        held = use.held
-        assert held is not None
-        self._annotate(held, wanted)
-        if held.key in self._unstored:
-            self._store_later([held])
-        return held
 
     def _begun(self, use: Use, key: str) -> bool:
         """Begin to use a context that is on the device; False if it is not."""
@@ -430,6 +455,7 @@ class ContextRegistry(Shared):
         notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
+                calls.check()
                 mine = hold.acquire()
                 if self._disk.has(wanted.key) and self._from_disk(use, wanted, story):
                     return True
@@ -534,6 +560,7 @@ class ContextRegistry(Shared):
         deadline = time.monotonic() + self._wait_s
         notice = Notice("waiting for room for %s bytes in the %s tier, all of which answers use", f"{nbytes:,}", tier.name)
         while not self._reserved(tier, nbytes, room):
+            calls.check()
             with self._changed:
                 if tier.has_room(nbytes) or self._victim(tier) is not None:
                     continue
@@ -546,7 +573,7 @@ class ContextRegistry(Shared):
                         f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
                     )
                 notice.look()
-                self._changed.wait(min(remaining, 0.5))
+                self._changed.wait(min(remaining, calls.LOOK_S))
 
     def _reserved(self, tier: MemoryTier, nbytes: int, room: Room) -> bool:
         """Keep bytes in a tier, moving down what was used longest ago; False if that is not to be had without waiting."""
@@ -934,8 +961,11 @@ class ContextRegistry(Shared):
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
 
-        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk.
+        An index that another process holds is waited for a second; a warning says how many contexts are then not on disk. A process that
+        was forked has nothing to close.
         """
+        if is_parents(self):
+            return
         self.flush()
         if self._unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
