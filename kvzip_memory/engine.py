@@ -9,7 +9,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,13 +47,14 @@ from kvzip_memory.registry.identity import (
     key_of,
     model_identity,
     tenant_digest,
-    weights_stamp,
+    weights_identity,
 )
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+from kvzip_memory.weights import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class KVzipEngine(Shared):
             ttl=ttl,
             tenant=self._tenant,
         )
+        self._watch = Watch(self.model)
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, CompressedContext] = WeakValueDictionary()
         release()
@@ -276,7 +278,7 @@ class KVzipEngine(Shared):
         tags = _labels(name, tags)
         began = time.perf_counter()
         prompt = self._prompt(source, system, _strings(keep), tools)
-        return self._load(prompt, ratio, name, tags, began)
+        return self._load_text(prompt, ratio, name, tags, began)
 
     def load_marked(
         self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, ratio: float | None = None
@@ -302,11 +304,14 @@ class KVzipEngine(Shared):
         self._check_window(prompt)
         before = self.stored_prefix([*prompt.token_ids, -1])  # of all of them, too
         if before is None or before.ratio < ratio or before.identity["scorer"] not in (None, self._scorer.identity()):
-            return self._load(prompt, ratio, None, (_MARKED,), began)
+            return self._load_text(prompt, ratio, None, (_MARKED,), began)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
         left_behind = before.identity["parent"]
-        context = self._load(replace(prompt, protected=before.protected), ratio, None, (_MARKED,), began, before)
+        try:
+            context = self._load(replace(prompt, protected=before.protected), ratio, None, (_MARKED,), began, before)
+        except IdentityMismatchError:  # as in _load_text
+            return self._load_text(prompt, ratio, None, (_MARKED,), began)
         self._forget_marked(left_behind)
         return context
 
@@ -395,6 +400,12 @@ class KVzipEngine(Shared):
         self._check_window(prompt)
         return self._load(prompt, ratio, name, (), began, context, pairs)
 
+    def _load_text(self, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float) -> CompressedContext:
+        """:meth:`_load` of what is built from its text alone: under the key of the weights as they are, had they changed unseen."""
+        with suppress(IdentityMismatchError):
+            return self._load(prompt, ratio, name, tags, began)
+        return self._load(prompt, ratio, name, tags, began)
+
     def _load(
         self,
         prompt: Prompt,
@@ -448,8 +459,8 @@ class KVzipEngine(Shared):
         Raises:
             InputError: nothing is stored under it that this model can use.
         """
-        entries = self.registry.find(reference)
-        usable = [e for e in entries if all(e.identity.get(f) == self._identity[f] for f in MODEL_FIELDS)]
+        entries, here = self.registry.find(reference), self._identity
+        usable = [e for e in entries if all(e.identity.get(f) == here[f] for f in MODEL_FIELDS)]
         if not usable and (loaded := self._loaded.get(reference)) is not None and not self.registry.is_removed(reference):
             return loaded
         if not usable:
@@ -546,7 +557,30 @@ class KVzipEngine(Shared):
         report: Report,
         pairs: DensePairs | None = None,
     ) -> CompressedContext:
-        check_same_model(wanted.identity, self._identity, f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
+        """A context of the weights that its key names and of no others: all of them are read before it is built and once more after."""
+        began = time.perf_counter()
+        check_same_model(wanted.identity, self._proven_identity(), f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
+        before = time.perf_counter() - began
+        context, ms = self._build_now(wanted, prompt, ratio, parent, report, pairs)
+        began = time.perf_counter()
+        check_same_model(
+            wanted.identity,
+            self._proven_identity(),
+            f"context {wanted.key[:12]!r}",
+            "the model was changed while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
+        )
+        ms["verify"] = 1e3 * (before + time.perf_counter() - began)
+        return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
+
+    def _build_now(
+        self,
+        wanted: Wanted,
+        prompt: Prompt,
+        ratio: float,
+        parent: CompressedContext | None,
+        report: Report,
+        pairs: DensePairs | None,
+    ) -> tuple[CompressedContext, dict[str, float]]:
         recipe, ids, start = prompt.recipe, prompt.token_ids, parent.n_tokens if parent else 0
         done = total = 0
         with self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
@@ -579,7 +613,7 @@ class KVzipEngine(Shared):
                 dense_nbytes += compressed.dense_nbytes
                 layers, start, pairs = list(compressed.layers), end, None
                 del compressed, prefilled  # they hold on to what the next piece frees
-        return CompressedContext(
+        context = CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
             token_ids=torch.tensor(prompt.token_ids, dtype=torch.int32),
@@ -589,8 +623,8 @@ class KVzipEngine(Shared):
             dense_nbytes=dense_nbytes,
             recipe=recipe,
             sources=prompt.sources,
-            receipt=Receipt(wanted.key, hit=False, tier="built", ms=dict(ms)),
         )
+        return context, dict(ms)
 
     def _bar(self, name: str | None) -> _Bar:
         return _Bar(name or "context", None if self._progress is None else not self._progress)
@@ -621,13 +655,28 @@ class KVzipEngine(Shared):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """The model's fields of a key; computed again when a weight or an adapter has changed."""
+        """The model's fields of a key; computed again when a weight or an adapter has changed.
+
+        Raises:
+            IdentityMismatchError: the model was moved to another device.
+            InputError: it has a dtype now that the engine's attention cannot compute with.
+        """
         template = self._prompts.template
-        stamp = (*weights_stamp(self.model), template)
-        known_stamp, fields = self._known_identity
-        if stamp != known_stamp:
+        now = (self._watch.stamp(), template)
+        known, fields = self._known_identity
+        if now != known:
+            if known is not None:
+                self._model.changed(now[0].places != known[0].places)
             fields = model_identity(self.model, self.tokenizer, template)
-            self._known_identity = (stamp, fields)
+            self._known_identity = (now, fields)
+        return fields
+
+    def _proven_identity(self) -> dict[str, Any]:
+        """:attr:`_identity` with all weights read, also if none seems to have changed."""
+        fields = self._identity
+        known, _ = self._known_identity
+        fields = {**fields, **weights_identity(self.model)}
+        self._known_identity = (known, fields)
         return fields
 
     @property
@@ -663,9 +712,17 @@ class KVzipEngine(Shared):
     # -- answers -------------------------------------------------------------------------------------------------
 
     def session(self, context: CompressedContext | None = None) -> Session:
-        """A conversation over a context, or over none."""
+        """A conversation over a context, or over none.
+
+        Raises:
+            IdentityMismatchError: the context is another model's; or, when it is asked or folded, its pairs are of weights, an adapter
+                or a dtype that the model no longer has.
+        """
         self._check_context(context)
-        return Session(self._model, self._prompts, context, self._folded)
+        return self._session(context)
+
+    def _session(self, context: CompressedContext | None) -> Session:
+        return Session(self._model, self._prompts, context, self._folded, lambda: self._identity)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context; the question is forgotten afterwards.
@@ -718,11 +775,11 @@ class KVzipEngine(Shared):
         elif schema is not None:
             params["grammar"] = self.guidance.json(schema)
         if context is not None:
-            return self.session(context).stream(question, tools, behind, **params)
+            return self._session(context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = self._prompts.question(None, question, tools, thinks=checked.free)
         context = self.stored_prefix(ids)
-        return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
+        return self._session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
     def tool_form(self) -> ToolForm:

@@ -99,6 +99,10 @@ class DecodeSteps:
     def captured(self) -> list[tuple[int, int]]:
         return sorted(self._batches)
 
+    def forget(self) -> None:
+        """Let go of all graphs: weights lie elsewhere, or another adapter is active."""
+        self._batches.clear()
+
     def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor | None:
         """Feed each row its tokens and append their pairs to its tail, uncounted; logits ``[B, n_logits, vocab]`` fp32 after the last.
 

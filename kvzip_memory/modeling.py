@@ -17,7 +17,7 @@ from transformers import Cache, PreTrainedModel
 from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Gate, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
-from kvzip_memory.errors import UnsupportedModelError
+from kvzip_memory.errors import IdentityMismatchError, UnsupportedModelError
 from kvzip_memory.graphs import DecodeSteps
 
 logger = logging.getLogger(__name__)
@@ -79,9 +79,8 @@ class LanguageModel:
             )
         self.eos_ids = _eos_ids(model, tokenizer)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
-        chosen = choose(backend, self.device, model.dtype)
-        self.backend, self._backend = chosen.name, chosen.attend
-        self._steps = None if chosen.kernels is None else DecodeSteps(model, self.windows, chosen.kernels)
+        self._attention, self._made_on, self._dtype = backend, self.device, model.dtype
+        self._choose()
         self._worker = Worker()
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
@@ -107,6 +106,31 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def _choose(self) -> None:
+        self._dtype = self.model.dtype
+        chosen = choose(self._attention, self.device, self._dtype)
+        self.backend, self._backend = chosen.name, chosen.attend
+        self._steps = None if chosen.kernels is None else DecodeSteps(self.model, self.windows, chosen.kernels)
+
+    def changed(self, moved: bool) -> None:
+        """Go on with weights that were changed: with what can attend in their dtype, and without old graphs if they have ``moved``.
+
+        Raises:
+            IdentityMismatchError: they are on another device.
+            InputError: the attention cannot compute with their dtype.
+        """
+        self._worker.check()
+        if self.device != self._made_on:
+            raise IdentityMismatchError(
+                f"the engine was made for its model on {self._made_on}, where its contexts are, and that is on {self.device} now; move it "
+                "back, or make another engine for it: with the same cache_dir that finds the contexts",
+                fields=("device",),
+            )
+        if self.model.dtype != self._dtype:
+            self._worker.run(self._choose)
+        elif moved and self._steps is not None:
+            self._worker.submit(self._steps.forget)
 
     def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int = 1) -> list[Tensor]:
         """Feed each row its new tokens and append their pairs to its tail.
