@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from conftest import TEXT, tiny_engine, tiny_model
-from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine
+from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine, Session
 from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.generation import GenerationParams
 from kvzip_memory.weights import Watch, fingerprint
 
 # -- what changes weights ---------------------------------------------------------------------------------------------
@@ -247,3 +248,78 @@ def test_a_build_beside_which_weights_change_is_made_once_more_and_then_given_up
     assert [entry.identity["weights"] for entry in engine.registry.contexts()] == [fingerprint(engine.model)] * (not told)
     assert engine.load(TEXT).receipt.tier == ("built" if told else "device")
     engine.close()
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def adapter(model: Any) -> None:
+    layer = nn.Linear(1, 1)
+    layer.active_adapters, layer.scaling = ["a"], {"a": 1.0}  # type: ignore[assignment]
+    model.adapted = layer
+
+
+OTHERS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "weights": ("weights", lambda model: model.lm_head.weight.data.mul_(2)),
+    "adapter": ("adapter", adapter),
+    "dtype": ("dtype", lambda model: model.to(torch.bfloat16)),
+    "float64": ("dtype", lambda model: model.to(torch.float64)),
+    "device": ("device", lambda model: model.to("meta")),
+}
+ASK: dict[str, Callable[[Session], object]] = {
+    "ask": lambda session: session.ask("And when?", max_new_tokens=2),
+    "stream": lambda session: session.stream("And when?", max_new_tokens=2),
+    "ids": lambda session: session.stream_ids([5, 6], GenerationParams(max_new_tokens=2)),
+    "fold": lambda session: session.fold(0),
+    "fork": lambda session: session.fork().ask("And when?", max_new_tokens=2),
+    "fork and fold": lambda session: copy.copy(session).fold(0),
+}
+
+
+@pytest.mark.parametrize("over", ["a context", "none"])
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_session_does_not_go_on_with_another_model(change: str, over: str) -> None:
+    engine = tiny_engine()
+    session = engine.session(engine.load(TEXT) if over == "a context" else None)
+    waiting = engine.session(session.context).stream("Who?", max_new_tokens=2)
+    session.ask("Who?", max_new_tokens=2)
+    begun = session.fork().stream("And when?", max_new_tokens=2)
+    taken, said = session.n_tokens, session.fork().ask("And when?", max_new_tokens=2).text
+    before = copy.deepcopy(engine.model)
+    field, edit = OTHERS[change]
+    edit(engine.model)
+    for way in ASK.values():
+        with pytest.raises(IdentityMismatchError) as error:
+            way(session)
+        assert field in error.value.fields
+    for stream in (begun, *([waiting] if over == "a context" or change == "device" else [])):
+        with pytest.raises(IdentityMismatchError):
+            next(stream)
+    assert session.n_tokens == taken
+    if change == "weights":  # it is as it was
+        engine.model.load_state_dict(before.state_dict())
+        assert session.ask("And when?", max_new_tokens=2).text == said
+
+
+@pytest.mark.parametrize("change", ["weights", "adapter", "dtype"])
+def test_a_session_over_no_context_begins_anew_with_another_model(change: str) -> None:
+    engine = tiny_engine()
+    session = engine.session()
+    session.ask("Who?", max_new_tokens=2)
+    OTHERS[change][1](engine.model)
+    session.reset()
+    reply = session.ask("And when?", max_new_tokens=8)
+    assert reply.text == engine.generate(None, "And when?", max_new_tokens=8).text
+    session.fold(0)
+    assert session.ask("Why?", max_new_tokens=2).receipt.hit
+    with pytest.raises(IdentityMismatchError, match="load its text again"):
+        OTHERS["weights"][1](engine.model)
+        session.ask("Why?", max_new_tokens=2)
+
+
+def test_a_session_keeps_the_template_it_began_with() -> None:
+    engine = tiny_engine()
+    session = engine.session(engine.load(TEXT))
+    session.ask("Who?", max_new_tokens=2)
+    engine.tokenizer.chat_template += "\n"
+    assert session.ask("And when?", max_new_tokens=2).receipt.hit
