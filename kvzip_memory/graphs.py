@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention.base import rows_by_context
 from kvzip_memory.cache import Row
+from kvzip_memory.modes import evaluation_copy, in_training
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,8 @@ class _Batch:
 
     def _forward(self, model: PreTrainedModel) -> Tensor:
         call = _Call(self)
-        output = model(
+        evaluating = evaluation_copy(model) if in_training(model) else model
+        output = evaluating(
             input_ids=self._tokens,
             position_ids=self._positions,
             attention_mask=torch.empty(1, 1, 0, 0),  # four-dimensional masks are handed through; ours is in the tables

@@ -17,8 +17,9 @@ from transformers import Cache, PreTrainedModel
 from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Gate, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
-from kvzip_memory.errors import IdentityMismatchError, UnsupportedModelError
+from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.graphs import DecodeSteps
+from kvzip_memory.modes import evaluation_copy, in_training
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ class LanguageModel:
         self._attention, self._made_on, self._dtype = backend, self.device, model.dtype
         self._choose()
         self._worker = Worker()
+        self._warned = False
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
@@ -163,17 +165,40 @@ class LanguageModel:
         for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
-        cache = SessionCache(rows, counts, self.windows, self._backend)
-        logits: Tensor = self.model(
-            input_ids=input_ids.to(self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=_NO_MASK,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=n_logits,
-            kvzip=cache,
-        ).logits
-        return logits
+        while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self._backend)
+            try:
+                logits: Tensor = model(
+                    input_ids=input_ids.to(self.device),
+                    position_ids=positions.to(self.device),
+                    attention_mask=_NO_MASK,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=n_logits,
+                    kvzip=cache,
+                ).logits
+            except Exception:
+                if not self._switched(model):
+                    raise
+                continue
+            if not self._switched(model):
+                return logits
+
+    def _evaluating(self) -> PreTrainedModel:
+        """The model in evaluation mode, itself or a copy."""
+        if not in_training(self.model):
+            return self.model
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "the model is in training mode: contexts and answers are computed without dropout, by a copy of its modules that is made "
+                "for every forward; call model.eval() to save that"
+            )
+        return evaluation_copy(self.model)
+
+    def _switched(self, model: PreTrainedModel) -> bool:
+        """Whether the model itself has just computed, and somebody has meanwhile put it into training mode."""
+        return model is self.model and in_training(model)
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
@@ -238,9 +263,14 @@ class LanguageModel:
 
         @torch.inference_mode()
         def forward() -> None:
-            with suppress(LastLayerSeen):
-                attach(self.model)
-                self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            attach(self.model)
+            model = self._evaluating()
+            try:
+                with suppress(LastLayerSeen):
+                    model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            finally:
+                if self._switched(model):  # the cache may hold what it has computed
+                    raise ModelError("the model was put into training mode while it read a text; do that again, or train a copy of it")
 
         with self._building:
             self._worker.run(forward)
@@ -250,7 +280,7 @@ class LanguageModel:
         kind, original = self.model.config.model_type, self.model.config._attn_implementation
         ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
         with torch.inference_mode():
-            theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
+            theirs: Tensor = self._evaluating()(input_ids=ids[None]).logits[0, 40:].float()
         row = Row((), 0, Tail())
         self.forward([row], [ids[:40].tolist()])
         ours = self.forward([row], [ids[40:].tolist()], n_logits=8)[0]

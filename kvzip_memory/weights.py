@@ -66,11 +66,6 @@ class Watch:
             return Stamp(places, counts, tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled))
 
 
-def in_training(model: nn.Module) -> bool:
-    """Whether some module of a model is in training mode."""
-    return any(module.training for module in _held(model)[0])
-
-
 def _held(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
     """All modules of a model, and the parameters and buffers they compute with. ``model.modules()`` alone takes twice as long."""
     modules: list[Any] = [model]
