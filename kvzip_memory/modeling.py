@@ -336,9 +336,12 @@ def _window(config: Any) -> int:
     "dynamic" and "longrope" models rotate all keys anew once a text passes their original length; stored keys cannot.
     """
     window = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        window = min(window, int(rope.get("original_max_position_embeddings") or window))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rotation in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):  # one for all layers, or for each type of them
+        kind = str(rotation.get("rope_type") or rotation.get("type"))
+        if "dynamic" in kind or kind == "longrope":
+            originals = (rotation.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
+            window = min(window, *(int(original) for original in originals if original))
     return window
 
 

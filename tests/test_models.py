@@ -16,7 +16,7 @@ from transformers import (
     T5Config,
 )
 
-from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import TEXT, own_logits, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
 
 _TINY = {
@@ -88,9 +88,46 @@ def test_an_untested_architecture_that_computes_something_else_is_refused(monkey
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_rotations_that_change_with_length_end_the_window_there() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
-    assert KVzipEngine(tiny_model(rope_parameters=rope), tiny_tokenizer()).window == 512
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 512}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **FACTORS}
+ROTATIONS: dict[str, tuple[str, dict[str, object]]] = {
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC}),
+    "longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 512}),
+    "the older name": ("qwen2", {"rope_scaling": {**FACTORS, "type": "longrope", "factor": 4.0}, "rope_parameters": None}),
+    "of the configuration": ("phi3", {"rope_parameters": PLAIN | LONG, "original_max_position_embeddings": 512}),
+    "layers of one type": ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}),
+    "layers of the other": ("gemma3", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": DYNAMIC}}),
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_change_with_length_end_the_window_there(kind: str) -> None:
+    architecture, changes = ROTATIONS[kind]
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer(), 1.0)
+    assert engine.window == 512
+    context = engine.load("Lamps and oil. " * 13)
+    ids = [i % 250 for i in range(512 - context.n_tokens)]
+    torch.testing.assert_close(engine.logits(context, ids), own_logits(engine, context, ids), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_another_users_long_text_has_left_change_no_key(kind: str) -> None:
+    architecture, changes = ROTATIONS[kind]
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer())
+    context = engine.load(TEXT[:200])
+    expected = engine.logits(context, [5, 6, 7])
+    with torch.inference_mode():
+        engine.model(input_ids=torch.arange(2100)[None] % 250)
+    assert engine.load(TEXT[:200]).receipt.hit  # type: ignore[union-attr]
+    torch.testing.assert_close(engine.logits(context, [5, 6, 7]), expected)
+    engine.registry.remove(context.key)
+    with torch.inference_mode():
+        engine.model(input_ids=torch.arange(2100)[None] % 250)
+    again = engine.load(TEXT[:200])
+    assert again.key == context.key
+    torch.testing.assert_close(engine.logits(again, [5, 6, 7]), expected)
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, 30, float("nan")])
