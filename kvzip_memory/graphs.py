@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention.base import rows_by_context
 from kvzip_memory.cache import Row
-from kvzip_memory.modes import evaluation_copy, in_training
+from kvzip_memory.modes import evaluation_copy, in_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +211,7 @@ class _Batch:
 
     def _forward(self, model: PreTrainedModel) -> Tensor:
         call = _Call(self)
-        evaluating = evaluation_copy(model) if in_training(model) else model
+        evaluating = model if in_evaluation(model) else evaluation_copy(model)
         output = evaluating(
             input_ids=self._tokens,
             position_ids=self._positions,

@@ -19,7 +19,7 @@ from kvzip_memory.batching import Admission, Batcher, Choose, Gate, Places, Work
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.graphs import DecodeSteps
-from kvzip_memory.modes import evaluation_copy, in_training
+from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class LanguageModel:
     by chunk.
 
     Args:
-        model: a transformers causal language model; it goes on working for others.
+        model: a transformers causal language model; it goes on working for others. A compiled one is run as it was written.
         tokenizer: its tokenizer.
         backend: attention, one of :data:`~kvzip_memory.attention.NAMES`.
         max_running: answers decoded together.
@@ -66,6 +66,7 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
     ) -> None:
+        model = as_written(model)
         config = model.config
         layer_types = _check(model)
         self.model = model
@@ -186,9 +187,9 @@ class LanguageModel:
 
     def _evaluating(self) -> PreTrainedModel:
         """The model in evaluation mode, itself or a copy."""
-        if not in_training(self.model):
+        if in_evaluation(self.model):
             return self.model
-        if not self._warned:
+        if not self._warned and any(module.training for module in self.model.modules()):
             self._warned = True
             logger.warning(
                 "the model is in training mode: contexts and answers are computed without dropout, by a copy of its modules that is made "
@@ -198,7 +199,7 @@ class LanguageModel:
 
     def _switched(self, model: PreTrainedModel) -> bool:
         """Whether the model itself has just computed, and somebody has meanwhile put it into training mode."""
-        return model is self.model and in_training(model)
+        return model is self.model and not in_evaluation(model)
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""

@@ -1,4 +1,8 @@
-"""A model as it computes in evaluation mode, whatever mode its modules are in. They are others', too, and are never switched."""
+"""A model as it was written and in evaluation mode, however its modules were compiled and whatever mode they are in.
+
+They are other threads', too, and are never switched. What is compiled would be so again and again for our calls, each of which has
+other contexts and lengths.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,29 @@ from kvzip_memory.errors import ModelError
 
 M = TypeVar("M", bound=nn.Module)
 
+# Where torch.compile keeps the function it was given.
+_WRITTEN = "_torchdynamo_orig_callable"
 
-def in_training(model: nn.Module) -> bool:
-    """Whether some module of a model is in training mode."""
+
+def as_written(model: M) -> M:
+    """What ``torch.compile(model)`` was given; any other model is given back."""
+    return model._modules.get("_orig_mod", model)  # type: ignore[return-value]
+
+
+def in_evaluation(model: nn.Module) -> bool:
+    """Whether all modules of a model are in evaluation mode, and none was compiled."""
     modules: list[Any] = [model]
     for module in modules:
-        if module.training:
-            return True
-        if inner := module._modules:
-            modules += filter(None, inner.values())
-    return False
+        if module is None:
+            continue
+        own = module.__dict__
+        if own["training"] or own.get("_compiled_call_impl") or ("forward" in own and hasattr(own["forward"], _WRITTEN)):
+            return False
+        if inner := own["_modules"]:
+            if "_orig_mod" in inner:
+                return False
+            modules += inner.values()
+    return True
 
 
 def evaluation_copy(model: M) -> M:
@@ -38,11 +55,10 @@ def evaluation_copy(model: M) -> M:
 
 
 def _copied(module: Any, copies: dict[int, Any]) -> Any:
-    while "_orig_mod" in module._modules:
-        module = module._orig_mod
+    module = as_written(module)
     if id(module) in copies:
         return copies[id(module)]
-    own = vars(module)
+    own = {name: getattr(value, _WRITTEN, value) if name == "forward" else value for name, value in vars(module).items()}
     if "rope_type" in own:  # keeps in itself what it has computed last, and is the same in both modes
         return module
     copy = copies[id(module)] = object.__new__(type(module))

@@ -78,7 +78,7 @@ def _held(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
             passing = _passing(module)
             held += [buffer for name, buffer in own["_buffers"].items() if name not in passing]
         if own["_modules"]:
-            modules += filter(None, own["_modules"].values())
+            modules += [child for child in own["_modules"].values() if child is not None]
     return modules, [tensor for tensor in held if tensor is not None]
 
 

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig, OlmoConfig
 
 from conftest import TEXT, same_pairs, tiny_model, tiny_tokenizer
 from kvzip_memory import KVzipEngine, ModelError
-from kvzip_memory.modes import in_training
 
 
 class Adapted(nn.Module):
@@ -136,7 +135,7 @@ def test_modes_may_change_while_an_answer_runs() -> None:
 
     def switch(module: nn.Module, *inputs: object) -> None:
         """Another thread's training begins and ends, within forwards."""
-        seen.append(in_training(model))
+        seen.append(model.training)
         if len(seen) % 3 != 1:
             model.train(len(seen) % 3 == 2)
 
