@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,13 +51,14 @@ from kvzip_memory.registry.identity import (
     key_of,
     model_identity,
     tenant_digest,
-    weights_stamp,
+    weights_identity,
 )
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+from kvzip_memory.weights import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ class KVzipEngine(Shared):
             ttl=ttl,
             tenant=self._tenant,
         )
+        self._watch = Watch(self.model)
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
@@ -285,7 +287,7 @@ class KVzipEngine(Shared):
         tags = _labels(name, tags)
         began = time.perf_counter()
         prompt = self._prompt(source, system, _strings(keep), tools)
-        return self._load(prompt, ratio, name, tags, began)
+        return self._load_text(prompt, ratio, name, tags, began)
 
     def load_marked(
         self,
@@ -324,12 +326,15 @@ class KVzipEngine(Shared):
             )
             return None
         if before is None:
-            return self._load(prompt, ratio, None, tags, began)
+            return self._load_text(prompt, ratio, None, tags, began)
         self.registry.join(before.key, tags)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
         left_behind = before.identity["parent"]
-        context = self._load(replace(prompt, protected=before.protected), ratio, None, tags, began, before)
+        try:
+            context = self._load(replace(prompt, protected=before.protected), ratio, None, tags, began, before)
+        except IdentityMismatchError:  # as in _load_text
+            return self._load_text(prompt, ratio, None, tags, began)
         self.leave_behind(left_behind, tags)
         return context
 
@@ -421,6 +426,12 @@ class KVzipEngine(Shared):
         self._check_window(prompt)
         return self._load(prompt, ratio, name, tags, began, context, pairs)
 
+    def _load_text(self, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float) -> CompressedContext:
+        """:meth:`_load` of what is built from its text alone: under the key of the weights as they are, had they changed unseen."""
+        with suppress(IdentityMismatchError):
+            return self._load(prompt, ratio, name, tags, began)
+        return self._load(prompt, ratio, name, tags, began)
+
     def _load(
         self,
         prompt: Prompt,
@@ -510,8 +521,8 @@ class KVzipEngine(Shared):
         Raises:
             InputError: nothing is stored under it that this model can use.
         """
-        entries = self.registry.find(reference)
-        usable = [e for e in entries if all(e.identity.get(f) == self._identity[f] for f in MODEL_FIELDS)]
+        entries, here = self.registry.find(reference), self._identity
+        usable = [e for e in entries if all(e.identity.get(f) == here[f] for f in MODEL_FIELDS)]
         if not usable and (loaded := self._loaded.get(reference)) is not None and not self.registry.is_removed(reference):
             return loaded.handle()
         if not usable:
@@ -611,10 +622,27 @@ class KVzipEngine(Shared):
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
     def _build(self, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None = None) -> CompressedContext:
+        """A context of the weights that its key names and of no others: all of them are read before it is built and once more after."""
+        wanted, began = step.wanted, time.perf_counter()
+        check_same_model(wanted.identity, self._proven_identity(), f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
+        before = time.perf_counter() - began
+        context, ms = self._build_now(step, parent, report, pairs)
+        began = time.perf_counter()
+        check_same_model(
+            wanted.identity,
+            self._proven_identity(),
+            f"context {wanted.key[:12]!r}",
+            "the model was changed while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
+        )
+        ms["verify"] = 1e3 * (before + time.perf_counter() - began)
+        return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
+
+    def _build_now(
+        self, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None
+    ) -> tuple[CompressedContext, dict[str, float]]:
         wanted, recipe = step.wanted, step.recipe
         assert step.ids is not None
         assert recipe is not None
-        check_same_model(wanted.identity, self._identity, f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
         ids, start, ratio = tuple(token_ids.tolist()), parent.n_tokens if parent else 0, wanted.identity["ratio"]
         done = total = 0
@@ -648,7 +676,7 @@ class KVzipEngine(Shared):
                 dense_nbytes += compressed.dense_nbytes
                 layers, start, pairs = list(compressed.layers), end, None
                 del compressed, prefilled  # they hold on to what the next piece frees
-        return CompressedContext(
+        context = CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
             token_ids=token_ids,
@@ -658,11 +686,11 @@ class KVzipEngine(Shared):
             dense_nbytes=dense_nbytes,
             recipe=recipe,
             sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
-            receipt=Receipt(wanted.key, hit=False, tier="built", ms=dict(ms)),
             created=parent.created if parent else 0.0,
             expires=parent.expires if parent else None,
             coarsest=min(ratio, parent.coarsest) if parent else ratio,
         )
+        return context, dict(ms)
 
     def _bar(self, name: str | None) -> _Bar:
         return _Bar(name or "context", None if self._progress is None else not self._progress)
@@ -693,13 +721,28 @@ class KVzipEngine(Shared):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """The model's fields of a key; computed again when a weight or an adapter has changed."""
+        """The model's fields of a key; computed again when a weight or an adapter has changed.
+
+        Raises:
+            IdentityMismatchError: the model was moved to another device.
+            InputError: it has a dtype now that the engine's attention cannot compute with.
+        """
         template = self._prompts.template
-        stamp = (*weights_stamp(self.model), template)
-        known_stamp, fields = self._known_identity
-        if stamp != known_stamp:
+        now = (self._watch.stamp(), template)
+        known, fields = self._known_identity
+        if now != known:
+            if known is not None:
+                self._model.changed(now[0].places != known[0].places)
             fields = model_identity(self.model, self.tokenizer, template)
-            self._known_identity = (stamp, fields)
+            self._known_identity = (now, fields)
+        return fields
+
+    def _proven_identity(self) -> dict[str, Any]:
+        """:attr:`_identity` with all weights read, also if none seems to have changed."""
+        fields = self._identity
+        known, _ = self._known_identity
+        fields = {**fields, **weights_identity(self.model)}
+        self._known_identity = (known, fields)
         return fields
 
     @property
@@ -748,9 +791,17 @@ class KVzipEngine(Shared):
     # -- answers -------------------------------------------------------------------------------------------------
 
     def session(self, context: CompressedContext | None = None) -> Session:
-        """A conversation over a context, or over none."""
+        """A conversation over a context, or over none.
+
+        Raises:
+            IdentityMismatchError: the context is another model's; or, when it is asked or folded, its pairs are of weights, an adapter
+                or a dtype that the model no longer has.
+        """
         self._check_context(context)
-        return Session(self._model, self._prompts, context, self._folded)
+        return self._session(context)
+
+    def _session(self, context: CompressedContext | None) -> Session:
+        return Session(self._model, self._prompts, context, self._folded, lambda: self._identity)
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context; the question is forgotten afterwards.
@@ -809,11 +860,11 @@ class KVzipEngine(Shared):
         elif schema is not None:
             params["grammar"] = self.guidance.json(schema)
         if context is not None:
-            return self.session(context).stream(question, tools, behind, **params)
+            return self._session(context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = self._prompts.question(None, question, tools, thinks=checked.free)
         context = self.stored_prefix(ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
-        return self.session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
+        return self._session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
     def tool_form(self) -> ToolForm:

@@ -32,7 +32,7 @@ class UnsupportedModelError(KVzipError, ValueError):
 
 
 class ModelError(KVzipError, RuntimeError):
-    """The model computed numbers that are not finite: nothing can be ranked or sampled by them."""
+    """The model computed numbers that are not finite, by which nothing can be ranked or sampled; or it is in training."""
 
 
 class SessionBusyError(KVzipError, RuntimeError):

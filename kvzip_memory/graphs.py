@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention.base import rows_by_context
 from kvzip_memory.cache import Row
+from kvzip_memory.modes import evaluation_copy, in_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,10 @@ class DecodeSteps:
     @property
     def captured(self) -> list[tuple[int, int]]:
         return sorted(self._batches)
+
+    def forget(self) -> None:
+        """Let go of all graphs: weights lie elsewhere, or another adapter is active."""
+        self._batches.clear()
 
     def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor | None:
         """Feed each row its tokens and append their pairs to its tail, uncounted; logits ``[B, n_logits, vocab]`` fp32 after the last.
@@ -206,7 +211,8 @@ class _Batch:
 
     def _forward(self, model: PreTrainedModel) -> Tensor:
         call = _Call(self)
-        output = model(
+        evaluating = model if in_evaluation(model) else evaluation_copy(model)
+        output = evaluating(
             input_ids=self._tokens,
             position_ids=self._positions,
             attention_mask=torch.empty(1, 1, 0, 0),  # four-dimensional masks are handed through; ours is in the tables

@@ -18,9 +18,10 @@ from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Place, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.calls import Gate, check, within
-from kvzip_memory.errors import UnsupportedModelError
+from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
+from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class LanguageModel:
     by chunk.
 
     Args:
-        model: a transformers causal language model; it goes on working for others.
+        model: a transformers causal language model; it goes on working for others. A compiled one is run as it was written.
         tokenizer: its tokenizer.
         backend: attention, one of :data:`~kvzip_memory.attention.NAMES`.
         max_running: answers decoded together.
@@ -71,6 +72,7 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
     ) -> None:
+        model = as_written(model)
         config = model.config
         layer_types = _check(model)
         self.model = model
@@ -85,10 +87,10 @@ class LanguageModel:
             )
         self.eos_ids = _eos_ids(model, tokenizer)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
-        chosen = choose(backend, self.device, model.dtype)
-        self.backend, self._backend = chosen.name, chosen.attend
-        self._steps = None if chosen.kernels is None else DecodeSteps(model, self.windows, chosen.kernels)
+        self._attention, self._made_on, self._dtype = backend, self.device, model.dtype
+        self._choose()
         self._worker = Worker()
+        self._warned = False
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
@@ -115,6 +117,31 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    def _choose(self) -> None:
+        self._dtype = self.model.dtype
+        chosen = choose(self._attention, self.device, self._dtype)
+        self.backend, self._backend = chosen.name, chosen.attend
+        self._steps = None if chosen.kernels is None else DecodeSteps(self.model, self.windows, chosen.kernels)
+
+    def changed(self, moved: bool) -> None:
+        """Go on with weights that were changed: with what can attend in their dtype, and without old graphs if they have ``moved``.
+
+        Raises:
+            IdentityMismatchError: they are on another device.
+            InputError: the attention cannot compute with their dtype.
+        """
+        self._worker.check()
+        if self.device != self._made_on:
+            raise IdentityMismatchError(
+                f"the engine was made for its model on {self._made_on}, where its contexts are, and that is on {self.device} now; move it "
+                "back, or make another engine for it: with the same cache_dir that finds the contexts",
+                fields=("device",),
+            )
+        if self.model.dtype != self._dtype:
+            self._worker.run(self._choose)
+        elif moved and self._steps is not None:
+            self._worker.submit(self._steps.forget)
 
     def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int = 1) -> list[Tensor]:
         """Feed each row its new tokens and append their pairs to its tail.
@@ -148,17 +175,40 @@ class LanguageModel:
         for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
-        cache = SessionCache(rows, counts, self.windows, self._backend)
-        logits: Tensor = self.model(
-            input_ids=input_ids.to(self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=_NO_MASK,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=n_logits,
-            kvzip=cache,
-        ).logits
-        return logits
+        while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self._backend)
+            try:
+                logits: Tensor = model(
+                    input_ids=input_ids.to(self.device),
+                    position_ids=positions.to(self.device),
+                    attention_mask=_NO_MASK,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=n_logits,
+                    kvzip=cache,
+                ).logits
+            except Exception:
+                if not self._switched(model):
+                    raise
+                continue
+            if not self._switched(model):
+                return logits
+
+    def _evaluating(self) -> PreTrainedModel:
+        """The model in evaluation mode, itself or a copy."""
+        if in_evaluation(self.model):
+            return self.model
+        if not self._warned and any(module.training for module in self.model.modules()):
+            self._warned = True
+            logger.warning(
+                "the model is in training mode: contexts and answers are computed without dropout, by a copy of its modules that is made "
+                "for every forward; call model.eval() to save that"
+            )
+        return evaluation_copy(self.model)
+
+    def _switched(self, model: PreTrainedModel) -> bool:
+        """Whether the model itself has just computed, and somebody has meanwhile put it into training mode."""
+        return model is self.model and not in_evaluation(model)
 
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
@@ -234,9 +284,14 @@ class LanguageModel:
 
         @torch.inference_mode()
         def forward() -> None:
-            with suppress(LastLayerSeen):
-                attach(self.model)
-                self.model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            attach(self.model)
+            model = self._evaluating()
+            try:
+                with suppress(LastLayerSeen):
+                    model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            finally:
+                if self._switched(model):  # the cache may hold what it has computed
+                    raise ModelError("the model was put into training mode while it read a text; do that again, or train a copy of it")
 
         check()
         with self._building:
@@ -247,7 +302,7 @@ class LanguageModel:
         kind, original = self.model.config.model_type, self.model.config._attn_implementation
         ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
         with torch.inference_mode():
-            theirs: Tensor = self.model(input_ids=ids[None]).logits[0, 40:].float()
+            theirs: Tensor = self._evaluating()(input_ids=ids[None]).logits[0, 40:].float()
         row = Row((), 0, Tail())
         self.forward([row], [ids[:40].tolist()])
         ours = self.forward([row], [ids[40:].tolist()], n_logits=8)[0]
@@ -303,9 +358,12 @@ def _window(config: Any) -> int:
     "dynamic" and "longrope" models rotate all keys anew once a text passes their original length; stored keys cannot.
     """
     window = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        window = min(window, int(rope.get("original_max_position_embeddings") or window))
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rotation in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):  # one for all layers, or for each type of them
+        kind = str(rotation.get("rope_type") or rotation.get("type"))
+        if "dynamic" in kind or kind == "longrope":
+            originals = (rotation.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
+            window = min(window, *(int(original) for original in originals if original))
     return window
 
 

@@ -6,7 +6,7 @@ import contextvars
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampl
 from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.reasoning import Reasoning, ReasoningReader
+from kvzip_memory.registry.identity import check_same_model, digest
 from kvzip_memory.sharing import NotPickled
 from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
@@ -239,8 +240,17 @@ class Session(NotPickled):
 
     _way_out = "fold() its turns and give the key of the context that this makes, or ask with the conversation as messages"
 
-    def __init__(self, model: LanguageModel, prompts: PromptBuilder, context: CompressedContext | None, fold: Fold) -> None:
-        self._model, self._prompts, self._fold = model, prompts, fold
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: PromptBuilder,
+        context: CompressedContext | None,
+        fold: Fold,
+        identity: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._model, self._prompts, self._fold, self._identity = model, prompts, fold, identity
+        self._template = digest(prompts.template)  # whatever the tokenizer has later
+        self._made_with: Mapping[str, Any] = {}  # of the tail, the model's fields of a key
         self._talk: Talk
         self._go_on(context)
         self._shown = prompts.call_ids
@@ -260,15 +270,24 @@ class Session(NotPickled):
             WindowError: the conversation would not fit into the model's window.
             SessionBusyError: the session is still answering.
         """
-        return self.stream(question, tools, behind, **params).whole()
+        checked = GenerationParams.of(params)
+        return self._asked(question, tools, behind, checked).whole()
 
     def stream(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Stream:
-        """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating."""
+        """Answer the next question piece by piece; errors as for :meth:`ask`, raised here and not while iterating.
+
+        Only a model that is changed between this and the first piece is an error then.
+        """
         checked = GenerationParams.of(params)
+        self._check_model(self._tail.length)
+        return self._asked(question, tools, behind, checked)
+
+    def _asked(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool, checked: GenerationParams) -> Stream:
         return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length, thinks=checked.free), checked)
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:
         """Answer what ``ids`` ask, which go on behind all that the session holds."""
+        self._check_model(self._tail.length)
         return self._stream(lambda: Asked(self._tail.length, [*self._pending, *ids]), params)
 
     def _stream(self, question: Callable[[], Asked], checked: GenerationParams) -> Stream:
@@ -294,8 +313,8 @@ class Session(NotPickled):
         """A second session that has had the same conversation so far; the two go on independently."""
         with self._lock:
             self._check_idle()
-            twin = Session(self._model, self._prompts, self.context, self._fold)
-            twin._tail, twin._talk = self._tail.copy(), self._talk.copy()
+            twin = Session(self._model, self._prompts, self.context, self._fold, self._identity)
+            twin._tail, twin._talk, twin._made_with = self._tail.copy(), self._talk.copy(), self._made_with
             return twin
 
     def __copy__(self) -> Session:
@@ -328,6 +347,7 @@ class Session(NotPickled):
             if keep < 0 or len(ends) <= keep:
                 raise InputError(f"keep is {keep}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
             turns = len(ends) - keep
+            self._check_model(self._tail.length)
             self._tail.crop(self._talk.settle(self._tail.length))
             cut = self._talk.ends[turns - 1]
             if cut > self._tail.length:
@@ -373,6 +393,22 @@ class Session(NotPickled):
         if self._turn is not None:
             raise SessionBusyError("this session is still answering; close its stream, wait for it, or use another session")
 
+    def _check_model(self, taken: int) -> Mapping[str, Any]:
+        """The model's fields now, with the session's template, if the context and the first ``taken`` pairs of the tail are of the same.
+
+        Raises:
+            IdentityMismatchError: they are not.
+        """
+        now = {**self._identity(), "template": self._template}
+        made: list[tuple[Mapping[str, Any], str, str]] = []
+        if self.context is not None:
+            made.append((self.context.identity, f"{self.context!r}, over which this session is,", "load its text again"))
+        if taken:
+            made.append((self._made_with, "the conversation of this session", "reset() it"))
+        for made_with, where, way_out in made:
+            check_same_model(made_with, now, where, f"{way_out}, or ask with the model as it was")
+        return now
+
     def _check_least(self, least: int, limit: int, taken: int) -> None:
         """Raises where no answer of ``least`` tokens can be finished."""
         shortest = f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens"
@@ -388,16 +424,20 @@ class Session(NotPickled):
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; take it back unless it ends by itself."""
-        model, tail, answer = self._model, self._tail, turn.answer
-        start, cached = turn.asked.start, self._start + turn.asked.start
+        model, answer, start = self._model, turn.answer, turn.asked.start
+        cached = self._start + start
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
         sampler = Sampler(turn.params, model.device, limit, seen)
         complete = False
-        tail.crop(start)
         began = time.perf_counter()
         try:
+            now = self._check_model(start)
+            if not start and now != self._made_with:
+                self._tail, self._made_with = Tail(), now  # pairs of another model may be of another dtype
+            tail = self._tail
+            tail.crop(start)
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops, self._prompts.tokenizer

@@ -1,6 +1,8 @@
 """Which models are accepted, and what is refused before any work."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,14 @@ from transformers import (
     MistralConfig,
     OlmoConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     T5Config,
 )
 
-from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import TEXT, masked_logits, own_logits, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
+from kvzip_memory.attention import NAMES, choose
+from kvzip_memory.generation import GenerationParams
 
 _TINY = {
     "vocab_size": 300,
@@ -88,9 +93,114 @@ def test_an_untested_architecture_that_computes_something_else_is_refused(monkey
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_rotations_that_change_with_length_end_the_window_there() -> None:
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
-    assert KVzipEngine(tiny_model(rope_parameters=rope), tiny_tokenizer()).window == 512
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 512}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **FACTORS}
+ROTATIONS: dict[str, tuple[str, dict[str, object]]] = {
+    "dynamic": ("llama", {"rope_parameters": DYNAMIC}),
+    "longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 512}),
+    "the older name": ("qwen2", {"rope_scaling": {**FACTORS, "type": "longrope", "factor": 4.0}, "rope_parameters": None}),
+    "of the configuration": ("phi3", {"rope_parameters": PLAIN | LONG, "original_max_position_embeddings": 512}),
+    "layers of one type": ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}),
+    "layers of the other": ("gemma3", {"rope_parameters": {"full_attention": PLAIN, "sliding_attention": DYNAMIC}}),
+}
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_change_with_length_end_the_window_there(kind: str) -> None:
+    architecture, changes = ROTATIONS[kind]
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer(), 1.0)
+    assert engine.window == 512
+    context = engine.load("Lamps and oil. " * 13)
+    ids = [i % 250 for i in range(512 - context.n_tokens)]
+    torch.testing.assert_close(engine.logits(context, ids), own_logits(engine, context, ids), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_rotations_that_another_users_long_text_has_left_change_no_key(kind: str) -> None:
+    architecture, changes = ROTATIONS[kind]
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer())
+    context = engine.load(TEXT[:200])
+    expected = engine.logits(context, [5, 6, 7])
+    with torch.inference_mode():
+        engine.model(input_ids=torch.arange(2100)[None] % 250)
+    assert engine.load(TEXT[:200]).receipt.hit  # type: ignore[union-attr]
+    torch.testing.assert_close(engine.logits(context, [5, 6, 7]), expected)
+    engine.registry.remove(context.key)
+    with torch.inference_mode():
+        engine.model(input_ids=torch.arange(2100)[None] % 250)
+    again = engine.load(TEXT[:200])
+    assert again.key == context.key
+    torch.testing.assert_close(engine.logits(again, [5, 6, 7]), expected)
+
+
+def in_place(model: PreTrainedModel) -> PreTrainedModel:
+    model.compile(backend="eager")
+    return model
+
+
+def layers(model: Any) -> PreTrainedModel:
+    model.model.layers[3] = torch.compile(model.model.layers[3], backend="eager")
+    for layer in model.model.layers[:3]:
+        layer.compile(backend="eager")
+    return model
+
+
+def forward(model: PreTrainedModel) -> PreTrainedModel:
+    model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    return model
+
+
+COMPILED: dict[str, Callable[[PreTrainedModel], PreTrainedModel]] = {
+    "whole": lambda model: torch.compile(model, backend="eager"),  # type: ignore[dict-item,return-value]
+    "in place": in_place,
+    "layers": layers,
+    "forward": forward,
+}
+
+
+@pytest.mark.parametrize("how", COMPILED)
+def test_a_compiled_model_has_the_contexts_of_the_same_model(how: str, tmp_path: Path) -> None:
+    plain = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = plain.load(TEXT)
+    expected = plain.generate(context, "Who?", max_new_tokens=8).text
+    plain.close()
+    engine = KVzipEngine(COMPILED[how](tiny_model()), tiny_tokenizer(), 0.4, cache_dir=tmp_path)
+    found = engine.load(TEXT)
+    assert (found.key, found.receipt.tier) == (context.key, "disk")  # type: ignore[union-attr]
+    assert engine.generate(found, "Who?", max_new_tokens=8).text == expected
+    engine.model.train()
+    assert engine.generate(found, "Who?", max_new_tokens=8).text == expected
+    engine.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("attention", NAMES)
+def test_a_model_in_float64_works_or_is_refused(attention: str, architecture: str) -> None:
+    model = tiny_model(architecture).to(torch.float64)
+    if attention == "flash":
+        with pytest.raises(InputError, match=r"float16 or bfloat16.*torch\.float64"):
+            KVzipEngine(model, tiny_tokenizer(), attention=attention)
+        return
+    engine = KVzipEngine(model, tiny_tokenizer(), 0.4, attention=attention)
+    if attention == "triton":  # in the interpreter
+        with torch.inference_mode():
+            expected = model(input_ids=torch.tensor([[5, 6]])).logits[0].float()
+        torch.testing.assert_close(engine.logits(None, [5, 6]), expected, atol=1e-5, rtol=0)
+        return
+    context = engine.load(TEXT)
+    torch.testing.assert_close(engine.logits(context, [5, 6, 7]), masked_logits(engine, context, [5, 6, 7]), atol=1e-5, rtol=0)
+    session = engine.session(context)
+    session.stream_ids([5, 6], GenerationParams(max_new_tokens=1)).whole()
+    assert session.fold(0).identity["dtype"] == "float64"
+
+
+def test_a_gpu_computes_float64_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose("auto", torch.device("cuda"), torch.float64).name == "cpu"
+    with pytest.raises(InputError, match="at most 32 bits"):
+        choose("triton", torch.device("cuda"), torch.float64)
 
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.01, 30, float("nan")])

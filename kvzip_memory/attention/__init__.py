@@ -81,10 +81,13 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chosen:
         raise InputError(f"attention {name!r} is unknown; use one of {', '.join(NAMES)}")
     if name in BACKENDS:
         return Chosen(name, BACKENDS[name])
+    wide = device.type == "cuda" and dtype is torch.float64  # which the kernels do not know
     if name == "triton":
-        kernels = _kernels(device)
+        kernels = None if wide else _kernels(device)
         if kernels is None:
-            raise InputError(f"attention 'triton' needs a CUDA GPU and the package triton; the model is on {device}. Use 'auto'")
+            raise InputError(
+                f"attention 'triton' needs a CUDA GPU, at most 32 bits and the package triton; the model is {dtype} on {device}. Use 'auto'"
+            )
         return Chosen(name, kernels.attention, kernels)
     library = flash.load(device) if dtype in (torch.float16, torch.bfloat16) else None
     if name == "flash":
@@ -94,7 +97,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chosen:
                 f"the model is {dtype} on {device}. Use 'auto', or pip install 'kvzip-memory[flash]'"
             )
         return Chosen(library[0], flash.backend(library[1]))
-    kernels = _kernels(device) if device.type == "cuda" else None
+    kernels = _kernels(device) if device.type == "cuda" and not wide else None
     decode = Chosen("cpu", cpu.attention) if kernels is None else Chosen("triton", kernels.attention, kernels)
     if library is None:
         return decode

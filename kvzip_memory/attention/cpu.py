@@ -34,7 +34,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: T
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=mask, scale=scaling
         )
-        return found
+        return found[0], found[1].float()  # the kernel's is float64 where the queries are
     logits = torch.matmul(query * scaling, keys.mT).float()
     if mask is not None:
         logits += mask
@@ -109,7 +109,7 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: flo
     own = (query.unflatten(1, (-1, n_new)), keys[:, None, past:], values[:, None, past:])
     shape = own[0].shape
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x.expand(shape) for x in own), is_causal=True, scale=scaling)
-    out, lse = out.flatten(1, 2).float(), lse.flatten(1, 2)
+    out, lse = out.flatten(1, 2).float(), lse.flatten(1, 2).float()
     if not past:
         return out, lse
     before, before_lse = _attend(query[None], keys[None, :, :past], values[None, :, :past], scaling)

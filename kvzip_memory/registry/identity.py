@@ -8,16 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvzip_memory.encoding import added_tokens, knows_mistral
 from kvzip_memory.errors import IdentityMismatchError
 from kvzip_memory.prompt import Prompt
+from kvzip_memory.weights import adapter_state, fingerprint
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
-FORMAT = 1
+FORMAT = 2
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
@@ -39,19 +38,22 @@ _NEUTRAL = {"_name_or_path", "transformers_version", "architectures", "use_cache
 
 
 def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dict[str, Any]:
-    """The :data:`MODEL_FIELDS` of a model in memory. Reads all weights once (measured: about 0.2 s a GB on one CPU core)."""
+    """The :data:`MODEL_FIELDS` of a model in memory."""
+    return {**weights_identity(model), "tokenizer": tokenizer_fingerprint(tokenizer), "template": digest(template)}
+
+
+def weights_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """Those that the model alone decides. Reads all weights once (measured: about 0.2 s a GB on one CPU core)."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NEUTRAL}
     quantization = config.pop("quantization_config", None)
     return {
         "format": FORMAT,
         "architecture": model.config.model_type,
         "config": digest(config),
-        "weights": weights_fingerprint(model),
+        "weights": fingerprint(model),
         "adapter": adapter_state(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": None if quantization is None else digest(quantization),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "template": digest(template),
     }
 
 
@@ -166,7 +168,12 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_same_model(identity: Mapping[str, Any], model_fields: Mapping[str, Any], where: str) -> None:
+def check_same_model(
+    identity: Mapping[str, Any],
+    model_fields: Mapping[str, Any],
+    where: str,
+    way_out: str = "open it with the model it was built with, or load the text again",
+) -> None:
     """Raises:
     IdentityMismatchError: naming every model field that differs.
     """
@@ -174,7 +181,7 @@ def check_same_model(identity: Mapping[str, Any], model_fields: Mapping[str, Any
     if differing:
         shown = "; ".join(f"{f}: stored {_short(identity.get(f))}, here {_short(model_fields[f])}" for f in differing)
         raise IdentityMismatchError(
-            f"{where} was built with another model ({shown}); open it with the model it was built with, or load the text again",
+            f"{where} was built with another model ({shown}); {way_out}",
             fields=differing,
         )
 
@@ -205,54 +212,3 @@ def _mistral_model(tokenizer: Any) -> str:
     if hasattr(model, "serialized_model_proto"):
         return hashlib.sha256(model.serialized_model_proto()).hexdigest()
     return digest([model._pat_str, [tokenizer.id_to_byte_piece(i).hex() for i in range(tokenizer.n_words)]])
-
-
-def adapter_state(model: PreTrainedModel) -> str | None:
-    """Hash of what PEFT's layers do besides their weights: which adapters are active, how scaled, merged or disabled."""
-    facts = [
-        [name, *(getattr(module, field, None) for field in ("active_adapters", "scaling", "disable_adapters", "merged"))]
-        for name, module in model.named_modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling")
-    ]
-    return digest(facts) if facts else None
-
-
-def weights_stamp(model: PreTrainedModel) -> tuple[Any, ...]:
-    """Changes whenever a parameter or buffer is replaced or written to in place, or an adapter is switched.
-
-    torch counts writes to a tensor; those through ``.data`` or from inside inference mode escape it.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    counts = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    return (*counts, adapter_state(model))
-
-
-@torch.inference_mode()
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Hash of every parameter and buffer by value, wherever they were loaded from and whatever was done to them since.
-
-    A tensor enters as its name, shape, dtype and the integer sums, exact modulo 2^64, of its 8-byte words along both
-    axes of a matrix of them: one changed bit changes a row's and a column's sum. Computed where the tensor lies, with
-    the same result on every device.
-    """
-    summary, seen = hashlib.sha256(), set()
-    for name, tensor in sorted(model.state_dict().items()):
-        summary.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if tensor.data_ptr() in seen:  # tied weights
-            continue
-        seen.add(tensor.data_ptr())
-        words, rest = _words(tensor)
-        matrix = words[: len(words) // 4096 * 4096].view(-1, 4096)
-        for part in (matrix.sum(0), matrix.sum(1), words[matrix.numel() :], rest):
-            summary.update(part.cpu().numpy().tobytes())
-    return summary.hexdigest()
-
-
-def _words(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor's bytes as int64 words, and up to 7 bytes that are left over."""
-    data = tensor.detach().contiguous().flatten().view(torch.uint8)
-    whole = len(data) // 8 * 8
-    words = data[:whole]
-    if words.data_ptr() % 8 or words.storage_offset() % 8:
-        words = words.clone()
-    return words.view(torch.int64), data[whole:]

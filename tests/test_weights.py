@@ -1,0 +1,325 @@
+"""Weights that change under an engine: noticed before an answer, by value before a store, and never another model's pairs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import TEXT, tiny_engine, tiny_model
+from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine, Session
+from kvzip_memory.compression import Prefilled
+from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.generation import GenerationParams
+from kvzip_memory.weights import Watch, fingerprint
+
+# -- what changes weights ---------------------------------------------------------------------------------------------
+
+
+def optimizers() -> Iterator[Any]:
+    """Every optimizer of torch in every implementation it has."""
+    for name, kind in sorted(vars(torch.optim).items()):
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer:
+            known = inspect.signature(kind).parameters
+            for way in ("plain", *(way for way in ("foreach", "fused") if way in known)):
+                plain = {other: False for other in ("foreach", "fused") if other in known} if way == "plain" else {way: True}
+                yield pytest.param(kind, plain, id=f"{name}-{way}")
+
+
+def step(model: nn.Module, kind: type[torch.optim.Optimizer], options: dict[str, bool]) -> None:
+    parameters = [p for p in model.parameters() if p.ndim == 2]  # Muon takes no others
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+        if kind is torch.optim.SparseAdam:
+            parameter.grad = parameter.grad.to_sparse()
+    optimizer = kind(parameters, lr=1e-3, **options)  # type: ignore[call-arg]
+    optimizer.step(lambda: torch.tensor(1.0))  # LBFGS asks for the loss
+
+
+@pytest.mark.parametrize(("kind", "options"), [*optimizers()])
+def test_a_step_of_any_optimizer_is_noticed(kind: type[torch.optim.Optimizer], options: dict[str, bool]) -> None:
+    engine = tiny_engine()
+    context = engine.load(TEXT)
+    step(engine.model, kind, options)
+    with pytest.raises(IdentityMismatchError, match="weights"):
+        engine.generate(context, "Who?", max_new_tokens=1)
+    assert engine.load(TEXT).identity["weights"] == fingerprint(engine.model)
+
+
+def inner(model: Any) -> Any:
+    return model.model.layers[1].mlp
+
+
+def under_inference_mode(model: Any) -> None:
+    with torch.inference_mode():
+        inner(model).up_proj.weight.copy_(torch.randn(96, 64))
+
+
+def by_numpy(model: Any) -> None:
+    inner(model).up_proj.weight.detach().numpy()[:] *= 2
+
+
+def a_state(model: Any) -> None:
+    model.load_state_dict(tiny_model(seed=1).state_dict())
+
+
+def a_layer(model: Any) -> None:
+    inner(model).up_proj = nn.Linear(64, 96, bias=False)
+
+
+def a_hidden_layer(model: Any) -> None:
+    """As PEFT wraps one; its weight stays the same object in another place."""
+    inner(model).up_proj = nn.Sequential(inner(model).up_proj, nn.Linear(96, 96))
+
+
+def rotation(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.data.mul_(1.5)
+
+
+def set_data(name: str) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data * 1.01
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "copy_ under inference mode": under_inference_mode,
+    "through .data": lambda model: inner(model).up_proj.weight.data.mul_(1.001),
+    "numpy": by_numpy,
+    "load_state_dict": a_state,
+    "a layer": a_layer,
+    "a wrapped layer": a_hidden_layer,
+    "a buffer of no checkpoint": rotation,
+    "another .data": set_data("lm_head.weight"),
+    "a vector's .data": lambda model: model.model.norm.weight.data.add_(1e-3),
+    "dtype": lambda model: model.to(torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_changes_weights_is_noticed(change: Callable[[Any], None]) -> None:
+    engine = tiny_engine()
+    context = engine.load(TEXT)
+    change(engine.model)
+    with pytest.raises(IdentityMismatchError, match="weights"):
+        engine.generate(context, "Who?", max_new_tokens=1)
+    again = engine.load(TEXT)
+    assert again.identity["weights"] == fingerprint(engine.model) != context.identity["weights"]
+    assert engine.generate(again, "Who?", max_new_tokens=1).receipt.hit
+
+
+def test_a_stamp_keeps_no_weights_alive() -> None:
+    layer = nn.Linear(64, 64)
+    watch = Watch(layer)
+    watch.stamp()
+    freed: list[bool] = []
+    torch.utils.weak.weakref.finalize(layer.weight.untyped_storage(), freed.append, True)
+    layer.weight.data = torch.zeros(64, 64)
+    assert freed
+
+
+# -- a fingerprint ----------------------------------------------------------------------------------------------------
+
+
+def negated_columns(model: Any) -> None:
+    model.model.embed_tokens.weight.data[:, 1::2] *= -1
+
+
+def exchanged_heads(model: Any) -> None:
+    weight = model.model.layers[0].self_attn.q_proj.weight.data
+    weight.copy_(weight.view(2, -1, 64).flip(0).reshape_as(weight))
+
+
+VALUES: dict[str, Callable[[Any], None]] = {
+    "the least bit": lambda model: inner(model).up_proj.weight.data.view(torch.int32)[5, 7].bitwise_xor_(1),
+    "signs of every other column": negated_columns,
+    "heads": exchanged_heads,
+    "rotation": rotation,
+    "the end of a view": lambda model: model.whole.data[-1:].add_(1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", VALUES.values(), ids=VALUES)
+def test_a_fingerprint_is_of_every_value(change: Callable[[Any], None], dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    whole = torch.arange(20.0)
+    model.part, model.whole = nn.Parameter(whole[:10]), nn.Parameter(whole)
+    before = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == before
+    if "bit" in inspect.getsource(change) and dtype is torch.bfloat16:
+        inner(model).up_proj.weight.data.view(torch.int16)[5, 7].bitwise_xor_(1)
+    else:
+        change(model)
+    assert fingerprint(model) != before
+
+
+# -- before a store ---------------------------------------------------------------------------------------------------
+
+
+def unseen(engine: KVzipEngine) -> None:
+    """A write that no stamp can tell."""
+    before = engine._watch.stamp()
+    inner(engine.model).up_proj.weight.data[0, 1] += 4
+    assert engine._watch.stamp() == before
+
+
+MORE = [{"role": "user", "content": "And who winds the lamp? " * 12}]
+
+
+def until_mark(text: str) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]}]
+
+
+def lost(engine: KVzipEngine, context: CompressedContext) -> None:
+    """As if another process had deleted it: its handle has it built again."""
+    engine.registry.remove(context.key)
+    engine.registry.readmit(context.key)
+    engine.generate(context, "Who?", max_new_tokens=1)
+
+
+def extended(engine: KVzipEngine, context: CompressedContext) -> CompressedContext:
+    return engine.extend(context, MORE)
+
+
+WAYS: dict[str, Callable[[KVzipEngine, CompressedContext], object]] = {
+    "load": lambda engine, context: engine.load("New. " + TEXT),
+    "in pieces": lambda engine, context: engine.load("New. " * 40 + TEXT),
+    "a mark": lambda engine, context: engine.load_marked(until_mark("New. " + TEXT)),
+    "a mark that moved on": lambda engine, context: engine.load_marked(until_mark(2 * TEXT)),
+    "extend": extended,
+    "lost": lost,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_stored_under_the_key_of_weights_that_did_not_make_it(way: str, tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, compress_every=128 if way == "in pieces" else None)
+    context = engine.load_marked(until_mark(TEXT))
+    assert context is not None
+    known = {context.key}
+    unseen(engine)
+    if way not in ("extend", "lost"):  # under the key of the weights as they are now
+        made = WAYS[way](engine, context)
+        assert isinstance(made, CompressedContext)
+        assert made.identity["weights"] == fingerprint(engine.model) != context.identity["weights"]
+        known.add(made.key)
+    else:  # what they go on from is of weights that are gone
+        with pytest.raises(IdentityMismatchError, match="weights"):
+            WAYS[way](engine, context)
+    engine.registry.flush()
+    assert {entry.key for entry in engine.registry.contexts()} <= known
+    with pytest.raises(IdentityMismatchError, match="weights"):  # all of them have been read meanwhile
+        engine.generate(context, "Who?")
+    engine.close()
+
+
+class Training(KVzipScorer):
+    """Changes a weight each time it ranks, as a training that goes on beside a build does."""
+
+    def score(self, prefilled: Prefilled, *args: Any) -> Any:
+        scores = super().score(prefilled, *args)
+        for _ in range(self.steps.pop() if self.steps else 0):
+            inner(prefilled.model.model).up_proj.weight.data[0, 1] += 4
+        return scores
+
+    steps: list[int]
+
+
+@pytest.mark.parametrize(("steps", "told"), [([1], False), ([1, 1], True)])
+def test_a_build_beside_which_weights_change_is_made_once_more_and_then_given_up(steps: list[int], told: bool, tmp_path: Path) -> None:
+    scorer = Training()
+    object.__setattr__(scorer, "steps", steps)
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, scorer=scorer)
+    if told:
+        with pytest.raises(IdentityMismatchError, match="changed while it was built, and nothing is stored"):
+            engine.load(TEXT)
+    else:
+        assert engine.load(TEXT).identity["weights"] == fingerprint(engine.model)
+    engine.registry.flush()
+    assert [entry.identity["weights"] for entry in engine.registry.contexts()] == [fingerprint(engine.model)] * (not told)
+    assert engine.load(TEXT).receipt.tier == ("built" if told else "device")
+    engine.close()
+
+
+# -- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def adapter(model: Any) -> None:
+    layer = nn.Linear(1, 1)
+    layer.active_adapters, layer.scaling = ["a"], {"a": 1.0}  # type: ignore[assignment]
+    model.adapted = layer
+
+
+OTHERS: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "weights": ("weights", lambda model: model.lm_head.weight.data.mul_(2)),
+    "adapter": ("adapter", adapter),
+    "dtype": ("dtype", lambda model: model.to(torch.bfloat16)),
+    "float64": ("dtype", lambda model: model.to(torch.float64)),
+    "device": ("device", lambda model: model.to("meta")),
+}
+ASK: dict[str, Callable[[Session], object]] = {
+    "ask": lambda session: session.ask("And when?", max_new_tokens=2),
+    "stream": lambda session: session.stream("And when?", max_new_tokens=2),
+    "ids": lambda session: session.stream_ids([5, 6], GenerationParams(max_new_tokens=2)),
+    "fold": lambda session: session.fold(0),
+    "fork": lambda session: session.fork().ask("And when?", max_new_tokens=2),
+    "fork and fold": lambda session: copy.copy(session).fold(0),
+}
+
+
+@pytest.mark.parametrize("over", ["a context", "none"])
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_session_does_not_go_on_with_another_model(change: str, over: str) -> None:
+    engine = tiny_engine()
+    session = engine.session(engine.load(TEXT) if over == "a context" else None)
+    waiting = engine.session(session.context).stream("Who?", max_new_tokens=2)
+    session.ask("Who?", max_new_tokens=2)
+    begun = session.fork().stream("And when?", max_new_tokens=2)
+    taken, said = session.n_tokens, session.fork().ask("And when?", max_new_tokens=2).text
+    before = copy.deepcopy(engine.model)
+    field, edit = OTHERS[change]
+    edit(engine.model)
+    for way in ASK.values():
+        with pytest.raises(IdentityMismatchError) as error:
+            way(session)
+        assert field in error.value.fields
+    for stream in (begun, *([waiting] if over == "a context" or change == "device" else [])):
+        with pytest.raises(IdentityMismatchError):
+            next(stream)
+    assert session.n_tokens == taken
+    if change == "weights":  # it is as it was
+        engine.model.load_state_dict(before.state_dict())
+        assert session.ask("And when?", max_new_tokens=2).text == said
+
+
+@pytest.mark.parametrize("change", ["weights", "adapter", "dtype"])
+def test_a_session_over_no_context_begins_anew_with_another_model(change: str) -> None:
+    engine = tiny_engine()
+    session = engine.session()
+    session.ask("Who?", max_new_tokens=2)
+    OTHERS[change][1](engine.model)
+    session.reset()
+    reply = session.ask("And when?", max_new_tokens=8)
+    assert reply.text == engine.generate(None, "And when?", max_new_tokens=8).text
+    session.fold(0)
+    assert session.ask("Why?", max_new_tokens=2).receipt.hit
+    OTHERS["weights"][1](engine.model)
+    with pytest.raises(IdentityMismatchError, match="load its text again"):
+        session.ask("Why?", max_new_tokens=2)
+
+
+def test_a_session_keeps_the_template_it_began_with() -> None:
+    engine = tiny_engine()
+    session = engine.session(engine.load(TEXT))
+    session.ask("Who?", max_new_tokens=2)
+    engine.tokenizer.chat_template += "\n"
+    assert session.ask("And when?", max_new_tokens=2).receipt.hit
