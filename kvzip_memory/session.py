@@ -76,8 +76,8 @@ class Reply:
         return self.text
 
 
-#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio and name follow.
-Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None], CompressedContext]
+#: Builds the context of a parent, if any, and of a prompt behind it: pairs, ratio and name follow.
+Fold = Callable[[CompressedContext | None, Prompt, DensePairs, float | None, str | None], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -327,7 +327,7 @@ class Session(NotPickled):
                     deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, self._prompts.template, pairs, ratio, name)
+            context = self._fold(self.context, prompt, pairs, ratio, name)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk = Tail(), talk

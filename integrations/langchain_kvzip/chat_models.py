@@ -33,7 +33,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, Unfi
 from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
-from kvzip_memory.sources import as_message, clean
+from kvzip_memory.sources import as_message
 from kvzip_memory.tools import FORMS, CallReader
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
@@ -474,7 +474,7 @@ class KVzipChatModel(BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of a text by the model's own tokenizer."""
-        return list(self.engine.tokenizer(clean(text, "a text"), add_special_tokens=False).input_ids)
+        return self.engine.text_ids(text)
 
     def get_num_tokens_from_messages(
         self,

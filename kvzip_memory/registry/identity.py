@@ -145,7 +145,7 @@ def explain(
         if differs == ("ratio",):
             return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
         shown = "; ".join(
-            f"{_LABELS.get(f, f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
+            f"{label(f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
         )
         return differs, f"the same text is stored, but {shown}"
     if named:
@@ -153,6 +153,11 @@ def explain(
     if wanted["tenant"] is not None:
         return (), "not stored for this tenant (contexts of other tenants are never looked at)"
     return (), "not stored"
+
+
+def label(field: str) -> str:
+    """What to call a field."""
+    return _LABELS.get(field, field)
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
