@@ -8,38 +8,37 @@ from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedConfig
 
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
 from kvzip_memory.guidance import Grammar, Guide
+from kvzip_memory.processors import Processors
 
 
 @dataclass(frozen=True)
 class GenerationParams:
     """How an answer is generated. None is the default of each, and a text that spells a number is that number.
 
+    What the model's ``generation_config`` says holds where a call says nothing, as in ``model.generate``: ``top_p``, ``top_k`` and
+    what else it has for sampling where a call samples, ``repetition_penalty``, ``no_repeat_ngram_size``, ``suppress_tokens``,
+    ``bad_words_ids``, ``min_new_tokens`` and all that is not sampling always, and ``stop_strings``. Its ``do_sample``,
+    ``temperature``, ``max_new_tokens`` and ``max_length`` do not: answers are greedy and end in time unless a call says otherwise.
+
     Attributes:
         max_new_tokens: at most so many tokens, cut to what the window still holds.
         temperature: 0 takes the likeliest token (greedy), else logits are divided by it before sampling.
-        top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1].
-        top_k: sample from the k likeliest tokens.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1]; None is the model's own, 1 is off.
+        top_k: sample from the k likeliest tokens; None is the model's own, more than its vocabulary is off.
         seed: makes sampling repeatable, any integer of 64 bits; None draws one.
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer; they are not part of it. None is the model's own, ``[]`` is none.
         repetition_penalty: as in transformers: logits of tokens that have occurred, in what the answer sees or says, are divided by it
-            (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range. What a context has evicted has occurred.
+            (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range; None is the model's own. What a context has evicted has
+            occurred.
         no_repeat_ngram_size: as in transformers: no n tokens come twice, those that the answer sees included; 0 is off. What a grammar
-            prescribes may, and any where no token is left.
+            prescribes may, and any where no token is left. None is the model's own.
         grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
         speculate: guess tokens, by prompt lookup and by what the grammar leaves, and check several in one step while no other
             answer runs. The answer is the same, sooner where it quotes the context or keeps to a form.
@@ -90,9 +89,10 @@ class GenerationParams:
         """Whether an answer may be any text, and a model may think before it."""
         return self.grammar is None or self.grammar.free
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def stops(self, settings: GenerationConfig | None = None) -> tuple[str, ...]:
+        """The texts that end the answer: these, or a model's own."""
+        stop = settings.stop_strings if self.stop is None and settings is not None else self.stop
+        return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 #: Of the parameters that are numbers: name, whether whole, what must hold, and that in words.
@@ -124,8 +124,6 @@ def _number(name: str, value: Any, whole: bool, holds: Callable[[Any], bool], wa
 _PICKS = 8
 #: Below this temperature logits divided by it overflow; the likeliest token is all that is left long before.
 _COLD = 1e-6
-#: Above this temperature all tokens are equally likely, also those that a grammar forbids once it overflows.
-_HOT = 1e30
 
 
 class Sampler:
@@ -135,26 +133,32 @@ class Sampler:
         device: of the logits.
         limit: tokens the answer may have: a grammar's answer ends within them.
         ids: all that the answer sees, for processors that look at it.
+        settings: the model's own, see :func:`~kvzip_memory.processors.own_settings`.
+        config: the model's.
+        eos_ids: ids that end the answer.
+
+    Raises:
+        InputError: a setting of the model that transformers cannot use.
     """
 
-    def __init__(self, params: GenerationParams, device: torch.device, limit: int | None = None, ids: ArrayLike = ()) -> None:
+    def __init__(
+        self,
+        params: GenerationParams,
+        device: torch.device,
+        limit: int | None = None,
+        ids: ArrayLike = (),
+        settings: GenerationConfig | None = None,
+        config: Any = None,
+        eos_ids: Collection[int] = (),
+    ) -> None:
         self.guide = params.grammar.start(limit) if params.grammar else None
-        self._rules = LogitsProcessorList()
-        if params.repetition_penalty not in (None, 1):
-            self._rules.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        if params.no_repeat_ngram_size:
-            self._rules.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
-        self._seen = torch.as_tensor(np.array(ids if self._rules else (), dtype=np.int64), device=device)[None]
         self._greedy = params.temperature < _COLD
+        given = {name: getattr(params, name) for name in ("top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size")}
+        given["temperature"] = None if self._greedy else params.temperature
+        limit = params.max_new_tokens if limit is None else limit
+        self._own = Processors(settings or GenerationConfig(), given, config or PreTrainedConfig(), device, ids, limit, [*eos_ids])
         if self._greedy:
             return
-        self._processors = LogitsProcessorList()
-        if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(min(params.temperature, _HOT)))
-        if params.top_k is not None:
-            self._processors.append(TopKLogitsWarper(params.top_k))
-        if params.top_p is not None and params.top_p < 1:
-            self._processors.append(TopPLogitsWarper(params.top_p))
         self._generator = torch.Generator(device)
         if params.seed is None:
             self._generator.seed()
@@ -172,18 +176,18 @@ class Sampler:
         Raises:
             ModelError: a logit is not a number.
         """
-        scores = self._rules(self._seen, logits[None])[0] if self._rules else logits
-        if self._rules and scores.max() == -inf:  # every token has been ruled out
+        own = self._own
+        scores = own.rules(own.seen, logits[None])[0] if own.rules else logits
+        if own.rules and scores.max() == -inf:  # every token has been ruled out
             scores = logits
         token = self._pick(scores) if self.guide is None else self._guided(self.guide, scores, logits)
-        if self._rules:
-            self._seen = torch.cat([self._seen, torch.tensor([[token]], device=self._seen.device)], 1)
+        own.append(token)
         return token
 
     def _guided(self, guide: Guide, scores: Tensor, logits: Tensor) -> int:
         """A token that the grammar allows, with which the answer can still end in time."""
         masked = guide.mask(scores)
-        if self._rules and masked.max() == -inf:  # all that the grammar allows has been ruled out
+        if self._own.rules and masked.max() == -inf:  # all that the grammar allows has been ruled out
             masked = guide.mask(logits)
         for _ in range(_PICKS):
             token = self._pick(masked)
@@ -203,7 +207,7 @@ class Sampler:
             raise ModelError("the model computed logits that are not numbers (usually float16 overflow); load it in bfloat16 or float32")
         if self._greedy:
             return int(token)
-        scores = self._processors(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits[None])
+        scores = self._own.sampling(self._own.seen, logits[None])
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 
     def follow(self, guess: Sequence[int], logits: Tensor) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from kvzip_memory.batching import Gate, check_thread
 from kvzip_memory.cache import Row, Tail
@@ -23,7 +24,8 @@ from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
-from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modeling import LanguageModel, eos_ids
+from kvzip_memory.processors import own_settings
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.reasoning import Reasoning, ReasoningReader
 from kvzip_memory.sharing import NotPickled
@@ -93,6 +95,8 @@ class _Turn:
 
     asked: Asked
     params: GenerationParams
+    settings: GenerationConfig  # the model's own
+    eos_ids: frozenset[int]
     answer: Answer = field(default_factory=Answer)
     reader: ReasoningReader | None = None  # for a model that thinks
     prefilled: float | None = None  # when its first token was there
@@ -267,6 +271,9 @@ class Session(NotPickled):
         return self._stream(lambda: Asked(self._tail.length, [*self._pending, *ids]), params)
 
     def _stream(self, question: Callable[[], Asked], checked: GenerationParams) -> Stream:
+        model = self._model.model
+        settings = own_settings(model)
+        ends = checked.grammar.eos_ids if checked.grammar else eos_ids(model, self._prompts.tokenizer)
         with self._lock:
             self._check_idle()
             asked = question()
@@ -280,7 +287,7 @@ class Session(NotPickled):
                 )
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
-            self._turn = _Turn(asked, checked)
+            self._turn = _Turn(asked, checked, settings, ends)
             return Stream(self, self._turn)
 
     def fork(self) -> Session:
@@ -385,15 +392,15 @@ class Session(NotPickled):
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
-        sampler = Sampler(turn.params, model.device, limit, seen)
+        sampler = Sampler(turn.params, model.device, limit, seen, turn.settings, model.model.config, turn.eos_ids)
         complete = False
         tail.crop(start)
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.entry), self._lease(turn) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
-                stops, tokenizer = turn.params.stops, self._prompts.tokenizer
-                pieces = decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+                stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
+                pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)
             if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
                 answer.finish_reason = "forced"
@@ -443,7 +450,7 @@ class Session(NotPickled):
             guess: list[int] = []
             if turn.params.speculate and model.alone:
                 guess = lookup.guess(left - 1, sampler.guide.forced() if sampler.guide else ())
-                guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
+                guess = list(takewhile(lambda token: token not in turn.eos_ids, guess))
             length = row.tail.length
             chosen = model.feed(row, [chosen[-1], *guess], partial(sampler.follow, guess), n_logits=len(guess) + 1)
             row.tail.crop(length + len(chosen))

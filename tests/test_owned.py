@@ -1,14 +1,14 @@
 """A tokenizer is its owner's: what he does with it meanwhile cuts no text, and what he changes is followed as a whole or not at all."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from llama_index.core import Document
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
-from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import CHATML, TEXT, tiny_model, tiny_tokenizer
 from kinds import KINDS, tiny
 from kvzip_memory import IdentityMismatchError, KVzipEngine
 from kvzip_memory.owned import FEW
@@ -159,7 +159,7 @@ def test_what_an_owner_changes_is_followed_as_by_a_new_engine(change: str) -> No
 
 
 @pytest.fixture(params=["template", "a token", "decoder"])
-def changing(request: pytest.FixtureRequest) -> Iterator[tuple[KVzipEngine, Callable[..., Any]]]:
+def changing(request: pytest.FixtureRequest) -> tuple[KVzipEngine, Callable[..., Any]]:
     """An engine, and what puts a change of its tokenizer right behind a step."""
     tokenizer = tokenizer_of("bytes")
     engine = engine_of(tokenizer)
@@ -172,7 +172,7 @@ def changing(request: pytest.FixtureRequest) -> Iterator[tuple[KVzipEngine, Call
 
         return stepped
 
-    yield engine, behind
+    return engine, behind
 
 
 def test_a_change_in_the_middle_of_a_call_is_not_half_seen(changing: tuple[KVzipEngine, Callable[..., Any]]) -> None:

@@ -462,6 +462,7 @@ class KVzipChatModel(BaseChatModel):
             "model": self.model_name,
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
             "engine": self.given_engine.fingerprint if self.given_engine and self._cached else None,
+            "settings": repr(self.given_engine.model.generation_config) if self.given_engine else None,
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
