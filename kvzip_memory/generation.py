@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from kvzip_memory.encoding import added_tokens
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
 from kvzip_memory.guidance import Grammar, Guide
 from kvzip_memory.processors import Processors
@@ -222,8 +224,16 @@ class Sampler:
         return tokens
 
 
+#: A character has no more bytes, and so no more tokens.
+_BYTES = 4
+
+
 class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; a character is held back until all its bytes are there.
+    """Text of a growing list of tokens, piece by piece, in time linear in their number.
+
+    A character is held back until all its bytes are there. Bytes that can no longer become one are shown as ``\ufffd``, as the
+    tokenizer's own ``decode`` shows them. But a SentencePiece tokenizer's decoder would, once a byte comes that makes no character,
+    take back the characters that bytes right before it have made: those stay.
 
     Args:
         tokenizer: of the model.
@@ -232,16 +242,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer, self._shown = tokenizer, shown
-        self._ids: list[int] = []
-        self._start = 0  # decoding starts here, a token or more before what is new: decoders look at neighbours
+        self._ids: list[int] = []  # from a token or more before what is new: decoders look at neighbours
         self._done = 0  # tokens whose text has been given out
 
     def push(self, token: int) -> str:
         """The text the token completes, often its own, sometimes nothing."""
         if token in self._shown:
             text = self.flush() + self._tokenizer.convert_ids_to_tokens(token)
-            self._ids, self._start, self._done = [], 0, 0
+            self._ids, self._done = [], 0
             return text
+        if not self._decode([token]) and self._silent(token):
+            return ""
         self._ids.append(token)
         return self._advance(complete=False)
 
@@ -250,12 +261,41 @@ class Detokenizer:
         return self._advance(complete=True)
 
     def _advance(self, complete: bool) -> str:
-        before = self._decode(self._ids[self._start : self._done])
-        text = self._decode(self._ids[self._start :])
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not complete):
+        before, text = self._decode(self._ids[: self._done]), self._decode(self._ids)
+        if not text.startswith(before):  # a byte has spoiled those before it
+            self._ids, self._done, before = self._ids[self._done :], 0, ""
+            text = self._decode(self._ids)
+        if len(text) <= len(before):
             return ""
-        self._start, self._done = self._done, len(self._ids)
+        end = len(self._ids)
+        if text.endswith("\ufffd") and not complete:
+            end = self._settled(text)
+            text = self._decode(self._ids[:end]) if end > self._done else before
+        if end > self._done:
+            self._ids, self._done = self._ids[self._done :], end - self._done
         return text[len(before) :]
+
+    def _settled(self, text: str) -> int:
+        """So many tokens no byte to come can change the text of, when it ends in what is no character, or not yet one.
+
+        That may begin with any of the last three tokens. Where the text can be cut tells: some decoders show what is not yet a
+        character as one, others its bytes one by one, and then it can be cut anywhere.
+        """
+        end = len(self._ids)
+        if end - self._done < _BYTES:
+            return self._done
+        for n in range(end - _BYTES + 1, end):
+            if self._decode(self._ids[:n]) + self._decode(self._ids[n:]) == text:
+                return n
+        return end
+
+    def _silent(self, token: int) -> bool:
+        """Whether decoding leaves a token out, a special one or one that a model has beyond its tokenizer's."""
+        return token >= len(self._tokenizer) or token in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(i for i, token in added_tokens(self._tokenizer).items() if token.special)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from queue import SimpleQueue
 from typing import Any
 
@@ -460,14 +461,20 @@ class Session(NotPickled):
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
-            while ids and len(self._text(ids)) > len(answer.text):
-                ids.pop()
+            del ids[self._within(ids, len(answer.text)) :]
         written = answer.text
         if answer.cut:
             written = self._text(ids)  # a stop string may begin within a token
         content, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
         self._talk.answered(turn.asked, ids, written, content, reasoning)
         self._tail.crop(len(self._talk.ids))
+
+    def _within(self, ids: Sequence[int], length: int) -> int:
+        """How many of these tokens say no more than so many characters."""
+        reader = Detokenizer(self._prompts.tokenizer, self._shown)
+        shown = list(accumulate(len(reader.push(token)) for token in ids))
+        most = bisect_right(shown, length)  # but for what is held back at the end of them
+        return next(n for n in range(most, -1, -1) if n == 0 or len(self._text(ids[:n])) <= length)
 
     def _text(self, ids: Sequence[int]) -> str:
         reader = Detokenizer(self._prompts.tokenizer, self._shown)
