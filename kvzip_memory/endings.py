@@ -93,6 +93,10 @@ class Alphabet:
         return self._eos[0]
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self._eos)
+
+    @property
     def special_token_ids(self) -> list[int]:
         return [i for i, spelled in enumerate(self._bytes) if not spelled]
 

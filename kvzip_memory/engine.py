@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import time
@@ -35,8 +34,10 @@ from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
+from kvzip_memory.language import Language
 from kvzip_memory.limits import host_nbytes
-from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modeling import LanguageModel, eos_ids
+from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
@@ -49,7 +50,7 @@ from kvzip_memory.registry.identity import (
     digest,
     group_of,
     key_of,
-    model_identity,
+    label,
     tenant_digest,
     weights_identity,
 )
@@ -75,7 +76,7 @@ class KVzipEngine(Shared):
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer. It is copied: what others do with it meanwhile changes no text.
         ratio: kept fraction for :meth:`load`, in (0, 1].
         cache_dir: contexts are stored there and found again by later engines of the same model; None stores nothing.
         device_bytes: budget of the contexts on the model's device, such as ``"4GiB"``. None: a quarter of its memory.
@@ -96,7 +97,8 @@ class KVzipEngine(Shared):
         scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
         allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
-            which may be set at any time: contexts of another one are then not found, and are refused where they are given.
+            which may be set at any time: contexts of another one are then not found, and are refused where they are given. So are those
+            of a tokenizer that was changed otherwise, which is noticed by the next call.
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
@@ -132,7 +134,8 @@ class KVzipEngine(Shared):
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._prompts_of = (copy.deepcopy(tokenizer.chat_template), self._prompt_builder())
+        self._spoken = Language(tokenizer, self._template_kwargs)
+        self._model.tokenizer = self._spoken.tokenizer
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
         self._compress_every = compress_every
@@ -163,8 +166,7 @@ class KVzipEngine(Shared):
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
         release()
-        self.guidance = Guidance(tokenizer, model.config.vocab_size, self._model.eos_ids)
-        refuse_after_fork(self, "_model", "registry", "shared", "guidance")
+        refuse_after_fork(self, "_model", "registry", "shared", "_spoken")
 
     @classmethod
     def from_pretrained(
@@ -286,8 +288,9 @@ class KVzipEngine(Shared):
         checked_ratio(self.ratio if ratio is None else ratio)
         tags = _labels(name, tags)
         began = time.perf_counter()
-        prompt = self._prompt(source, system, _strings(keep), tools)
-        return self._load_text(prompt, ratio, name, tags, began)
+        language = self._language
+        prompt = self._prompt(language, source, system, _strings(keep), tools)
+        return self._load_text(language, prompt, ratio, name, tags, began)
 
     def load_marked(
         self,
@@ -311,13 +314,14 @@ class KVzipEngine(Shared):
         """
         began = time.perf_counter()
         ratio, tags = checked_ratio(self.ratio if ratio is None else ratio), [MARKED, *_labels(None, tags)]
-        prompt = self._prompts.until_mark(messages, tools)
+        language = self._language
+        prompt = language.prompts.until_mark(messages, tools)
         if prompt is None or len(prompt.token_ids) < FREE_TOKENS:
             if prompt is not None:
                 logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FREE_TOKENS)
             return None
         self._check_window(prompt)
-        before = self.stored_prefix([*prompt.token_ids, -1], ratio)  # of all of them, too
+        before = self._stored_prefix(language, [*prompt.token_ids, -1], ratio)  # of all of them, too
         if len(tags) > 1 and self._fronts.changes(tuple(tags), front(as_messages(messages), tools)) > 1 and before is None:
             logger.warning(
                 "cache_control is ignored in %s: its system prompt or its tools change at every call, so that nothing would be found "
@@ -326,15 +330,15 @@ class KVzipEngine(Shared):
             )
             return None
         if before is None:
-            return self._load_text(prompt, ratio, None, tags, began)
+            return self._load_text(language, prompt, ratio, None, tags, began)
         self.registry.join(before.key, tags)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
         left_behind = before.identity["parent"]
         try:
-            context = self._load(replace(prompt, protected=before.protected), ratio, None, tags, began, before)
+            context = self._load(language, replace(prompt, protected=before.protected), ratio, None, tags, began, before)
         except IdentityMismatchError:  # as in _load_text
-            return self._load_text(prompt, ratio, None, tags, began)
+            return self._load_text(language, prompt, ratio, None, tags, began)
         self.leave_behind(left_behind, tags)
         return context
 
@@ -388,17 +392,18 @@ class KVzipEngine(Shared):
         if ratio is not None:
             checked_ratio(ratio)
         tags, kept = _labels(name, tags), _strings(keep)
-        self._check_parent(context)
+        language = self._language
+        self._check_parent(language, context)
         documents, messages = read_source(more)
         if documents and tools:
             raise InputError("tools belong to a conversation; give them with the question about these documents")
         prompt = (
-            self._prompts.more_documents(context, documents, kept)
+            language.prompts.more_documents(context, documents, kept)
             if documents
-            else self._prompts.more_turns(context, messages, kept, tools, behind)
+            else language.prompts.more_turns(context, messages, kept, tools, behind)
         )
         self._check_window(prompt)
-        return self._load(prompt, ratio, name, tags, began, context)
+        return self._load(language, prompt, ratio, name, tags, began, context)
 
     async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
         """:meth:`extend` in a thread, see :meth:`aload`."""
@@ -406,9 +411,9 @@ class KVzipEngine(Shared):
 
     def _folded(
         self,
+        language: Language,
         context: CompressedContext | None,
         prompt: Prompt,
-        template: str,
         pairs: DensePairs,
         ratio: float | None,
         name: str | None,
@@ -416,24 +421,29 @@ class KVzipEngine(Shared):
     ) -> CompressedContext:
         """The context of another one, or of none, and of turns whose pairs are there already."""
         began, tags = time.perf_counter(), _labels(name, tags)
-        if context is not None:
-            self._check_parent(context)
-        if template != self._prompts.template:
+        now, then = self._identity, self._identity_of(language)
+        if differing := tuple(field for field in ("tokenizer", "template") if now[field] != then[field]):
             raise IdentityMismatchError(
-                "the session began with another chat template than the tokenizer has now; set that one again to fold it",
-                fields=("template",),
+                f"the session began with another {' and another '.join(map(label, differing))} than the tokenizer has now; set that one "
+                "again to fold it",
+                fields=differing,
             )
+        if context is not None:
+            self._check_parent(language, context)
         self._check_window(prompt)
-        return self._load(prompt, ratio, name, tags, began, context, pairs)
+        return self._load(language, prompt, ratio, name, tags, began, context, pairs)
 
-    def _load_text(self, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float) -> CompressedContext:
+    def _load_text(
+        self, language: Language, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float
+    ) -> CompressedContext:
         """:meth:`_load` of what is built from its text alone: under the key of the weights as they are, had they changed unseen."""
         with suppress(IdentityMismatchError):
-            return self._load(prompt, ratio, name, tags, began)
-        return self._load(prompt, ratio, name, tags, began)
+            return self._load(language, prompt, ratio, name, tags, began)
+        return self._load(language, prompt, ratio, name, tags, began)
 
     def _load(
         self,
+        language: Language,
         prompt: Prompt,
         ratio: float | None,
         name: str | None,
@@ -449,7 +459,7 @@ class KVzipEngine(Shared):
         if every is not None and len(prompt.token_ids) - max(prompt.protected, parent.n_tokens if parent else 0) <= every:
             every = None  # all in one piece
         identity = context_identity(
-            self._identity,
+            self._identity_of(language),
             prompt,
             ratio,
             self._scorer.identity(),
@@ -463,10 +473,11 @@ class KVzipEngine(Shared):
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
+        build = partial(self._build, language)
         step = Step(
             self.registry,
             wanted,
-            self._build,
+            build,
             parent.storage.step if parent and isinstance(parent.storage, Managed) else parent,
             torch.tensor(prompt.token_ids[start:], dtype=torch.int32),
             prompt.protected,
@@ -474,7 +485,7 @@ class KVzipEngine(Shared):
             prompt.recipe,
             as_told(prompt.sources)[known:],
         )
-        now = step if pairs is None else replace(step, make=partial(self._build, pairs=pairs))
+        now = step if pairs is None else replace(step, make=partial(build, pairs=pairs))
         with self._bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
@@ -589,14 +600,13 @@ class KVzipEngine(Shared):
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
 
-    def _prompt(self, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None) -> Prompt:
+    def _prompt(self, language: Language, source: Any, system: str | None, keep: Sequence[str], tools: Sequence[Tool] | None) -> Prompt:
+        prompts = language.prompts
         documents, messages = read_source(source)
         if documents and tools:
             raise InputError("tools belong to a conversation; give them with the question about these documents")
         system = None if system is None else clean(system, "system prompt")
-        prompt = (
-            self._prompts.documents(documents, system, keep) if documents else self._prompts.conversation(messages, system, keep, tools)
-        )
+        prompt = prompts.documents(documents, system, keep) if documents else prompts.conversation(messages, system, keep, tools)
         self._check_window(prompt)
         return prompt
 
@@ -621,24 +631,33 @@ class KVzipEngine(Shared):
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    def _build(self, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None = None) -> CompressedContext:
+    def _build(
+        self,
+        language: Language,
+        step: Step,
+        parent: CompressedContext | None,
+        report: Report,
+        pairs: DensePairs | None = None,
+    ) -> CompressedContext:
         """A context of the weights that its key names and of no others: all of them are read before it is built and once more after."""
         wanted, began = step.wanted, time.perf_counter()
-        check_same_model(wanted.identity, self._proven_identity(), f"context {wanted.key[:12]!r}")  # a handle may outlive the weights
+        where = f"context {wanted.key[:12]!r}"
+        check_same_model(wanted.identity, self._proven_identity(language), where)  # a handle may outlive the weights
         before = time.perf_counter() - began
-        context, ms = self._build_now(step, parent, report, pairs)
+        context, ms = self._build_now(language, step, parent, report, pairs)
         began = time.perf_counter()
         check_same_model(
             wanted.identity,
-            self._proven_identity(),
-            f"context {wanted.key[:12]!r}",
+            self._proven_identity(language),
+            where,
             "the model was changed while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
         )
         ms["verify"] = 1e3 * (before + time.perf_counter() - began)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
 
+    @plain()
     def _build_now(
-        self, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None
+        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None
     ) -> tuple[CompressedContext, dict[str, float]]:
         wanted, recipe = step.wanted, step.recipe
         assert step.ids is not None
@@ -669,7 +688,7 @@ class KVzipEngine(Shared):
                     pairs = prefill(self._model, ids[:end], progress)
                 ms["prefill"] += 1e3 * (time.perf_counter() - began)  # type: ignore[assignment]
                 keep = tuple((first, min(last, end)) for first, last in step.keep if first < end)
-                opening, closing, encode = recipe.opening, recipe.closing, self._prompts.text_ids
+                opening, closing, encode = recipe.opening, recipe.closing, language.prompts.text_ids
                 prefilled = Prefilled(self._model, pairs, ids[:end], step.protected, opening, closing, encode, keep, layers, start)
                 compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
                 ms.update(compressed.ms)
@@ -696,54 +715,53 @@ class KVzipEngine(Shared):
         return _Bar(name or "context", None if self._progress is None else not self._progress)
 
     @property
-    def _prompts(self) -> PromptBuilder:
-        """Renders with the tokenizer's chat template as it is now. Sessions keep the one they began with."""
-        template, prompts = self._prompts_of
-        if self.tokenizer.chat_template != template:
-            template = copy.deepcopy(self.tokenizer.chat_template)
-            prompts = self._prompt_builder()
-            self._prompts_of = (template, prompts)
-        return prompts
+    def _language(self) -> Language:
+        """What is made of the tokenizer as it is now. Sessions keep the one they began with."""
+        language = self._spoken
+        if not language.still(self.tokenizer):
+            language = self._spoken = Language(self.tokenizer, self._template_kwargs, language)
+            self._model.tokenizer = language.tokenizer
+        return language
 
-    def _prompt_builder(self) -> PromptBuilder:
-        """Raises:
-        InputError: the tokenizer's chat template is none.
-        """
-        try:
-            return PromptBuilder(self.tokenizer, self._template_kwargs)
-        except KVzipError:
-            raise
-        except Exception as error:  # what a tokenizer and its template raise, in many kinds
-            raise InputError(
-                f"the tokenizer's chat_template {str(self.tokenizer.chat_template)[:80]!r} cannot be used ({error}); set it to another "
-                "template's text, or to None for plain turns"
-            ) from error
+    @property
+    def _prompts(self) -> PromptBuilder:
+        return self._language.prompts
+
+    @property
+    def guidance(self) -> Guidance:
+        """Makes grammars for the tokenizer as it is now."""
+        return self._guidance_of(self._language)
+
+    def _guidance_of(self, language: Language) -> Guidance:
+        return language.guidance(self.model.config.vocab_size, eos_ids(self.model, language.tokenizer))
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """The model's fields of a key; computed again when a weight or an adapter has changed.
+        return self._identity_of(self._language)
+
+    def _identity_of(self, language: Language) -> dict[str, Any]:
+        """The model's fields of a key; those of its weights are computed again when one, or an adapter, has changed.
 
         Raises:
             IdentityMismatchError: the model was moved to another device.
             InputError: it has a dtype now that the engine's attention cannot compute with.
         """
-        template = self._prompts.template
-        now = (self._watch.stamp(), template)
+        now = self._watch.stamp()
         known, fields = self._known_identity
         if now != known:
             if known is not None:
-                self._model.changed(now[0].places != known[0].places)
-            fields = model_identity(self.model, self.tokenizer, template)
+                self._model.changed(now.places != known.places)
+            fields = weights_identity(self.model)
             self._known_identity = (now, fields)
-        return fields
+        return {**fields, **language.identity}
 
-    def _proven_identity(self) -> dict[str, Any]:
-        """:attr:`_identity` with all weights read, also if none seems to have changed."""
-        fields = self._identity
+    def _proven_identity(self, language: Language) -> dict[str, Any]:
+        """:meth:`_identity_of` with all weights read, also if none seems to have changed."""
+        self._identity_of(language)
         known, _ = self._known_identity
-        fields = {**fields, **weights_identity(self.model)}
+        fields = weights_identity(self.model)
         self._known_identity = (known, fields)
-        return fields
+        return {**fields, **language.identity}
 
     @property
     def fingerprint(self) -> str:
@@ -773,13 +791,16 @@ class KVzipEngine(Shared):
             ratio: what keeps less of its pairs, or was grown from what does, is left out, and what was ranked otherwise than by this engine
                 unless nothing was evicted. None is the engine's ratio.
         """
+        return self._stored_prefix(self._language, ids, ratio)
+
+    def _stored_prefix(self, language: Language, ids: Sequence[int], ratio: float | None = None) -> CompressedContext | None:
         least, made = self.ratio if ratio is None else ratio, (self._scorer.identity(), self._allocator)
 
         def fits(entry: Entry) -> bool:
             scorer, allocator = entry.identity.get("scorer"), entry.identity.get("allocator")
             return entry.fineness >= least and (scorer is None or (scorer, allocator) == made)
 
-        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity, ids, fits)) is None:
+        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity_of(language), ids, fits)) is None:
             return None
         try:
             context = self._handle(entry)
@@ -797,11 +818,12 @@ class KVzipEngine(Shared):
             IdentityMismatchError: the context is another model's; or, when it is asked or folded, its pairs are of weights, an adapter
                 or a dtype that the model no longer has.
         """
-        self._check_context(context)
-        return self._session(context)
+        self._check_context(self._language, context)
+        return self._session(self._language, context)
 
-    def _session(self, context: CompressedContext | None) -> Session:
-        return Session(self._model, self._prompts, context, self._folded, lambda: self._identity)
+    def _session(self, language: Language, context: CompressedContext | None) -> Session:
+        fold = partial(self._folded, language)
+        return Session(self._model, language.prompts, context, fold, partial(self._identity_of, language))
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context; the question is forgotten afterwards.
@@ -851,20 +873,22 @@ class KVzipEngine(Shared):
         **params: Any,
     ) -> Stream:
         """The answer of :meth:`generate`, piece by piece."""
-        tools = checked_tools(tools)
+        tools, language = checked_tools(tools), self._language
+        prompts = language.prompts
         schema = cleaned(schema, "schema") if isinstance(schema, Mapping) else schema
-        if parallel_tool_calls is None and self._prompts.one_call:
+        if parallel_tool_calls is None and prompts.one_call:
             parallel_tool_calls = False
         if tools:
-            params["grammar"] = calls_grammar(self.guidance, form or self.tool_form, tools, tool_choice, schema, parallel_tool_calls)
+            guidance = self._guidance_of(language)
+            params["grammar"] = calls_grammar(guidance, form or prompts.form, tools, tool_choice, schema, parallel_tool_calls)
         elif schema is not None:
-            params["grammar"] = self.guidance.json(schema)
+            params["grammar"] = self._guidance_of(language).json(schema)
         if context is not None:
-            return self._session(context).stream(question, tools, behind, **params)
+            return self._session(language, context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
-        ids = self._prompts.question(None, question, tools, thinks=checked.free)
-        context = self.stored_prefix(ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
-        return self._session(context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
+        ids = prompts.question(None, question, tools, thinks=checked.free)
+        context = self._stored_prefix(language, ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
+        return self._session(language, context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
     def tool_form(self) -> ToolForm:
@@ -889,8 +913,10 @@ class KVzipEngine(Shared):
         self, context: CompressedContext, spans: Sequence[Span], question: str | Sequence[Message], answer: str
     ) -> tuple[Tensor, Tensor]:
         """Attention to spans of a context: of the last message with its answer, and of :data:`NEUTRAL`."""
-        self._check_context(context)
-        closing = len(context.recipe.closing)
+        language = self._language
+        self._check_context(language, context)
+        prompts, recipe = language.prompts, context.recipe
+        closing = len(recipe.closing)
 
         def mass(row: Row, ids: list[int], said: str, more: list[int]) -> Tensor:
             if row.start + len(ids) >= self.window:
@@ -898,14 +924,18 @@ class KVzipEngine(Shared):
                 raise WindowError(
                     f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
                 )
-            first = max(0, len(ids) - closing - len(self._prompts.text_ids(said)))
+            first = max(0, len(ids) - closing - len(prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
 
         last, answer = as_messages(question)[-1]["content"], clean(answer, "answer")
         with context.lease() as lease:
             n = context.n_tokens
-            asked = mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, question), last, self._prompts.text_ids(answer))
-            return asked, mass(Row(lease.layers, n, Tail()), self.prompt_ids(context, NEUTRAL), NEUTRAL, [])
+            asked = mass(Row(lease.layers, n, Tail()), prompts.question(recipe, question), last, prompts.text_ids(answer))
+            return asked, mass(Row(lease.layers, n, Tail()), prompts.question(recipe, NEUTRAL), NEUTRAL, [])
+
+    def text_ids(self, text: str) -> list[int]:
+        """Ids of a text alone, as the model's tokenizer makes them without special tokens of its own."""
+        return list(self._language.tokenizer(clean(text, "a text"), add_special_tokens=False).input_ids)
 
     def token_offsets(self, text: str, *, alone: bool = True) -> list[tuple[int, int]]:
         """Characters ``[start, end)`` of each of a document's tokens, in the order in which they lie in its context.
@@ -952,7 +982,7 @@ class KVzipEngine(Shared):
             InputError: no ids.
             WindowError: more than the window holds.
         """
-        self._check_context(context)
+        self._check_context(self._language, context)
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if not ids:
             raise InputError("no ids to compute logits for; give at least one")
@@ -968,12 +998,12 @@ class KVzipEngine(Shared):
             row = Row(lease.layers if lease else (), start, Tail())
             return torch.cat([self._model.forward([row], [chunk], n_logits=len(chunk))[0] for chunk in chunks])
 
-    def _check_context(self, context: CompressedContext | None) -> None:
+    def _check_context(self, language: Language, context: CompressedContext | None) -> None:
         if context is not None:
-            check_same_model(context.identity, self._identity, repr(context))
+            check_same_model(context.identity, self._identity_of(language), repr(context))
 
-    def _check_parent(self, context: CompressedContext) -> None:
-        self._check_context(context)
+    def _check_parent(self, language: Language, context: CompressedContext) -> None:
+        self._check_context(language, context)
         scorer = context.identity["scorer"]
         if scorer not in (None, self._scorer.identity()):
             raise InputError(

@@ -5,41 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, PreTrainedConfig
 
+from kvzip_memory.encoding import added_tokens
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
 from kvzip_memory.guidance import Grammar, Guide
+from kvzip_memory.processors import Processors
 
 
 @dataclass(frozen=True)
 class GenerationParams:
     """How an answer is generated. None is the default of each, and a text that spells a number is that number.
 
+    What the model's ``generation_config`` says holds where a call says nothing, as in ``model.generate``: ``top_p``, ``top_k`` and
+    what else it has for sampling where a call samples, ``repetition_penalty``, ``no_repeat_ngram_size``, ``suppress_tokens``,
+    ``bad_words_ids``, ``min_new_tokens`` and all that is not sampling always, and ``stop_strings``. Its ``do_sample``,
+    ``temperature``, ``max_new_tokens`` and ``max_length`` do not: answers are greedy and end in time unless a call says otherwise.
+
     Attributes:
         max_new_tokens: at most so many tokens, cut to what the window still holds.
         temperature: 0 takes the likeliest token (greedy), else logits are divided by it before sampling.
-        top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1].
-        top_k: sample from the k likeliest tokens.
+        top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1]; None is the model's own, 1 is off.
+        top_k: sample from the k likeliest tokens; None is the model's own, more than its vocabulary is off.
         seed: makes sampling repeatable, any integer of 64 bits; None draws one.
-        stop: texts that end the answer; they are not part of it.
+        stop: texts that end the answer; they are not part of it. None is the model's own, ``[]`` is none.
         repetition_penalty: as in transformers: logits of tokens that have occurred, in what the answer sees or says, are divided by it
-            (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range. What a context has evicted has occurred.
+            (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range; None is the model's own. What a context has evicted has
+            occurred.
         no_repeat_ngram_size: as in transformers: no n tokens come twice, those that the answer sees included; 0 is off. What a grammar
-            prescribes may, and any where no token is left.
+            prescribes may, and any where no token is left. None is the model's own.
         grammar: what the answer may be, see :mod:`kvzip_memory.guidance`; None leaves it free.
         speculate: guess tokens, by prompt lookup and by what the grammar leaves, and check several in one step while no other
             answer runs. The answer is the same, sooner where it quotes the context or keeps to a form.
@@ -90,9 +91,10 @@ class GenerationParams:
         """Whether an answer may be any text, and a model may think before it."""
         return self.grammar is None or self.grammar.free
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+    def stops(self, settings: GenerationConfig | None = None) -> tuple[str, ...]:
+        """The texts that end the answer: these, or a model's own."""
+        stop = settings.stop_strings if self.stop is None and settings is not None else self.stop
+        return (stop,) if isinstance(stop, str) else tuple(stop or ())
 
 
 #: Of the parameters that are numbers: name, whether whole, what must hold, and that in words.
@@ -124,8 +126,6 @@ def _number(name: str, value: Any, whole: bool, holds: Callable[[Any], bool], wa
 _PICKS = 8
 #: Below this temperature logits divided by it overflow; the likeliest token is all that is left long before.
 _COLD = 1e-6
-#: Above this temperature all tokens are equally likely, also those that a grammar forbids once it overflows.
-_HOT = 1e30
 
 
 class Sampler:
@@ -135,26 +135,32 @@ class Sampler:
         device: of the logits.
         limit: tokens the answer may have: a grammar's answer ends within them.
         ids: all that the answer sees, for processors that look at it.
+        settings: the model's own, see :func:`~kvzip_memory.processors.own_settings`.
+        config: the model's.
+        eos_ids: ids that end the answer.
+
+    Raises:
+        InputError: a setting of the model that transformers cannot use.
     """
 
-    def __init__(self, params: GenerationParams, device: torch.device, limit: int | None = None, ids: ArrayLike = ()) -> None:
+    def __init__(
+        self,
+        params: GenerationParams,
+        device: torch.device,
+        limit: int | None = None,
+        ids: ArrayLike = (),
+        settings: GenerationConfig | None = None,
+        config: Any = None,
+        eos_ids: Collection[int] = (),
+    ) -> None:
         self.guide = params.grammar.start(limit) if params.grammar else None
-        self._rules = LogitsProcessorList()
-        if params.repetition_penalty not in (None, 1):
-            self._rules.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-        if params.no_repeat_ngram_size:
-            self._rules.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
-        self._seen = torch.as_tensor(np.array(ids if self._rules else (), dtype=np.int64), device=device)[None]
         self._greedy = params.temperature < _COLD
+        given = {name: getattr(params, name) for name in ("top_p", "top_k", "repetition_penalty", "no_repeat_ngram_size")}
+        given["temperature"] = None if self._greedy else params.temperature
+        limit = params.max_new_tokens if limit is None else limit
+        self._own = Processors(settings or GenerationConfig(), given, config or PreTrainedConfig(), device, ids, limit, [*eos_ids])
         if self._greedy:
             return
-        self._processors = LogitsProcessorList()
-        if params.temperature != 1:
-            self._processors.append(TemperatureLogitsWarper(min(params.temperature, _HOT)))
-        if params.top_k is not None:
-            self._processors.append(TopKLogitsWarper(params.top_k))
-        if params.top_p is not None and params.top_p < 1:
-            self._processors.append(TopPLogitsWarper(params.top_p))
         self._generator = torch.Generator(device)
         if params.seed is None:
             self._generator.seed()
@@ -172,18 +178,18 @@ class Sampler:
         Raises:
             ModelError: a logit is not a number.
         """
-        scores = self._rules(self._seen, logits[None])[0] if self._rules else logits
-        if self._rules and scores.max() == -inf:  # every token has been ruled out
+        own = self._own
+        scores = own.rules(own.seen, logits[None])[0] if own.rules else logits
+        if own.rules and scores.max() == -inf:  # every token has been ruled out
             scores = logits
         token = self._pick(scores) if self.guide is None else self._guided(self.guide, scores, logits)
-        if self._rules:
-            self._seen = torch.cat([self._seen, torch.tensor([[token]], device=self._seen.device)], 1)
+        own.append(token)
         return token
 
     def _guided(self, guide: Guide, scores: Tensor, logits: Tensor) -> int:
         """A token that the grammar allows, with which the answer can still end in time."""
         masked = guide.mask(scores)
-        if self._rules and masked.max() == -inf:  # all that the grammar allows has been ruled out
+        if self._own.rules and masked.max() == -inf:  # all that the grammar allows has been ruled out
             masked = guide.mask(logits)
         for _ in range(_PICKS):
             token = self._pick(masked)
@@ -203,7 +209,7 @@ class Sampler:
             raise ModelError("the model computed logits that are not numbers (usually float16 overflow); load it in bfloat16 or float32")
         if self._greedy:
             return int(token)
-        scores = self._processors(torch.empty(1, 0, dtype=torch.long, device=logits.device), logits[None])
+        scores = self._own.sampling(self._own.seen, logits[None])
         return int(torch.multinomial(scores[0].softmax(-1), 1, generator=self._generator))
 
     def follow(self, guess: Sequence[int], logits: Tensor) -> list[int]:
@@ -218,8 +224,16 @@ class Sampler:
         return tokens
 
 
+#: A character has no more bytes, and so no more tokens.
+_BYTES = 4
+
+
 class Detokenizer:
-    """Text of a growing list of tokens, piece by piece; a character is held back until all its bytes are there.
+    """Text of a growing list of tokens, piece by piece, in time linear in their number.
+
+    A character is held back until all its bytes are there. Bytes that can no longer become one are shown as ``\ufffd``, as the
+    tokenizer's own ``decode`` shows them. But a SentencePiece tokenizer's decoder would, once a byte comes that makes no character,
+    take back the characters that bytes right before it have made: those stay.
 
     Args:
         tokenizer: of the model.
@@ -228,16 +242,17 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, shown: frozenset[int] = frozenset()) -> None:
         self._tokenizer, self._shown = tokenizer, shown
-        self._ids: list[int] = []
-        self._start = 0  # decoding starts here, a token or more before what is new: decoders look at neighbours
+        self._ids: list[int] = []  # from a token or more before what is new: decoders look at neighbours
         self._done = 0  # tokens whose text has been given out
 
     def push(self, token: int) -> str:
         """The text the token completes, often its own, sometimes nothing."""
         if token in self._shown:
             text = self.flush() + self._tokenizer.convert_ids_to_tokens(token)
-            self._ids, self._start, self._done = [], 0, 0
+            self._ids, self._done = [], 0
             return text
+        if not self._decode([token]) and self._silent(token):
+            return ""
         self._ids.append(token)
         return self._advance(complete=False)
 
@@ -246,12 +261,41 @@ class Detokenizer:
         return self._advance(complete=True)
 
     def _advance(self, complete: bool) -> str:
-        before = self._decode(self._ids[self._start : self._done])
-        text = self._decode(self._ids[self._start :])
-        if len(text) <= len(before) or (text.endswith("\ufffd") and not complete):
+        before, text = self._decode(self._ids[: self._done]), self._decode(self._ids)
+        if not text.startswith(before):  # a byte has spoiled those before it
+            self._ids, self._done, before = self._ids[self._done :], 0, ""
+            text = self._decode(self._ids)
+        if len(text) <= len(before):
             return ""
-        self._start, self._done = self._done, len(self._ids)
+        end = len(self._ids)
+        if text.endswith("\ufffd") and not complete:
+            end = self._settled(text)
+            text = self._decode(self._ids[:end]) if end > self._done else before
+        if end > self._done:
+            self._ids, self._done = self._ids[self._done :], end - self._done
         return text[len(before) :]
+
+    def _settled(self, text: str) -> int:
+        """So many tokens no byte to come can change the text of, when it ends in what is no character, or not yet one.
+
+        That may begin with any of the last three tokens. Where the text can be cut tells: some decoders show what is not yet a
+        character as one, others its bytes one by one, and then it can be cut anywhere.
+        """
+        end = len(self._ids)
+        if end - self._done < _BYTES:
+            return self._done
+        for n in range(end - _BYTES + 1, end):
+            if self._decode(self._ids[:n]) + self._decode(self._ids[n:]) == text:
+                return n
+        return end
+
+    def _silent(self, token: int) -> bool:
+        """Whether decoding leaves a token out, a special one or one that a model has beyond its tokenizer's."""
+        return token >= len(self._tokenizer) or token in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(i for i, token in added_tokens(self._tokenizer).items() if token.special)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -65,6 +65,11 @@ class Grammar(Shared):
         """Tokens of the shortest answer, or fewer where a grammar is too large to tell."""
         return len(self._shortest.tokens) if isinstance(self._shortest, Ending) else self._shortest
 
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return self._alphabet.eos_ids
+
     @cached_property
     def _shortest(self) -> Ending | int:
         try:

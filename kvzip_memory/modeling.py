@@ -58,7 +58,7 @@ class LanguageModel:
     Attributes:
         window: tokens the model can hold: context, questions and answers together.
         windows: sliding window of each layer, None for full attention.
-        eos_ids: ids that end an answer.
+        tokenizer: the engine's copy.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
         places: threads for answers that an event loop waits for.
@@ -85,7 +85,7 @@ class LanguageModel:
                 f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
                 "full-attention cache to compress"
             )
-        self.eos_ids = _eos_ids(model, tokenizer)
+        self.tokenizer = tokenizer
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._attention, self._made_on, self._dtype = backend, self.device, model.dtype
         self._choose()
@@ -99,6 +99,11 @@ class LanguageModel:
         refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
         if config.model_type not in TESTED:
             self._compare_with_original()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return eos_ids(self.model, self.tokenizer)
 
     @property
     def alone(self) -> bool:
@@ -367,7 +372,8 @@ def _window(config: Any) -> int:
     return window
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer, as model and tokenizer say now."""
     ids: set[int] = set()
     for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
         ids.update(value if isinstance(value, list) else [value] if value is not None else [])

@@ -1,15 +1,19 @@
-"""A model as it was written and in evaluation mode, however its modules were compiled and whatever mode they are in.
+"""What others may have switched: the modes of a model's modules, and torch's in the calling thread.
 
-They are other threads', too, and are never switched. What is compiled would be so again and again for our calls, each of which has
+:func:`evaluation_copy` is a model as it was written and in evaluation mode, however its modules were compiled and whatever mode they are
+in. They are other threads', too, and are never switched. What is compiled would be so again and again for our calls, each of which has
 other contexts and lengths.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from kvzip_memory.errors import ModelError
@@ -83,3 +87,13 @@ def _bound(method: Any, module: nn.Module, copy: nn.Module) -> Any:
     if all(argument is not module for argument in method.args):
         return method
     return partial(method.func, *(copy if argument is module else argument for argument in method.args), **method.keywords)
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """torch as it is by itself, whatever autocast or default device the caller is in: we say where and in what we compute.
+
+    The model's own thread has no modes; this is for what is computed in the threads of callers.
+    """
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from kvzip_memory import calls
 from kvzip_memory.batching import Place
@@ -26,10 +28,11 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import InputError, SessionBusyError, WindowError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
-from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modeling import LanguageModel, eos_ids
+from kvzip_memory.processors import own_settings
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.reasoning import Reasoning, ReasoningReader
-from kvzip_memory.registry.identity import check_same_model, digest
+from kvzip_memory.registry.identity import check_same_model
 from kvzip_memory.sharing import NotPickled
 from kvzip_memory.sources import Message
 from kvzip_memory.speculation import PromptLookup
@@ -81,8 +84,8 @@ class Reply:
 
 
 Tags = str | Sequence[str] | None
-#: Builds the context of a parent, if any, and of a prompt behind it: the template it was made with, pairs, ratio, name and tags follow.
-Fold = Callable[[CompressedContext | None, Prompt, str, DensePairs, float | None, str | None, Tags], CompressedContext]
+#: Builds the context of a parent, if any, and of a prompt behind it: pairs, ratio, name and tags follow.
+Fold = Callable[[CompressedContext | None, Prompt, DensePairs, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -98,6 +101,8 @@ class _Turn:
 
     asked: Asked
     params: GenerationParams
+    settings: GenerationConfig  # the model's own
+    eos_ids: frozenset[int]
     answer: Answer = field(default_factory=Answer)
     reader: ReasoningReader | None = None  # for a model that thinks
     prefilled: float | None = None  # when its first token was there
@@ -249,7 +254,6 @@ class Session(NotPickled):
         identity: Callable[[], Mapping[str, Any]],
     ) -> None:
         self._model, self._prompts, self._fold, self._identity = model, prompts, fold, identity
-        self._template = digest(prompts.template)  # whatever the tokenizer has later
         self._made_with: Mapping[str, Any] = {}  # of the tail, the model's fields of a key
         self._talk: Talk
         self._go_on(context)
@@ -291,6 +295,9 @@ class Session(NotPickled):
         return self._stream(lambda: Asked(self._tail.length, [*self._pending, *ids]), params)
 
     def _stream(self, question: Callable[[], Asked], checked: GenerationParams) -> Stream:
+        model = self._model.model
+        settings = own_settings(model)
+        ends = checked.grammar.eos_ids if checked.grammar else eos_ids(model, self._prompts.tokenizer)
         with self._lock:
             self._check_idle()
             asked = question()
@@ -304,7 +311,7 @@ class Session(NotPickled):
                 )
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
-            self._turn = _Turn(asked, checked)
+            self._turn = _Turn(asked, checked, settings, ends)
             stream = Stream(self, self._turn)
         calls.started(stream)
         return stream
@@ -355,7 +362,7 @@ class Session(NotPickled):
                     deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, self._prompts.template, pairs, ratio, name, tags)
+            context = self._fold(self.context, prompt, pairs, ratio, name, tags)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk = Tail(), talk
@@ -399,7 +406,7 @@ class Session(NotPickled):
         Raises:
             IdentityMismatchError: they are not.
         """
-        now = {**self._identity(), "template": self._template}
+        now = self._identity()
         made: list[tuple[Mapping[str, Any], str, str]] = []
         if self.context is not None:
             made.append((self.context.identity, f"{self.context!r}, over which this session is,", "load its text again"))
@@ -429,7 +436,7 @@ class Session(NotPickled):
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
-        sampler = Sampler(turn.params, model.device, limit, seen)
+        sampler = Sampler(turn.params, model.device, limit, seen, turn.settings, model.model.config, turn.eos_ids)
         complete = False
         began = time.perf_counter()
         try:
@@ -440,8 +447,8 @@ class Session(NotPickled):
             tail.crop(start)
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
-                stops, tokenizer = turn.params.stops, self._prompts.tokenizer
-                pieces = decode(tokens, answer, stops, limit, model.eos_ids, tokenizer, self._shown, turn.params.grammar)
+                stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
+                pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)
             if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
                 answer.finish_reason = "forced"
@@ -499,7 +506,7 @@ class Session(NotPickled):
             guess: list[int] = []
             if turn.params.speculate and model.alone:
                 guess = lookup.guess(left - 1, sampler.guide.forced() if sampler.guide else ())
-                guess = list(takewhile(lambda token: token not in model.eos_ids, guess))
+                guess = list(takewhile(lambda token: token not in turn.eos_ids, guess))
             length = row.tail.length
             chosen = model.feed(row, [chosen[-1], *guess], partial(sampler.follow, guess), n_logits=len(guess) + 1)
             row.tail.crop(length + len(chosen))
@@ -509,14 +516,20 @@ class Session(NotPickled):
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
-            while ids and len(self._text(ids)) > len(answer.text):
-                ids.pop()
+            del ids[self._within(ids, len(answer.text)) :]
         written = answer.text
         if answer.cut:
             written = self._text(ids)  # a stop string may begin within a token
         content, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
         self._talk.answered(turn.asked, ids, written, content, reasoning)
         self._tail.crop(len(self._talk.ids))
+
+    def _within(self, ids: Sequence[int], length: int) -> int:
+        """How many of these tokens say no more than so many characters."""
+        reader = Detokenizer(self._prompts.tokenizer, self._shown)
+        shown = list(accumulate(len(reader.push(token)) for token in ids))
+        most = bisect_right(shown, length)  # but for what is held back at the end of them
+        return next(n for n in range(most, -1, -1) if n == 0 or len(self._text(ids[:n])) <= length)
 
     def _text(self, ids: Sequence[int]) -> str:
         reader = Detokenizer(self._prompts.tokenizer, self._shown)

@@ -142,8 +142,8 @@ def test_none_is_the_default_and_a_text_that_spells_a_number_is_that_number() ->
     spelled = GenerationParams(max_new_tokens="7", temperature=" 0.5 ", top_p="1", top_k="3.0", seed=str(2**63 - 1), repetition_penalty="2")  # type: ignore
     assert spelled == GenerationParams(max_new_tokens=7, temperature=0.5, top_p=1, top_k=3, seed=2**63 - 1, repetition_penalty=2)
     assert GenerationParams(max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=4.0) == GenerationParams(3, 0.5, top_k=4)  # type: ignore
-    assert GenerationParams(stop="x").stops == GenerationParams(stop=["x"]).stops == ("x",)
-    assert GenerationParams(stop=()).stops == ()
+    assert GenerationParams(stop="x").stops() == GenerationParams(stop=["x"]).stops() == ("x",)
+    assert GenerationParams(stop=()).stops() == ()
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-324, 1e-7])

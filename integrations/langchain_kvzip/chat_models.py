@@ -465,6 +465,7 @@ class KVzipChatModel(BaseChatModel):
             "model": self.model_name,
             "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
             "engine": self.given_engine.fingerprint if self.given_engine and self._cached else None,
+            "settings": repr(self.given_engine.model.generation_config) if self.given_engine else None,
             "context": self.context.key if self.context else None,
             "behind": self.behind,
             "ratio": self.ratio,
@@ -478,7 +479,7 @@ class KVzipChatModel(BaseChatModel):
 
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of a text by the model's own tokenizer."""
-        return list(self.engine.tokenizer(clean(text, "a text"), add_special_tokens=False).input_ids)
+        return self.engine.text_ids(text)
 
     def get_num_tokens_from_messages(
         self,

@@ -30,7 +30,6 @@ from kvzip_memory.calls import Cancelled, check, within
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.session import Stream
-from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import KVzipLLM, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
 from llama_index_kvzip.sources import Part, Ranking, whole
@@ -192,12 +191,8 @@ class KVzipChatEngine(SimpleChatEngine):
             # Half of what is free: the template's own tokens are not counted by LlamaIndex. An answer may take half before.
             free = model.metadata.context_window
             limit = max(4, (free - min(model.max_tokens, free // 2)) // 2)
-            tokenizer: Any = model.engine.tokenizer
-
-            def tokens(text: str) -> list[str]:
-                return list(tokenizer.tokenize(clean(text, "a message")))
-
-            memory = Memory.from_defaults(chat_history=chat_history, token_limit=limit, token_flush_size=limit // 4, tokenizer_fn=tokens)
+            ids = model.engine.text_ids
+            memory = Memory.from_defaults(chat_history=chat_history, token_limit=limit, token_flush_size=limit // 4, tokenizer_fn=ids)
         prefix = [ChatMessage(system_prompt, role="system")] if system_prompt else []
         engine = cls(llm=model, memory=memory, prefix_messages=prefix, callback_manager=llm.callback_manager)
         engine._part, engine._ranking = part, Ranking(llm.engine, source_top_k, node_parser)

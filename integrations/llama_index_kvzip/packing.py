@@ -79,4 +79,4 @@ def size(engine: KVzipEngine, node: BaseNode) -> int:
 
 
 def _n_tokens(engine: KVzipEngine, text: str) -> int:
-    return len(engine.tokenizer(clean(text, "a text"), add_special_tokens=False).input_ids)
+    return len(engine.text_ids(text))

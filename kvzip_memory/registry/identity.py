@@ -37,13 +37,8 @@ _DERIVED = ("tokens", "protected", "recipe")
 _NEUTRAL = {"_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype", "name_or_path"}
 
 
-def model_identity(model: PreTrainedModel, tokenizer: Any, template: str) -> dict[str, Any]:
-    """The :data:`MODEL_FIELDS` of a model in memory."""
-    return {**weights_identity(model), "tokenizer": tokenizer_fingerprint(tokenizer), "template": digest(template)}
-
-
 def weights_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """Those that the model alone decides. Reads all weights once (measured: about 0.2 s a GB on one CPU core)."""
+    """Those of :data:`MODEL_FIELDS` that a model in memory decides. Reads all weights once (measured: about 0.2 s a GB on one CPU core)."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in _NEUTRAL}
     quantization = config.pop("quantization_config", None)
     return {
@@ -147,7 +142,7 @@ def explain(
         if differs == ("ratio",):
             return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
         shown = "; ".join(
-            f"{_LABELS.get(f, f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
+            f"{label(f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
         )
         return differs, f"the same text is stored, but {shown}"
     if named:
@@ -155,6 +150,11 @@ def explain(
     if wanted["tenant"] is not None:
         return (), "not stored for this tenant (contexts of other tenants are never looked at)"
     return (), "not stored"
+
+
+def label(field: str) -> str:
+    """What to call a field."""
+    return _LABELS.get(field, field)
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
