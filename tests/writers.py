@@ -9,20 +9,28 @@ import re
 import signal
 import threading
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from llama_index.core.llms import ChatMessage
+from transformers import PreTrainedModel
 
 from conftest import tiny_model, tiny_tokenizer
-from kvzip_memory import KVzipEngine
+from killing import STRIDE, killed_at
+from kvzip_memory import CompressedContext, KVzipEngine
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 
 
+@cache
+def wide_model() -> PreTrainedModel:
+    """With room for thousands of turns; processes that are forked share it."""
+    return tiny_model(max_position_embeddings=1 << 17, num_hidden_layers=1)
+
+
 def wide_engine(folder: Path | None) -> KVzipEngine:
-    """Of a model with room for thousands of turns."""
-    return KVzipEngine(tiny_model(max_position_embeddings=1 << 17), tiny_tokenizer(), ratio=0.1, cache_dir=folder)
+    return KVzipEngine(wide_model(), tiny_tokenizer(), ratio=0.1, cache_dir=folder)
 
 
 def exchange(name: str) -> list[ChatMessage]:
@@ -59,15 +67,46 @@ def write_turns(folder: Path, who: str, count: int, barrier: Any = None, killed_
     block.llm.engine.close()
 
 
+def kill_a_block(folder: Path, answers: Any) -> None:
+    """Kill who hands a turn to a block, at each step in turn; the next one in the same folder goes on."""
+    torch.set_num_threads(1)
+    wide_model()
+    for step in range(0, 100_000, 13 * STRIDE - 12):  # 1, or 79
+        name = f"k-{step}"
+
+        def take(name: str = name) -> None:
+            engine = wide_engine(folder)
+            session = KVzipMemoryBlock(llm=KVzipLLM(engine=engine))._session("ana")
+            session.grow(exchange(name), None, 1 << 16)
+            acknowledge(folder, name)
+            engine.close()
+
+        got_there = killed_at(step, take)
+        found = Counter[str]()
+        pid = os.fork()
+        if pid == 0:
+            found = told(folder)
+            missing = dict.fromkeys(acknowledged(folder), 1).items() - found.items()
+            os._exit(bool(missing or set(found.values()) - {1}))
+        assert os.waitpid(pid, 0)[1] == 0, step
+        if not got_there:
+            answers.put(step)
+            return
+
+
 def told(folder: Path) -> Counter[str]:
-    """How often a process that comes later is told each exchange, by context and messages; both of its turns, side by side."""
+    """How often a process that comes later is told each exchange."""
     engine = wide_engine(folder)
     block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine))
-    messages = asyncio.run(block.aget([], session_id="ana"))
-    context = block.context("ana")
-    text = "" if context is None else engine.tokenizer.decode(context.token_ids)
-    text += "\n".join(str(message.content) for message in messages)
+    found = said(asyncio.run(block.aget([], session_id="ana")), block.context("ana"), engine)
     engine.close()
+    return found
+
+
+def said(messages: list[ChatMessage], context: CompressedContext | None, engine: KVzipEngine) -> Counter[str]:
+    """How often each exchange is in a context and messages, its answer behind its question."""
+    text = "" if context is None else str(engine.tokenizer.decode(context.token_ids))
+    text += "\n".join(str(message.content) for message in messages)
     questions, answers = re.findall(r"q([\w-]+)\.", text), re.findall(r"a([\w-]+)\.", text)
     assert questions == answers
     return Counter(questions)
