@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +28,13 @@ class Notice:
         if self._due is not None and time.monotonic() >= self._due:
             self._due = None
             logger.warning(self._text, *self._values)
+
+
+def lock_in(cache_dir: Path, name: str) -> FileLock:
+    """The lock of that name in a folder, for threads and processes alike. It goes with the process that holds it, however that ends."""
+    folder = cache_dir / "locks"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock", thread_local=False, mode=0o600, poll_interval=0.005)
 
 
 @contextmanager

@@ -23,10 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from kvzip_memory.errors import InputError
-from kvzip_memory.locks import held
+from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import ContextRegistry
 
 logger = logging.getLogger(__name__)
@@ -141,10 +139,7 @@ class TurnsFile(Turns):
 
     def _locked(self) -> AbstractContextManager[object]:
         """Not a lock of the file itself, which another process may delete meanwhile."""
-        folder = self.path.parent.parent / "locks"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(folder / f"memory-{self.path.stem[:2]}.lock", thread_local=False, mode=0o600, poll_interval=0.005)
-        return held(lock, "writing down a turn")
+        return held(lock_in(self.path.parent.parent, f"memory-{self.path.stem[:2]}"), "writing down a turn")
 
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
         try:

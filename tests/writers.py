@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from conftest import tiny_model, tiny_tokenizer
 from killing import STRIDE, killed_at
 from kvzip_memory import CompressedContext, KVzipEngine
+from langchain_kvzip import create_memory_tools
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 
 
@@ -58,7 +59,7 @@ def write_turns(folder: Path, who: str, count: int, barrier: Any = None, killed_
     torch.set_num_threads(1)
     block = KVzipMemoryBlock(llm=KVzipLLM(engine=wide_engine(folder)))
     if barrier is not None:
-        barrier.wait()
+        barrier.wait(timeout=60)
     if killed_within is not None:
         die_within(killed_within, random.Random(who))
     for i in range(count):
@@ -110,3 +111,20 @@ def said(messages: list[ChatMessage], context: CompressedContext | None, engine:
     questions, answers = re.findall(r"q([\w-]+)\.", text), re.findall(r"a([\w-]+)\.", text)
     assert questions == answers
     return Counter(questions)
+
+
+def keep_documents(folder: Path, who: str, count: int, barrier: Any = None, killed_after: int | None = None) -> None:
+    """Have an agent's tools keep documents, under names of its own and one that all use; perhaps be killed once so many are kept."""
+    torch.set_num_threads(1)
+    engine = KVzipEngine(wide_model(), tiny_tokenizer(), cache_dir=folder)
+    load = create_memory_tools(engine)[0]
+    for i in range(count):
+        for name in (f"{who}-{i}", "shared"):
+            if barrier is not None:
+                barrier.wait(timeout=60)
+            told = load.invoke({"name": name, "text": f"By {who}-{i} as {name}. " * 9})
+            assert "is kept" in told, told
+            acknowledge(folder, name)
+        if i + 1 == killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+    engine.close()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
 from kvzip_memory import KVzipEngine
 from kvzip_memory.errors import KVzipError
+from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import Entry
 from kvzip_memory.sources import as_path, clean
 
@@ -34,7 +36,15 @@ def create_memory_tools(
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else as_path(folder, "folder").resolve()
-    changing = threading.Lock()  # an agent may call several tools at a time
+    in_process: threading.Lock = engine.shared.setdefault("langchain.memory_tools", {}).setdefault(prefix, threading.Lock())
+    lock = f"tools-{hashlib.sha256(prefix.encode()).hexdigest()[:2]}"
+
+    @contextmanager
+    def changing() -> Iterator[None]:
+        """One tool at a time in all threads and processes: two that load under one name would each delete the other's text."""
+        with in_process, held(lock_in(engine.cache_dir, lock), "changing an agent's documents") if engine.cache_dir else nullcontext():
+            yield
+            engine.registry.flush()  # it is on disk when the agent is told so
 
     def mine() -> dict[str, Entry]:
         entries = reversed(engine.registry.contexts())
@@ -83,7 +93,7 @@ def create_memory_tools(
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
-        with changing, told():
+        with told(), changing():
             if name in mine():  # the text before will have to go
                 engine.registry.check_changeable()
             context = engine.load(source, tags=prefix + name)
@@ -103,7 +113,7 @@ def create_memory_tools(
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
         name = clean(name, "name")
-        with changing, told():
+        with told(), changing():
             entry_of(name)
             engine.registry.check_changeable()
             let_go(name)
