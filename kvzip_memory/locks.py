@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 #: Who waits longer than that is told what for.
 QUIET_S = 1.0
+_POLL_S = 0.005  # of a lock that is held for a write
 
 
 class Notice:
@@ -34,7 +35,7 @@ def lock_in(cache_dir: Path, name: str) -> FileLock:
     """The lock of that name in a folder, for threads and processes alike. It goes with the process that holds it, however that ends."""
     folder = cache_dir / "locks"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return FileLock(folder / f"{name}.lock", thread_local=False, mode=0o600, poll_interval=0.005)
+    return FileLock(folder / f"{name}.lock", thread_local=False, mode=0o600)
 
 
 @contextmanager
@@ -50,12 +51,12 @@ def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
     """
     quiet = QUIET_S if timeout < 0 else min(QUIET_S, timeout)
     try:
-        lock.acquire(timeout=quiet)
+        lock.acquire(timeout=quiet, poll_interval=_POLL_S)
     except Timeout:
         if quiet == timeout:
             raise
         logger.warning("waiting for another process, which is %s (it holds %s)", doing, lock.lock_file)
-        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet)
+        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet, poll_interval=_POLL_S)
     try:
         yield
     finally:

@@ -1,6 +1,8 @@
 """KVzipChatEngine: conversations over documents."""
 
 import asyncio
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from llama_index.core import Document, SummaryIndex
@@ -8,8 +10,10 @@ from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer, Memory
 
+import writers
 from kvzip_memory import InputError, KVzipEngine, SessionBusyError, WindowError
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
+from synthetic import processes
 from test_llama_index import DOCUMENTS, THIRD
 
 
@@ -142,3 +146,19 @@ async def test_a_question_without_an_answer_leaves_the_history(llm: KVzipLLM, me
     assert chat_engine.chat_history == before
     assert str(chat_engine.chat("When?"))
     assert [message.role.value for message in chat_engine.chat_history] == ["user", "assistant"] * 2
+
+
+def test_a_question_is_taken_back_from_a_history_that_others_write_to(tmp_path: Path) -> None:
+    writers.chat_over_a_document(tmp_path).chat("First?")  # makes the table
+    barrier = processes.Barrier(2)
+    workers = [
+        processes.Process(target=writers.converse, args=(tmp_path, who, 12, barrier, who == "failing")) for who in ("failing", "ana")
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    said = Counter(str(message.content).strip() for message in writers.chat_over_a_document(tmp_path).chat_history)
+    assert dict.fromkeys(["First?", *writers.acknowledged(tmp_path)], 1).items() <= said.items()
+    assert sum("Why?" in text for text in said) == 0

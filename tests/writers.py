@@ -9,19 +9,21 @@ import re
 import signal
 import threading
 from collections import Counter
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from llama_index.core.llms import ChatMessage
+from llama_index.core.memory import Memory
 from transformers import PreTrainedModel
 
-from conftest import tiny_model, tiny_tokenizer
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from killing import STRIDE, killed_at
-from kvzip_memory import CompressedContext, KVzipEngine
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from langchain_kvzip import create_memory_tools
-from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
+from llama_index_kvzip import KVzipChatEngine, KVzipLLM, KVzipMemoryBlock
 
 
 @cache
@@ -128,3 +130,31 @@ def keep_documents(folder: Path, who: str, count: int, barrier: Any = None, kill
         if i + 1 == killed_after:
             os.kill(os.getpid(), signal.SIGKILL)
     engine.close()
+
+
+def converse(folder: Path, who: str, count: int, barrier: Any = None, failing: bool = False) -> None:
+    """Chat over a document, with the history in a database that others write to; ``failing``: ask what is too long."""
+    torch.set_num_threads(1)
+    chat = chat_over_a_document(folder)
+    if barrier is not None:
+        barrier.wait(timeout=60)
+    for i in range(count):
+        while True:
+            with suppress(InputError):  # also when the other's question, or answer, has come between
+                chat.chat(f"{who}-{i}? " + "Why? " * 1000 * failing)
+                acknowledge(folder, f"{who}-{i}?")
+                break
+            if failing:
+                break
+
+
+def chat_over_a_document(folder: Path) -> KVzipChatEngine:
+    llm = KVzipLLM(engine=tiny_engine(), max_tokens=2)
+    memory = Memory.from_defaults(
+        session_id="ana",
+        token_limit=400,
+        token_flush_size=100,
+        tokenizer_fn=llm.engine.tokenizer.tokenize,
+        async_database_uri=f"sqlite+aiosqlite:///{folder / 'chat.db'}",
+    )
+    return KVzipChatEngine.from_context(llm.engine.load(TEXT), llm=llm, memory=memory)

@@ -18,11 +18,13 @@ from llama_index.core.chat_engine import SimpleChatEngine
 from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import BaseMemory, Memory
+from llama_index.core.memory.types import BaseChatStoreMemory
 from llama_index.core.node_parser import NodeParser
 from llama_index.core.schema import BaseNode, NodeWithScore
 from llama_index.core.storage.chat_store.base_db import MessageStatus
 from llama_index.core.storage.chat_store.sql import SQLAlchemyChatStore
 from llama_index.core.types import Thread
+from sqlalchemy import delete, select, update
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.sources import clean
@@ -46,6 +48,35 @@ class _Turn:
 
     def __exit__(self, *exc: object) -> None:
         self.ended.set_result(None)
+
+
+async def _take_back(memory: BaseMemory, question: str) -> None:
+    """Take a question without an answer from a history, and nothing else: other processes may write to it meanwhile."""
+    store = getattr(memory, "sql_store", None)
+    if isinstance(memory, Memory) and isinstance(store, SQLAlchemyChatStore):
+        sessions, table = await store._initialize()
+        mine = table.c.key == memory.session_id
+        async with sessions() as session, session.begin():
+            rows = (await session.execute(select(table).where(mine).order_by(table.c.timestamp, table.c.id))).fetchall()
+            at = _unanswered([ChatMessage.model_validate(row.data) for row in rows], question)
+            if at is not None:
+                await session.execute(delete(table).where(table.c.id == rows[at].id))
+                if not memory.memory_blocks:  # what it has pushed out comes back; what went to blocks is theirs
+                    await session.execute(update(table).where(mine).values(status=MessageStatus.ACTIVE.value))
+        return
+    said = await memory.aget_all()
+    if (at := _unanswered(said, question)) is None:
+        return
+    if isinstance(memory, BaseChatStoreMemory):
+        await memory.chat_store.adelete_message(memory.chat_store_key, at)
+    else:
+        await memory.aset(said[:at] + said[at + 1 :])
+
+
+def _unanswered(said: Sequence[ChatMessage], question: str) -> int | None:
+    """Where a question stands that was put last and has no answer."""
+    at = max((i for i, message in enumerate(said) if (message.role, message.content) == (MessageRole.USER, question)), default=-1)
+    return None if at < 0 or (at + 1 < len(said) and said[at + 1].role == MessageRole.ASSISTANT) else at
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -231,20 +262,13 @@ class KVzipChatEngine(SimpleChatEngine):
         count: Any = getattr(self._memory, "tokenizer_fn", None)
         return len(count(" ".join(message.content or "" for message in self._prefix_messages))) if count else 0
 
-    @property
-    def _active(self) -> dict[str, Any]:
-        """Which messages are set again: what went to blocks of memory is theirs."""
-        return {"status": MessageStatus.ACTIVE} if getattr(self._memory, "memory_blocks", ()) else {}
-
     @contextmanager
     def _taken_back_on_failure(self, message: str) -> Iterator[None]:
         """If there is no answer, the question leaves the history: two questions in a row are refused by many templates."""
         try:
             yield
         except BaseException:
-            said = self._memory.get_all(**self._active)
-            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-                self._memory.set(said[:-1])
+            asyncio_run(_take_back(self._memory, message))
             raise
 
     @asynccontextmanager
@@ -252,9 +276,7 @@ class KVzipChatEngine(SimpleChatEngine):
         try:
             yield
         except BaseException:
-            said = await self._memory.aget_all(**self._active)
-            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-                await self._memory.aset(said[:-1])
+            await _take_back(self._memory, message)
             raise
 
     @trace_method("chat")
