@@ -9,7 +9,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from killing import STRIDE, killed_at
-from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory import CompressedContext, KVzipEngine, WindowError
 from langchain_kvzip import create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipLLM, KVzipMemoryBlock
 
@@ -132,20 +132,17 @@ def keep_documents(folder: Path, who: str, count: int, barrier: Any = None, kill
     engine.close()
 
 
-def converse(folder: Path, who: str, count: int, barrier: Any = None, failing: bool = False) -> None:
+def converse(folder: Path, who: str, count: int, barrier: Any, failing: bool = False, killed: bool = False) -> None:
     """Chat over a document, with the history in a database that others write to; ``failing``: ask what is too long."""
     torch.set_num_threads(1)
     chat = chat_over_a_document(folder)
-    if barrier is not None:
-        barrier.wait(timeout=60)
+    barrier.wait(timeout=60)
+    if killed:
+        die_within(0.5, random.Random(who))
     for i in range(count):
-        while True:
-            with suppress(InputError):  # also when the other's question, or answer, has come between
-                chat.chat(f"{who}-{i}? " + "Why? " * 1000 * failing)
-                acknowledge(folder, f"{who}-{i}?")
-                break
-            if failing:
-                break
+        with suppress(WindowError) if failing else nullcontext():
+            chat.chat(f"{who}-{i}? " + "Why? " * 1000 * failing)
+            acknowledge(folder, f"{who}-{i}?")
 
 
 def chat_over_a_document(folder: Path) -> KVzipChatEngine:
