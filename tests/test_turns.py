@@ -194,9 +194,9 @@ def test_a_block_killed_at_any_step_loses_and_doubles_no_turn(tmp_path: Path) ->
 
 @pytest.mark.skipif(not FULL, reason="make stress")
 def test_eight_processes_of_which_one_in_ten_is_killed_lose_and_double_no_turn(tmp_path: Path) -> None:
-    """400 questions and 400 answers from 80 processes, eight at a time; then every later one is told each exactly once."""
-    rng, waiting, alive, killed = random.Random(19), list(range(80)), [], 0
-    doomed = set(rng.sample(waiting, 8))
+    """Over 400 questions and as many answers from 90 processes, eight at a time; then every later one is told each exactly once."""
+    rng, waiting, alive, killed = random.Random(19), list(range(90)), [], 0
+    doomed = set(rng.sample(waiting, 9))
     while waiting or alive:
         while waiting and len(alive) < 8:
             number = waiting.pop()
@@ -214,4 +214,16 @@ def test_eight_processes_of_which_one_in_ten_is_killed_lose_and_double_no_turn(t
         assert dict.fromkeys(acknowledged, 1).items() <= found.items()
         assert set(found.values()) == {1}
         assert len(found) - len(acknowledged) <= killed
-    say(processes=80, killed=killed, acknowledged=2 * len(acknowledged), not_acknowledged=2 * (len(found) - len(acknowledged)))
+    say(processes=90, killed=killed, acknowledged=2 * len(acknowledged), not_acknowledged=2 * (len(found) - len(acknowledged)))
+
+
+def test_agents_of_several_processes_share_what_is_folded_and_answer_as_if_they_had_read_everything(tmp_path: Path) -> None:
+    killed = {"w3"}
+    targets = [(writers.talk_to_an_agent, tmp_path, who, 6, who in killed) for who in ("w0", "w1", "w2", "w3")]
+    assert run(targets)[:3] == [0, 0, 0]
+    acknowledged = writers.acknowledged(tmp_path)
+    for who in ("w0", "w1", "w2", "w3"):
+        said = [name.split(":")[1] for name in acknowledged if name.startswith(who)]
+        assert said == writers.told_to_an_agent(tmp_path, who)[: len(said)]
+    # Who was killed goes on from its last checkpoint.
+    assert run([(writers.talk_to_an_agent, tmp_path, "w3", 6)]) == [0]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from langchain.agents import create_agent
+from langgraph.checkpoint.sqlite import SqliteSaver
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import Memory
 from transformers import PreTrainedModel
@@ -22,7 +24,7 @@ from transformers import PreTrainedModel
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from killing import STRIDE, killed_at
 from kvzip_memory import CompressedContext, KVzipEngine, WindowError
-from langchain_kvzip import create_memory_tools
+from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipLLM, KVzipMemoryBlock
 
 
@@ -155,3 +157,29 @@ def chat_over_a_document(folder: Path) -> KVzipChatEngine:
         async_database_uri=f"sqlite+aiosqlite:///{folder / 'chat.db'}",
     )
     return KVzipChatEngine.from_context(llm.engine.load(TEXT), llm=llm, memory=memory)
+
+
+def talk_to_an_agent(folder: Path, who: str, count: int, killed: bool = False) -> None:
+    """Converse in threads that begin alike, with checkpoints in one database; answers are those of a model that reads everything."""
+    torch.set_num_threads(1)
+    llm = KVzipChatModel(engine=KVzipEngine(wide_model(), tiny_tokenizer(), ratio=1.0, cache_dir=folder), max_tokens=6)
+    whole = KVzipChatModel(engine=KVzipEngine(wide_model(), tiny_tokenizer(), ratio=1.0), max_tokens=6)
+    memory = KVzipMemoryMiddleware(trigger=("messages", 5), keep=("messages", 2))
+    with SqliteSaver.from_conn_string(str(folder / "checkpoints.db")) as checkpoints:
+        agent = create_agent(llm, [], middleware=[memory], checkpointer=checkpoints)
+        if killed:
+            die_within(1.0, random.Random(who))
+        for i in range(count):
+            name = f"{i}" if i < 3 else f"{who}-{i}"
+            messages = agent.invoke({"messages": [("user", f"q{name}.")]}, {"configurable": {"thread_id": who}})["messages"]
+            acknowledge(folder, f"{who}:{name}")
+            assert messages[-1].content == whole.invoke(messages[:-1]).content
+    llm.engine.close()
+
+
+def told_to_an_agent(folder: Path, who: str) -> list[str]:
+    """What a later process' agent finds that the user of a thread has said."""
+    with SqliteSaver.from_conn_string(str(folder / "checkpoints.db")) as checkpoints:
+        agent = create_agent(KVzipChatModel(engine=tiny_engine()), [], middleware=[], checkpointer=checkpoints)
+        messages = agent.get_state({"configurable": {"thread_id": who}}).values.get("messages", [])
+        return [message.text[1:-1] for message in messages if message.type == "human"]
