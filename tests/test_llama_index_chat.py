@@ -1,6 +1,8 @@
 """KVzipChatEngine: conversations over documents."""
 
 import asyncio
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from llama_index.core import Document, SummaryIndex
@@ -8,8 +10,10 @@ from llama_index.core.chat_engine.types import ChatMode
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer, Memory
 
+import writers
 from kvzip_memory import InputError, KVzipEngine, SessionBusyError, WindowError
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
+from synthetic import processes
 from test_llama_index import DOCUMENTS, THIRD
 
 
@@ -142,3 +146,34 @@ async def test_a_question_without_an_answer_leaves_the_history(llm: KVzipLLM, me
     assert chat_engine.chat_history == before
     assert str(chat_engine.chat("When?"))
     assert [message.role.value for message in chat_engine.chat_history] == ["user", "assistant"] * 2
+
+
+def test_a_history_that_several_processes_write_to_has_questions_with_their_answers(tmp_path: Path) -> None:
+    """One of them only asks what is too long to be answered, another one is killed."""
+    writers.chat_over_a_document(tmp_path).chat("First?")  # makes the table
+    barrier = processes.Barrier(3)
+    work = [("ana", False, False), ("failing", True, False), ("killed", False, True)]
+    workers = [processes.Process(target=writers.converse, args=(tmp_path, who, 12, barrier, *how)) for who, *how in work]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    said = writers.chat_over_a_document(tmp_path).chat_history
+    assert [message.role.value for message in said] == ["user", "assistant"] * (len(said) // 2)
+    asked = Counter(str(message.content).strip() for message in said[::2])
+    acknowledged = ["First?", *writers.acknowledged(tmp_path)]
+    assert dict.fromkeys(acknowledged, 1).items() <= asked.items()
+    assert len(asked) - len(acknowledged) <= 1
+    assert {f"ana-{i}?" for i in range(12)} <= asked.keys()
+
+
+@pytest.mark.parametrize("memory", [None, ChatMemoryBuffer], ids=["memory", "buffer"])
+def test_a_long_question_is_answered_without_the_oldest_exchanges(llm: KVzipLLM, memory: type[ChatMemoryBuffer] | None) -> None:
+    options = {"memory": memory.from_defaults(token_limit=900, tokenizer_fn=llm.engine.tokenizer.tokenize)} if memory else {}
+    context = llm.engine.load("x " * 300)
+    chat_engine = KVzipChatEngine.from_context(context, llm=llm, **options)
+    for i in range(9):
+        chat_engine.chat(f"Question {i}? " + "Why? " * 12)
+    before = len(chat_engine.chat_history)
+    assert str(chat_engine.chat("Why? " * 260))
+    assert len(chat_engine.chat_history) == before + 2

@@ -191,8 +191,14 @@ async def test_turns_that_could_not_be_read_are_told_and_read_later(engine: KVzi
 async def test_what_is_known_is_told_while_more_is_read(llm: KVzipLLM) -> None:
     block = KVzipMemoryBlock(llm=llm)
     await flush(block, turns(3))
-    with block._session("ana")._lock:  # as a build holds it
+    with block._session("ana")._building:  # as a build holds it
         assert len(await asyncio.wait_for(block.aget([], session_id="ana"), 5)) == 1
+        adding = asyncio.create_task(flush(block, turns(1)))
+        while block._session("ana").is_current:
+            await asyncio.sleep(0.01)
+        assert len(await asyncio.wait_for(block.aget([], session_id="ana"), 5)) == 3
+    await adding
+    assert len(await block.aget([], session_id="ana")) == 1
 
 
 async def test_calls_and_their_results_are_remembered_together(llm: KVzipLLM) -> None:

@@ -1,14 +1,19 @@
 """The tools by which an agent loads documents and asks them."""
 
 import re
+import signal
 import sqlite3
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from conftest import tiny_engine
+import writers
+from conftest import tiny_engine, tiny_tokenizer
+from kvzip_memory import KVzipEngine
 from langchain_kvzip import KVzipChatModel, create_memory_tools
+from synthetic import processes
 
 
 def test_an_agents_documents(tmp_path: Path) -> None:
@@ -109,3 +114,24 @@ def test_a_change_that_another_process_prevents_is_told_and_changes_nothing(tmp_
         holder.execute("ROLLBACK")
     assert "is forgotten" in forget.invoke({"name": "page"})
     engine.close()
+
+
+def test_a_document_that_is_kept_outlives_its_process_and_others_of_its_name(tmp_path: Path) -> None:
+    barrier, count = processes.Barrier(2), 10
+    for after in (None, 1, 2, 3):  # how many exchanges it lives for
+        together = barrier if after is None else None
+        workers = [
+            processes.Process(target=writers.keep_documents, args=(tmp_path, f"{who}{after}", count, together, after)) for who in ("a", "b")
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+            assert worker.exitcode == (0 if after is None else -signal.SIGKILL)
+        engine = KVzipEngine(writers.wide_model(), tiny_tokenizer(), cache_dir=tmp_path)
+        listed = [line.split(":")[0] for line in create_memory_tools(engine)[1].invoke({}).splitlines()]
+        assert listed == sorted(set(writers.acknowledged(tmp_path)))
+        assert Counter(tag for entry in engine.registry.contexts() for tag in entry.tags) == dict.fromkeys(
+            (f"memory:agent:{name}" for name in listed), 1
+        )
+        engine.close()

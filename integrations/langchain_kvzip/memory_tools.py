@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -15,6 +16,7 @@ from kvzip_memory import KVzipEngine
 from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
 from kvzip_memory.errors import KVzipError
+from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import Entry
 from kvzip_memory.sources import as_path, clean
 
@@ -37,10 +39,15 @@ def create_memory_tools(
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else as_path(folder, "folder").resolve()
+    lock = f"tools-{hashlib.sha256(prefix.encode()).hexdigest()[:2]}"
 
-    def changing() -> threading.Lock:  # an agent may call several tools at a time
-        lock: threading.Lock = engine.shared.setdefault("langchain.memory_tools", threading.Lock())
-        return lock
+    @contextmanager
+    def changing() -> Iterator[None]:
+        """One tool at a time in all threads and processes: two that load under one name would each delete the other's text."""
+        in_process: threading.Lock = engine.shared.setdefault("langchain.memory_tools", {}).setdefault(prefix, threading.Lock())
+        with in_process, held(lock_in(engine.cache_dir, lock), "changing an agent's documents") if engine.cache_dir else nullcontext():
+            yield
+            engine.registry.flush()  # it is on disk when the agent is told so
 
     def mine() -> dict[str, Entry]:
         entries = reversed(engine.registry.contexts())

@@ -6,9 +6,9 @@ import asyncio
 import copy
 import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from typing import Any
 
 from llama_index.core.async_utils import asyncio_run
@@ -53,7 +53,7 @@ class _Turn:
 
 
 class _Response(StreamingAgentChatResponse):
-    """An answer that is taken back when the generator of its pieces is closed or cancelled; LlamaIndex' own waits for its end."""
+    """An answer that is given up when the generator of its pieces is closed or cancelled; LlamaIndex' own waits for its end."""
 
     leave: Callable[[], None]
 
@@ -82,6 +82,19 @@ class _Response(StreamingAgentChatResponse):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
+
+
+class _Exchange:
+    """What a response writes its answer to: the question goes to the memory with it, at once if the memory can."""
+
+    def __init__(self, memory: BaseMemory, question: str) -> None:
+        self._memory, self._question = memory, ChatMessage(question)
+
+    def put(self, answer: ChatMessage) -> None:
+        self._memory.put_messages([self._question, answer])
+
+    async def aput(self, answer: ChatMessage) -> None:
+        await finished(self._memory.aput_messages([self._question, answer]))
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
@@ -222,7 +235,8 @@ class KVzipChatEngine(SimpleChatEngine):
         twin._turn.ended.set_result(None)
         return twin
 
-    # LlamaIndex' own engine writes a question at once and its answer when that has ended; another question could come between.
+    # LlamaIndex' own engine writes a question at once and its answer when that has ended; another question could come between, of another
+    # process, too, and one whose process is killed would stand there without an answer. Here both are written when there is an answer.
 
     def _next(self) -> _Turn:
         """Take a turn and wait for those before, which end by themselves."""
@@ -249,83 +263,66 @@ class KVzipChatEngine(SimpleChatEngine):
             return before, self._turn
 
     def _asked(self, message: str, chat_history: list[ChatMessage] | None) -> list[ChatMessage]:
-        """Write the question to the history; what the model is asked."""
+        """What the model is asked."""
         if chat_history is not None:
             self._memory.set(chat_history)
-        self._memory.put(ChatMessage(message))
-        return [*self._prefix_messages, *self._memory.get(initial_token_count=self._prefix_tokens())]
+        return self._with_question(self._memory.get(initial_token_count=self._tokens(self._prefix_messages)), message)
 
     async def _aasked(self, message: str, chat_history: list[ChatMessage] | None) -> list[ChatMessage]:
         if chat_history is not None:
             await self._memory.aset(chat_history)
-        await self._memory.aput(ChatMessage(message))
-        return [*self._prefix_messages, *await self._memory.aget(initial_token_count=self._prefix_tokens())]
+        said = await self._memory.aget(initial_token_count=self._tokens(self._prefix_messages))
+        return self._with_question(said, message)
 
-    def _prefix_tokens(self) -> int:
+    def _with_question(self, said: Sequence[ChatMessage], message: str) -> list[ChatMessage]:
+        """The question behind as much of what was said as the memory would keep beside it."""
+        limit = getattr(self._memory, "token_limit", float("inf")) * getattr(self._memory, "chat_history_token_ratio", 1.0)
+        asked = [*said, ChatMessage(message)]
+        spoken = [i for i, other in enumerate(asked) if other.role != MessageRole.SYSTEM]
+        while len(spoken) > 1 and self._tokens([asked[i] for i in spoken]) > limit:  # the oldest exchange goes
+            del spoken[0]
+            while asked[spoken[0]].role != MessageRole.USER:
+                del spoken[0]
+        kept = {*spoken, *(i for i, other in enumerate(asked) if other.role == MessageRole.SYSTEM)}
+        return [*self._prefix_messages, *(asked[i] for i in sorted(kept))]
+
+    def _tokens(self, messages: Sequence[ChatMessage]) -> int:
         count: Any = getattr(self._memory, "tokenizer_fn", None)
-        return len(count(" ".join(message.content or "" for message in self._prefix_messages))) if count else 0
-
-    @property
-    def _active(self) -> dict[str, Any]:
-        """Which messages are set again: what went to blocks of memory is theirs."""
-        return {"status": MessageStatus.ACTIVE} if getattr(self._memory, "memory_blocks", ()) else {}
-
-    @contextmanager
-    def _taken_back_on_failure(self, message: str) -> Iterator[None]:
-        """If there is no answer, the question leaves the history: two questions in a row are refused by many templates."""
-        try:
-            yield
-        except BaseException:
-            said = self._memory.get_all(**self._active)
-            if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-                self._memory.set(said[:-1])
-            raise
-
-    @asynccontextmanager
-    async def _ataken_back_on_failure(self, message: str) -> AsyncIterator[None]:
-        try:
-            yield
-        except BaseException:
-            await finished(self._ataken_back(message))
-            raise
-
-    async def _ataken_back(self, message: str) -> None:
-        said = await self._memory.aget_all(**self._active)
-        if said and (said[-1].role, said[-1].content) == (MessageRole.USER, message):
-            await self._memory.aset(said[:-1])
+        return len(count(" ".join(message.content or "" for message in messages))) if count else 0
 
     @trace_method("chat")
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """Answer the next message; ``chat_history`` replaces what was said so far.
 
         Questions are answered one at a time, in their order: the next one waits until an answer that is streamed has ended, whether it is
-        read or not. A question without an answer, since that failed, was cancelled or the generator of its pieces
-        closed, leaves the history.
+        read or not. A question comes into the history with its answer; one whose answer failed, was cancelled, or whose generator of
+        pieces was closed does not.
 
         Raises:
             SessionBusyError: an async answer is under way in this thread's event loop, which waiting would stop.
         """
-        with self._next(), self._taken_back_on_failure(message):
-            answer = self._llm.chat(self._asked(message, chat_history)).message
-            self._memory.put(answer)
-        return AgentChatResponse(response=str(answer.content), source_nodes=self._sources(message))
+        with self._next():
+            asked = self._asked(message, chat_history)
+            answer = self._llm.chat(asked).message
+            _Exchange(self._memory, message).put(answer)
+        return AgentChatResponse(response=str(answer.content), source_nodes=self._sources(asked))
 
     @trace_method("chat")
     async def achat(self, message: str, chat_history: list[ChatMessage] | None = None) -> AgentChatResponse:
         """:meth:`chat` in a thread."""
         with await self._anext():
-            async with self._ataken_back_on_failure(message):
-                answer = (await self._llm.achat(await finished(self._aasked(message, chat_history)))).message
-                await finished(self._memory.aput(answer))
-        return AgentChatResponse(response=str(answer.content), source_nodes=await result_of(loads_of(self._llm), self._sources, message))
+            asked = await finished(self._aasked(message, chat_history))
+            answer = (await self._llm.achat(asked)).message
+            await _Exchange(self._memory, message).aput(answer)
+        return AgentChatResponse(response=str(answer.content), source_nodes=await result_of(loads_of(self._llm), self._sources, asked))
 
     @trace_method("chat")
     def stream_chat(self, message: str, chat_history: list[ChatMessage] | None = None) -> StreamingAgentChatResponse:
         """:meth:`chat`, piece by piece."""
         with ExitStack() as turn:
             turn.enter_context(self._next())
-            turn.enter_context(self._taken_back_on_failure(message))
-            pieces = self._llm.stream_chat(self._asked(message, chat_history))
+            asked = self._asked(message, chat_history)
+            pieces = self._llm.stream_chat(asked)
             going_on = turn.pop_all()
         left, streams = threading.Event(), list[Stream]()
 
@@ -341,13 +338,15 @@ class KVzipChatEngine(SimpleChatEngine):
         response = _Response(chat_stream=answered())
         response.leave = leave
 
+        exchange: Any = _Exchange(self._memory, message)
+
         def write() -> None:
             with suppress(Exception, Cancelled), going_on, within(left, started=streams.append):  # whoever reads the response is told
-                response.write_response_to_history(self._memory)
+                response.write_response_to_history(exchange)
 
         response.write_response_to_history_thread = thread = Thread(target=write)
         thread.start()
-        response.source_nodes = self._sources(message)
+        response.source_nodes = self._sources(asked)
         return response
 
     @trace_method("chat")
@@ -355,17 +354,19 @@ class KVzipChatEngine(SimpleChatEngine):
         """:meth:`stream_chat` in a thread."""
         async with AsyncExitStack() as turn:
             turn.enter_context(await self._anext())
-            await turn.enter_async_context(self._ataken_back_on_failure(message))
-            response = _Response(achat_stream=await self._llm.astream_chat(await finished(self._aasked(message, chat_history))))
+            asked = await finished(self._aasked(message, chat_history))
+            response = _Response(achat_stream=await self._llm.astream_chat(asked))
             going_on = turn.pop_all()
+
+        exchange: Any = _Exchange(self._memory, message)
 
         async def write() -> None:
             with suppress(Exception):
                 async with going_on:
-                    await response.awrite_response_to_history(self._memory)
+                    await response.awrite_response_to_history(exchange)
 
         response.awrite_response_to_history_task = asyncio.create_task(write())
-        response.source_nodes = await result_of(loads_of(self._llm), self._sources, message)
+        response.source_nodes = await result_of(loads_of(self._llm), self._sources, asked)
         return response
 
     def reset(self) -> None:
@@ -373,10 +374,8 @@ class KVzipChatEngine(SimpleChatEngine):
         with self._next():
             super().reset()
 
-    def _sources(self, message: str) -> list[NodeWithScore]:
-        """Of the user's last message. The exchange before it is read too, since it may refer to it."""
+    def _sources(self, asked: Sequence[ChatMessage]) -> list[NodeWithScore]:
+        """Of the question that was asked. The exchange before it is read too, since it may refer to it."""
         if self._ranking.top_k is None:
             return list(self._part.nodes)
-        turns, _ = plain_messages(self._memory.get())
-        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=0)
-        return self._ranking([self._part], [*turns[:last][-2:], {"role": "user", "content": message}])
+        return self._ranking([self._part], plain_messages(asked[len(self._prefix_messages) :])[0][-3:])

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from bisect import bisect_left
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
@@ -20,7 +19,7 @@ from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.registry.holders import naming
 from kvzip_memory.sources import Message, clean
-from kvzip_memory.turns import TurnsFile
+from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     def context(self, session_id: str = "") -> CompressedContext | None:
         """The context of a session's old turns, None before there are any."""
         session = self._session(session_id)
-        session.read(self._ratio, self._limit)
+        session.read(self._ratio, self._limit, wait=True)
         return session.known.context
 
     def forget(self, session_id: str = "") -> None:
@@ -96,35 +95,41 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return of_engine.setdefault((self.name, session_id), _Session(engine, self.name, session_id))
 
 
+_LOOKED_FOR = 3  # contexts, the latest, of which the first that is still there is taken
+
+
 @dataclass(frozen=True)
 class _Known:
-    """A session's old turns; the context holds those from ``first`` to ``count``, ``size`` bytes of the file were read."""
+    """A session's old turns and where they stand in its record, which was read up to a mark; the context holds ``first`` to ``count``."""
 
     turns: tuple[Message, ...] = ()
+    places: tuple[list[int], ...] = ()
     context: CompressedContext | None = None
     first: int = 0
     count: int = 0
-    size: int = 0
+    mark: Mark = field(default_factory=Mark)
 
 
 class _Session:
     """The old turns of a session. They are the truth, in a file if the engine has a folder; their context is made of them.
 
-    A record, a line of JSON, is ``{"turns": [...]}`` or, when turns have been read, ``{"context": key, "first": its first turn, "count":
-    the turn behind its last, "model": fingerprint}``.
+    A record of its lines is ``{"turns": [...]}`` or, when turns have been read, ``{"context": key, "first": place of its first turn,
+    "last": of its last one, "model": fingerprint}``. What is known is what the lines say, never what this process has written.
     """
 
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
         self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
-        self._file = None if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, engine.registry.tenant, name, session_id)
-        self._lock = threading.Lock()
-        refuse_after_fork(self, "_lock")
+        names = engine.registry.tenant, name, session_id
+        self._lines = Turns() if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, *names)
+        self._building, self._looking = threading.Lock(), threading.Lock()
+        refuse_after_fork(self, "_building", "_looking")
         self.known = _Known()
 
     @property
     def is_current(self) -> bool:
-        """Whether no other process has written since."""
-        return self._size() == self.known.size
+        """Whether nobody has written since."""
+        self._expire()
+        return self._lines.stamp() == self.known.mark.stamp
 
     def told(self) -> list[ChatMessage]:
         """A message that stands for the context, and the turns that are not in it."""
@@ -132,47 +137,61 @@ class _Session:
         handle = [] if known.context is None else [ChatMessage("", role="system", additional_kwargs={CONTEXT_KEY: known.context.key})]
         return handle + [_message(turn) for turn in known.turns[known.count :]]
 
-    def read(self, ratio: float | None, limit: int) -> None:
-        """What other processes have written."""
-        with self._lock:
-            if self.is_current:
-                return
-            self._read()
-            try:
-                self._build(ratio, limit)
-            except KVzipError as error:  # they are told as they are, and whoever asks will say so
-                logger.warning("%s: the turns are not compressed: %s", self._tag, error)
+    def read(self, ratio: float | None, limit: int, wait: bool = False) -> None:
+        """Look at what was written, and put it into the context; unless ``wait`` is set, leave that to a thread that is about it."""
+        if self.is_current:
+            return
+        self._look()
+        if not self._building.acquire(blocking=wait):
+            return
+        try:
+            self._build(ratio, limit)
+        except KVzipError as error:  # they are told as they are, and whoever asks will say so
+            logger.warning("%s: the turns are not compressed: %s", self._tag, error)
+        finally:
+            self._building.release()
 
     def grow(self, messages: list[ChatMessage], ratio: float | None, limit: int) -> None:
         """Take in turns, and put those that are in no context yet into it."""
         turns = [turn for turn in plain_messages(messages)[0] if turn["content"].strip() or turn.get("tool_calls")]
-        with self._lock:
-            if not self.is_current:
-                self._read()
-            self._write({"turns": turns})
-            self.known = replace(self.known, turns=(*self.known.turns, *turns), size=self._size())
+        if not turns:
+            return
+        self._expire()
+        self._lines.append({"turns": turns}, self._tag, self._engine.registry.ttl)
+        with self._building:
+            self._look()
             self._build(ratio, limit)
 
     def forget(self) -> None:
         registry = self._engine.registry
-        with self._lock:
+        with self._building:
             registry.forget(naming(self._tag))
-            if self._file is not None:  # last: contexts can be made of turns again
-                self._file.remove()
-            self.known = _Known()
+            self._lines.remove()  # last: contexts can be made of turns again
+            self._look()
 
     def _build(self, ratio: float | None, limit: int) -> None:
         known = self.known
         if known.count == len(known.turns) or known.turns[-1].get("tool_calls"):  # the calls' results are to come
             return
-        first = self._first(limit)
-        context = self._built(first, ratio)
-        self._write({"context": context.key, "first": first, "count": len(known.turns), "model": self._engine.fingerprint})
-        self.known = replace(known, context=context, first=first, count=len(known.turns), size=self._size())
+        first = self._first(known, limit)
+        context = self._built(known, first, ratio)
+        with self._looking:
+            if self.known.mark.head == known.mark.head and self.known.count < len(known.turns):
+                self.known = replace(self.known, context=context, first=first, count=len(known.turns))
+        record = {"context": context.key, "first": known.places[first], "last": known.places[-1], "model": self._engine.fingerprint}
+        try:
+            self._lines.append(record, self._tag, self._engine.registry.ttl, still=lambda: self._is_of(known))
+        except OSError as error:  # the turns are written; others will make a context of their own
+            logger.warning("%s: what was made of the turns cannot be written down: %s", self._tag, error)
+        self._look()
 
-    def _first(self, limit: int) -> int:
+    def _is_of(self, known: _Known) -> bool:
+        """Whether the session is still that one; it may have been forgotten, and begun again."""
+        return self._lines.read(known.mark)[1].head == known.mark.head
+
+    def _first(self, known: _Known, limit: int) -> int:
         """The first turn that the context is to have: the one it has, or a later one of a user if there are too many tokens."""
-        turns, first, count = self.known.turns, self.known.first, self._engine.count_tokens
+        turns, first, count = known.turns, known.first, self._engine.count_tokens
         later = [i for i in range(first + 1, len(turns)) if turns[i]["role"] == "user"]
         if not later or count(turns[first:]) <= limit:
             return first
@@ -181,8 +200,7 @@ class _Session:
         logger.warning("%s: more than %s tokens; the oldest %d turns have left the context", self._tag, f"{limit:,}", first)
         return first
 
-    def _built(self, first: int, ratio: float | None) -> CompressedContext:
-        known = self.known
+    def _built(self, known: _Known, first: int, ratio: float | None) -> CompressedContext:
         if known.context is not None and first == known.first:
             try:
                 return self._engine.extend(known.context, known.turns[known.count :], ratio=ratio, tags=self._tag, behind=True)
@@ -192,33 +210,36 @@ class _Session:
                 logger.debug("%s is read again: %s", self._tag, error)
         return self._engine.load(known.turns[first:], ratio=ratio, tags=self._tag)
 
-    # -- the file ------------------------------------------------------------------------------------------------
-
-    def _size(self) -> int:
-        if self._file is None:
-            return 0
+    def _expire(self) -> None:
         if (ttl := self._engine.registry.ttl) is not None:
-            self._file.remove_if_older(ttl)
-        return self._file.size()
+            self._lines.remove(if_older=ttl)
 
-    def _read(self) -> None:
-        turns: list[Message] = []
-        key, first, count = None, 0, 0
-        records, size = self._file.read() if self._file else ([], 0)
-        for record in records:
-            turns += record.get("turns", ())
-            if record.get("model") == self._engine.fingerprint:
-                key, first, count = record["context"], record["first"], record["count"]
-        context = None
-        if key is not None:
+    def _look(self) -> None:
+        """What the lines say beyond what is known."""
+        with self._looking:
+            records, mark = self._lines.read(self.known.mark)
+            known = self.known if mark.head == self.known.mark.head else _Known()
+            turns, places, made = [*known.turns], [*known.places], []
+            for at, record in records:
+                said = record.get("turns", ())
+                turns += said
+                places += [[at, i] for i in range(len(said))]
+                if "last" in record and record["model"] == self._engine.fingerprint:
+                    made.append(record)
+            self.known = self._with_context(replace(known, turns=tuple(turns), places=tuple(places), mark=mark), made)
+
+    def _with_context(self, known: _Known, made: list[dict[str, Any]]) -> _Known:
+        """With the context of the most turns of those that were made, if it has more than the one that is known."""
+        first = known.first
+        for record in sorted(made, key=lambda record: record["last"], reverse=True)[:_LOOKED_FOR]:
+            count = bisect_right(known.places, record["last"])
+            if known.context is not None and count <= known.count:
+                break
             with suppress(KVzipError):
-                context = self._engine.get(key)
-        known = _Known(tuple(turns), size=size)
-        self.known = known if context is None else replace(known, context=context, first=first, count=count)
-
-    def _write(self, record: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(record, self._tag, self._engine.registry.ttl)
+                context = self._engine.get(record["context"])
+                return replace(known, context=context, first=bisect_left(known.places, record["first"]), count=count)
+            first = max(first, bisect_left(known.places, record["first"]))
+        return known if known.context is not None else replace(known, first=first, count=first)  # what has left stays away
 
 
 def _message(turn: Message) -> ChatMessage:
