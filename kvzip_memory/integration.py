@@ -10,8 +10,9 @@ from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import SupportsIndex, TypeVar
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 from kvzip_memory.engine import KVzipEngine
@@ -23,13 +24,14 @@ T = TypeVar("T")
 
 
 class LazyEngine(Shared):
-    """One engine for all copies of a framework's model object, made by whichever needs it first."""
-
-    _way_out = "make the model anew in each process, with the same cache_dir"
+    """One engine for all copies of a framework's model object, made by whichever needs it first. In another process it is made there."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.engine: KVzipEngine | None = None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
+        return type(self), ()
 
     def get(self, make: Callable[[], KVzipEngine]) -> KVzipEngine:
         """The engine; others wait while it is made. What fails is tried again by the next."""
@@ -42,7 +44,8 @@ class LazyEngine(Shared):
 class LazyEngines(Shared, dict[str, LazyEngine]):
     """Those of one model object and its copies, by what they are made of."""
 
-    _way_out = LazyEngine._way_out
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
+        return type(self), ()
 
 
 def located(path: str) -> str:
@@ -59,8 +62,11 @@ def fixed_folder(folder: str | None) -> str | None:
 def configured_window(model: str) -> int | None:
     """A model's window by its configuration on this machine; None if it is not here yet, or for a ``.gguf`` file."""
     with suppress(OSError, ValueError):
-        window: int | None = PreTrainedConfig.get_config_dict(model, local_files_only=True)[0].get("max_position_embeddings")
-        return window
+        # Not by local_files_only, with which huggingface_hub still connects, to learn what to call itself.
+        file = os.path.join(model, "config.json") if os.path.isdir(model) else try_to_load_from_cache(model, "config.json")
+        if isinstance(file, str):
+            window: int | None = PreTrainedConfig.get_config_dict(os.path.dirname(file))[0].get("max_position_embeddings")
+            return window
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequen
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -33,14 +33,25 @@ from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import BaseTool
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
+from kvzip_memory.sharing import is_only_tried
 from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
+from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
@@ -101,6 +112,7 @@ class KVzipLLM(FunctionCallingLLM):
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
     _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+    _held: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -108,6 +120,7 @@ class KVzipLLM(FunctionCallingLLM):
         if not isinstance(values, dict):
             return values
         values = for_fields(values)
+        check_arrived(cls.__name__, values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
         if unknown := sorted(values.keys() - known - {"class_name"}):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
@@ -116,6 +129,7 @@ class KVzipLLM(FunctionCallingLLM):
     @model_validator(mode="after")
     def _check_model(self) -> KVzipLLM:
         self.stream_options({})  # tells what is wrong with a field
+        self._held = self.given_engine is not None
         if not self.model:
             if self.given_engine is None:
                 raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
@@ -125,24 +139,41 @@ class KVzipLLM(FunctionCallingLLM):
             self.model, self.cache_dir = located(self.model), fixed_folder(self.cache_dir)
         return self
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.given_engine is None and self.context is None:
+            return super().__reduce_ex__(protocol)
+        if is_only_tried():
+            return object, ()
+        raise cannot_travel(type(self).__name__)
+
     def __getstate__(self) -> dict[str, Any]:
-        """A pickle makes the engine anew; LlamaIndex would leave out one that was given, and make one of a like name."""
-        if self.given_engine is not None or self.context is not None:
-            raise NotPicklableError(
-                "a KVzipLLM with an engine or a context cannot be pickled or sent to another process; make it there with model= and the "
-                "same cache_dir, and give it the context's key"
-            )
-        return super().__getstate__()
+        """LlamaIndex takes what cannot be pickled, such as callbacks, from the object that it asks: here a copy."""
+        return super(KVzipLLM, self.model_copy()).__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """LlamaIndex makes an object of the fields alone; copies that were sent together share the engine that is made here."""
+        super().__setstate__(state)
+        self._lazy = state["__pydantic_private__"]["_lazy"]
+
+    @model_serializer(mode="wrap")
+    def custom_model_dump(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """What was written down without its engine or context cannot be made of the dump alone."""
+        return written_down({**handler(self), "class_name": self.class_name()}, self.given_engine, self.context)
 
     @classmethod
     def class_name(cls) -> str:
         return "KVzipLLM"
 
     @property
+    def _ready(self) -> KVzipEngine | None:
+        """The engine, if there is one without loading weights."""
+        return self.engine if self._held or self.given_engine is not None else self._lazy.engine
+
+    @property
     def engine(self) -> KVzipEngine:
         """The engine; loads the weights when first asked for."""
-        if self.given_engine is not None:
-            return self.given_engine
+        if self._held or self.given_engine is not None:
+            return still_held(type(self).__name__, self.model, self.given_engine)
         options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model, **options))
 
@@ -161,7 +192,7 @@ class KVzipLLM(FunctionCallingLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What is left of the model's window beside the context, and what the model can do."""
-        engine = self.given_engine or self._lazy.engine
+        engine = self._ready
         window = engine.window if engine else configured_window(self.model) or self.engine.window
         return LLMMetadata(
             context_window=window - (self.context.n_tokens if self.context else 0),
@@ -255,7 +286,7 @@ class KVzipLLM(FunctionCallingLLM):
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
         self.stream_options(kwargs)  # tells what is wrong with them before the weights are loaded
-        answer = in_thread(partial(self._answer, messages, kwargs), self.given_engine or self._lazy.engine, lambda: self.engine)
+        answer = in_thread(partial(self._answer, messages, kwargs), self._ready, lambda: self.engine)
         async with aclosing(answer) as responses:
             async for response in responses:
                 yield response
