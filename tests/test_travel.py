@@ -241,6 +241,7 @@ async def test_an_agent_s_context_is_written_down_or_says_why_not(engine: KVzipE
     agent = FunctionAgent(llm=llm)
     ctx: Any = Context(agent)
     for held in (None, llm, {"of": [llm.as_structured_llm(Out)]}):
+        await ctx.store.set("held", None)
         await agent.run("Who?", ctx=ctx)
         await ctx.store.set("held", held)
         with suppress(Exception):  # Workflows', in many kinds
