@@ -351,7 +351,10 @@ class KVzipLLM(FunctionCallingLLM):
 
         Raises:
             ValueError: there is none, and ``error_on_no_tool_call``.
+            InputError: other options, of which there are none.
         """
+        if kwargs:
+            raise InputError(f"options {sorted(kwargs)} are unknown; known is error_on_no_tool_call")
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and error_on_no_tool_call:
             raise ValueError(f"the answer calls no tool: {response.message.content!r}")

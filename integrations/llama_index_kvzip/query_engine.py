@@ -124,6 +124,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         **kwargs: Any,
     ) -> KVzipQueryEngine:
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
+        cls(llm, tuple, **kwargs)  # tells at once what is wrong with them
         documents = [encodable(document) for document in readable(documents)]
         model, _ = unwrapped(llm)
         context = model.engine.load(documents, name=name, ratio=model.ratio if ratio is None else ratio, system=system)

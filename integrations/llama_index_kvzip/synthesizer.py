@@ -65,10 +65,11 @@ class KVzipSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Answer from nodes; ``response_kwargs`` are options of the call."""
         nodes = _readable(nodes)
+        reader = self._reader(nodes, response_kwargs)  # tells at once what is wrong with them
         if not nodes:
             return super().synthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
-            response = self._reader(nodes, response_kwargs).query(bundle)
+            response = reader.query(bundle)
             return end(self._with_sources(response, nodes, additional_source_nodes))
 
     async def asynthesize(
@@ -80,21 +81,24 @@ class KVzipSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` in a thread."""
         nodes = _readable(nodes)
+        reader = self._reader(nodes, response_kwargs)
         if not nodes:
             return await super().asynthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
-            response = await self._reader(nodes, response_kwargs).aquery(bundle)
+            response = await reader.aquery(bundle)
             return end(self._with_sources(response, nodes, additional_source_nodes))
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from texts."""
         nodes = _readable(_nodes(text_chunks))
-        return _said(self._reader(nodes, response_kwargs).query(query_str) if nodes else super().synthesize(query_str, nodes))
+        reader = self._reader(nodes, response_kwargs)
+        return _said(reader.query(query_str) if nodes else super().synthesize(query_str, nodes))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """:meth:`get_response` in a thread."""
         nodes = _readable(_nodes(text_chunks))
-        return _said(await (self._reader(nodes, response_kwargs).aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
+        reader = self._reader(nodes, response_kwargs)
+        return _said(await (reader.aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
 
     def _reader(self, nodes: Sequence[NodeWithScore], options: dict[str, Any]) -> KVzipQueryEngine:
         return KVzipQueryEngine(self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **options})
