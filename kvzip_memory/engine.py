@@ -29,7 +29,7 @@ from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
-from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage
+from kvzip_memory.context import CompressedContext, Lease, Receipt, Resident, Storage, checked_context
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
@@ -469,7 +469,7 @@ class KVzipEngine(Shared):
             InputError: the references are to several contexts, or :meth:`get` does not find one.
         """
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
-        found = {context.key: context for context in contexts}
+        found = {checked_context(context).key: context for context in contexts}
         if len(found) > 1:
             raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
         return next(iter(found.values()), None)
@@ -828,10 +828,10 @@ class KVzipEngine(Shared):
 
     def _check_context(self, context: CompressedContext | None) -> None:
         if context is not None:
-            check_same_model(context.identity, self._identity, repr(context))
+            check_same_model(checked_context(context).identity, self._identity, repr(context))
 
     def _check_parent(self, context: CompressedContext) -> None:
-        self._check_context(context)
+        self._check_context(checked_context(context))
         scorer = context.identity["scorer"]
         if scorer not in (None, self._scorer.identity()):
             raise InputError(

@@ -30,6 +30,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
+from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, LazyEngines, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
@@ -300,8 +301,7 @@ class KVzipChatModel(BaseChatModel):
         """
         if isinstance(context, str):
             context = self.engine.get(context)
-        if not isinstance(context, CompressedContext | None):
-            raise InputError(f"a {type(context).__name__} is no context; load_documents makes one, of texts and documents")
+        context = None if context is None else checked_context(context)
         given = self.profile != self._resolve_model_profile()
         copy = self.model_copy(update={"context": context, "behind": behind})
         if not given:

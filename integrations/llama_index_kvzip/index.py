@@ -26,7 +26,7 @@ from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.filters import Choice
-from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
 from llama_index_kvzip.options import (
     CHAT_ENGINES,
     CHAT_OPTIONS,
@@ -93,13 +93,13 @@ class KVzipIndex(Shared, BaseManagedIndex):
     one of their own, once for each set of them.
 
     Args:
-        llm: what reads the documents and answers.
+        llm: what reads the documents and answers; None is ``Settings.llm``.
         system: a system prompt that is put first and never evicted.
         context_tokens: at most so many tokens of documents in one context. None is what the window leaves beside a question and
             an answer of ``llm.max_tokens``.
 
     Raises:
-        InputError: ``context_tokens`` outside the window, ``transformations``, or unknown options.
+        InputError: ``context_tokens`` outside the window, ``transformations``, unknown options, or no :class:`KVzipLLM`.
         WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
     """
@@ -111,14 +111,13 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self,
         nodes: Sequence[BaseNode] | None = None,
         *,
-        llm: KVzipLLM,
+        llm: KVzipLLM | None = None,
         system: str | None = None,
         context_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_index_options(kwargs, _WHOLE)
-        if not isinstance(llm, KVzipLLM):
-            raise InputError(f"llm is {llm!r}; documents are read by a KVzipLLM. as_query_engine takes as_structured_llm of one")
+        llm = given_or_set_kvzip(llm)
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
         self._contexts: dict[_Group, CompressedContext] = {}
@@ -137,7 +136,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
             return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
-    def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
+    def from_storage(
+        cls, storage_context: StorageContext, *, llm: KVzipLLM | None = None, index_id: str | None = None, **kwargs: Any
+    ) -> KVzipIndex:
         """The index that was persisted in a storage context.
 
         Raises:

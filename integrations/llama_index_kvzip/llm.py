@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os.path
+import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+from llama_index.core import Settings
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -25,6 +27,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms import LLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
@@ -45,6 +48,7 @@ from pydantic import (
 )
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
+from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, Started, configured_window, fixed_folder, in_thread, located
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
@@ -185,8 +189,7 @@ class KVzipLLM(FunctionCallingLLM):
         """
         if isinstance(context, str):
             context = self.engine.get(context)
-        if not isinstance(context, CompressedContext | None):
-            raise InputError(f"a {type(context).__name__} is no context; KVzipEngine.load makes one")
+        context = None if context is None else checked_context(context)
         return self.model_copy(update={"context": context})
 
     @property
@@ -388,6 +391,34 @@ class KVzipLLM(FunctionCallingLLM):
 
         messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
         return {"tools": [get_function_tool(output_cls)], "chat_history": messages, "tool_required": True}, parsed
+
+
+def given_or_set(llm: LLM | None) -> Any:
+    """The model that was given, or else ``Settings.llm`` if that was set: never LlamaIndex' default, which is a server's.
+
+    Raises:
+        InputError: there is none of both.
+    """
+    if llm is not None:
+        return llm
+    if Settings._llm is None:
+        raise InputError("no model: give llm=KVzipLLM(...), or set Settings.llm to one")
+    return Settings.llm
+
+
+def given_or_set_kvzip(llm: LLM | None = None) -> KVzipLLM:
+    """:func:`given_or_set`, if it is a :class:`KVzipLLM`.
+
+    Raises:
+        InputError: it is another model, or there is none.
+    """
+    found = given_or_set(llm)
+    if not isinstance(found, KVzipLLM):
+        raise InputError(
+            f"{'Settings.llm' if llm is None else 'llm'} is {reprlib.repr(found)}; texts are read into contexts by a KVzipLLM: give one as "
+            "llm=, or set Settings.llm to one. as_query_engine takes as_structured_llm of one"
+        )
+    return found
 
 
 def usage_of(reply: Reply, created: int = 0) -> dict[str, int]:

@@ -16,6 +16,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryT
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
+from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.packing import readable, room, size
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
@@ -38,7 +39,7 @@ class KVzipSynthesizer(BaseSynthesizer):
     retrieved nodes with their scores. An index whose nodes are other ones for every question gains nothing: each set is built.
 
     Args:
-        llm: what reads and answers; its ``ratio`` applies. ``llm.as_structured_llm(cls)`` answers with objects.
+        llm: what reads and answers, None is ``Settings.llm``; its ``ratio`` applies. ``llm.as_structured_llm(cls)`` answers with objects.
         system: a system prompt that is put first and never evicted.
         streaming: stream the answer.
         options: of :class:`KVzipQueryEngine`, such as ``source_top_k`` and ``output_cls``, or of every call, such as ``max_tokens``.
@@ -49,7 +50,8 @@ class KVzipSynthesizer(BaseSynthesizer):
         BudgetError, ModelError: by every call, as for :meth:`KVzipEngine.load`.
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+    def __init__(self, llm: LLM | None = None, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+        llm = given_or_set(llm)
         self._model, output_cls = unwrapped(llm, options.get("output_cls"))
         super().__init__(llm=self._model, callback_manager=llm.callback_manager, streaming=streaming, output_cls=output_cls)
         self._system, self._options = system, {**options, "output_cls": output_cls, "streaming": streaming}
