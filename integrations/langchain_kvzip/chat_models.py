@@ -191,7 +191,7 @@ class KVzipChatModel(BaseChatModel):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     streaming: bool = False

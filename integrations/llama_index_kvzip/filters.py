@@ -61,7 +61,8 @@ class Choice:
 
 def _hold(filters: MetadataFilters, facts: Mapping[str, Any]) -> bool:
     """By LlamaIndex' own function, which knows no groups in groups: each is a fact of its own."""
-    known, alone = dict(facts), []
+    known = dict(facts)
+    alone: list[MetadataFilter | MetadataFilters] = []
     for number, each in enumerate(filters.filters):
         if isinstance(each, MetadataFilters):
             key = f"\0{number}"

@@ -109,7 +109,7 @@ class KVzipLLM(FunctionCallingLLM):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
