@@ -11,8 +11,8 @@ from pathlib import Path
 
 from test_docs import PAGES, ROOT, snippets
 
-# The frameworks' own types, of which their own pages fail, too: an agent's input and configuration, middleware of several states in one list, a
-# reply that may have no usage, sources that may have no text, responses that may be streams.
+# The frameworks' own types, of which their own pages fail, too: an agent's input and configuration, middleware of several states in one
+# list, a reply that may have no usage, sources that may have no text, responses that may be streams.
 _THEIRS = re.compile(r'of "Pregel"|expected "AgentMiddleware\[|"UsageMetadata \| None"|"BaseNode"|"(Async)?StreamingResponse" of "Response')
 
 _AS_DOCUMENTED = """
