@@ -19,20 +19,33 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from kvzip_memory import turns
+from kvzip_memory import __version__, turns
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.holders import naming, without
 from kvzip_memory.registry.identity import tenant_digest
 
-app = typer.Typer(help="Contexts in a cache folder: load, look, pin, delete, check.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console()
 
 Reference = Annotated[str, typer.Argument(help="a name, a key, or the first 8 digits of a key")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 CacheDir = Annotated[Path, typer.Option(envvar="KVZIP_MEMORY_CACHE_DIR", help="the folder given to the engine as cache_dir")]
 DEFAULT = Path("~/.cache/kvzip_memory")
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"kvzip-memory {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="show the version and exit")] = False,
+) -> None:
+    """Contexts in a cache folder: load, look, pin, delete, check."""
 
 
 class Level(StrEnum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -293,6 +294,18 @@ class CompressedContext(Shared):
             f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {kept:.1f} % kept, "
             f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
         )
+
+
+def checked_context(context: Any) -> CompressedContext:
+    """Raises:
+    InputError: it is no context.
+    """
+    if not isinstance(context, CompressedContext):
+        raise InputError(
+            f"{reprlib.repr(context)} is no context, but of type {type(context).__name__}; give what load(), get() or open() of the engine "
+            "has returned"
+        )
+    return context
 
 
 def storage_nbytes(tensors: list[Tensor]) -> int:

@@ -28,7 +28,7 @@ from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
-from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told
+from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
 from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.fronts import Fronts, front
@@ -555,7 +555,7 @@ class KVzipEngine(Shared):
             InputError: the references are to several contexts, or :meth:`get` does not find one.
         """
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
-        found = {context.key: context for context in contexts}
+        found = {checked_context(context).key: context for context in contexts}
         if len(found) > 1:
             raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
         return next(iter(found.values()), None)
@@ -822,6 +822,7 @@ class KVzipEngine(Shared):
         return self._session(self._language, context)
 
     def _session(self, language: Language, context: CompressedContext | None) -> Session:
+        context = None if context is None else checked_context(context)
         fold = partial(self._folded, language)
         return Session(self._model, language.prompts, context, fold, partial(self._identity_of, language))
 
@@ -1000,10 +1001,10 @@ class KVzipEngine(Shared):
 
     def _check_context(self, language: Language, context: CompressedContext | None) -> None:
         if context is not None:
-            check_same_model(context.identity, self._identity_of(language), repr(context))
+            check_same_model(checked_context(context).identity, self._identity_of(language), repr(context))
 
     def _check_parent(self, language: Language, context: CompressedContext) -> None:
-        self._check_context(language, context)
+        self._check_context(language, checked_context(context))
         scorer = context.identity["scorer"]
         if scorer not in (None, self._scorer.identity()):
             raise InputError(

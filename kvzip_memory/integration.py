@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 from kvzip_memory.batching import Places
@@ -21,12 +22,13 @@ from kvzip_memory.sources import as_folder
 class LazyEngine(Shared):
     """One engine for all copies of a framework's model object, made by whichever needs it first; another one in each process."""
 
-    _way_out = "make the model anew in each process, with the same cache_dir"
-
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.engine: KVzipEngine | None = None
         after_fork(self, LazyEngine.__init__)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
+        return type(self), ()
 
     def get(self, make: Callable[[], KVzipEngine]) -> KVzipEngine:
         """The engine; others wait while it is made. What fails is tried again by the next."""
@@ -39,18 +41,19 @@ class LazyEngine(Shared):
 class LazyEngines(Shared, dict[str, LazyEngine]):
     """Those of one model object and its copies, by what they are made of."""
 
-    _way_out = LazyEngine._way_out
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
+        return type(self), ()
 
 
 def places_of(model: Any) -> Places | Callable[[], Places]:
     """Threads for answers that an event loop waits for; or what gives them, in a thread, once the weights are loaded."""
-    engine: KVzipEngine | None = model.given_engine or model._lazy.engine
+    engine: KVzipEngine | None = model._ready
     return engine.places if engine is not None else lambda: model.engine.places
 
 
 def loads_of(model: Any) -> Places | Callable[[], Places]:
     """:func:`places_of` for everything else that an event loop waits for."""
-    engine: KVzipEngine | None = model.given_engine or model._lazy.engine
+    engine: KVzipEngine | None = model._ready
     return engine.loads if engine is not None else lambda: model.engine.loads
 
 
@@ -68,6 +71,9 @@ def fixed_folder(folder: str | None) -> str | None:
 def configured_window(model: str) -> int | None:
     """A model's window by its configuration on this machine; None if it is not here yet, or for a ``.gguf`` file."""
     with suppress(OSError, ValueError):
-        window: int | None = PreTrainedConfig.get_config_dict(model, local_files_only=True)[0].get("max_position_embeddings")
-        return window
+        # Not by local_files_only, with which huggingface_hub still connects, to learn what to call itself.
+        file = os.path.join(model, "config.json") if os.path.isdir(model) else try_to_load_from_cache(model, "config.json")
+        if isinstance(file, str):
+            window: int | None = PreTrainedConfig.get_config_dict(os.path.dirname(file))[0].get("max_position_embeddings")
+            return window
     return None

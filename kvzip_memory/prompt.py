@@ -353,7 +353,9 @@ class PromptBuilder:
         """The text of :meth:`question`, spelled, and where in it the marks lie that stand in the messages."""
         tools = checked_tools(tools)
         messages: list[Message] = []
-        if recipe is None or recipe.role == "assistant" or question or isinstance(question, str):
+        # Nothing is to be said where a conversation has ended in what awaits an answer; behind a document something is.
+        awaits = recipe is not None and recipe.role in ("user", "tool") and not recipe.separator
+        if not awaits or question or not isinstance(question, Sequence) or isinstance(question, str):
             messages = as_messages(question)
             if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")

@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import StorageError
+from kvzip_memory import StorageError, __version__
 from kvzip_memory.cli import app, console
 from kvzip_memory.registry.doctor import examine
 
@@ -31,6 +32,16 @@ def folder(tmp_path: Path) -> Path:
     engine.load(TEXT + "More.", name="longer")
     engine.close()
     return tmp_path / "cache"
+
+
+def test_the_version_is_told_and_help_without_arguments() -> None:
+    out = CliRunner().invoke(app, ["--version"])
+    assert (out.exit_code, out.stdout) == (0, f"kvzip-memory {__version__}\n")
+    assert version("kvzip-memory") == __version__
+    for arguments in ([], ["--help"]):
+        out = CliRunner().invoke(app, arguments)
+        assert "Contexts in a cache folder" in out.output
+        assert "--version" in out.output
 
 
 def test_contexts_are_listed_shown_pinned_and_deleted(folder: Path) -> None:

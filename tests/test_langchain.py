@@ -144,7 +144,7 @@ def test_what_cannot_be_sent_is_refused(llm: KVzipChatModel) -> None:
         KVzipChatModel(engine=llm.engine, max_token=3)
     with pytest.raises(ValueError, match="ratio is 30"):
         KVzipChatModel(engine=llm.engine, ratio=30)
-    with pytest.raises(InputError, match="int is no context"):
+    with pytest.raises(InputError, match="3 is no context, but of type int"):
         llm.with_context(3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no tools"):
         llm.bind_tools([], tool_choice="any")

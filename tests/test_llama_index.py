@@ -335,8 +335,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(llm: KVzipLLM) -> None
         KVzipIndex.from_documents(DOCUMENTS, llm=llm, context_tokens=5000)
     with pytest.raises(InputError, match="same engine"):
         index.as_query_engine(KVzipLLM(engine=tiny_engine()))
-    with pytest.raises(InputError, match=r"options \['similarity_top_k'\] are unknown"):
-        index.as_query_engine(similarity_top_k=3)
+    with pytest.raises(InputError, match=r"options \['sparse_top_k'\] are unknown; known are .*'filters'"):
+        index.as_query_engine(sparse_top_k=3)
     with pytest.raises(InputError, match="no documents to talk"):
         KVzipIndex.from_documents([], llm=llm).as_chat_engine()
     with pytest.raises(InputError, match=r"options \['nonsense'\] are unknown; known are .*'storage_context'"):

@@ -16,15 +16,17 @@ from typing import Any, Literal
 import pytest
 import torch
 from langchain.agents import create_agent
-from langchain.agents.middleware import AgentMiddleware, ModelFallbackMiddleware, ModelRequest, ModelRetryMiddleware
+from langchain.agents.middleware import AgentMiddleware, ModelFallbackMiddleware, ModelRequest, ModelRetryMiddleware, wrap_model_call
 from langchain.agents.structured_output import OutputToolBinding, ToolStrategy
 from langchain_core.caches import InMemoryCache
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.runnables import ConfigurableField
 from langchain_core.tools import tool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.config import get_config
 from pydantic import BaseModel
 
 import langchain_kvzip
@@ -447,3 +449,27 @@ def test_what_asks_the_same_of_the_same_model_is_no_reason_to_warn() -> None:
         llm = Failing(engine=tiny_engine(), max_tokens=6, failures={})
         talk(create_agent(llm, middleware=[memory(), fallback], checkpointer=InMemorySaver()), 6)
     assert ["had another model answer" in told for told in memory_warnings(seen)] == [True]
+
+
+def test_a_model_is_chosen_in_a_middleware_in_front(engine: KVzipEngine) -> None:
+    llm = KVzipChatModel(engine=engine, max_tokens=4)
+    fields: Any = llm.configurable_fields(max_tokens=ConfigurableField("length"))
+
+    @wrap_model_call
+    def configured(request: Any, handler: Any) -> Any:
+        return handler(request.override(model_settings={"max_tokens": get_config()["configurable"]["length"]}))
+
+    def talk(model: Any, *middleware: Any) -> Any:
+        agent: Any = create_agent(model, tools=[], middleware=[*middleware, memory()], checkpointer=InMemorySaver())
+        thread = {"configurable": {"thread_id": "ana", "length": 7}}
+        for number in range(6):
+            state = agent.invoke({"messages": [("user", f"Question number {number}? " * 9)]}, thread)
+        return state["messages"][-1].usage_metadata, agent.get_state(thread).values.get("kvzip_memory")
+
+    with pytest.warns(UserWarning, match=r"nothing for a RunnableConfigurableFields.*in a middleware in front"):
+        usage, handle = talk(fields)
+    assert (usage["output_tokens"], usage["input_token_details"]["cache_read"], handle) == (7, 0, None)
+    usage, handle = talk(llm, configured)
+    assert usage["output_tokens"] == 7
+    assert usage["input_token_details"]["cache_read"] > 0
+    assert handle

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -26,16 +26,18 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.bridge import pieces_of, result_of
+from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
+from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.
@@ -192,7 +194,7 @@ class KVzipChatModel(BaseChatModel):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: list[str] | None = Field(default=None, alias="stop_sequences")
+    stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     streaming: bool = False
@@ -207,11 +209,13 @@ class KVzipChatModel(BaseChatModel):
     """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
 
     _witness: Witness | None = PrivateAttr(default=None)
+    _held: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: dict[str, Any]) -> dict[str, Any]:
         values = for_fields(values)
+        check_arrived(cls.__name__, values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
         if unknown := sorted(values.keys() - known - _FOR_SERVERS):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
@@ -224,6 +228,7 @@ class KVzipChatModel(BaseChatModel):
         if self.ratio is not None and not 0 < self.ratio <= 1:
             raise ValueError(f"ratio is {self.ratio}; it is the fraction of pairs kept, above 0 and at most 1")
         self._sampling({})  # tells what is wrong with a field
+        self._held = self.given_engine is not None
         if self.tool_call_parser not in ("auto", *FORMS):
             raise ValueError(f"tool_call_parser is {self.tool_call_parser!r}; use auto, {', '.join(FORMS)}")
         if not self.model_name and self.given_engine is not None:
@@ -238,16 +243,31 @@ class KVzipChatModel(BaseChatModel):
         self._add_version("kvzip-memory", __version__)
         return self
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.given_engine is not None or self.context is not None:
+            raise cannot_travel(type(self).__name__)
+        return super().__reduce_ex__(protocol)
+
+    @model_serializer(mode="wrap")
+    def _dumped(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was written down without its engine or context cannot be made of the dump alone."""
+        return written_down(handler(self), self.given_engine, self.context)
+
     @property
     def _lazy(self) -> LazyEngine:
         lazy: LazyEngine = self.engines.setdefault(repr((self.model_name, self.cache_dir, self.model_kwargs)), LazyEngine())
         return lazy
 
     @property
+    def _ready(self) -> KVzipEngine | None:
+        """The engine, if there is one without loading weights."""
+        return self.engine if self._held or self.given_engine is not None else self._lazy.engine
+
+    @property
     def engine(self) -> KVzipEngine:
         """The engine; loads the weights when first asked for."""
-        if self.given_engine is not None:
-            return self.given_engine
+        if self._held or self.given_engine is not None:
+            return still_held(type(self).__name__, self.model_name, self.given_engine)
         options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model_name, **options))
 
@@ -284,8 +304,7 @@ class KVzipChatModel(BaseChatModel):
         """
         if isinstance(context, str):
             context = self.engine.get(context)
-        if not isinstance(context, CompressedContext | None):
-            raise InputError(f"a {type(context).__name__} is no context; load_documents makes one, of texts and documents")
+        context = None if context is None else checked_context(context)
         given = self.profile != self._resolve_model_profile()
         copy = self.model_copy(update={"context": context, "behind": behind})
         if not given:
@@ -305,7 +324,7 @@ class KVzipChatModel(BaseChatModel):
             tool_call_streaming=True,
             structured_output=True,
         )
-        engine = self.given_engine or self._lazy.engine
+        engine = self._ready
         window = engine.window if engine is not None else configured_window(self.model_name)
         if window is not None:
             profile["max_input_tokens"] = window - (self.context.n_tokens if self.context else 0)

@@ -16,6 +16,7 @@ from langchain.agents.middleware.types import (
     PrivateStateAttr,
 )
 from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, ProviderStrategy, ToolStrategy
+from langchain_core.runnables.configurable import DynamicRunnable
 from langgraph.types import Command, TracePolicy, omit_payload
 
 from kvzip_memory import InputError, KVzipEngine
@@ -157,6 +158,8 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         if isinstance(model, KVzipChatModel):
             return True
         message = f"KVzipMemoryMiddleware does nothing for a {type(model).__name__}; its memory is a KVzipChatModel's"
+        if isinstance(model, DynamicRunnable):
+            message += ": choose the model, or model_settings, in a middleware in front of it"
         if self._unsupported == "raise":
             raise TypeError(message)
         if self._unsupported == "warn":

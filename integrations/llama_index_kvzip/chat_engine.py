@@ -27,10 +27,11 @@ from llama_index.core.types import Thread
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.bridge import finished, result_of
 from kvzip_memory.calls import Cancelled, check, within
+from kvzip_memory.context import checked_context
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.session import Stream
-from llama_index_kvzip.llm import KVzipLLM, plain_messages
+from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
 from llama_index_kvzip.sources import Part, Ranking, whole
 
@@ -158,7 +159,7 @@ class KVzipChatEngine(SimpleChatEngine):
         context: CompressedContext,
         documents: Sequence[BaseNode] = (),
         *,
-        llm: KVzipLLM,
+        llm: KVzipLLM | None = None,
         memory: BaseMemory | None = None,
         chat_history: list[ChatMessage] | None = None,
         system_prompt: str | None = None,
@@ -170,7 +171,7 @@ class KVzipChatEngine(SimpleChatEngine):
         Args:
             context: what is answered from.
             documents: the ``source_nodes``.
-            llm: what answers.
+            llm: what answers; None is ``Settings.llm``.
             memory: the conversation's; None keeps as much of it as the window has room for.
             chat_history: what was said before.
             system_prompt: put before the conversation, behind the documents.
@@ -180,8 +181,8 @@ class KVzipChatEngine(SimpleChatEngine):
         Raises:
             InputError: a ``source_top_k`` below 1, or a memory with a :class:`KVzipMemoryBlock`, which has a context of its own.
         """
-        part = Part(context, whole(context, documents))
-        return cls._over(part, llm, memory, chat_history, system_prompt, source_top_k, node_parser)
+        part = Part(context, whole(checked_context(context), documents))
+        return cls._over(part, given_or_set_kvzip(llm), memory, chat_history, system_prompt, source_top_k, node_parser)
 
     @classmethod
     def _over(

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from inspect import signature
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.chat_engine import (
-    CondensePlusContextChatEngine,
-    CondenseQuestionChatEngine,
-    ContextChatEngine,
-    SimpleChatEngine,
-)
 from llama_index.core.chat_engine.types import BaseChatEngine, ChatMode
 from llama_index.core.data_structs.data_structs import IndexDict
 from llama_index.core.indices.managed.base import BaseManagedIndex
@@ -31,11 +25,23 @@ from llama_index.core.storage.storage_context import StorageContext
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
-from kvzip_memory.options import CALL_OPTIONS, renamed
 from kvzip_memory.registry.holders import document_tag, parts
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
-from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.filters import Choice
+from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
+from llama_index_kvzip.options import (
+    CHAT_ENGINES,
+    CHAT_OPTIONS,
+    CONVERSATION_OPTIONS,
+    QUERY_OPTIONS,
+    SOURCE_OPTIONS,
+    check_index_options,
+    check_names,
+    check_update_options,
+    chosen,
+    known_options,
+)
 from llama_index_kvzip.packing import document_of, encodable, readable, room, size, tag_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, Ranking, whole
@@ -46,18 +52,6 @@ _NOWHERE, _FIRST_ID = "", "first index id"
 
 # Begins the part of a context's tag that names the index; the other parts name the documents.
 _INDEX = "index: "
-
-_INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
-_CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", "source_top_k", "node_parser"}
-_QUERY_OPTIONS = {"response_mode", "streaming", "source_top_k", "node_parser", "callback_manager", *CALL_OPTIONS}
-_CHAT_ENGINES: dict[str, Any] = {
-    ChatMode.SIMPLE: SimpleChatEngine,
-    ChatMode.CONTEXT: ContextChatEngine,
-    ChatMode.CONDENSE_QUESTION: CondenseQuestionChatEngine,
-    ChatMode.CONDENSE_PLUS_CONTEXT: CondensePlusContextChatEngine,
-}
-_CHAT_OPTIONS = {name for kind in _CHAT_ENGINES.values() for name in signature(kind.from_defaults).parameters}
-_CHAT_OPTIONS -= {"llm", "query_engine", "retriever", "kwargs"}
 
 
 class _WholeDocuments(TransformComponent):
@@ -76,6 +70,14 @@ class _WholeDocuments(TransformComponent):
 
 _WHOLE: list[TransformComponent] = [_WholeDocuments()]
 
+# The ids and hashes of the nodes of a context.
+_Group = tuple[tuple[str, str], ...]
+
+_ALL = Choice()
+
+# So many handles of contexts of chosen documents are kept, which spares reading their texts to find them.
+_MOST_CHOSEN = 64
+
 
 class KVzipIndex(Shared, BaseManagedIndex):
     """Documents in as few compressed contexts as the model's window allows; every question is answered from all of them.
@@ -93,14 +95,17 @@ class KVzipIndex(Shared, BaseManagedIndex):
     that the changed documents leave and join, no others; one that fails leaves the documents as they were. Query engines and
     retrievers made before a change see it, also copies of them: a copy of the index, deep or not, is the index itself.
 
+    What ``filters`` or ``doc_ids`` leave out is in no context that is asked: the documents that remain of a context are read into
+    one of their own, once for each set of them.
+
     Args:
-        llm: what reads the documents and answers.
+        llm: what reads the documents and answers; None is ``Settings.llm``.
         system: a system prompt that is put first and never evicted.
         context_tokens: at most so many tokens of documents in one context. None is what the window leaves beside a question and
             an answer of ``llm.max_tokens``.
 
     Raises:
-        InputError: ``context_tokens`` outside the window, ``transformations``, or unknown options.
+        InputError: ``context_tokens`` outside the window, ``transformations``, unknown options, or no :class:`KVzipLLM`.
         WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
     """
@@ -112,17 +117,18 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self,
         nodes: Sequence[BaseNode] | None = None,
         *,
-        llm: KVzipLLM,
+        llm: KVzipLLM | None = None,
         system: str | None = None,
         context_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
-        _check_index_options(kwargs)
-        if not isinstance(llm, KVzipLLM):
-            raise InputError(f"llm is {llm!r}; documents are read by a KVzipLLM. as_query_engine takes as_structured_llm of one")
+        check_index_options(kwargs, _WHOLE)
+        llm = given_or_set_kvzip(llm)
         self._llm, self._system = llm, system
         self._limit = room(llm, system, context_tokens)
-        self._contexts: dict[tuple[str, ...], CompressedContext] = {}
+        self._contexts: dict[_Group, CompressedContext] = {}
+        self._chosen: dict[_Group, CompressedContext] = {}
+        self._sizes: dict[tuple[str, str], int] = {}
         self._known: set[str] = set()  # keys of all that it has loaded
         self._gone: set[str] = set()  # tags of documents that are deleted by a change under way
         self._persisted = kwargs.get("index_struct") is not None
@@ -134,14 +140,16 @@ class KVzipIndex(Shared, BaseManagedIndex):
     @classmethod
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
         """An index of documents; arguments and errors as for the class."""
-        _check_index_options(kwargs)
+        check_index_options(kwargs)
         documents = [encodable(document) for document in documents]
         storage = kwargs.get("storage_context")
         with nullcontext() if storage is None else _unchanged_on_failure(storage.docstore, documents):
             return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
 
     @classmethod
-    def from_storage(cls, storage_context: StorageContext, *, llm: KVzipLLM, index_id: str | None = None, **kwargs: Any) -> KVzipIndex:
+    def from_storage(
+        cls, storage_context: StorageContext, *, llm: KVzipLLM | None = None, index_id: str | None = None, **kwargs: Any
+    ) -> KVzipIndex:
         """The index that was persisted in a storage context.
 
         Raises:
@@ -154,27 +162,49 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     # -- what is in which context --------------------------------------------------------------------------------
 
-    def parts(self) -> list[Part]:
-        """The contexts and their documents; built where they are found nowhere."""
+    def parts(self, choice: Choice = _ALL) -> list[Part]:
+        """The contexts and their documents, those that are chosen; built where they are found nowhere."""
         with self._lock:
-            parts, used = [], {}
-            for key, nodes in self._groups_of_nodes().items():
-                used[key] = self._contexts.get(key) or self._llm.engine.load(
-                    nodes, ratio=self._llm.ratio, system=self._system, tags=tag_of(nodes, *self._tag)
-                )
-                self._known.add(used[key].key)
-                parts.append(Part(used[key], whole(used[key], nodes)))
-            self._contexts = used
-            return parts
+            groups = self._groups_of_nodes()
+            if not choice.is_of_all:
+                return self._chosen_parts(choice, groups)
+            self._contexts = {key: self._contexts.get(key) or self._load(nodes) for key, nodes in groups.items()}
+            return [Part(self._contexts[key], whole(self._contexts[key], nodes)) for key, nodes in groups.items()]
 
-    def _groups_of_nodes(self) -> dict[tuple[str, ...], list[BaseNode]]:
-        """The nodes of each context, by their ids and hashes."""
+    def _chosen_parts(self, choice: Choice, groups: Mapping[_Group, Sequence[BaseNode]]) -> list[Part]:
+        """Contexts of which all documents are chosen, as they are; and as few others as the rest of the chosen ones need."""
+        parts: list[Part] = []
+        rest: dict[int, list[BaseNode]] = {}
+        taken: dict[int, int] = {}
+        for key, nodes in groups.items():
+            chosen = [node for node in nodes if choice(node)]
+            if len(chosen) == len(nodes):
+                self._contexts[key] = self._contexts.get(key) or self._load(nodes)
+                parts.append(Part(self._contexts[key], whole(self._contexts[key], nodes)))
+                continue
+            for node in chosen:
+                rest.setdefault(_first_with_room(taken, self._size(node), self._limit), []).append(node)
+        for nodes in rest.values():
+            context = self._chosen.pop(_group(nodes), None) or self._load(nodes)
+            self._chosen[_group(nodes)] = context  # the last used is last
+            parts.append(Part(context, whole(context, nodes)))
+        for key in list(self._chosen)[:-_MOST_CHOSEN]:
+            del self._chosen[key]  # found again by its text
+        return parts
+
+    def _load(self, nodes: Sequence[BaseNode]) -> CompressedContext:
+        context = self._llm.engine.load(nodes, ratio=self._llm.ratio, system=self._system, tags=tag_of(nodes, *self._tag))
+        self._known.add(context.key)
+        return context
+
+    def _groups_of_nodes(self) -> dict[_Group, list[BaseNode]]:
+        """The nodes of each context."""
         groups: dict[str, list[str]] = {}
         for node_id, group in self._index_struct.nodes_dict.items():
             if group != _NOWHERE:
                 groups.setdefault(group, []).append(node_id)
         found = [self.docstore.get_nodes(node_ids) for node_ids in groups.values()]
-        return {(*(node.node_id for node in nodes), *(node.hash for node in nodes)): nodes for nodes in found}
+        return {_group(nodes): nodes for nodes in found}
 
     @property
     def _tag(self) -> tuple[str, ...]:
@@ -185,9 +215,12 @@ class KVzipIndex(Shared, BaseManagedIndex):
     def _forget_unused(self) -> None:
         """Let go of the contexts that this index no longer has, and of all that others without a name have of deleted documents."""
         present = self._groups_of_nodes()
+        nodes = {node for group in present for node in group}
+        self._chosen = {key: context for key, context in self._chosen.items() if nodes.issuperset(key)}
         used = {context.key for key, context in self._contexts.items() if key in present}
+        used |= {context.key for context in self._chosen.values()}
         indexes: list[KVzipIndex] = [index for index in self._llm.engine.shared["llama_index.indexes"] if index is not self]
-        others = {context.key for index in indexes for context in [*index._contexts.values()]}
+        others = {context.key for index in indexes for context in [*index._contexts.values(), *index._chosen.values()]}
         gone, self._gone = self._gone, set()
 
         def let_go(key: str, tag: str) -> bool:
@@ -205,21 +238,20 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self._llm.engine.registry.forget(let_go)
 
     def _size(self, node: BaseNode) -> int:
-        return size(self._llm.engine, node)
+        known = (node.node_id, node.hash)
+        if known not in self._sizes:
+            self._sizes[known] = size(self._llm.engine, node)
+        return self._sizes[known]
 
     def _place(self, struct: IndexDict, nodes: Sequence[BaseNode]) -> None:
         """Give each node that has a text to the first context with room for it."""
         struct.nodes_dict |= {node.node_id: _NOWHERE for node in nodes}
-        taken: dict[str, int] = {}
+        taken: dict[int, int] = {}
         for node_id, group in struct.nodes_dict.items():
             if group != _NOWHERE:
-                taken[group] = taken.get(group, 0) + self._size(self.docstore.get_node(node_id))
+                taken[int(group)] = taken.get(int(group), 0) + self._size(self.docstore.get_node(node_id))
         for node in readable(nodes):
-            size = self._size(node)
-            new = str(max(map(int, taken), default=-1) + 1)
-            group = next((group for group, tokens in taken.items() if tokens + size <= self._limit), new)
-            taken[group] = taken.get(group, 0) + size
-            struct.nodes_dict[node.node_id] = group
+            struct.nodes_dict[node.node_id] = str(_first_with_room(taken, self._size(node), self._limit))
 
     def _check_lengths(self, nodes: Sequence[BaseNode]) -> None:
         for node in nodes:
@@ -240,6 +272,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
             super().set_index_id(index_id)
 
     def build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> IndexDict:
+        check_names(build_kwargs, set())
         self._check_lengths(nodes)
         self._docstore.add_documents(nodes, allow_update=True)
         self._index_struct = IndexDict()
@@ -274,14 +307,17 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def insert(self, document: Document, **insert_kwargs: Any) -> None:
         """Add a document; the contexts it joins are built again."""
+        check_names(insert_kwargs, set())
         super().insert(encodable(document), **insert_kwargs)
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
         """:meth:`insert`; building is done in a thread."""
+        check_names(insert_kwargs, set())
         await super().ainsert(encodable(document), **insert_kwargs)
 
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Add documents; the contexts they join are built again."""
+        check_names(insert_kwargs, set())
         with self._change(nodes):
             super().insert_nodes(nodes, **insert_kwargs)
 
@@ -297,6 +333,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def delete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
         """Remove documents by the ids of their nodes, as :meth:`delete_ref_doc` does."""
+        check_names(delete_kwargs, set())
         with self._lock:
             forget = delete_from_docstore and not self._changing
             if forget:
@@ -319,6 +356,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         of earlier runs and of synthesizers, unless they were loaded under a name, with other tags or by another index, too: one that has
         an id of its own or was persisted, or one of this process.
         """
+        check_names(delete_kwargs, set())
         with self._lock:
             super(BaseManagedIndex, self).delete_ref_doc(ref_doc_id, delete_from_docstore, **delete_kwargs)
 
@@ -336,10 +374,11 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """Replace a document by its new version, or insert it; what this index had of it is forgotten as by :meth:`delete_ref_doc`."""
+        check_update_options(update_kwargs)
         with self._change([document], forget=True), self._callback_manager.as_trace("update_ref_doc"):
             if old := self.ref_doc_info.get(document.id_):
-                self.delete_nodes(old.node_ids, delete_from_docstore=True, **update_kwargs.get("delete_kwargs", {}))
-            self.insert(document, **update_kwargs.get("insert_kwargs", {}))
+                self.delete_nodes(old.node_ids, delete_from_docstore=True)
+            self.insert(document)
 
     async def aupdate_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
         """:meth:`update_ref_doc` in a thread."""
@@ -354,6 +393,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
         Raises:
             InputError: two documents of one id.
         """
+        check_names(update_kwargs, {"update_kwargs", "insert_kwargs"})
+        check_update_options(update_kwargs.get("update_kwargs", {}))
+        check_update_options({"insert_kwargs": update_kwargs.get("insert_kwargs", {})})
         counts = Counter(document.id_ for document in documents)
         if twice := [id_ for id_, count in counts.items() if count > 1]:
             raise InputError(f"the ids {twice} are of several documents each, of which a refresh would keep the last; give each its own")
@@ -362,7 +404,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
             there = self.ref_doc_info
             old = [document.id_ in there and self.docstore.get_document_hash(document.id_) == document.hash for document in documents]
             for document in (document for document, is_old in zip(documents, old, strict=True) if not is_old):
-                self.update_ref_doc(document, **update_kwargs.get("update_kwargs", {}))
+                self.update_ref_doc(document)
             return [not is_old for is_old in old]
 
     async def arefresh_ref_docs(self, documents: Sequence[Document], **update_kwargs: Any) -> list[bool]:
@@ -380,34 +422,42 @@ class KVzipIndex(Shared, BaseManagedIndex):
     def as_retriever(self, source_top_k: int | None = None, node_parser: NodeParser | None = None, **kwargs: Any) -> BaseRetriever:
         """Gives all documents for every question, without scores; or the ``source_top_k`` passages that it is about most.
 
+        Args:
+            source_top_k: as for :class:`KVzipQueryEngine`; ``similarity_top_k`` is another name of it.
+            node_parser: splits documents into passages; None takes paragraphs.
+            kwargs: ``filters`` and ``doc_ids``, which choose documents; see :class:`~llama_index_kvzip.filters.Choice`.
+
         Raises:
-            InputError: a ``source_top_k`` below 1.
+            InputError: unknown options, a ``source_top_k`` below 1, or ``filters`` or ``doc_ids`` that are none. When asked: filters
+                that cannot be applied to the metadata.
         """
-        return _Retriever(self, Ranking(self._llm.engine, source_top_k, node_parser))
+        options = known_options({"source_top_k": source_top_k, "node_parser": node_parser, **kwargs}, SOURCE_OPTIONS)
+        return _Retriever(self, chosen(options), Ranking(self._llm.engine, options.get("source_top_k"), options.get("node_parser")))
 
     def as_query_engine(self, llm: LLMType | None = None, **kwargs: Any) -> BaseQueryEngine:
-        """A :class:`KVzipQueryEngine` over all documents.
+        """A :class:`KVzipQueryEngine` over all documents, or over those that are chosen.
 
         Args:
             llm: a :class:`KVzipLLM` over the same engine, or ``as_structured_llm`` of one; None is the index's own.
-            kwargs: ``response_mode``, ``streaming``, ``source_top_k``, ``node_parser``, ``output_cls``, and options of every call such as
-                ``max_tokens``.
+            kwargs: ``filters`` and ``doc_ids``, see :class:`~llama_index_kvzip.filters.Choice`; ``response_mode``, ``streaming``,
+                ``source_top_k`` or ``similarity_top_k``, ``node_parser``, ``output_cls``, and options of every call such as ``max_tokens``.
 
         Raises:
-            InputError: another engine's model, which cannot read these contexts.
+            InputError: another engine's model, which cannot read these contexts; or as for :meth:`as_retriever`.
         """
         self._checked(llm)
         answering: Any = llm or self._llm
-        return KVzipQueryEngine(answering, self.parts, **kwargs)
+        options = known_options(kwargs, QUERY_OPTIONS)
+        return KVzipQueryEngine(answering, partial(self.parts, chosen(options)), **options)
 
     def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **kwargs: Any) -> BaseChatEngine:
-        """A :class:`KVzipChatEngine` over all documents as they are now, or what LlamaIndex makes of another mode.
+        """A :class:`KVzipChatEngine` over all or the chosen documents as they are now, or what LlamaIndex makes of another mode.
 
         Args:
             chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one of LlamaIndex' chat engines.
             llm: as for :meth:`as_query_engine`.
-            kwargs: ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k``, ``node_parser``; for another mode those of
-                LlamaIndex' chat engines and of :meth:`as_query_engine`.
+            kwargs: ``filters``, ``doc_ids``, ``memory``, ``chat_history``, ``system_prompt``, ``source_top_k`` or ``similarity_top_k``,
+                ``node_parser``; for another mode those of LlamaIndex' chat engines and of :meth:`as_query_engine`.
 
         Raises:
             InputError: unknown options; several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
@@ -415,31 +465,42 @@ class KVzipIndex(Shared, BaseManagedIndex):
         if isinstance(llm, StructuredLLM):
             raise InputError("a chat engine answers in text; give the llm itself, or the structured one to as_query_engine")
         model = self._checked(llm)
-        kwargs = renamed(kwargs)
-        if chat_mode in _CHAT_ENGINES:
-            _check_names(kwargs, _QUERY_OPTIONS | _CHAT_OPTIONS)
-            asking = {name: value for name, value in kwargs.items() if name in _QUERY_OPTIONS}
-            return _CHAT_ENGINES[chat_mode].from_defaults(
-                llm=model, query_engine=self.as_query_engine(model, **asking), retriever=self.as_retriever(**asking), **kwargs
-            )
+        if chat_mode in CHAT_ENGINES:
+            options = known_options(kwargs, QUERY_OPTIONS | CHAT_OPTIONS)
+            query_engine = self.as_query_engine(model, **{name: options[name] for name in options if name in QUERY_OPTIONS})
+            retriever = self.as_retriever(**{name: options[name] for name in options if name in SOURCE_OPTIONS})
+            return CHAT_ENGINES[chat_mode].from_defaults(llm=model, query_engine=query_engine, retriever=retriever, **options)
         if chat_mode != ChatMode.BEST:
             return super().as_chat_engine(chat_mode, model)  # tells what is wrong with it
-        _check_names(kwargs, _CONVERSATION_OPTIONS)
-        parts = self.parts()
+        options = known_options(kwargs, CONVERSATION_OPTIONS)
+        choice = chosen(options)
+        parts = self.parts(choice)
         if not parts:
-            raise InputError("there are no documents to talk about; insert some")
+            raise InputError(f"there are no documents to talk about; insert some{'' if choice.is_of_all else ', or choose others'}")
         if len(parts) > 1:
             raise InputError(
                 f"the documents lie in {len(parts)} contexts and a conversation has one; use chat_mode=ChatMode.CONDENSE_QUESTION, "
                 "or a model with a longer window"
             )
-        return KVzipChatEngine._over(parts[0], model, **kwargs)
+        return KVzipChatEngine._over(parts[0], model, **options)
 
     def _checked(self, llm: LLMType | None) -> KVzipLLM:
         model, _ = unwrapped(llm or self._llm)
         if model.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
         return model
+
+
+def _group(nodes: Sequence[BaseNode]) -> _Group:
+    return tuple((node.node_id, node.hash) for node in nodes)
+
+
+def _first_with_room(taken: dict[int, int], size: int, limit: int) -> int:
+    """The number of the first context with room for a document, which it is given; a new one's if there is none."""
+    new = max(taken, default=-1) + 1
+    number = next((number for number, tokens in taken.items() if tokens + size <= limit), new)
+    taken[number] = taken.get(number, 0) + size
+    return number
 
 
 @contextmanager
@@ -464,26 +525,13 @@ def _unchanged_on_failure(docstore: BaseDocumentStore, nodes: Sequence[BaseNode]
         raise
 
 
-def _check_names(given: Iterable[str], known: Set[str]) -> None:
-    if unknown := sorted(set(given) - known):
-        raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
-
-
-def _check_index_options(options: Mapping[str, Any]) -> None:
-    if options.get("transformations") not in (None, _WHOLE):
-        raise InputError("transformations are not supported, since documents are read whole; apply them to the documents before")
-    if "ratio" in options:
-        raise InputError("ratio is the llm's: KVzipLLM(..., ratio=...)")
-    _check_names(options, _INDEX_OPTIONS | {"transformations"})
-
-
 class _Retriever(BaseRetriever):
-    def __init__(self, index: KVzipIndex, sources: Ranking) -> None:
+    def __init__(self, index: KVzipIndex, choice: Choice, sources: Ranking) -> None:
         super().__init__()
-        self._index, self._sources = index, sources
+        self._index, self._choice, self._sources = index, choice, sources
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._sources(self._index.parts(), query_bundle.query_str)
+        return self._sources(self._index.parts(self._choice), query_bundle.query_str)
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         return await result_of(self._index._llm.engine.loads, self._retrieve, query_bundle)

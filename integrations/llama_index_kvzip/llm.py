@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os.path
+import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from llama_index.core import Settings
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -25,6 +27,7 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms import LLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
@@ -33,15 +36,27 @@ from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import BaseTool
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, NotPicklableError, Reply
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.bridge import pieces_of
+from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, configured_window, fixed_folder, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
 from kvzip_memory.reasoning import Reasoning
+from kvzip_memory.sharing import is_only_tried
 from kvzip_memory.sources import Message, as_message
 from kvzip_memory.tools import CallReader
+from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
@@ -97,13 +112,14 @@ class KVzipLLM(FunctionCallingLLM):
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: list[str] | None = None
+    stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
     _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+    _held: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +127,7 @@ class KVzipLLM(FunctionCallingLLM):
         if not isinstance(values, dict):
             return values
         values = for_fields(values)
+        check_arrived(cls.__name__, values)
         known = {name for key, field in cls.model_fields.items() for name in (key, field.alias) if name}
         if unknown := sorted(values.keys() - known - {"class_name"}):
             raise ValueError(f"options {unknown} are unknown; arguments of KVzipEngine.from_pretrained go into model_kwargs")
@@ -119,6 +136,7 @@ class KVzipLLM(FunctionCallingLLM):
     @model_validator(mode="after")
     def _check_model(self) -> KVzipLLM:
         self.stream_options({})  # tells what is wrong with a field
+        self._held = self.given_engine is not None
         if not self.model:
             if self.given_engine is None:
                 raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
@@ -128,24 +146,41 @@ class KVzipLLM(FunctionCallingLLM):
             self.model, self.cache_dir = located(self.model), fixed_folder(self.cache_dir)
         return self
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        if self.given_engine is None and self.context is None:
+            return super().__reduce_ex__(protocol)
+        if is_only_tried():
+            return object, ()
+        raise cannot_travel(type(self).__name__)
+
     def __getstate__(self) -> dict[str, Any]:
-        """A pickle makes the engine anew; LlamaIndex would leave out one that was given, and make one of a like name."""
-        if self.given_engine is not None or self.context is not None:
-            raise NotPicklableError(
-                "a KVzipLLM with an engine or a context cannot be pickled or sent to another process; make it there with model= and the "
-                "same cache_dir, and give it the context's key"
-            )
-        return super().__getstate__()
+        """LlamaIndex takes what cannot be pickled, such as callbacks, from the object that it asks: here a copy."""
+        return super(KVzipLLM, self.model_copy()).__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """LlamaIndex makes an object of the fields alone; copies that were sent together share the engine that is made here."""
+        super().__setstate__(state)
+        self._lazy = state["__pydantic_private__"]["_lazy"]
+
+    @model_serializer(mode="wrap")
+    def custom_model_dump(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """What was written down without its engine or context cannot be made of the dump alone."""
+        return written_down({**handler(self), "class_name": self.class_name()}, self.given_engine, self.context)
 
     @classmethod
     def class_name(cls) -> str:
         return "KVzipLLM"
 
     @property
+    def _ready(self) -> KVzipEngine | None:
+        """The engine, if there is one without loading weights."""
+        return self.engine if self._held or self.given_engine is not None else self._lazy.engine
+
+    @property
     def engine(self) -> KVzipEngine:
         """The engine; loads the weights when first asked for."""
-        if self.given_engine is not None:
-            return self.given_engine
+        if self._held or self.given_engine is not None:
+            return still_held(type(self).__name__, self.model, self.given_engine)
         options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model, **options))
 
@@ -157,14 +192,13 @@ class KVzipLLM(FunctionCallingLLM):
         """
         if isinstance(context, str):
             context = self.engine.get(context)
-        if not isinstance(context, CompressedContext | None):
-            raise InputError(f"a {type(context).__name__} is no context; KVzipEngine.load makes one")
+        context = None if context is None else checked_context(context)
         return self.model_copy(update={"context": context})
 
     @property
     def metadata(self) -> LLMMetadata:
         """What is left of the model's window beside the context, and what the model can do."""
-        engine = self.given_engine or self._lazy.engine
+        engine = self._ready
         window = engine.window if engine else configured_window(self.model) or self.engine.window
         return LLMMetadata(
             context_window=window - (self.context.n_tokens if self.context else 0),
@@ -320,7 +354,10 @@ class KVzipLLM(FunctionCallingLLM):
 
         Raises:
             ValueError: there is none, and ``error_on_no_tool_call``.
+            InputError: other options, of which there are none.
         """
+        if kwargs:
+            raise InputError(f"options {sorted(kwargs)} are unknown; known is error_on_no_tool_call")
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and error_on_no_tool_call:
             raise ValueError(f"the answer calls no tool: {response.message.content!r}")
@@ -354,6 +391,34 @@ class KVzipLLM(FunctionCallingLLM):
 
         messages = self._extend_messages(prompt.format_messages(llm=self, **prompt_args))
         return {"tools": [get_function_tool(output_cls)], "chat_history": messages, "tool_required": True}, parsed
+
+
+def given_or_set(llm: LLM | None) -> Any:
+    """The model that was given, or else ``Settings.llm`` if that was set: never LlamaIndex' default, which is a server's.
+
+    Raises:
+        InputError: there is none of both.
+    """
+    if llm is not None:
+        return llm
+    if Settings._llm is None:
+        raise InputError("no model: give llm=KVzipLLM(...), or set Settings.llm to one")
+    return Settings.llm
+
+
+def given_or_set_kvzip(llm: LLM | None = None) -> KVzipLLM:
+    """:func:`given_or_set`, if it is a :class:`KVzipLLM`.
+
+    Raises:
+        InputError: it is another model, or there is none.
+    """
+    found = given_or_set(llm)
+    if not isinstance(found, KVzipLLM):
+        raise InputError(
+            f"{'Settings.llm' if llm is None else 'llm'} is {reprlib.repr(found)}; texts are read into contexts by a KVzipLLM: give one as "
+            "llm=, or set Settings.llm to one. as_query_engine takes as_structured_llm of one"
+        )
+    return found
 
 
 def usage_of(reply: Reply, created: int = 0) -> dict[str, int]:

@@ -20,7 +20,7 @@ from kvzip_memory.integration import loads_of
 from kvzip_memory.registry.holders import naming
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import Mark, Turns, TurnsFile
-from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, plain_messages
+from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         BudgetError, ModelError: by ``aput``, as for :meth:`KVzipEngine.extend`.
     """
 
-    llm: KVzipLLM = Field(exclude=True)
-    """The model that reads the turns and answers."""
+    llm: KVzipLLM = Field(default_factory=given_or_set_kvzip, exclude=True)
+    """The model that reads the turns and answers; ``Settings.llm`` unless one is given."""
     name: str = "history"
-    ratio: float | None = Field(None, gt=0, le=1)
+    ratio: float | None = Field(default=None, gt=0, le=1)
     """Fraction of key-value pairs kept; None is the model's."""
-    context_tokens: int | None = Field(None, gt=0)
+    context_tokens: int | None = Field(default=None, gt=0)
     """Turns of more tokens have the oldest leave the context, until half as many are left. None is half of the window."""
 
     async def _aget(self, messages: list[ChatMessage] | None = None, session_id: str = "", **block_kwargs: Any) -> list[ChatMessage]:

@@ -23,8 +23,9 @@ from pydantic import BaseModel
 
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.context import checked_context
 from kvzip_memory.options import renamed
-from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.llm import KVzipLLM, given_or_set
 from llama_index_kvzip.packing import encodable, readable, tag_of
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import (
@@ -68,7 +69,7 @@ class KVzipQueryEngine(BaseQueryEngine):
     Where there are no documents the answer is LlamaIndex' "Empty Response".
 
     Args:
-        llm: what answers; ``llm.as_structured_llm(cls)`` gives its ``output_cls``, too.
+        llm: what answers, None is ``Settings.llm``; ``llm.as_structured_llm(cls)`` gives its ``output_cls``, too.
         parts: gives the contexts to ask and their nodes, which are the ``source_nodes`` of every answer.
         response_mode: ``"compact"`` and ``"tree_summarize"`` give one answer: all is read at one time, so they are the same.
             ``"accumulate"`` lists the answers from several contexts instead. ``"no_text"`` gives the sources and ``"context_only"``
@@ -88,7 +89,7 @@ class KVzipQueryEngine(BaseQueryEngine):
 
     def __init__(
         self,
-        llm: LLM,
+        llm: LLM | None,
         parts: Callable[[], Sequence[Part]],
         *,
         response_mode: ResponseMode | str = ResponseMode.COMPACT,
@@ -99,6 +100,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
+        llm = given_or_set(llm)
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._output_cls = unwrapped(llm, output_cls)
         self._parts, self._streaming, self._options = parts, streaming, renamed(options)
@@ -108,9 +110,11 @@ class KVzipQueryEngine(BaseQueryEngine):
         self._quarter = self._llm.engine.window // 4
 
     @classmethod
-    def from_context(cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: LLM, **kwargs: Any) -> KVzipQueryEngine:
+    def from_context(
+        cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: LLM | None = None, **kwargs: Any
+    ) -> KVzipQueryEngine:
         """Answer from a context that was made of these documents."""
-        part = Part(context, whole(context, documents))
+        part = Part(context, whole(checked_context(context), documents))
         return cls(llm, lambda: [part], **kwargs)
 
     @classmethod
@@ -118,13 +122,14 @@ class KVzipQueryEngine(BaseQueryEngine):
         cls,
         documents: Sequence[BaseNode],
         *,
-        llm: LLM,
+        llm: LLM | None = None,
         name: str | None = None,
         ratio: float | None = None,
         system: str | None = None,
         **kwargs: Any,
     ) -> KVzipQueryEngine:
         """Load the documents into one context, or find it if they were loaded before. Errors as ``engine.load``."""
+        cls(llm, tuple, **kwargs)  # tells at once what is wrong with them
         documents = [encodable(document) for document in readable(documents)]
         model, _ = unwrapped(llm)
         ratio = model.ratio if ratio is None else ratio

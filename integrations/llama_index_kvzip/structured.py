@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +16,23 @@ from llama_index.core.program.function_program import get_function_tool
 from pydantic import BaseModel
 
 from kvzip_memory import InputError
-from llama_index_kvzip.llm import KVzipLLM
+from llama_index_kvzip.llm import KVzipLLM, given_or_set
 
 
 def unwrapped(llm: Any, output_cls: type[BaseModel] | None = None) -> tuple[KVzipLLM, type[BaseModel] | None]:
-    """The model, and the class of its answers if it is a ``StructuredLLM`` or a class is given; None stands for texts.
+    """The model, ``Settings.llm`` for None, and the class of its answers if it is a ``StructuredLLM`` or a class is given.
 
     Raises:
         InputError: another model, or a class that is none of Pydantic's.
     """
+    llm = given_or_set(llm)
     if isinstance(llm, StructuredLLM):
         llm, output_cls = llm.llm, output_cls or llm.output_cls
     if not isinstance(llm, KVzipLLM):
-        raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
+        raise InputError(
+            f"llm is {reprlib.repr(llm)}; contexts are read by the model that made them: give a KVzipLLM over the same engine as llm=, or "
+            "set Settings.llm to one"
+        )
     if output_cls is not None and not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
         raise InputError(f"output_cls is {output_cls!r}; give a Pydantic class")
     return llm, output_cls

@@ -18,6 +18,7 @@ from llama_index_instrumentation import get_dispatcher
 
 from kvzip_memory.registry.holders import document_tag
 from kvzip_memory.sources import clean
+from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.packing import readable, room, size, tag_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
@@ -40,7 +41,7 @@ class KVzipSynthesizer(BaseSynthesizer):
     retrieved nodes with their scores. An index whose nodes are other ones for every question gains nothing: each set is built.
 
     Args:
-        llm: what reads and answers; its ``ratio`` applies. ``llm.as_structured_llm(cls)`` answers with objects.
+        llm: what reads and answers, None is ``Settings.llm``; its ``ratio`` applies. ``llm.as_structured_llm(cls)`` answers with objects.
         system: a system prompt that is put first and never evicted.
         streaming: stream the answer.
         options: of :class:`KVzipQueryEngine`, such as ``source_top_k`` and ``output_cls``, or of every call, such as ``max_tokens``.
@@ -51,7 +52,8 @@ class KVzipSynthesizer(BaseSynthesizer):
         BudgetError, ModelError: by every call, as for :meth:`KVzipEngine.load`.
     """
 
-    def __init__(self, llm: LLM, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+    def __init__(self, llm: LLM | None = None, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
+        llm = given_or_set(llm)
         self._model, output_cls = unwrapped(llm, options.get("output_cls"))
         super().__init__(llm=self._model, callback_manager=llm.callback_manager, streaming=streaming, output_cls=output_cls)
         self._system, self._options = system, {**options, "output_cls": output_cls, "streaming": streaming}
@@ -67,10 +69,11 @@ class KVzipSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Answer from nodes; ``response_kwargs`` are options of the call."""
         nodes = _readable(nodes)
+        reader = self._reader(nodes, response_kwargs)  # tells at once what is wrong with them
         if not nodes:
             return super().synthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
-            response = self._reader(nodes, response_kwargs).query(bundle)
+            response = reader.query(bundle)
             return end(self._with_sources(response, nodes, additional_source_nodes))
 
     async def asynthesize(
@@ -82,21 +85,24 @@ class KVzipSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """:meth:`synthesize` in a thread."""
         nodes = _readable(nodes)
+        reader = self._reader(nodes, response_kwargs)
         if not nodes:
             return await super().asynthesize(query, nodes, additional_source_nodes)
         with self._event(query) as (bundle, end):
-            response = await self._reader(nodes, response_kwargs).aquery(bundle)
+            response = await reader.aquery(bundle)
             return end(self._with_sources(response, nodes, additional_source_nodes))
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Answer from texts."""
         nodes = _readable(_nodes(text_chunks))
-        return _said(self._reader(nodes, response_kwargs).query(query_str) if nodes else super().synthesize(query_str, nodes))
+        reader = self._reader(nodes, response_kwargs)
+        return _said(reader.query(query_str) if nodes else super().synthesize(query_str, nodes))
 
     async def aget_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """:meth:`get_response` in a thread."""
         nodes = _readable(_nodes(text_chunks))
-        return _said(await (self._reader(nodes, response_kwargs).aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
+        reader = self._reader(nodes, response_kwargs)
+        return _said(await (reader.aquery(query_str) if nodes else super().asynthesize(query_str, nodes)))
 
     def forget(self, document_id: str) -> None:
         """Delete the contexts with nodes of a document, also other synthesizers'; what was loaded under a name or other tags stays.
