@@ -34,6 +34,7 @@ from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, W
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import Build, ContextRegistry, Entry, Report, Wanted, check_text, parse_bytes
@@ -537,6 +538,7 @@ class KVzipEngine(Shared):
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
+    @plain()
     def _build(
         self,
         wanted: Wanted,
