@@ -21,6 +21,7 @@ from transformers import Cache
 from kvzip_memory.attention import BACKENDS, RowKV
 from kvzip_memory.cache import Row
 from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.modes import plain
 
 #: Asked of every context, to know where heads look when they look for nothing.
 NEUTRAL = "N/A"
@@ -101,6 +102,7 @@ def blend(*kinds: Tensor) -> Tensor:
     return torch.stack(shares).mean(0)
 
 
+@plain()
 def bm25(query: str, texts: Sequence[str]) -> Tensor:
     """Okapi BM25 scores ``[len(texts)]`` of the words of a query."""
     counts = [Counter(_words(text)) for text in texts]

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.modes import plain
 
 
+@plain()
 def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) -> CompressedContext | None:
     """The context a build at ``identity["ratio"]`` would give, cut from one built at a larger ratio.
 

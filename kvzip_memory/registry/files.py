@@ -34,6 +34,7 @@ from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError
+from kvzip_memory.modes import plain
 from kvzip_memory.registry.identity import FORMAT, key_of
 from kvzip_memory.upload import upload
 
@@ -312,6 +313,7 @@ def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: t
     return arrived, tensors["token_ids"]
 
 
+@plain()
 def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Empty tensors for the extents, one behind another in one buffer: the types with the longest elements first, so
     that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
