@@ -266,14 +266,14 @@ def test_whoever_makes_a_context_tags_it() -> None:
 
 def test_what_others_hold_stays_until_the_last_of_them_forgets_it(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
-    contexts = [engine.load(f"{FILLER}{SECRET}", tags=tag) for tag in ("ana", "bob", "document: a | document: b", "cache_control")]
+    contexts = [engine.load(f"{FILLER}{SECRET}", tags=tag) for tag in (WHO, "bob", "document: a | document: b", "cache_control")]
     assert len({context.key for context in contexts}) == 1
-    for tag in ("ana", "document: b", "nobody's"):
+    for tag in (WHO, "document: b", "nobody's"):
         forgotten = engine.forget(tag)
         assert (len(forgotten.deleted), len(forgotten.kept)) == (0, tag != "nobody's")
     engine.registry.flush()
     assert [entry.tags for entry in engine.registry.contexts()] == [("bob", "cache_control")]
-    assert grep(tmp_path, traces(engine, ["document: a"])) == []
+    assert grep(tmp_path, traces(engine, [WHO, "document: a"])) == []
     assert engine.registry.verify(contexts[0].key) is None
     assert engine.generate(contexts[0], "Who?", max_new_tokens=2).receipt.tier == "device"
     engine.close()
