@@ -19,8 +19,6 @@ SAMPLE = 32
 _ROW, _ROWS = 4096, 32
 # What torch.compile puts into the names of what a module holds.
 _COMPILED = "_orig_mod."
-
-
 # Of one of a model's tensors, its number, and size and stride of the values that are looked at.
 _Spread = tuple[int, tuple[int], tuple[int]]
 
