@@ -631,7 +631,6 @@ class KVzipEngine(Shared):
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
         return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
-    @plain()
     def _build(
         self,
         language: Language,
