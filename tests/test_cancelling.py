@@ -101,7 +101,7 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
         lambda made: read(made.chat.model_copy(update={"max_tokens": 120}).with_structured_output(Lease).astream("Who?")),
     ),
     "middleware": ("middleware.awrap_model_call", lambda made: agent(made).ainvoke({"messages": TALK})),
-    "load_document": ("", lambda made: made.tool("load_document").ainvoke({"name": "x", "text": "Another. " * 30})),
+    "load_document": ("memory_tools.later", lambda made: made.tool("load_document").ainvoke({"name": "x", "text": "Another. " * 30})),
     "achat": ("llm.achat llm._aanswer llm._alast", lambda made: made.llm.achat([ChatMessage("Who?")])),
     "astream_chat": ("llm.astream_chat", lambda made: awaited(made.llm.astream_chat([ChatMessage("Who?")]))),
     "acomplete": ("llm.acomplete", lambda made: made.llm.acomplete("Who?")),

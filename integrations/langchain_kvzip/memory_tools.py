@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import quote
 
@@ -116,13 +116,15 @@ def create_memory_tools(
             let_go(name)
         return f"{name!r} is forgotten"
 
-    def tool(name: str, function: Callable[..., str], places: Places) -> BaseTool:
-        coroutine = partial(result_of, places, function)
-        return StructuredTool.from_function(function, coroutine, name=name, handle_tool_error=True)
+    def tool(name: str, function: Callable[..., str], places: Callable[[KVzipEngine], Places] = attrgetter("loads")) -> BaseTool:
+        async def later(**given: str) -> str:
+            return await result_of(places(engine), function, **given)
+
+        return StructuredTool.from_function(function, later, name=name, handle_tool_error=True)
 
     return [
-        tool("load_document", load_document if root is None else load_file, engine.loads),
-        tool("list_documents", list_documents, engine.loads),
-        tool("ask_document", ask_document, engine.places),
-        tool("forget_document", forget_document, engine.loads),
+        tool("load_document", load_document if root is None else load_file),
+        tool("list_documents", list_documents),
+        tool("ask_document", ask_document, attrgetter("places")),
+        tool("forget_document", forget_document),
     ]
