@@ -39,20 +39,21 @@ from filelock import FileLock, Timeout
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
-from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header
+from kvzip_memory.registry.beginnings import beginning
+from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, read_token_ids
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = 1
-_CONTEXT, _GROUP, _NAME, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "name:", "bad:", "tokens:", "lengths:"
+_CONTEXT, _GROUP, _NAME, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "name:", "bad:", "tokens:", "beginning:"
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text, or of one name, that are remembered as such
-_LENGTHS_SIZE = 4096  # contexts of one model that are found by the tokens they begin a prompt with, the latest
+_BEGINNING_SIZE = 4096  # contexts that share more than half of their tokens and are found by them, the latest
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Entry:
         created: seconds since the epoch.
         used: seconds since the epoch of the last use that reached the disk tier.
         expires: seconds since the epoch, None for never.
+        beginning: what it is filed under, see :mod:`~kvzip_memory.registry.beginnings`; empty in rows of an earlier version.
     """
 
     key: str
@@ -88,6 +90,7 @@ class Entry:
     created: float = 0.0
     used: float = 0.0
     expires: float | None = None
+    beginning: str = ""
 
     @property
     def name(self) -> str | None:
@@ -258,6 +261,7 @@ class DiskTier:
             now,
             now,
             expires,
+            beginning(context.token_ids.numpy()),
         )
         path, temporary = self.path(context.key), self.root / "blobs" / ".tmp" / f"{context.key}.{uuid.uuid4().hex[:8]}.tmp"
         if not self._inside(path):
@@ -383,7 +387,8 @@ class DiskTier:
         _list_add(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
-        _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
+        if entry.beginning:
+            _list_add(index, f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}", _BEGINNING_SIZE)
         for name in entry.names:
             _list_add(index, _named(entry.tenant, name), entry.key)
 
@@ -394,7 +399,7 @@ class DiskTier:
         _list_remove(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
-            _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
+            _list_remove(index, f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}")
         for name in entry.names:
             _list_remove(index, _named(entry.tenant, name), entry.key)
         stored, writing = self._totals(index)
@@ -466,10 +471,11 @@ class DiskTier:
         return self._listed(_named(tenant, name))
 
     @_needs_index
-    def lengths(self, family: str) -> set[tuple[int, str]]:
-        """Tokens, and the beginning of their digest, of the contexts of one model and tenant."""
-        row = self._opened().get(_LENGTHS + family)
-        pairs = (item.split(":") for item in (row["keys"] if row else ()))
+    def lengths(self, family: str, begun: Iterable[str]) -> set[tuple[int, str]]:
+        """Tokens, and the start of their digest, of the contexts of one model and tenant that are filed under one of these beginnings."""
+        index = self._opened()
+        rows = [index.get(f"{_BEGINNING}{family}:{each}") for each in begun]
+        pairs = (item.split(":") for row in rows if row for item in row["keys"])
         return {(int(n), start) for n, start in pairs}
 
     @_needs_index
@@ -507,6 +513,8 @@ class DiskTier:
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
                 self._set_totals(index, stored + entry.file_nbytes, writing)
+            elif not entry.beginning and (read := self._entry_of_file(self.path(key))) is not None:
+                entry = replace(entry, beginning=read.beginning)
             tags = tuple(sorted({*entry.tags, *tags}))
             self._add(index, replace(entry, used=time.time(), names=latest(entry.names, names or {}), tags=tags))
 
@@ -557,6 +565,9 @@ class DiskTier:
         """Bytes of blobs, files being written and quarantined files, as counted."""
         stored, writing = self._totals(self._opened())
         return stored + sum(writing.values())
+
+    def is_empty(self) -> bool:
+        return next(self._blobs(), None) is None
 
     def count(self) -> int:
         """Stored contexts."""
@@ -871,7 +882,7 @@ class DiskTier:
         try:
             with open_context(path, follow_links=False) as file:
                 facts = read_header(file, path)
-                status = os.fstat(file.fileno())
+                status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
         except (OSError, CorruptFileError):
             return None
         catalog = facts["catalog"]
@@ -888,6 +899,7 @@ class DiskTier:
             created=catalog.get("created", status.st_mtime),
             used=status.st_mtime,
             expires=catalog.get("expires"),
+            beginning=beginning(token_ids),
         )
 
 

@@ -169,6 +169,13 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     return facts
 
 
+def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
+    """``[n]`` int32, the ids of a file that stands at the start of its data; their checksum is not looked at."""
+    *before, last = facts["extents"]
+    file.seek(sum(extent["padded"] for extent in before), os.SEEK_CUR)
+    return np.frombuffer(file.read(4 * math.prod(last["shape"])), dtype=np.int32)
+
+
 # -- writing -----------------------------------------------------------------------------------------------------
 
 

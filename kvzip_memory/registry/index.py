@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.RLock()
+        self._open: AbstractContextManager[Any] | None = None  # the transaction of the thread that has the lock
         with _translated():
             database = folder / "cache.db"
             if not database.exists():  # SQLite gives its other files the same mode
@@ -136,18 +137,27 @@ class Index:
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
         with self._lock:
-            transaction = self._rows.transact()
+            self._roll_back(self._open)  # what an interrupt has left open
+            transaction = self._open = self._rows.transact()
             try:
                 with _translated():
                     transaction.__enter__()
                 yield
                 with _translated():
                     transaction.__exit__(None, None, None)
-            except BaseException as error:
-                with suppress(Exception):
-                    transaction.__exit__(type(error), error, error.__traceback__)
-                self._rows.close()  # whatever failed, this thread's connection keeps nothing locked
+                self._open = None
+            except BaseException:
+                self._roll_back(transaction)
                 raise
+
+    def _roll_back(self, transaction: AbstractContextManager[Any] | None) -> None:
+        """Whatever failed in a transaction, nothing of it is written and this thread's connection keeps nothing locked."""
+        if transaction is not None and transaction is self._open:
+            self._open = None
+            failed = RuntimeError("rolled back")
+            with suppress(Exception):
+                transaction.__exit__(RuntimeError, failed, None)
+            self._rows.close()
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
         """Keys that start with ``prefix``, without it."""
