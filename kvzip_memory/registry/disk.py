@@ -41,6 +41,7 @@ from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, read_token_ids
+from kvzip_memory.registry.frozen import FrozenIndex, why_read_only
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 
@@ -147,8 +148,11 @@ class DiskTier:
         self.quarantined = 0  # by this process
         self._mutex = threading.Lock()
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
+        #: Why nothing can be stored or changed in the folder; None if it can.
+        self.read_only = why_read_only(root)
         for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "index", "locks", "quarantine"))):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if self.read_only is None:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
                 self._check_layout()
         self._index: Index | None = None
@@ -157,6 +161,9 @@ class DiskTier:
         self._owed: set[str] = set()  # keys of files of ours that were not written, and for which bytes are counted still
         self._mending = False
         self._doubtful = False  # whether files were changed and their rows, after a failure, were not
+        if self.read_only is not None:
+            logger.warning("%s: the contexts in it are used, and none is stored or changed", self.read_only)
+            return
         with suppress(IndexUnavailableError):  # what is stored can be read without it
             self._tidy()
 
@@ -165,6 +172,8 @@ class DiskTier:
         try:
             layout = int(path.read_text())
         except FileNotFoundError:
+            if self.read_only is not None:
+                return
             temporary = self.root / f".FORMAT.{uuid.uuid4().hex}"
             _write_private(temporary, f"{LAYOUT}\n")
             os.replace(temporary, path)
@@ -243,6 +252,7 @@ class DiskTier:
             BudgetError: it does not fit, or only pinned contexts could make room.
             OSError: it cannot be written; nothing has changed.
         """
+        self._check_writable()
         now = time.time()
         expires = None if ttl is None else now + ttl
         catalog = {"group": group, "names": dict(names or {}), "tags": list(tags), "created": now, "expires": expires}
@@ -281,6 +291,13 @@ class DiskTier:
                 self._opened()
             raise
 
+    def _check_writable(self) -> None:
+        """Raises:
+        IndexUnavailableError: the folder is read-only.
+        """
+        if self.read_only is not None:
+            raise IndexUnavailableError(f"{self.read_only}: contexts in it are used, and cannot be stored, changed or deleted")
+
     def _temporaries(self) -> Iterator[Path]:
         """Files being written: theirs are named after the key. The first folder is that of older versions."""
         for folder in (self.root / "tmp", self.root / "blobs" / ".tmp"):
@@ -290,6 +307,7 @@ class DiskTier:
     @contextmanager
     def _changing_files(self) -> Iterator[Index]:
         """A transaction that deletes or moves files. If it fails the rows are as before and the files are not: see :meth:`_mend`."""
+        self._check_writable()
         index = self._opened()
         try:
             with index.transaction():
@@ -520,6 +538,7 @@ class DiskTier:
 
     @_needs_index
     def pin(self, key: str, pinned: bool) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None:
@@ -527,6 +546,7 @@ class DiskTier:
 
     @_needs_index
     def untag(self, key: str, tag: str) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None:
@@ -534,6 +554,7 @@ class DiskTier:
 
     @_needs_index
     def unname(self, key: str, name: str) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None and name in entry.names:
@@ -711,11 +732,16 @@ class DiskTier:
         """Raises:
         IndexUnavailableError: the index cannot be changed now; a process that holds it is waited for a second.
         """
+        self._check_writable()
         self._opened()
         if not is_free(self.root / "index", QUIET_S):
             raise IndexHeldError
 
     def _opened(self) -> Index:
+        if self.read_only is not None:
+            if self._index is None:
+                self._index = self._frozen()
+            return self._index
         self.check_free()
         if self._index is None:
             self._open_index()
@@ -729,6 +755,18 @@ class DiskTier:
             finally:
                 self._mending = False
         return self._index
+
+    def _frozen(self) -> Index:
+        """The rows of a folder that cannot be written; from the files what has none."""
+        index = FrozenIndex(self.root / "index")
+        rows, blobs = set(index.keys(_CONTEXT)), {path.stem: path for path in self._blobs()}
+        for key in rows - blobs.keys():
+            index.delete(_CONTEXT + key)
+        for key in blobs.keys() - rows:
+            if (entry := self._entry_of_file(blobs[key])) is not None:
+                self._add(index, entry)
+        self._set_totals(index, sum(path.lstat().st_size for path in blobs.values()), {})
+        return index
 
     @property
     def is_held(self) -> bool:

@@ -116,7 +116,7 @@ class Index:
     def get(self, key: str) -> Row | None:
         with _translated():
             text = self._rows.get(key)
-        return None if text is None else _unpacked(key, text)
+        return None if text is None else self.unpacked(key, text)
 
     def set(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row in its place, or as the most recent one if it is new."""
@@ -181,6 +181,19 @@ class Index:
         text = json.dumps(row, separators=(",", ":"), default=str)
         return xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) + text
 
+    @staticmethod
+    def unpacked(key: str, packed: str) -> Row:
+        """The row.
+
+        Raises:
+            IndexDamagedError: its checksum is wrong.
+        """
+        checksum, text = packed[:16], packed[16:]
+        if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
+            raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
+        row: Row = json.loads(text)
+        return row
+
 
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:
     """Whether an index can be written, as far as locks go; waits so long for others."""
@@ -195,14 +208,6 @@ def is_free(folder: Path, wait_s: float = 0.05) -> bool:
 
 def _is_held(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-def _unpacked(key: str, packed: str) -> Row:
-    checksum, text = packed[:16], packed[16:]
-    if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
-        raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
-    row: Row = json.loads(text)
-    return row
 
 
 @contextmanager

@@ -367,7 +367,7 @@ class ContextRegistry(Shared):
 
     def _built(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Build, unless another process does so first; its writing to disk goes on behind the answer."""
-        hold = self._disk.hold(wanted.key) if self._disk is not None else None
+        hold = self._disk.hold(wanted.key) if self._disk is not None and self._disk.read_only is None else None
         handed_over = False
         try:
             if hold is not None and self._found_elsewhere(use, hold, wanted, waiting, story):
@@ -588,9 +588,12 @@ class ContextRegistry(Shared):
         """
         if self._disk is None:
             return False
+        if self._disk.has(held.key):
+            return True
         hold = self._disk.hold(held.key)
         try:
-            hold.acquire()
+            if self._disk.read_only is None:
+                hold.acquire()
             return self._disk.has(held.key) or self._store(held)
         except OSError as error:
             self._disk_failed("store", error)

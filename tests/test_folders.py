@@ -1,0 +1,204 @@
+"""Folders as they are found: read-only ones, another user's, spread over mounts, with what killed writers left, under many processes."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import synthetic
+from kvzip_memory import BudgetError, CompressedContext, StorageError
+from kvzip_memory.registry import ContextRegistry, Report
+from kvzip_memory.registry.disk import DiskTier
+from synthetic import CPU, load, wanted
+
+ROOT = Path(__file__).parent.parent
+SIZE = synthetic.context(0).nbytes
+
+
+@pytest.fixture
+def baked() -> Iterator[Path]:
+    """A folder with two contexts that belongs to another user, or is read-only for its own."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    registry = ContextRegistry(CPU, folder / "contexts")
+    for number in (1, 2):
+        load(registry, number)
+    registry.flush()
+    with registry.lease(synthetic.Wanted(wanted(1).key, wanted(1).identity, wanted(1).group, "later"), lambda report: synthetic.context(1)):
+        pass  # a name that only the index knows
+    registry.close()
+    yield folder / "contexts"
+    for path in (folder, *folder.rglob("*")):
+        if path.is_dir():
+            path.chmod(0o700)
+    shutil.rmtree(folder)
+
+
+BAKED = """
+import os, sys
+sys.path.insert(0, "tests")
+import synthetic
+from synthetic import CPU, load, wanted
+from kvzip_memory.registry import ContextRegistry
+import diskcache, sqlite3, encodings.idna
+if os.getuid() == 0:
+    os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
+from pathlib import Path
+registry = ContextRegistry(CPU, Path(sys.argv[1]))
+for name in ("page 1", "later", "page 2"):
+    print(registry.one(name).key)
+print(load(registry, 1), load(registry, 2), load(registry, 3), len(registry.contexts()))
+registry.flush()
+for change in (registry.remove, registry.pin):
+    try:
+        change(wanted(1).key)
+    except OSError as error:
+        print(type(error).__name__, "cannot be written" in str(error))
+print(load(registry, 1))
+registry.close()
+"""
+
+
+@pytest.mark.parametrize("index", ["whole", "without its log", "missing"])
+def test_a_folder_of_another_user_is_found_listed_and_answered_from(baked: Path, index: str) -> None:
+    if index == "missing":
+        shutil.rmtree(baked / "index")
+    for path in (*baked.rglob("*"), baked):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted((str(path), path.lstat().st_mtime_ns) for path in baked.rglob("*"))
+    out = subprocess.run([sys.executable, "-c", BAKED, str(baked)], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 or index == "missing", out.stderr
+    lines = out.stdout.splitlines()
+    if index == "missing":  # what only the index knew is gone
+        assert lines == [wanted(1).key]
+        assert "no context 'later' is stored" in out.stderr
+    else:
+        assert lines[:3] == [wanted(1).key, wanted(1).key, wanted(2).key]
+        refused = "IndexUnavailableError True"
+        assert lines[3:] == ["disk disk built 3", refused, refused, "device"]
+        assert out.stderr.count("cannot be written") <= 2, out.stderr
+    assert sorted((str(path), path.lstat().st_mtime_ns) for path in baked.rglob("*")) == before
+
+
+def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the operating system answers where ``blobs/`` is mounted; a real mount stands in test_registry.py."""
+    replace, blobs = os.replace, tmp_path / "c" / "blobs"
+
+    def across(source: Path, target: Path) -> None:
+        if Path(source).is_relative_to(blobs) != Path(target).is_relative_to(blobs):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", across)
+    registry = ContextRegistry(CPU, tmp_path / "c")
+    load(registry, 1)
+    registry.close()
+    path = DiskTier(tmp_path / "c").path(wanted(1).key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"x")
+    registry = ContextRegistry(CPU, tmp_path / "c")
+    assert load(registry, 1) == "built"
+    registry.flush()
+    assert registry._disk.usage() == registry._disk.measured() == len(whole)  # type: ignore[union-attr]
+    registry.close()
+    registry = ContextRegistry(CPU, tmp_path / "c")
+    assert load(registry, 1) == "disk"
+    registry.close()
+
+
+def test_what_a_killed_writer_left_is_built_stored_and_counted_once(tmp_path: Path) -> None:
+    """Killed while it wrote, behind the back of a process that has the folder open."""
+    registry = ContextRegistry(CPU, tmp_path)
+    disk = registry._disk
+    assert disk is not None
+    for number in (1, 2):
+        key = wanted(number).key
+        for folder in (tmp_path / "tmp", tmp_path / "blobs" / ".tmp"):  # an older version's, and ours
+            folder.mkdir(exist_ok=True)
+            (folder / f"{key}.tmp").write_bytes(b"x" * 5000)
+        with disk._opened().transaction():
+            stored, writing = disk._totals(disk._opened())
+            disk._set_totals(disk._opened(), stored, {**writing, key: 5000})
+    assert load(registry, 1) == "built"
+    registry.flush()
+    assert [entry.key for entry in disk.entries()] == [wanted(1).key]
+    assert disk.usage() == disk.measured() == disk.path(wanted(1).key).stat().st_size
+    registry.close()
+
+
+def same_stripe(first: int) -> int:
+    """The number of another context whose key begins as that of the first does."""
+    start = wanted(first).key[:3]
+    return next(number for number in range(first + 1, 100_000) if wanted(number).key[:3] == start)
+
+
+def test_a_key_that_shares_the_lock_of_one_that_leaves_is_built_at_once(tmp_path: Path) -> None:
+    other = same_stripe(0)
+    registry = ContextRegistry(CPU, tmp_path, device_bytes=SIZE)
+    load(registry, 0)
+    registry.flush()
+    registry._disk.remove(wanted(0).key)  # type: ignore[union-attr] # by another process: it is in memory only, and must be written
+    began = time.monotonic()
+    load(registry, other)
+    assert time.monotonic() - began < 30  # it was a minute
+    registry.flush()
+    assert registry.stats()["dropped"] == 0
+    assert {entry.key for entry in registry.contexts()} == {wanted(0).key, wanted(other).key}
+    registry.close()
+
+
+def test_who_waits_for_a_build_that_fails_tries_a_build_of_their_own(tmp_path: Path) -> None:
+    """One at a time, and nobody gets the error of another."""
+    registry = ContextRegistry(CPU, tmp_path)
+    running, most, errors, tiers = [0], [0], list[BaseException](), list[str]()
+    mine: list[bool] = []
+    barrier = threading.Barrier(6)
+
+    def build(fails: bool, report: Report) -> CompressedContext:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+        if fails:
+            raise BudgetError(f"mine, {threading.get_ident()}")
+        return synthetic.context(1)
+
+    def ask(fails: bool) -> None:
+        barrier.wait()
+        try:
+            with registry.lease(wanted(1), lambda report: build(fails, report)) as (_, lease):
+                tiers.append(lease.receipt.tier)
+        except BudgetError as error:
+            errors.append(error)
+            mine.append(str(threading.get_ident()) in str(error))
+
+    threads = [threading.Thread(target=ask, args=(number < 5,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) + len(tiers) == 6
+    assert "built" in tiers
+    assert all(mine)
+    assert len({id(error) for error in errors}) == len(errors)
+    assert most[0] == 1
+    registry.close()
+
+
+def test_a_read_only_folder_refuses_changes_and_says_why(baked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    registry = ContextRegistry(CPU, baked)
+    key = registry.one("later").key
+    for change in (lambda: registry.remove(key), lambda: registry.pin(key), lambda: registry.untag(key, "a"), registry.check_changeable):
+        with pytest.raises(StorageError, match="cannot be written by user"):
+            change()
+    assert load(registry, 1) == "disk"
+    registry.close()
