@@ -157,39 +157,44 @@ def test_a_key_that_shares_the_lock_of_one_that_leaves_is_built_at_once(tmp_path
 
 def test_who_waits_for_a_build_that_fails_tries_a_build_of_their_own(tmp_path: Path) -> None:
     """One at a time, and nobody gets the error of another."""
-    registry = ContextRegistry(CPU, tmp_path)
-    running, most, errors, tiers = [0], [0], list[BaseException](), list[str]()
-    mine: list[bool] = []
-    barrier = threading.Barrier(6)
+    registry, all_wait = ContextRegistry(CPU, tmp_path), threading.Event()
+    building, waiters = threading.Lock(), set[int]()
+    ends: list[BudgetError | str] = []
+    own, alone = list[bool](), list[bool]()
 
-    def build(fails: bool, report: Report) -> CompressedContext:
-        running[0] += 1
-        most[0] = max(most[0], running[0])
-        time.sleep(0.02)
-        running[0] -= 1
-        if fails:
-            raise BudgetError(f"mine, {threading.get_ident()}")
-        return synthetic.context(1)
+    def waiting(*progress: object) -> None:
+        waiters.add(threading.get_ident())
+        if len(waiters) == 5:
+            all_wait.set()
 
     def ask(fails: bool) -> None:
-        barrier.wait()
+        def build(report: Report) -> CompressedContext:
+            alone.append(building.acquire(blocking=False))
+            try:
+                all_wait.wait(30)
+                if fails:
+                    raise BudgetError(f"that of {threading.get_ident()}")
+                return synthetic.context(1)
+            finally:
+                building.release()
+
         try:
-            with registry.lease(wanted(1), lambda report: build(fails, report)) as (_, lease):
-                tiers.append(lease.receipt.tier)
+            with registry.lease(wanted(1), build, waiting) as (_, lease):
+                ends.append(lease.receipt.tier)
         except BudgetError as error:
-            errors.append(error)
-            mine.append(str(threading.get_ident()) in str(error))
+            ends.append(error)
+            own.append(str(error) == f"that of {threading.get_ident()}")
 
     threads = [threading.Thread(target=ask, args=(number < 5,)) for number in range(6)]
     for thread in threads:
         thread.start()
+        while not registry._flights:  # the first one's fails
+            time.sleep(0.001)
     for thread in threads:
         thread.join()
-    assert len(errors) + len(tiers) == 6
-    assert "built" in tiers
-    assert all(mine)
-    assert len({id(error) for error in errors}) == len(errors)
-    assert most[0] == 1
+    assert len(ends) == 6
+    assert ends.count("built") == 1
+    assert all(own + alone)
     registry.close()
 
 
