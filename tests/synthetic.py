@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident
+from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.registry.identity import digest, group_of, key_of
 
@@ -108,3 +109,24 @@ def churn(folder: Path, seed: int, budget: int) -> None:
 def kill(process: Any) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+
+
+def as_another_user(folders: list[Path], names: list[str], answers: Any) -> None:
+    """What a user finds in folders of somebody else: keys by name, tiers, how many contexts are listed, and changes refused."""
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+    for folder in folders:
+        registry = ContextRegistry(CPU, folder)
+        found = [entry.key for name in names for entry in registry.find(name)]
+        tiers = [load(registry, number) for number in (1, 2, 3)]
+        registry.flush()
+        refused = 0
+        for change in (registry.remove, registry.pin):
+            try:
+                change(wanted(1).key)
+            except StorageError as error:
+                refused += "cannot be written by user" in str(error)
+        answers.put((found, [*tiers, load(registry, 1)], len(registry.contexts()), refused))
+        registry.close()

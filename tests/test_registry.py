@@ -937,7 +937,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
 
 
 def test_a_read_only_file_system_serves_what_it_has(tmp_path: Path) -> None:
-    load_and_close(tmp_path / "cache")
+    load_and_close(tmp_path / "cache", name="page")
     script = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from conftest import TEXT, tiny_engine\n"
@@ -946,9 +946,15 @@ def test_a_read_only_file_system_serves_what_it_has(tmp_path: Path) -> None:
         "assert engine.generate(new, 'Who?', max_new_tokens=2).text\n"
         "engine.registry.flush()\n"
         "print(stored.receipt.tier, new.receipt.tier, engine.stats()['disk_errors'] > 0)\n"
+        "print(engine.get('page').key == stored.key, engine.registry.contexts()[-1].name)\n"
+        "try: engine.registry.remove(stored.key)\n"
+        "except OSError as error: print(error)\n"
     )
     prepare = f"cp -r {tmp_path / 'cache'}/* {tmp_path / 'mounted'}/ && mount -o remount,ro {tmp_path / 'mounted'}"
-    assert in_a_mount(tmp_path / "mounted", "20m", prepare, script).split() == ["disk", "built", "True"]
+    told, found, refused = in_a_mount(tmp_path / "mounted", "20m", prepare, script).splitlines()
+    assert told == "disk built True"
+    assert found == "True page"
+    assert "cannot be written" in refused
 
 
 @pytest.mark.parametrize("everything", [True, False], ids=["reads too", "writes"])

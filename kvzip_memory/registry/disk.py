@@ -40,7 +40,9 @@ from filelock import FileLock, Timeout
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
-from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, rewrite_catalog
+from kvzip_memory.registry.beginnings import beginning
+from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, read_token_ids, rewrite_catalog
+from kvzip_memory.registry.frozen import FrozenIndex, why_read_only
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
@@ -49,14 +51,14 @@ from kvzip_memory.registry.names import Names
 logger = logging.getLogger(__name__)
 
 LAYOUT = 1
-_CONTEXT, _GROUP, _BAD, _TOKENS, _LENGTHS = "context:", "group:", "bad:", "tokens:", "lengths:"
+_CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
 _FORGOTTEN = "forgotten"  # the row that tells when something last was
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text that are remembered as such
-_LENGTHS_SIZE = 4096  # contexts of one model that are found by the tokens they begin a prompt with, the latest
+_BEGINNING_SIZE = 4096  # contexts that share more than half of their tokens and are found by them, the latest
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Entry:
         expires: seconds since the epoch, None for never.
         coarsest: as of the context; None in rows of an earlier version.
         former: names it was loaded under that another context has now. Rows of the index have them among the ``names``.
+        beginning: what it is filed under, see :mod:`~kvzip_memory.registry.beginnings`; empty in rows of an earlier version.
     """
 
     key: str
@@ -96,6 +99,7 @@ class Entry:
     expires: float | None = None
     coarsest: float | None = None
     former: tuple[str, ...] = ()
+    beginning: str = ""
 
     @property
     def name(self) -> str | None:
@@ -169,18 +173,22 @@ class DiskTier:
         self.names = Names(root)
         self._mutex = threading.Lock()
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
-        for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "index", "locks", "quarantine"))):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        #: Why nothing can be stored or changed in the folder; None if it can.
+        self.read_only = why_read_only(root)
+        for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "names", "index", "locks", "quarantine"))):
+            if self.read_only is None:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if folder is root:
                 self._check_layout()
-        with suppress(OSError):  # a folder of an earlier version that cannot be written has no names
-            (root / "names").mkdir(exist_ok=True, mode=0o700)
         self._index: Index | None = None
         self._opened_file: int | None = None
         self._held = False  # by another process, when last looked at
         self._owed: set[str] = set()  # keys of files of ours that were not written, and for which bytes are counted still
         self._mending = False
         self._doubtful = False  # whether files were changed and their rows, after a failure, were not
+        if self.read_only is not None:
+            logger.warning("%s: the contexts in it are used, and none is stored or changed", self.read_only)
+            return
         with suppress(IndexUnavailableError):  # what is stored can be read without it
             self._tidy()
 
@@ -189,6 +197,8 @@ class DiskTier:
         try:
             layout = int(path.read_text())
         except FileNotFoundError:
+            if self.read_only is not None:
+                return
             temporary = self.root / f".FORMAT.{uuid.uuid4().hex}"
             _write_private(temporary, f"{LAYOUT}\n")
             os.replace(temporary, path)
@@ -269,6 +279,7 @@ class DiskTier:
             BudgetError: it does not fit, or only pinned contexts could make room.
             OSError: it cannot be written; nothing has changed.
         """
+        self._check_writable()
         catalog = {"group": group, "names": dict(names or {}), "tags": list(tags)}
         prepared = PreparedFile(context, catalog)
         entry = Entry(
@@ -285,6 +296,7 @@ class DiskTier:
             used=time.time(),
             expires=context.expires,
             coarsest=context.coarsest,
+            beginning=beginning(context.token_ids.numpy()),
         )
         path, temporary = self.path(context.key), self._temporary(context.key)
         if not self._inside(path):
@@ -307,6 +319,13 @@ class DiskTier:
     def _temporary(self, key: str) -> Path:
         return self.root / "blobs" / ".tmp" / f"{key}.{uuid.uuid4().hex[:8]}.tmp"
 
+    def _check_writable(self) -> None:
+        """Raises:
+        IndexUnavailableError: the folder is read-only.
+        """
+        if self.read_only is not None:
+            raise IndexUnavailableError(f"{self.read_only}: contexts in it are used, and cannot be stored, changed or deleted")
+
     def _temporaries(self) -> Iterator[Path]:
         """Files being written: theirs are named after the key. The first folder is that of older versions."""
         for folder in (self.root / "tmp", self.root / "blobs" / ".tmp"):
@@ -316,6 +335,7 @@ class DiskTier:
     @contextmanager
     def _changing_files(self) -> Iterator[Index]:
         """A transaction that deletes or moves files. If it fails the rows are as before and the files are not: see :meth:`_mend`."""
+        self._check_writable()
         index = self._opened()
         try:
             with index.transaction():
@@ -413,7 +433,8 @@ class DiskTier:
         _list_add(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
-        _list_add(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}", _LENGTHS_SIZE)
+        if entry.beginning:
+            _list_add(index, f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}", _BEGINNING_SIZE)
 
     def _drop(self, index: Index, entry: Entry) -> None:
         """Delete a context: first the file, so that bytes are never free before they are free."""
@@ -422,7 +443,7 @@ class DiskTier:
         _list_remove(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):
-            _list_remove(index, _LENGTHS + family, f"{entry.n_tokens}:{tokens[:8]}")
+            _list_remove(index, f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}")
         stored, writing = self._totals(index)
         self._set_totals(index, stored - entry.file_nbytes, writing)
 
@@ -487,10 +508,11 @@ class DiskTier:
         return self._listed(_GROUP + group)
 
     @_needs_index
-    def lengths(self, family: str) -> set[tuple[int, str]]:
-        """Tokens, and the beginning of their digest, of the contexts of one model and tenant."""
-        row = self._opened().get(_LENGTHS + family)
-        pairs = (item.split(":") for item in (row["keys"] if row else ()))
+    def lengths(self, family: str, begun: Iterable[str]) -> set[tuple[int, str]]:
+        """Tokens, and the start of their digest, of the contexts of one model and tenant that are filed under one of these beginnings."""
+        index = self._opened()
+        rows = [index.get(f"{_BEGINNING}{family}:{each}") for each in begun]
+        pairs = (item.split(":") for row in rows if row for item in row["keys"])
         return {(int(n), start) for n, start in pairs}
 
     @_needs_index
@@ -528,11 +550,14 @@ class DiskTier:
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
                 self._set_totals(index, stored + entry.file_nbytes, writing)
+            elif not entry.beginning and (read := self._entry_of_file(self.path(key))) is not None:
+                entry = replace(entry, beginning=read.beginning)
             tags = tuple(sorted({*entry.tags, *tags}))
             self._add(index, replace(entry, used=time.time(), names=latest(entry.names, names or {}), tags=tags))
 
     @_needs_index
     def pin(self, key: str, pinned: bool) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None:
@@ -540,6 +565,7 @@ class DiskTier:
 
     @_needs_index
     def untag(self, key: str, tag: str) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None:
@@ -547,6 +573,7 @@ class DiskTier:
 
     @_needs_index
     def unname(self, key: str, name: str) -> None:
+        self._check_writable()
         index = self._opened()
         with index.transaction():
             if (entry := _entry(index, key)) is not None and name in entry.names:
@@ -575,6 +602,7 @@ class DiskTier:
         Raises:
             IndexUnavailableError: the index cannot be changed now.
         """
+        self._check_writable()
         self._tidy_now()  # a whole file without a row gets one, by which it is found
         changed = [entry for entry in self.entries(None, mine) if without(entry.tags, entry.key, let_go) != entry.tags]
         deleted = [entry for entry in changed if self._let_go(entry.key, let_go)]
@@ -663,6 +691,9 @@ class DiskTier:
         """Bytes of blobs, files being written and quarantined files, as counted."""
         stored, writing = self._totals(self._opened())
         return stored + sum(writing.values())
+
+    def is_empty(self) -> bool:
+        return next(self._blobs(), None) is None
 
     def count(self) -> int:
         """Stored contexts."""
@@ -808,11 +839,16 @@ class DiskTier:
         """Raises:
         IndexUnavailableError: the index cannot be changed now; a process that holds it is waited for a second.
         """
+        self._check_writable()
         self._opened()
         if not is_free(self.root / "index", QUIET_S):
             raise IndexHeldError
 
     def _opened(self) -> Index:
+        if self.read_only is not None:
+            if self._index is None:
+                self._index = self._frozen()
+            return self._index
         self.check_free()
         if self._index is None:
             self._open_index()
@@ -826,6 +862,18 @@ class DiskTier:
             finally:
                 self._mending = False
         return self._index
+
+    def _frozen(self) -> Index:
+        """The rows of a folder that cannot be written; from the files what has none."""
+        index = FrozenIndex(self.root / "index")
+        rows, blobs = set(index.keys(_CONTEXT)), {path.stem: path for path in self._blobs()}
+        for key in rows - blobs.keys():
+            index.delete(_CONTEXT + key)
+        for key in blobs.keys() - rows:
+            if (entry := self._entry_of_file(blobs[key])) is not None:
+                self._add(index, entry)
+        self._set_totals(index, sum(path.lstat().st_size for path in blobs.values()), {})
+        return index
 
     @property
     def is_held(self) -> bool:
@@ -986,7 +1034,7 @@ class DiskTier:
         try:
             with open_context(path, follow_links=False) as file:
                 facts = read_header(file, path)
-                status = os.fstat(file.fileno())
+                status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
         except (OSError, CorruptFileError):
             return None
         catalog = facts["catalog"]
@@ -1004,6 +1052,7 @@ class DiskTier:
             used=status.st_mtime,
             expires=facts["expires"],
             coarsest=facts["coarsest"],
+            beginning=beginning(token_ids),
         )
 
 

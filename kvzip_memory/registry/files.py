@@ -188,6 +188,13 @@ def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest}
 
 
+def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
+    """``[n]`` int32, the ids of a file that stands at the start of its data; their checksum is not looked at."""
+    *before, last = facts["extents"]
+    file.seek(sum(extent["padded"] for extent in before), os.SEEK_CUR)
+    return np.frombuffer(file.read(4 * math.prod(last["shape"])), dtype=np.int32)
+
+
 # -- writing -----------------------------------------------------------------------------------------------------
 
 

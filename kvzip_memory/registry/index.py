@@ -12,7 +12,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,7 @@ class Index:
 
     def __init__(self, folder: Path) -> None:
         self._lock = threading.RLock()
+        self._open: AbstractContextManager[Any] | None = None  # the transaction of the thread that has the lock
         with _translated():
             database = folder / "cache.db"
             if not database.exists():  # SQLite gives its other files the same mode
@@ -118,7 +119,7 @@ class Index:
     def get(self, key: str) -> Row | None:
         with _translated():
             text = self._rows.get(key)
-        return None if text is None else _unpacked(key, text)
+        return None if text is None else self.unpacked(key, text)
 
     def set(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row in its place, or as the most recent one if it is new."""
@@ -139,18 +140,27 @@ class Index:
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
         with self._lock:
-            transaction = self._rows.transact()
+            self._roll_back(self._open)  # what an interrupt has left open
+            transaction = self._open = self._rows.transact()
             try:
                 with _translated():
                     transaction.__enter__()
                 yield
                 with _translated():
                     transaction.__exit__(None, None, None)
-            except BaseException as error:
-                with suppress(Exception):
-                    transaction.__exit__(type(error), error, error.__traceback__)
-                self._rows.close()  # whatever failed, this thread's connection keeps nothing locked
+                self._open = None
+            except BaseException:
+                self._roll_back(transaction)
                 raise
+
+    def _roll_back(self, transaction: AbstractContextManager[Any] | None) -> None:
+        """Whatever failed in a transaction, nothing of it is written and this thread's connection keeps nothing locked."""
+        if transaction is not None and transaction is self._open:
+            self._open = None
+            failed = RuntimeError("rolled back")
+            with suppress(Exception):
+                transaction.__exit__(RuntimeError, failed, None)
+            self._rows.close()
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
         """Keys that start with ``prefix``, without it."""
@@ -186,6 +196,19 @@ class Index:
         text = json.dumps(row, separators=(",", ":"), default=str)
         return xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) + text
 
+    @staticmethod
+    def unpacked(key: str, packed: str) -> Row:
+        """The row.
+
+        Raises:
+            IndexDamagedError: its checksum is wrong.
+        """
+        checksum, text = packed[:16], packed[16:]
+        if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
+            raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
+        row: Row = json.loads(text)
+        return row
+
 
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:
     """Whether an index can be written, as far as locks go; waits so long for others."""
@@ -200,14 +223,6 @@ def is_free(folder: Path, wait_s: float = 0.05) -> bool:
 
 def _is_held(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
-def _unpacked(key: str, packed: str) -> Row:
-    checksum, text = packed[:16], packed[16:]
-    if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
-        raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
-    row: Row = json.loads(text)
-    return row
 
 
 @contextmanager

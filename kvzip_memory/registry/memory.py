@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.registry.beginnings import Catalogue, beginning
+from kvzip_memory.registry.identity import family_of
 from kvzip_memory.upload import upload
 
 logger = logging.getLogger(__name__)
@@ -55,6 +57,8 @@ class Held:
 
     def __post_init__(self) -> None:
         self.nbytes = self.context.nbytes  # the same in every tier
+        self.family = family_of(self.context.identity)
+        self.beginning = beginning(self.context.token_ids.numpy())
 
 
 class Use:
@@ -89,6 +93,7 @@ class MemoryTier:
     Attributes:
         budget: bytes it may hold, None for no limit.
         held: contexts by key.
+        catalogue: the same by their beginnings and texts.
         reserved: bytes of contexts that are arriving.
         nbytes: bytes of all of them.
     """
@@ -96,6 +101,7 @@ class MemoryTier:
     def __init__(self, name: str, budget: int | None) -> None:
         self.name, self.budget = name, budget
         self.held: OrderedDict[str, Held] = OrderedDict()
+        self.catalogue = Catalogue()
         self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
         self._settled = 0
 
@@ -118,6 +124,7 @@ class MemoryTier:
     def add(self, held: Held, room: Room) -> None:
         """Take in a context, into the room that was kept for it."""
         self._rooms.discard(room)
+        self.catalogue.add(held)
         self.held[held.key] = held
         self._settled += held.nbytes
 
@@ -126,10 +133,12 @@ class MemoryTier:
         if self.held.get(held.key) is held:
             del self.held[held.key]
             self._settled -= held.nbytes
+            self.catalogue.discard(held)
 
     def recount(self) -> None:
-        """Count the bytes of the contexts anew."""
+        """Count and file the contexts anew."""
         self._settled = sum(held.nbytes for held in self.held.values())
+        self.catalogue = Catalogue(self.held.values())
 
     def has_room(self, nbytes: int) -> bool:
         return self.budget is None or self.nbytes + nbytes <= self.budget

@@ -27,6 +27,7 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
+from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
@@ -406,8 +407,8 @@ class ContextRegistry(Shared):
     def _near(self, wanted: Wanted) -> list[tuple[str, Mapping[str, Any]]]:
         """Keys and identities of the stored contexts of the same text and tenant."""
         with self._changed:
-            held = [h for tier in (self._device, self._host) for h in tier.held.values()]
-            found = {h.key: h.context.identity for h in held if h.group == wanted.group}
+            held = [h for tier in (self._device, self._host) for h in tier.catalogue.of_text(wanted.group)]
+            found = {h.key: h.context.identity for h in held}
         for entry in self._try("search", lambda disk: disk.group(wanted.group)) or ():
             found.setdefault(entry.key, entry.identity)
         found.pop(wanted.key, None)
@@ -421,7 +422,7 @@ class ContextRegistry(Shared):
 
     def _built(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Build, unless another process does so first; its writing to disk goes on behind the answer."""
-        hold = self._disk.hold(wanted.key) if self._disk is not None else None
+        hold = self._disk.hold(wanted.key) if self._disk is not None and self._disk.read_only is None else None
         handed_over = False
         try:
             if hold is not None and self._found_elsewhere(use, hold, wanted, waiting, story):
@@ -646,9 +647,12 @@ class ContextRegistry(Shared):
         """
         if self._disk is None:
             return False
+        if self._disk.has(held.key):
+            return True
         hold = self._disk.hold(held.key)
         try:
-            hold.acquire()
+            if self._disk.read_only is None:
+                hold.acquire()
             return self._disk.has(held.key) or self._store(held)
         except OSError as error:
             self._disk_failed("store", error)
@@ -695,8 +699,8 @@ class ContextRegistry(Shared):
             for held in [
                 h
                 for tier in (self._host, self._device)
-                for h in tier.held.values()
-                if h.key in found or (wanted(h) and h.key not in self._removed)
+                for key, h in tier.held.items()
+                if key in found or (wanted(h) and key not in self._removed)
             ]:
                 entry = _entry(held)
                 on_disk = found.get(held.key)
@@ -721,17 +725,15 @@ class ContextRegistry(Shared):
     ) -> Entry | None:
         """The context of a model with the most tokens that ``ids`` begin with, and go on after; the finest of it.
 
-        On disk the latest 4,096 contexts of a model are looked at.
-
         Args:
             fits: whether a context may be used at all; one that may not makes way for a shorter one.
         """
+        family, begun = family_of({**model_fields, "tenant": self.tenant}), beginnings(ids)
         with self._changed:
-            held = [_entry(h) for tier in (self._device, self._host) for h in tier.held.values() if h.context.n_tokens < len(ids)]
-        family = family_of({**model_fields, "tenant": self.tenant})
-        held = [entry for entry in held if family_of(entry.identity) == family]
+            near = [h for tier in (self._device, self._host) for h in tier.catalogue.begun_with(family, begun)]
+            held = [_entry(h) for h in near if h.context.n_tokens < len(ids)]
         known = {(entry.n_tokens, entry.identity.get("tokens", "")[:8]) for entry in held}
-        known |= self._try("search", lambda disk: disk.lengths(family)) or set()
+        known |= self._try("search", lambda disk: disk.lengths(family, begun)) or set()
         tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []
         for n in sorted({n for n, _ in known if n < len(ids)}):
             hasher.update(tokens[done:n].tobytes())
@@ -771,7 +773,7 @@ class ContextRegistry(Shared):
         with self._changed:
             if self._device.held or self._host.held:
                 return False
-        return not self._try("count", lambda disk: disk.count())
+        return self._try("count", lambda disk: disk.is_empty()) is not False
 
     def one(self, reference: str) -> Entry:
         """The latest context of a name or key.

@@ -1,0 +1,63 @@
+"""Contexts found by what a prompt begins with, or by their text, in a time that does not grow with how many there are.
+
+A context of n tokens is filed under the digest of its first p, p being the largest power of two that is not above n. A prompt has one such
+digest for each power of two up to its length: some ten places to look at, in which are only contexts that share more than half of their
+tokens with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from kvzip_memory.registry.memory import Held
+
+
+def beginning(ids: Sequence[int] | np.ndarray) -> str:
+    """What a context of these tokens is filed under."""
+    return beginnings(ids)[-1] if len(ids) else ""
+
+
+def beginnings(ids: Sequence[int] | np.ndarray) -> list[str]:
+    """What the contexts that a prompt begins with may be filed under, the shortest first."""
+    data, hasher, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), []
+    for power in range(len(data).bit_length()):
+        hasher.update(data[1 << power >> 1 if power else 0 : 1 << power].tobytes())
+        found.append(f"{1 << power}:{hasher.hexdigest()[:16]}")
+    return found
+
+
+class Catalogue:
+    """The contexts of a tier of memory."""
+
+    def __init__(self, held: Iterable[Held] = ()) -> None:
+        self._files: dict[tuple[str, ...], dict[str, Held]] = {}
+        for each in held:
+            self.add(each)
+
+    def add(self, held: Held) -> None:
+        for place in self._places(held):
+            self._files.setdefault(place, {})[held.key] = held
+
+    def discard(self, held: Held) -> None:
+        for place in self._places(held):
+            file = self._files.get(place, {})
+            file.pop(held.key, None)
+            if not file:
+                self._files.pop(place, None)
+
+    def of_text(self, group: str) -> list[Held]:
+        """Contexts of one text and tenant."""
+        return list(self._files.get((group,), {}).values())
+
+    def begun_with(self, family: str, begun: Iterable[str]) -> Iterator[Held]:
+        """Contexts of one model and tenant that are filed under one of these beginnings."""
+        for each in begun:
+            yield from self._files.get((family, each), {}).values()
+
+    def _places(self, held: Held) -> tuple[tuple[str, ...], ...]:
+        return (held.group,), (held.family, held.beginning)
