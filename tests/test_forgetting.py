@@ -525,3 +525,13 @@ def test_what_is_built_again_after_it_was_evicted_is_still_whose_it_was(tmp_path
     engine.forget("ana")
     assert grep(tmp_path, traces(engine, [SECRET])) == []
     engine.close()
+
+
+def test_a_former_name_does_not_hold_an_older_text(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    older = engine.load(f"{FILLER}{SECRET}", name="page", tags="ana")
+    engine.load(FILLER, name="page", tags="bob")
+    engine.registry.flush()
+    assert [entry.key for entry in engine.forget("ana").deleted] == [older.key]
+    assert engine.get("page").key != older.key
+    assert [entry.key for entry in engine.forget("bob").kept] == [engine.get("page").key]  # which its name holds

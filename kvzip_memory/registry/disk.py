@@ -616,6 +616,10 @@ class DiskTier:
         self._rewrite_index()
         return deleted, kept
 
+    def _is_held(self, entry: Entry) -> bool:
+        """Whether anybody has a context. A row has former names, too, which mean others now."""
+        return is_held(self.names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key), entry.pinned, entry.tags)
+
     @_needs_index
     def _let_go(self, key: str, let_go: LetGo) -> bool:
         """Whether a context was deleted, since nobody else holds it."""
@@ -623,7 +627,7 @@ class DiskTier:
             if (entry := _entry(index, key)) is None:
                 return True
             entry = replace(entry, tags=without(entry.tags, key, let_go))
-            if is_held(entry.names, entry.pinned, entry.tags):
+            if self._is_held(entry):
                 index.set(_CONTEXT + key, asdict(entry))
                 return False
             self._drop(index, entry)
@@ -640,7 +644,7 @@ class DiskTier:
                 if entry is None or not mine(entry) or without(entry.tags, key, let_go) == entry.tags:
                     continue
                 entry = replace(entry, tags=without(entry.tags, key, let_go))
-                if is_held(entry.names, entry.pinned, entry.tags):
+                if self._is_held(entry):
                     index.set(_LOST + key, asdict(entry))
                 else:
                     index.delete(_LOST + key)

@@ -65,6 +65,11 @@ class Names:
         """What a tenant's name means, one label for each model, the last loaded last."""
         return _in_order(self._known(_file_of(tenant, name)).values())
 
+    def still(self, tenant: str | None, names: Iterable[str], family: str, key: str) -> dict[str, float]:
+        """Those of ``names`` that mean the context still, and when each was given."""
+        labels = (label for name in names for label in self.of(tenant, name))
+        return {label.name: label.loaded for label in labels if (label.key, label.family) == (key, family)}
+
     def everyones(self, name: str) -> list[Label]:
         """What a name means to all tenants, the last loaded last."""
         return _in_order(label for label in self.all() if label.name == name)

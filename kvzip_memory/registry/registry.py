@@ -712,9 +712,7 @@ class ContextRegistry(Shared):
 
     def _told(self, entry: Entry) -> Entry:
         """An entry with the names that are still its own, apart from those that others have now."""
-        family, names = family_of(entry.identity) if entry.names else "", dict[str, float]()
-        for name in entry.names:
-            names |= {x.name: x.loaded for x in self._names.of(entry.tenant, name) if (x.key, x.family) == (entry.key, family)}
+        names = self._names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key) if entry.names else {}
         return replace(entry, names=names, former=tuple(name for name in entry.names if name not in names))
 
     def _mine(self, entry: Entry) -> bool:
@@ -877,7 +875,7 @@ class ContextRegistry(Shared):
                     continue
                 held.tags = rest
                 if held.key not in {**gone, **stays}:  # only in memory
-                    (stays if is_held(held.names, held.pinned, held.tags) else gone)[held.key] = entry
+                    (stays if is_held(self._told(entry).names, held.pinned, held.tags) else gone)[held.key] = entry
             for held in [held for tier in (self._device, self._host) for held in tier.held.values() if held.key in gone]:
                 if not held.users:
                     self._drop(held)
