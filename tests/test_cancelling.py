@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import ast
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -395,3 +397,38 @@ async def test_a_chat_engines_answer_whose_pieces_are_left_is_taken_back(how: st
     chat_engine._llm = chat_engine._llm.model_copy(update={"max_tokens": 6})
     assert str(await chat_engine.achat("Who?"))
     assert len(chat_engine.chat_history) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+@pytest.mark.parametrize("asks", ["generate", "load"])
+async def test_an_interrupted_call_leaves_nothing(asks: str, number: int) -> None:
+    engine = tiny_engine(max_running=1)
+    context = engine.load(TEXT)
+    expected = engine.generate(context, "Who?", max_new_tokens=6).text
+
+    def at(now: int) -> None:
+        if now == number:
+            _thread.interrupt_main()
+
+    def ask() -> object:
+        if asks == "load":
+            return engine.load("Another page. " * 80)
+        return engine.generate(context, "Who?", max_new_tokens=1500)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would only cancel this task
+    try:
+        with watched(engine, at), pytest.raises(KeyboardInterrupt):
+            ask()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    await freed(engine)
+    assert engine.generate(context, "Who?", max_new_tokens=6).text == expected
+    assert engine.load("Another page. " * 80).n_tokens
+
+
+async def test_a_cancelled_change_of_an_index_leaves_it_as_it_was() -> None:
+    made = Made()
+    before = made.index.ref_doc_info.keys()
+    await cancelled_at(made, WAYS["ainsert"][1], 1)
+    assert made.index.ref_doc_info.keys() == before
+    assert made.index.docstore.get_document_hash("c") is None
