@@ -479,7 +479,7 @@ class KVzipEngine(Shared):
             wanted,
             build,
             parent.storage.step if parent and isinstance(parent.storage, Managed) else parent,
-            torch.tensor(prompt.token_ids[start:], dtype=torch.int32),
+            torch.tensor(prompt.token_ids[start:], dtype=torch.int32, device="cpu"),
             prompt.protected,
             prompt.keep,
             prompt.recipe,

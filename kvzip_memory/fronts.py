@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.registry.identity import digest
 from kvzip_memory.sources import Message
 from kvzip_memory.tools import Tool
@@ -29,6 +30,7 @@ class Fronts:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
         self._seen: OrderedDict[Hashable, tuple[str, int]] = OrderedDict()
 
     def changes(self, conversation: Hashable, now: str) -> int:

@@ -12,6 +12,8 @@ from weakref import WeakSet
 
 from filelock import FileLock, Timeout
 
+from kvzip_memory.forks import refuse_after_fork
+
 logger = logging.getLogger(__name__)
 
 #: Who waits longer than that is told what for.
@@ -70,6 +72,7 @@ class Together:
 
     def __init__(self, lock: FileLock) -> None:
         self._lock, self._mutex, self._holds = lock, threading.Lock(), WeakSet[Hold]()
+        refuse_after_fork(self, "_mutex")
 
     def take(self, hold: Hold) -> bool:
         with self._mutex:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import ContextRegistry
 
@@ -53,6 +54,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._content, self._removed, self._lock = b"", 0, threading.Lock()
+        refuse_after_fork(self, "_lock")
 
     def read(self, since: Mark | None = None) -> tuple[list[tuple[int, dict[str, Any]]], Mark]:
         """The records behind a mark, with the bytes they begin at, and the mark behind them; a damaged line is left out with a warning.

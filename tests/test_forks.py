@@ -29,6 +29,7 @@ from pathlib import Path
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine, KVzipError, forks
 from kvzip_memory.errors import ForkedError
+from kvzip_memory.generation import GenerationParams
 
 MARKED = [{"role": "user", "content": [{"type": "text", "text": TEXT, "cache_control": {"type": "ephemeral"}}]}]
 folder = Path(sys.argv[1])
@@ -113,14 +114,17 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
         "engine",
         {
             "aextend": "asyncio.run(engine.aextend(context, [('user', 'And?')]))",
+            "aforget": "asyncio.run(engine.aforget('ana'))",
             "agenerate": "asyncio.run(engine.agenerate(context, 'Who?'))",
             "aload": "asyncio.run(engine.aload(TEXT))",
             "close": None,
             "count_tokens": None,
             "extend": "engine.extend(context, ['More.'])",
+            "forget": "engine.forget('ana')",
             "from_pretrained": None,
             "generate": "engine.generate(context, 'Who?')",
             "get": "engine.get('lamp')",
+            "leave_behind": "engine.leave_behind(context.key, [])",
             "load": "engine.load(TEXT)",
             "load_marked": "engine.load_marked(MARKED)",
             "logits": "engine.logits(context, [1])",
@@ -133,6 +137,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "stats": "engine.stats()",
             "stored_prefix": "engine.stored_prefix([1])",
             "stream": "list(engine.stream(context, 'Who?'))",
+            "text_ids": None,
             "token_offsets": None,
         },
     ),
@@ -145,10 +150,13 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "close": None,
             "contexts": "registry.contexts()",
             "find": "registry.find('lamp')",
+            "forget": "registry.forget(lambda key, tag: True)",
             "flush": "registry.flush()",
             "gc": "registry.gc()",
             "is_empty": "registry.is_empty()",
             "is_removed": None,
+            "join": "registry.join(context.key, ['ana'])",
+            "label": "registry.label('lamp', context.key)",
             "lease": "context.lease().__enter__()",
             "longest_prefix": "registry.longest_prefix({}, [1])",
             "one": "registry.one('lamp')",
@@ -170,7 +178,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "fork": "session.fork()",
             "reset": "session.reset()",
             "stream": "list(session.stream('Who?'))",
-            "stream_ids": "list(session.stream_ids([1], None))",
+            "stream_ids": "list(session.stream_ids([1], GenerationParams.of({})))",
         },
     ),
     Stream: (

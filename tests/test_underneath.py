@@ -332,7 +332,8 @@ CHANGES: dict[str, dict[str, Callable[..., None]]] = {
     "the chat template": {"set": template},
     "`generation_config`": {"penalty": generation},
     "the clock": {"a day back": partial(clock, -1), "a day ahead": partial(clock, 1)},
-    "the folder": {f.__name__: f for f in (folder_gone, index_gone, blobs_gone)},
+    "the folder, deleted": {"whole": folder_gone},
+    "the folder's index or files, deleted": {f.__name__: f for f in (index_gone, blobs_gone)},
     "torch's defaults and modes, the directory, the seed": {
         f.__name__: f for f in (default_dtype, default_device, autocast, inference, other_directory, seed)
     },

@@ -39,6 +39,7 @@ from filelock import FileLock, Timeout
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, read_token_ids, rewrite_catalog
@@ -172,6 +173,7 @@ class DiskTier:
         self.quarantined = 0  # by this process
         self.names = Names(root)
         self._mutex = threading.Lock()
+        refuse_after_fork(self, "_mutex")
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
         #: Why nothing can be stored or changed in the folder; None if it can.
         self.read_only = why_read_only(root)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from diskcache.core import MODE_RAW
 
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
 from kvzip_memory.registry.index import Index, IndexDamagedError
 
@@ -32,6 +33,7 @@ class FrozenIndex(Index):
 
     def __init__(self, folder: Path) -> None:
         self._lock, self._open = threading.RLock(), None
+        refuse_after_fork(self, "_lock")
         self._rows = _Rows(_sound_rows(folder / "cache.db"))
 
 

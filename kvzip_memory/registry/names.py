@@ -21,6 +21,7 @@ from typing import Any
 import xxhash
 from filelock import FileLock
 
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, held
 from kvzip_memory.registry.identity import digest
 
@@ -60,6 +61,7 @@ class Names:
         self._root = root
         self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
         self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
 
     def of(self, tenant: str | None, name: str) -> list[Label]:
         """What a tenant's name means, one label for each model, the last loaded last."""
