@@ -30,7 +30,7 @@ def in_a_process(work: Any, *args: Any) -> Any:
     answers = processes.Queue()
     process = processes.Process(target=work, args=(*args, answers))
     process.start()
-    process.join(timeout=1800)
+    process.join(timeout=900)
     assert process.exitcode == 0
     return answers.get(timeout=5)
 
