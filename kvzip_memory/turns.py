@@ -53,7 +53,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._content, self._removed, self._lock = b"", 0, threading.Lock()
+        self._content, self._removed, self._written, self._lock = b"", 0, 0.0, threading.Lock()
         refuse_after_fork(self, "_lock")
 
     def read(self, since: Mark | None = None) -> tuple[list[tuple[int, dict[str, Any]]], Mark]:
@@ -94,7 +94,9 @@ class Turns:
 
     def remove(self, if_older: float = float("-inf")) -> None:
         """Delete the session, if nothing has been added for so many seconds."""
-        self._content, self._removed = b"", self._removed + 1
+        with self._locked():
+            if self._content and self._written + if_older < time.time():
+                self._content, self._removed = b"", self._removed + 1
 
     def _locked(self) -> AbstractContextManager[object]:
         return self._lock
@@ -108,6 +110,7 @@ class Turns:
 
     def _add(self, first: bytes, line: bytes) -> None:
         self._content += line if self._content else first + line
+        self._written = time.time()
 
 
 class TurnsFile(Turns):

@@ -72,14 +72,15 @@ def write_turns(folder: Path, who: str, count: int, barrier: Any = None, killed_
     block.llm.engine.close()
 
 
-def kill_a_block(folder: Path, answers: Any) -> None:
-    """Kill who hands a turn to a block, at each step in turn; the next one in the same folder goes on."""
+def kill_a_block(root: Path, answers: Any) -> None:
+    """Kill who hands a turn to a block, at each step in turn; the next ones in the same folder go on, ten of them."""
     torch.set_num_threads(1)
     wide_model()
-    for step in range(0, 100_000, 13 * STRIDE - 12):  # 1, or 79
-        name = f"k-{step}"
+    for number, step in enumerate(range(0, 100_000, 13 * STRIDE - 12)):  # every one, or every 79th
+        folder, name = root / str(number // 10), f"k-{step}"
+        folder.mkdir(exist_ok=True)
 
-        def take(name: str = name) -> None:
+        def take(folder: Path = folder, name: str = name) -> None:
             engine = wide_engine(folder)
             session = KVzipMemoryBlock(llm=KVzipLLM(engine=engine))._session("ana")
             session.grow(exchange(name), None, 1 << 16)
@@ -87,7 +88,6 @@ def kill_a_block(folder: Path, answers: Any) -> None:
             engine.close()
 
         got_there = killed_at(step, take)
-        found = Counter[str]()
         pid = os.fork()
         if pid == 0:
             found = told(folder)
