@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -606,7 +606,7 @@ class ContextRegistry(Shared):
     def contexts(self, limit: int | None = None) -> list[Entry]:
         """What is stored, in memory or on disk, the most recently used first."""
         stored = self._try("list", lambda disk: disk.entries(limit, self._mine)) or []
-        return self._merged(stored, lambda held: True)[::-1][:limit]
+        return self._merged(stored, self._in_memory())[::-1][:limit]
 
     def find(self, reference: str) -> list[Entry]:
         """Contexts by name, the last one loaded under it last, or by key or its beginning (8 digits at least), the last used last.
@@ -619,19 +619,22 @@ class ContextRegistry(Shared):
         stored = (by_key and self._try("find", lambda disk: disk.starting_with(reference))) or []
         if not stored:
             stored = self._try("find", lambda disk: self._named(disk, reference)) or []
-        found = self._merged(stored, lambda held: reference in held.names or (by_key and held.key.startswith(reference)))
+        in_memory = [h for h in self._in_memory() if reference in h.names or (by_key and h.context.key.startswith(reference))]
+        found = self._merged(stored, in_memory)
         return sorted(found, key=lambda entry: entry.names[reference]) if all(reference in entry.names for entry in found) else found
 
-    def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
+    def _in_memory(self, keys: Iterable[str] | None = None) -> list[Held]:
+        """Contexts in memory, of these keys or all, without those that were deleted."""
+        with self._changed:
+            tiers = (self._host.held, self._device.held)
+            found = [h for t in tiers for h in t.values()] if keys is None else [t[k] for k in keys for t in tiers if k in t]
+            return [h for h in found if h.context.key not in self._removed] if self._removed else found
+
+    def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
         found = {entry.key: entry for entry in stored}
         with self._changed:
-            for held in [
-                h
-                for tier in (self._host, self._device)
-                for key, h in tier.held.items()
-                if key in found or (wanted(h) and key not in self._removed)
-            ]:
+            for held in dict.fromkeys([*self._in_memory([*found]), *in_memory]):
                 entry = _entry(held)
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
