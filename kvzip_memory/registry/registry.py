@@ -136,6 +136,7 @@ class ContextRegistry(Shared):
         if folder is not None:
             try:
                 self._disk = DiskTier(folder.expanduser().absolute(), budget)
+                self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
