@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -168,6 +168,7 @@ class ContextRegistry(Shared):
         if folder is not None:
             try:
                 self._disk = DiskTier(folder.expanduser().absolute(), budget)
+                self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
@@ -665,7 +666,7 @@ class ContextRegistry(Shared):
     def contexts(self, limit: int | None = None) -> list[Entry]:
         """What is stored, in memory or on disk, the most recently used first."""
         stored = self._try("list", lambda disk: disk.entries(limit, self._mine)) or []
-        return self._merged(stored, lambda held: True)[::-1][:limit]
+        return self._merged(stored, self._in_memory())[::-1][:limit]
 
     def find(self, reference: str) -> list[Entry]:
         """The context of a name, one for each model, the last loaded last; or those of a key or its beginning (8 digits at least), the last
@@ -678,7 +679,7 @@ class ContextRegistry(Shared):
         if len(reference) < 8:
             return self._named(reference)
         stored = self._try("find", lambda disk: disk.starting_with(reference)) or []
-        return self._merged(stored, lambda held: held.key.startswith(reference)) or self._named(reference)
+        return self._merged(stored, [h for h in self._in_memory() if h.key.startswith(reference)]) or self._named(reference)
 
     def label(self, name: str, key: str) -> Label | None:
         """What was told of a context when it was loaded under a name; None if it does not have that name."""
@@ -690,18 +691,20 @@ class ContextRegistry(Shared):
     def _named(self, name: str) -> list[Entry]:
         keys = [label.key for label in self._labels(name)]
         stored = [entry for key in keys if (entry := self._try("find", partial(DiskTier.entry, key=key))) is not None]
-        return sorted(self._merged(stored, lambda held: held.key in keys), key=lambda entry: keys.index(entry.key))
+        return sorted(self._merged(stored, self._in_memory(keys)), key=lambda entry: keys.index(entry.key))
 
-    def _merged(self, stored: list[Entry], wanted: Callable[[Held], bool]) -> list[Entry]:
+    def _in_memory(self, keys: Iterable[str] | None = None) -> list[Held]:
+        """Contexts in memory, of these keys or all, without those that were deleted."""
+        with self._changed:
+            tiers = (self._host.held, self._device.held)
+            found = [h for t in tiers for h in t.values()] if keys is None else [t[k] for k in keys for t in tiers if k in t]
+            return [h for h in found if h.context.key not in self._removed] if self._removed else found
+
+    def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
         found = {entry.key: entry for entry in stored}
         with self._changed:
-            for held in [
-                h
-                for tier in (self._host, self._device)
-                for key, h in tier.held.items()
-                if key in found or (wanted(h) and key not in self._removed)
-            ]:
+            for held in dict.fromkeys([*self._in_memory([*found]), *in_memory]):
                 entry = _entry(held)
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
