@@ -665,8 +665,7 @@ class KVzipEngine(Shared):
         now = (self._watch.stamp(), template)
         known, fields = self._known_identity
         if now != known:
-            if known is not None:
-                self._model.changed(now[0].places != known[0].places)
+            self._model.changed(moved=known is not None and now[0].places != known[0].places)
             fields = model_identity(self.model, self.tokenizer, template)
             self._known_identity = (now, fields)
         return fields
