@@ -62,6 +62,10 @@ class Tail:
         """Forget everything after the first ``length`` entries."""
         self.length = min(self.length, length)
 
+    def clear(self) -> None:
+        """Forget everything, also what the entries are made of."""
+        self.length, self.capacity, self._layers = 0, 0, {}
+
     def pairs(self, end: int) -> list[tuple[Tensor, Tensor]]:
         """Views of the first ``end`` entries, keys and values ``[H, end, D]`` of every layer."""
         return [(keys[:, :end], values[:, :end]) for _, (keys, values) in sorted(self._layers.items())]

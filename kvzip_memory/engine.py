@@ -749,8 +749,7 @@ class KVzipEngine(Shared):
         now = self._watch.stamp()
         known, fields = self._known_identity
         if now != known:
-            if known is not None:
-                self._model.changed(now.places != known.places)
+            self._model.changed(moved=known is not None and now.places != known.places)
             fields = weights_identity(self.model)
             self._known_identity = (now, fields)
         return {**fields, **language.identity}

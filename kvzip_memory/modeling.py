@@ -87,7 +87,7 @@ class LanguageModel:
             )
         self.tokenizer = tokenizer
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
-        self._attention, self._made_on, self._dtype = backend, self.device, model.dtype
+        self._attention, self._made_on = backend, self.device
         self._choose()
         self._worker = Worker()
         self._warned = False
@@ -124,8 +124,7 @@ class LanguageModel:
         return self.model.device
 
     def _choose(self) -> None:
-        self._dtype = self.model.dtype
-        chosen = choose(self._attention, self.device, self._dtype)
+        chosen, self._dtype = choose(self._attention, self.device, self.model.dtype), self.model.dtype
         self.backend, self._backend = chosen.name, chosen.attend
         self._steps = None if chosen.kernels is None else DecodeSteps(self.model, self.windows, chosen.kernels)
 
@@ -136,7 +135,6 @@ class LanguageModel:
             IdentityMismatchError: they are on another device.
             InputError: the attention cannot compute with their dtype.
         """
-        self._worker.check()
         if self.device != self._made_on:
             raise IdentityMismatchError(
                 f"the engine was made for its model on {self._made_on}, where its contexts are, and that is on {self.device} now; move it "
@@ -144,6 +142,7 @@ class LanguageModel:
                 fields=("device",),
             )
         if self.model.dtype != self._dtype:
+            self._worker.check()
             self._worker.run(self._choose)
         elif moved and self._steps is not None:
             self._worker.submit(self._steps.forget)

@@ -416,6 +416,13 @@ class Session(NotPickled):
             check_same_model(made_with, now, where, f"{way_out}, or ask with the model as it was")
         return now
 
+    def _begin(self, start: int) -> None:
+        """Before the tail goes on behind its first ``start`` pairs: see :meth:`_check_model`. Without any it may be another model's."""
+        now = self._check_model(start)
+        if not start and now != self._made_with:
+            self._tail.clear()  # which may be of another dtype
+            self._made_with = now
+
     def _check_least(self, least: int, limit: int, taken: int) -> None:
         """Raises where no answer of ``least`` tokens can be finished."""
         shortest = f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens"
@@ -431,21 +438,18 @@ class Session(NotPickled):
 
     def _answer(self, turn: _Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; take it back unless it ends by itself."""
-        model, answer, start = self._model, turn.answer, turn.asked.start
-        cached = self._start + start
+        model, tail, answer = self._model, self._tail, turn.answer
+        start, cached = turn.asked.start, self._start + turn.asked.start
         limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
         sampler = Sampler(turn.params, model.device, limit, seen, turn.settings, model.model.config, turn.eos_ids)
         complete = False
+        tail.crop(start)
         began = time.perf_counter()
         try:
-            now = self._check_model(start)
-            if not start and now != self._made_with:
-                self._tail, self._made_with = Tail(), now  # pairs of another model may be of another dtype
-            tail = self._tail
-            tail.crop(start)
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
+                self._begin(start)
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)

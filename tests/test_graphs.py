@@ -171,3 +171,17 @@ def test_a_model_that_cannot_be_captured_is_run_without_graphs(monkeypatch: pyte
         torch.testing.assert_close(feed(engine, [row], [[token]]), logits)
     assert len(caplog.messages) == 1
     assert "without CUDA graphs" in caplog.messages[0]
+
+
+def test_graphs_are_dropped_when_an_adapter_is_switched() -> None:
+    engine = tiny_engine()
+    steps = static(engine)
+    module = engine.model.model.layers[0].self_attn.q_proj  # type: ignore[union-attr]
+    module.active_adapters = ["a"]  # type: ignore[union-attr]
+    engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
+    before = steps._batches[1, 1]
+    engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
+    assert steps._batches[1, 1] is before
+    module.active_adapters = ["b"]  # type: ignore[union-attr]
+    engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
+    assert steps._batches[1, 1] is not before

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import torch
 from torch import nn
 
 from conftest import TEXT, tiny_engine, tiny_model
-from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine, Session
+from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine, Session
+from kvzip_memory.attention import Chosen, cpu
 from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.generation import GenerationParams
@@ -315,6 +318,49 @@ def test_a_session_over_no_context_begins_anew_with_another_model(change: str) -
     OTHERS["weights"][1](engine.model)
     with pytest.raises(IdentityMismatchError, match="load its text again"):
         session.ask("Why?", max_new_tokens=2)
+
+
+def test_an_engine_stays_on_the_device_it_was_made_on() -> None:
+    engine = tiny_engine()
+    engine.model.to("meta")
+    with pytest.raises(IdentityMismatchError, match=r"made for its model on cpu.* on meta now") as error:
+        engine.load(TEXT)
+    assert error.value.fields == ("device",)
+
+
+def test_an_attention_that_cannot_compute_with_another_dtype_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    context = engine.load(TEXT)
+
+    def library(name: str, device: torch.device, dtype: torch.dtype) -> Chosen:
+        """As one that computes in half precision."""
+        if dtype is torch.bfloat16:
+            raise InputError("needs float32")
+        return Chosen("another", cpu.attention)
+
+    monkeypatch.setattr("kvzip_memory.modeling.choose", library)
+    engine.model.to(torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(InputError, match="needs float32"):
+            engine.generate(context, "Who?")
+    engine.model.to(torch.float64)
+    assert engine.generate(engine.load(TEXT), "Who?", max_new_tokens=1).receipt.hit
+    assert engine.stats()["attention"] == "another"
+
+
+def test_a_stream_that_waits_for_its_turn_is_checked_when_that_comes() -> None:
+    engine = tiny_engine(max_running=1)
+    context = engine.load(TEXT)
+    first = engine.stream(context, "Who?", max_new_tokens=1000, speculate=False)
+    next(first)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(engine.generate, context, "When?", max_new_tokens=1)
+        while engine.stats()["waiting"] == 0:
+            time.sleep(0.001)
+        engine.model.lm_head.weight.data.mul_(2)  # type: ignore[union-attr,operator]
+        first.close()
+        with pytest.raises(IdentityMismatchError, match="weights"):
+            second.result()
 
 
 def test_a_session_keeps_the_template_it_began_with() -> None:
