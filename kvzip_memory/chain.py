@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kvzip_memory import calls
 from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, as_told
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
@@ -126,7 +127,8 @@ def _one(
         registry.readmit(key)
     if registry.is_removed(key):
         logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
-        context = build(lambda *progress: None)
+        with calls.waiting():
+            context = build(lambda *progress: None)
         with context.lease() as lease:
             yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
         return

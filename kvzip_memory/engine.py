@@ -344,9 +344,9 @@ class KVzipEngine(Shared):
 
     def leave_behind(self, key: str | None, tags: Sequence[str]) -> None:
         """Delete a context that a conversation of these tags has grown through, and that nobody else has named, tagged or pinned. The
-        one it began with stays.
+        one it began with stays, and so does all that has no tag.
         """
-        for entry in self.registry.find(key) if key else []:
+        for entry in self.registry.find(key) if key and tags else []:
             if set(entry.tags) == set(tags) and entry.identity["parent"] and not entry.names and not entry.pinned:
                 try:
                     self.registry.remove(entry.key)
@@ -600,7 +600,9 @@ class KVzipEngine(Shared):
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
 
-    def _prompt(self, language: Language, source: Any, system: str | None, keep: Sequence[str], tools: Sequence[Tool] | None) -> Prompt:
+    def _prompt(
+        self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None
+    ) -> Prompt:
         prompts = language.prompts
         documents, messages = read_source(source)
         if documents and tools:

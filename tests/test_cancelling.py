@@ -129,8 +129,7 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     "aupdate_ref_doc": ("index.aupdate_ref_doc", lambda made: made.index.aupdate_ref_doc(Document(text="New. " * 40, doc_id="a"))),
     "arefresh_ref_docs": ("index.arefresh_ref_docs", lambda made: made.index.arefresh_ref_docs([*DOCUMENTS, THIRD])),
     "chat engine": (
-        "chat_engine.achat chat_engine._anext chat_engine._aasked chat_engine._ataken_back_on_failure"
-        " chat_engine._ataken_back bridge.finished",
+        "chat_engine.achat chat_engine._anext chat_engine._aasked chat_engine.aput bridge.finished",
         lambda made: made.index.as_chat_engine().achat("Who?"),
     ),
     "streamed chat engine": (
@@ -139,7 +138,7 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     ),
 }
 #: These compute nothing.
-IDLE = {"index.adelete_nodes", "index.adelete_ref_doc"}
+IDLE = {"index.adelete_nodes", "index.adelete_ref_doc", "engine.aforget", "middleware.aforget"}
 
 
 async def awaited(pieces: Awaitable[AsyncIterator[Any]]) -> list[Any]:
