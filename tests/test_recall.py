@@ -112,8 +112,8 @@ def test_an_edited_or_rewound_conversation_goes_on_from_what_still_fits() -> Non
     assert engine.stats()["built"] == built  # nothing was read anew
 
     other = [{**messages[0], "content": "Something else."}, *messages[1:]]
-    assert memory.recall(engine, other, TOOLS, handle=last.handle) == Recalled()
-    assert memory.recall(engine, messages, [], handle=last.handle) == Recalled()  # other tools, another prompt
+    assert memory.recall(engine, other, TOOLS, handle=last.handle).context is None
+    assert memory.recall(engine, messages, [], handle=last.handle).context is None  # other tools, another prompt
 
 
 def test_what_was_lost_is_made_anew() -> None:
