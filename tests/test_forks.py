@@ -124,7 +124,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "from_pretrained": None,
             "generate": "engine.generate(context, 'Who?')",
             "get": "engine.get('lamp')",
-            "leave_behind": "engine.leave_behind(context.key, [])",
+            "leave_behind": "engine.leave_behind(context.key, ['ana'])",
             "load": "engine.load(TEXT)",
             "load_marked": "engine.load_marked(MARKED)",
             "logits": "engine.logits(context, [1])",

@@ -366,8 +366,13 @@ class KVzipChatEngine(SimpleChatEngine):
                 async with going_on:
                     await response.awrite_response_to_history(exchange)
 
-        response.awrite_response_to_history_task = asyncio.create_task(write())
-        response.source_nodes = await result_of(loads_of(self._llm), self._sources, asked)
+        response.awrite_response_to_history_task = task = asyncio.create_task(write())
+        try:
+            response.source_nodes = await result_of(loads_of(self._llm), self._sources, asked)
+        except BaseException:  # such as of a cancelled call, which gives nobody the response
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
         return response
 
     def reset(self) -> None:
