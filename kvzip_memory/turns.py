@@ -27,6 +27,7 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import ContextRegistry
+from kvzip_memory.registry.holders import unescaped
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +293,7 @@ def remove_expired(cache_dir: Path) -> int:
 def erase(cache_dir: Path, tenant: str | None, name: str) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
     found = [session for session in sessions(cache_dir) if session.name == name]
-    names = [(name[:at], name[at + 2 :]) for at in range(len(name)) if name.startswith(": ", at)]
+    names = [(unescaped(name[:at]), unescaped(name[at + 2 :])) for at in range(len(name)) if name.startswith(": ", at)]
     paths = {TurnsFile.of(cache_dir, tenant, block.removeprefix("memory "), session_id).path for block, session_id in names}
     mine = [session for session in found if session.file.path in paths]
     for session in mine:

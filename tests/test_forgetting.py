@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +28,7 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
+from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipSynthesizer
@@ -535,3 +537,55 @@ def test_a_former_name_does_not_hold_an_older_text(tmp_path: Path) -> None:
     assert [entry.key for entry in engine.forget("ana").deleted] == [older.key]
     assert engine.get("page").key != older.key
     assert [entry.key for entry in engine.forget("bob").kept] == [engine.get("page").key]  # which its name holds
+
+
+@pytest.mark.parametrize("id_", ["a|b.pdf", "a | thread: ana", "a | document: b", "50%7C"])
+def test_an_id_with_bars_is_one_holder(tmp_path: Path, id_: str) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    for made_tag in (thread_tag, document_tag):
+        tag, other = made_tag(id_), made_tag("ana")
+        mine, theirs = engine.load(f"{FILLER}{tag}", tags=tag), engine.load(f"{FILLER}{other}", tags=other)
+        for part in ("a", "b", "b.pdf", "ana"):
+            engine.forget(made_tag(part))
+        assert "disk" in engine.registry.tiers(mine.key)
+        assert engine.registry.tiers(theirs.key) == []
+        engine.forget(tag)
+        assert engine.registry.tiers(mine.key) == []
+
+
+def test_forgetting_beside_loads_leaves_nothing_deleted_on_disk_and_takes_nothing_of_others(tmp_path: Path) -> None:
+    engine, stop, kept = tiny_engine(cache_dir=tmp_path, ratio=0.5), threading.Event(), list[str]()
+
+    def load(number: int) -> None:
+        turn = 0
+        while not stop.is_set():
+            engine.load(f"{FILLER}{number} {turn}", tags="ana")
+            kept.append(engine.load(f"{FILLER}{number} {turn}", tags="bob").key)
+            turn += 1
+
+    threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(6):
+        engine.forget("ana")
+    stop.set()
+    for thread in threads:
+        thread.join()
+    engine.forget("ana")
+    engine.registry.flush()
+    assert kept
+    assert all("disk" in engine.registry.tiers(key) for key in kept)
+    assert {entry.tags for entry in engine.registry.contexts()} == {("bob",)}
+
+
+def test_what_is_loaded_under_a_name_is_on_disk_whatever_was_deleted_there(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    context = engine.load(FILLER, tags="ana")
+    engine.registry.flush()
+    with engine.stream(context, "hi", max_new_tokens=50) as stream:
+        next(stream)
+        engine.forget("ana")
+        assert engine.generate(None, FILLER, max_new_tokens=1).receipt.key is None  # what was forgotten answers no one who has not got it
+        engine.load(FILLER, name="page")
+    engine.close()
+    assert tiny_engine(cache_dir=tmp_path, ratio=0.5).get("page").key == context.key

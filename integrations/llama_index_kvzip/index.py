@@ -25,7 +25,7 @@ from llama_index.core.storage.storage_context import StorageContext
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
-from kvzip_memory.registry.holders import document_tag, parts
+from kvzip_memory.registry.holders import document_tag, escaped, parts
 from kvzip_memory.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.filters import Choice
@@ -210,7 +210,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
     def _tag(self) -> tuple[str, ...]:
         """What names the index at every run: the id it had first; nothing while that is a random one that nobody knows."""
         named = self._persisted or _FIRST_ID in self._index_struct.doc_id_dict
-        return (_INDEX + self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0],) if named else ()
+        return (_INDEX + escaped(self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0]),) if named else ()
 
     def _forget_unused(self) -> None:
         """Let go of the contexts that this index no longer has, and of all that others without a name have of deleted documents."""

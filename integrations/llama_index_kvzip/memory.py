@@ -17,7 +17,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError,
 from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
-from kvzip_memory.registry.holders import naming
+from kvzip_memory.registry.holders import escaped, naming
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
@@ -118,7 +118,7 @@ class _Session:
     """
 
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
-        self._engine, self._tag = engine, clean(f"memory {name}: {session_id}", "session id")
+        self._engine, self._tag = engine, clean(f"memory {escaped(name)}: {escaped(session_id)}", "session id")
         names = engine.registry.tenant, name, session_id
         self._lines = Turns() if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, *names)
         self._building, self._looking = threading.Lock(), threading.Lock()

@@ -618,6 +618,12 @@ class DiskTier:
         self._rewrite_index()
         return deleted, kept
 
+    def forget_again(self, keys: Iterable[str], let_go: LetGo) -> None:
+        """Delete those of the contexts that were stored since and that nobody else holds."""
+        for key in keys:
+            if self.has(key):
+                self._let_go(key, let_go)
+
     def _is_held(self, entry: Entry) -> bool:
         """Whether anybody has a context. A row has former names, too, which mean others now."""
         return is_held(self.names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key), entry.pinned, entry.tags)

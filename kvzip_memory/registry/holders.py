@@ -19,7 +19,16 @@ LetGo = Callable[[str, str], bool]
 
 def together(*parts: str) -> str:
     """The tag of things that only together have a context."""
-    return _JOINT.join(sorted({part.replace("|", "/") for part in parts}))
+    return _JOINT.join(sorted(set(parts)))
+
+
+def escaped(id_: str) -> str:
+    """An id as it stands in a tag, where a bar would part it."""
+    return id_.replace("%", "%25").replace("|", "%7C")
+
+
+def unescaped(id_: str) -> str:
+    return id_.replace("%7C", "|").replace("%25", "%")
 
 
 def parts(tag: str) -> set[str]:
@@ -39,12 +48,12 @@ def without(tags: Collection[str], key: str, let_go: LetGo) -> tuple[str, ...]:
 
 def thread_tag(thread_id: str = "") -> str:
     """Of what was read for a conversation; all of those without an id are one."""
-    return f"thread: {thread_id}".strip()
+    return f"thread: {escaped(thread_id)}".strip()
 
 
 def document_tag(document_id: str) -> str:
     """Of what was read of a document."""
-    return f"document: {document_id}"
+    return f"document: {escaped(document_id)}"
 
 
 def is_held(names: Collection[str], pinned: bool, tags: Collection[str]) -> bool:

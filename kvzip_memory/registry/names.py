@@ -90,8 +90,22 @@ class Names:
             self._new.setdefault(file, {})[label.family] = label
         return label
 
-    def write(self, label: Label) -> None:
+    def write_all(self) -> None:
+        """Write down what could not be written before.
+
+        Raises:
+            OSError: see :meth:`write`.
+        """
+        with self._lock:
+            labels = [label for new in self._new.values() for label in new.values() if label.key]
+        for label in labels:
+            self.write(label)
+
+    def write(self, label: Label, over: str | None = None) -> None:
         """Write down what was given, unless the name was given to another context since.
+
+        Args:
+            over: the context that the name must have, as far as is written; None for any.
 
         Raises:
             OSError: it cannot be written now, or another process has been writing for a second.
@@ -102,17 +116,21 @@ class Names:
         written = label if label.key else replace(label, name="", sources=())
         with self._writing():
             known = self._read(file)
-            if label.family not in known or known[label.family].loaded < label.loaded:
+            now = known.get(label.family)
+            if now is None or (now.loaded < label.loaded and over in (None, now.key)):
                 self._write(file, {**known, label.family: written})
         self._forget(file, label)
 
-    def take(self, tenant: str | None, name: str, family: str) -> None:
-        """Take a name away from the context that has it.
+    def take(self, tenant: str | None, name: str, family: str, key: str) -> None:
+        """Take a name away from a context, unless another one has got it meanwhile.
 
         Raises:
             OSError: see :meth:`write`.
         """
-        self.write(label := self.give(Label(name, tenant, family, "")))
+        now = self._known(_file_of(tenant, name)).get(family)
+        if now is not None and now.key not in ("", key):
+            return
+        self.write(label := self.give(Label(name, tenant, family, "")), key)
         self._forget(_file_of(tenant, name), label)
 
     def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:

@@ -348,20 +348,21 @@ class ContextRegistry(Shared):
         return True
 
     def _from_disk(self, use: Use, wanted: Wanted, story: _Story) -> bool:
-        if self._disk is None:
+        disk = self._disk
+        if disk is None:
             story.reason = f"there is no disk tier ({self.no_disk})"
             return False
-        before = self._disk.quarantined
+        before = disk.quarantined
         with self._room(self._device) as room:
 
             def admit(nbytes: int) -> None:  # once the file has told its size, before its pairs are read
                 self._reserve(self._device, nbytes, room)
 
             try:
-                context = self._disk.get(wanted.key, self.device, admit, self.ttl)  # layer by layer, each uploaded while the next is read
+                context = disk.get(wanted.key, self.device, admit, self.ttl)  # layer by layer, each uploaded while the next is read
             except NotStoredError as error:
                 story.reason = str(error)
-                self._count("quarantined", self._disk.quarantined - before)
+                self._count("quarantined", disk.quarantined - before)
                 return False
             self._move_in(use, room, wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
         story.tier, story.reason, story.differs = "disk", None, ()
@@ -399,10 +400,10 @@ class ContextRegistry(Shared):
             if held is not None:
                 yield held.context, tier.name
                 return
-        context = None
-        if self._disk is not None:
+        context, disk = None, self._disk
+        if disk is not None:
             with suppress(NotStoredError):
-                context = self._disk.get(key, torch.device("cpu"), ttl=self.ttl)
+                context = disk.get(key, torch.device("cpu"), ttl=self.ttl)
         yield context, "disk"
 
     def _near(self, wanted: Wanted) -> list[tuple[str, Mapping[str, Any]]]:
@@ -423,7 +424,8 @@ class ContextRegistry(Shared):
 
     def _built(self, use: Use, flight: _Flight, wanted: Wanted, build: Build, waiting: Report, story: _Story) -> None:
         """Build, unless another process does so first; its writing to disk goes on behind the answer."""
-        hold = self._disk.hold(wanted.key) if self._disk is not None and self._disk.read_only is None else None
+        disk = self._disk
+        hold = disk.hold(wanted.key) if disk is not None and disk.read_only is None else None
         handed_over = False
         try:
             if hold is not None and self._found_elsewhere(use, hold, wanted, waiting, story):
@@ -433,9 +435,9 @@ class ContextRegistry(Shared):
             def report(stage: str, done: int, total: int) -> None:
                 nonlocal last_note
                 flight.progress = (stage, done, total)
-                if hold is not None and hold.mine and self._disk is not None and time.monotonic() - last_note > 0.5:
+                if hold is not None and hold.mine and disk is not None and time.monotonic() - last_note > 0.5:
                     last_note = time.monotonic()
-                    self._disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
+                    disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
 
             context = build(report)
             story.ms |= dict(context.receipt.ms) if context.receipt else {}
@@ -452,19 +454,21 @@ class ContextRegistry(Shared):
 
         A lock goes with the process that held it: a dead builder is replaced at the next look.
         """
-        assert self._disk is not None
+        disk = self._disk
+        if disk is None:  # closed meanwhile
+            return False
         began = time.perf_counter()
         notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
                 calls.check()
                 mine = hold.acquire()
-                if self._disk.has(wanted.key) and self._from_disk(use, wanted, story):
+                if disk.has(wanted.key) and self._from_disk(use, wanted, story):
                     return True
                 if mine:
                     return False
                 notice.look()
-                note = self._disk.reported(wanted.key) or {}
+                note = disk.reported(wanted.key) or {}
                 waiting(str(note.get("stage", "waiting")), int(note.get("done", 0)), int(note.get("total", 0)))
                 time.sleep(_POLL_S)
         except OSError as error:
@@ -508,12 +512,13 @@ class ContextRegistry(Shared):
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
         began = time.perf_counter()
         try:
-            if self._disk is None or (held.stored is not None and self._disk.forgot_since(held.stored)):
+            disk = self._disk
+            if disk is None or (held.stored is not None and disk.forgot_since(held.stored)):
                 return False  # it was there, and may be what was forgotten
-            self._disk.check_free()  # before anything is copied
-            self._disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags)
+            disk.check_free()  # before anything is copied
+            disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags)
             if self.is_removed(held.key):  # meanwhile
-                self._disk.remove(held.key)
+                disk.remove(held.key)
         except Exception as error:  # also if there is no memory for a copy
             self._disk_failed("store", error)
             if isinstance(error, IndexHeldError):
@@ -646,15 +651,16 @@ class ContextRegistry(Shared):
         Under the lock of its key if that is free. Who holds it builds or writes this context, or another one that shares the lock: to
         wait for it, perhaps with a lock of our own, could be for ever, and to write a context twice does no harm.
         """
-        if self._disk is None:
+        disk = self._disk
+        if disk is None:
             return False
-        if self._disk.has(held.key):
+        if disk.has(held.key):
             return True
-        hold = self._disk.hold(held.key)
+        hold = disk.hold(held.key)
         try:
-            if self._disk.read_only is None:
+            if disk.read_only is None:
                 hold.acquire()
-            return self._disk.has(held.key) or self._store(held)
+            return disk.has(held.key) or self._store(held)
         except OSError as error:
             self._disk_failed("store", error)
             return False
@@ -732,7 +738,7 @@ class ContextRegistry(Shared):
         family, begun = family_of({**model_fields, "tenant": self.tenant}), beginnings(ids)
         with self._changed:
             near = [h for tier in (self._device, self._host) for h in tier.catalogue.begun_with(family, begun)]
-            held = [_entry(h) for h in near if h.context.n_tokens < len(ids)]
+            held = [_entry(h) for h in near if h.context.n_tokens < len(ids) and h.key not in self._removed]
         known = {(entry.n_tokens, entry.identity.get("tokens", "")[:8]) for entry in held}
         known |= self._try("search", lambda disk: disk.lengths(family, begun)) or set()
         tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []
@@ -853,7 +859,7 @@ class ContextRegistry(Shared):
                     self._drop(held)
             self._changed.notify_all()
         for name in entry.names:
-            self._names.take(entry.tenant, name, family_of(entry.identity))
+            self._names.take(entry.tenant, name, family_of(entry.identity), entry.key)
         return replace(entry, names={})
 
     def forget(self, let_go: LetGo) -> Forgotten:
@@ -870,21 +876,32 @@ class ContextRegistry(Shared):
         self.check_changeable()
         deleted, kept = self._disk.forget(let_go, self._mine) if self._disk is not None else ([], [])
         gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
+        again = list[Held]()
         with self._changed:
             self._changed.wait_for(lambda: not gone.keys() & self._flights.keys(), self._wait_s)  # on the way to another tier
             for held in [held for tier in (self._device, self._host) for held in tier.held.values()]:
                 entry, rest = _entry(held), without(held.tags, held.key, let_go)
-                if not self._mine(entry) or rest == held.tags:
+                if not self._mine(entry) or (rest == held.tags and held.key not in gone):
                     continue
                 held.tags = rest
-                if held.key not in {**gone, **stays}:  # only in memory
-                    (stays if is_held(self._told(entry).names, held.pinned, held.tags) else gone)[held.key] = entry
+                if is_held(self._told(entry).names, held.pinned, held.tags):
+                    if gone.pop(held.key, None) is not None:  # somebody has got it in memory, while its file was being deleted
+                        again.append(held)
+                    stays[held.key] = entry
+                elif held.key not in stays:  # only in memory
+                    gone[held.key] = entry
             for held in [held for tier in (self._device, self._host) for held in tier.held.values() if held.key in gone]:
                 if not held.users:
                     self._drop(held)
             self._removed |= gone.keys()
             self._unstored -= gone.keys()
             self._changed.notify_all()
+        for held in again:
+            held.stored = None
+            self._write_behind(held)
+        self.flush()
+        if self._disk is not None:  # what was being written meanwhile
+            self._disk.forget_again(gone, let_go)
         return Forgotten(tuple(gone.values()), tuple(stays.values()))
 
     def join(self, key: str, tags: Sequence[str]) -> None:
@@ -901,7 +918,7 @@ class ContextRegistry(Shared):
         key = entry.key
         if self._disk is not None:
             self._disk.unname(key, name)
-        self._names.take(entry.tenant, name, family_of(entry.identity))
+        self._names.take(entry.tenant, name, family_of(entry.identity), entry.key)
         with self._changed:
             for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
                 held.names = {other: time for other, time in held.names.items() if other != name}
@@ -959,7 +976,7 @@ class ContextRegistry(Shared):
         if self._disk is not None:
             with self._changed:
                 self._store_later([tier.held[key] for key in [*self._unstored] for tier in (self._device, self._host) if key in tier.held])
-            self._writer.submit(lambda: None).result()  # one thread, in order
+            self._writer.submit(self._try, "name", lambda disk: disk.names.write_all()).result()  # one thread, in order
 
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
@@ -1004,6 +1021,13 @@ class ContextRegistry(Shared):
             if label is not None:
                 self._try("name", lambda disk: disk.names.write(label))
             self._try("touch", lambda disk: disk.touch(key, names=names, tags=tags))
+            if names or tags:  # it was loaded, and is to be on disk, also if it was deleted there meanwhile
+                for held in [] if self._on_disk(key) else self._in_memory([key]):
+                    with self._using() as use:
+                        with self._changed:
+                            use.begin(held)
+                        held.stored = None
+                        self._stored_unless_there(held)
 
         if self._disk is not None:
             with suppress(RuntimeError):  # closed meanwhile
