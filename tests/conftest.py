@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import inspect
 import os
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,17 @@ def same_pairs(one: CompressedContext, other: CompressedContext) -> bool:
 
 def row_over(context: CompressedContext | None, tail: Tail | None = None) -> Row:
     return Row(context.layers if context else (), context.n_tokens if context else 0, tail or Tail())
+
+
+async def results(result: Any) -> None:
+    """Wait for it, and read what it yields."""
+    if inspect.isawaitable(result):
+        result = await result
+    if isinstance(result, AsyncIterator):
+        async for _ in result:
+            pass
+    elif isinstance(result, Iterator):
+        list(result)
 
 
 def kept_positions(context: CompressedContext) -> list[torch.Tensor]:

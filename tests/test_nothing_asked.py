@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
-from inspect import isawaitable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from langchain.agents import create_agent
 from llama_index.core import Document, Settings
 from llama_index.core.llms import MockLLM
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, results, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
@@ -21,16 +20,6 @@ from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemory
 @pytest.fixture(scope="module")
 def engine() -> KVzipEngine:
     return tiny_engine()
-
-
-async def results(result: Any) -> None:
-    if isawaitable(result):
-        result = await result
-    if isinstance(result, AsyncIterator):
-        async for _ in result:
-            pass
-    elif isinstance(result, Iterator):
-        list(result)
 
 
 ASKING_NOTHING: dict[str, Callable[[KVzipEngine, Any], Any]] = {

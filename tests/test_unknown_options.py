@@ -6,7 +6,7 @@ import asyncio
 import importlib
 import inspect
 import pkgutil
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 import langchain_kvzip
 import llama_index_kvzip
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, results, tiny_engine
 from kvzip_memory import InputError
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipQueryEngine, KVzipSynthesizer
@@ -134,17 +134,6 @@ def test_all_that_take_any_keyword_are_here() -> None:
 @pytest.fixture(scope="module")
 def made() -> Made:
     return Made()
-
-
-async def results(result: Any) -> None:
-    """Wait for it, and read what it yields."""
-    if inspect.isawaitable(result):
-        result = await result
-    if isinstance(result, AsyncIterator):
-        async for _ in result:
-            pass
-    elif isinstance(result, Iterator):
-        list(result)
 
 
 @pytest.mark.parametrize("call", [*CALLS.values(), *DEEPER.values()], ids=[*CALLS, *DEEPER])
