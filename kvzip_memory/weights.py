@@ -27,8 +27,8 @@ class Stamp(NamedTuple):
     """Differs whenever a model computes something else, as far as can be told without reading all of its weights.
 
     Attributes:
-        places: of the tensors, in memory and in the model, and what its adapters do. Equal ones mean that whoever has their addresses
-            may go on with them.
+        places: of the tensors, in memory and in the model, what its adapters do, and its modules' own numbers. Equal ones mean that
+            whoever has their addresses may go on with them.
         counts: torch's count of writes to each.
         sample: some of their values. Steps of fused optimizers, and whatever writes through ``.data`` or by numpy, are not counted.
     """
@@ -44,21 +44,22 @@ class Watch:
     Of 135M parameters in 272 tensors a stamp takes 0.9 ms, and the fingerprint 0.1 s (one CPU core).
 
     What escapes it is a write that torch does not count and that leaves the places of all tensors and the sampled values of each
-    as they were: ``weight.data[0, 0] = 1``.
+    as they were: ``weight.data[0, 0] = 1``. Hooks, and methods that are put onto a module, are in neither stamp nor fingerprint.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._planned: tuple[tuple[Any, ...], list[list[_Spread]]] = ((), [])
+        self._planned: tuple[tuple[Any, ...], list[list[_Spread]], list[tuple[int, str]]] = ((), [], [])
 
     def stamp(self) -> Stamp:
         modules, held = _held(self._model)
-        places = (*map(id, modules), *map(Tensor.data_ptr, held), *map(Tensor.numel, held), _adapters(modules))
+        where = (*map(id, modules), *map(Tensor.data_ptr, held), *map(Tensor.numel, held), _adapters(modules))
         counts = tuple([0 if tensor.is_inference() else tensor._version for tensor in held])
-        known, groups = self._planned
-        if places != known:
-            groups = _groups(held)
-            self._planned = places, groups
+        known, groups, numbers = self._planned
+        if where != known:
+            groups, numbers = _groups(held), [(i, name) for i, module in enumerate(modules) for name in _numbers(module)]
+            self._planned = where, groups, numbers
+        places = (*where, *(vars(modules[i]).get(name) for i, name in numbers))
         with torch.inference_mode():
             sampled = [torch.cat([held[i].as_strided(size, stride) for i, size, stride in group]) for group in groups]
             return Stamp(places, counts, tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled))
@@ -111,6 +112,12 @@ def _passing(module: nn.Module) -> set[str]:
     return {f"{name}_inv_freq".lstrip("_") for name, kind in named.items() if "dynamic" in kind or kind == "longrope"}
 
 
+def _numbers(module: nn.Module) -> list[str]:
+    """Names of what a module computes with beside tensors, such as attention's ``scaling``; a rotation's are of its last forward."""
+    own = vars(module)
+    return [] if "rope_type" in own else sorted(name for name, value in own.items() if type(value) is float)
+
+
 def _adapters(modules: Iterable[nn.Module]) -> str:
     """What PEFT's layers do besides their weights: which adapters are active, how scaled, merged or disabled; empty without any."""
     facts = [
@@ -138,7 +145,7 @@ def fingerprint(model: nn.Module) -> str:
 
     A tensor enters as its name, shape, dtype and the sums, modulo 2^64, of its mixed 8-byte words along both axes of a matrix of them:
     one changed bit changes a row's and a column's sum. Computed where the tensor lies, with the same result on every device, whether
-    or not the model is compiled. Buffers that are in no checkpoint count, too.
+    or not the model is compiled. Buffers that are in no checkpoint count, too, and numbers that modules keep.
     """
     named = dict(model.named_buffers(remove_duplicate=False)) | dict(model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
@@ -154,6 +161,12 @@ def fingerprint(model: nn.Module) -> str:
             seen.add(place)
             for part in _sums(tensor):
                 summary.update(part.cpu().numpy().tobytes())
+    numbers = {
+        f"{prefix}.{name}".replace(_COMPILED, ""): vars(module)[name]
+        for prefix, module in model.named_modules()
+        for name in _numbers(module)
+    }
+    summary.update(repr(sorted(numbers.items())).encode())
     return summary.hexdigest()
 
 

@@ -209,6 +209,14 @@ def buffer(world: World) -> None:
     world.engine.model.model.rotary_emb.inv_freq.mul_(1.5)
 
 
+def scaling(world: World) -> None:
+    world.engine.model.model.layers[1].self_attn.scaling *= 3
+
+
+def epsilon(world: World) -> None:
+    world.engine.model.model.norm.variance_epsilon = 1.0
+
+
 def adapter(world: World) -> None:
     world.engine.model.model.layers[0].mlp.active_adapters = ["b"]
 
@@ -321,7 +329,7 @@ def seed(world: World) -> None:
 CHANGES: dict[str, dict[str, Callable[..., None]]] = {
     "weights, by an optimizer of torch": dict(optimizers()),
     "weights, by hand": {f.__name__: f for f in (write_data, write_numpy, write_inference, load_weights, replace_weight)},
-    "a buffer": {"inv_freq": buffer},
+    "a buffer, a module's own number": {f.__name__: f for f in (buffer, scaling, epsilon)},
     "an adapter": {"switched": adapter},
     "dtype": {"bfloat16": dtype},
     "device": {"meta": device},
