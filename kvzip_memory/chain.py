@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -60,7 +61,7 @@ class Managed(Shared):
     def __init__(self, step: Step, context: CompressedContext) -> None:
         wanted = step.wanted
         origin = tuple({*wanted.tags, *wanted.origin})
-        self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=()))
+        self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=(), loaded=time.time()))
         like = context.storage
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
         self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)
@@ -129,7 +130,7 @@ def _one(
         logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with calls.waiting():
             context = build(lambda *progress: None)
-        with context.lease() as lease:
+        with registry.guest(context.nbytes), context.lease() as lease:
             yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
         return
     with registry.lease(step.wanted, build, waiting) as found:

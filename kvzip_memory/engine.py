@@ -347,9 +347,9 @@ class KVzipEngine(Shared):
         one it began with stays, and so does all that has no tag.
         """
         for entry in self.registry.find(key) if key and tags else []:
-            if set(entry.tags) == set(tags) and entry.identity["parent"] and not entry.names and not entry.pinned:
+            if set(tags) <= set(entry.tags) and entry.identity["parent"]:
                 try:
-                    self.registry.remove(entry.key)
+                    self.registry.leave(entry.key, tags)
                 except (InputError, OSError) as error:
                     logger.debug("context %s, which a conversation has left behind, stays: %s", entry.key[:12], error)
 
@@ -532,7 +532,7 @@ class KVzipEngine(Shared):
         Raises:
             InputError: nothing is stored under it that this model can use.
         """
-        entries, here = self.registry.find(reference), self._identity
+        (entries, labels), here = self.registry.looked_up(reference), self._identity
         usable = [e for e in entries if all(e.identity.get(f) == here[f] for f in MODEL_FIELDS)]
         if not usable and (loaded := self._loaded.get(reference)) is not None and not self.registry.is_removed(reference):
             return loaded.handle()
@@ -546,7 +546,7 @@ class KVzipEngine(Shared):
                 else ""
             )
             raise InputError(f"no context {reference!r} of this model is stored{other}{held}: load the text")
-        return self._handle(usable[-1], self.registry.label(reference, usable[-1].key))
+        return self._handle(usable[-1], labels.get(usable[-1].key))
 
     def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
         """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
@@ -641,20 +641,19 @@ class KVzipEngine(Shared):
         report: Report,
         pairs: DensePairs | None = None,
     ) -> CompressedContext:
-        """A context of the weights that its key names and of no others: all of them are read before it is built and once more after."""
-        wanted, began = step.wanted, time.perf_counter()
+        """A context of the weights that its key names and of no others: all of them are read once it is built."""
+        wanted = step.wanted
         where = f"context {wanted.key[:12]!r}"
-        check_same_model(wanted.identity, self._proven_identity(language), where)  # a handle may outlive the weights
-        before = time.perf_counter() - began
+        check_same_model(wanted.identity, self._identity_of(language), where)  # a handle may outlive the weights
         context, ms = self._build_now(language, step, parent, report, pairs)
         began = time.perf_counter()
         check_same_model(
             wanted.identity,
             self._proven_identity(language),
             where,
-            "the model was changed while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
+            "the model was changed, perhaps while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
         )
-        ms["verify"] = 1e3 * (before + time.perf_counter() - began)
+        ms["verify"] = 1e3 * (time.perf_counter() - began)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
 
     @plain()

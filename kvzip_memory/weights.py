@@ -171,17 +171,25 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sums(tensor: Tensor) -> Iterator[Tensor]:
-    """Sums of a tensor's words along the rows and the columns of a matrix of them, and what is left over."""
+    """Sums of a tensor's words along the rows and the columns of a matrix of them, and what is left over.
+
+    On a CPU numpy adds them, in this thread alone: torch would give it OpenMP threads beside the model's, see :mod:`~kvzip_memory.threads`.
+    """
     words, rest = _words(tensor)
-    matrix = words[: len(words) // _ROW * _ROW].view(-1, _ROW)
-    columns = matrix.new_zeros(_ROW)
-    for rows in matrix.split(_ROWS if matrix.device.type == "cpu" else 64 * _ROWS):
+    whole = len(words) // _ROW * _ROW
+    on_cpu = tensor.device.type == "cpu"
+    matrix: Any = words[:whole].view(-1, _ROW)
+    columns, step = matrix.new_zeros(_ROW), 64 * _ROWS
+    if on_cpu:
+        matrix, columns, step = matrix.numpy(), columns.numpy(), _ROWS
+    for first in range(0, len(matrix), step):
+        rows = matrix[first : first + step]
         mixed = rows >> 32
         mixed ^= rows  # two upper bits that flip would cancel otherwise
         columns += mixed.sum(0)
-        yield mixed.sum(1)
-    yield columns
-    yield words[matrix.numel() :]
+        yield torch.as_tensor(mixed.sum(1))
+    yield torch.as_tensor(columns)
+    yield words[whole:]
     yield rest
 
 

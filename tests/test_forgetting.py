@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 import kvzip_memory
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine, StorageError
+from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
 from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
@@ -589,3 +589,126 @@ def test_what_is_loaded_under_a_name_is_on_disk_whatever_was_deleted_there(tmp_p
         engine.load(FILLER, name="page")
     engine.close()
     assert tiny_engine(cache_dir=tmp_path, ratio=0.5).get("page").key == context.key
+
+
+def lose(engine: KVzipEngine, key: str) -> None:
+    """As full memory does."""
+    with engine.registry._changed:
+        engine.registry._drop(engine.registry._device.held[key])
+
+
+def on_disk(engine: KVzipEngine) -> dict[str, tuple[str, ...]]:
+    engine.registry.flush()
+    return {entry.key: entry.tags for entry in engine.registry.contexts() if "disk" in engine.registry.tiers(entry.key)}
+
+
+def test_a_question_elsewhere_does_not_store_what_was_forgotten(tmp_path: Path) -> None:
+    one, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+    context = other.load(f"{FILLER}{SECRET}", tags="ana")
+    other.registry.flush()
+    one.forget("ana")
+    lose(other, context.key)
+    answer = other.generate(context, "Who?", max_new_tokens=2)
+    assert answer.receipt.tier == "built"
+    assert on_disk(other) == {}
+    assert other.generate(context, "Who?", max_new_tokens=2).receipt.tier == "device"
+    lose(other, context.key)
+    other.load(f"{FILLER}{SECRET}", tags="ana")  # which is another wish
+    assert on_disk(other) == {context.key: ("ana",)}
+    one.close()
+    other.close()
+
+
+def test_what_is_loaded_again_after_others_have_forgotten_is_stored_with_the_tags_it_has_got_since(tmp_path: Path) -> None:
+    one, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+    contexts = [other.load(f"{FILLER}{number}", tags="ana") for number in range(3)]
+    other.registry.flush()
+    one.forget("ana")
+    other.load(f"{FILLER}0")
+    other.load(f"{FILLER}1", tags="bob")
+    other.registry._device.budget = contexts[0].nbytes * 2
+    other.load(f"{FILLER}3", tags="bob")  # moves down what is in memory
+    other.load(f"{FILLER}4", tags="bob")
+    stored = on_disk(other)
+    assert stored[contexts[0].key] == ()
+    assert stored[contexts[1].key] == ("bob",)
+    assert contexts[2].key not in stored
+    one.close()
+    other.close()
+
+
+def test_a_conversation_leaves_behind_only_what_nobody_else_has_got_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+
+    def grown(engine: KVzipEngine, text: str, tag: str) -> str:
+        return engine.extend(engine.load(turns(FILLER), tags=tag), turns(text), tags=tag).key
+
+    key, alone = grown(one, SECRET, "ana"), grown(one, "Boat.", "ana")
+    find = one.registry.find
+
+    def between(reference: str) -> Any:
+        found = find(reference)
+        grown(other, SECRET, "bob")
+        other.registry.flush()
+        return found
+
+    monkeypatch.setattr(one.registry, "find", between)
+    one.leave_behind(key, ["ana"])
+    monkeypatch.undo()
+    assert on_disk(one)[key] == ("bob",)
+    one.leave_behind(alone, ["ana"])
+    assert alone not in on_disk(one)
+    assert one.registry.tiers(alone) == []
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        key = grown(one, "Gull.", "ana")
+        one.registry.flush()
+        holder.execute("BEGIN EXCLUSIVE")
+        one.leave_behind(key, ["ana"])  # in vain
+        holder.execute("ROLLBACK")
+    assert on_disk(one)[key] == ("ana",)
+    one.close()
+    other.close()
+
+
+def test_what_is_built_for_one_answer_counts_in_the_budget() -> None:
+    engine = tiny_engine(ratio=0.5)
+    context, other = engine.load(f"{FILLER}{SECRET}"), engine.load(FILLER)
+    engine.registry.remove(context.key)
+    engine.registry._device.budget = context.nbytes + other.nbytes // 2
+    with context.lease():
+        assert engine.stats()["tiers"]["device"]["nbytes"] == context.nbytes
+    assert engine.stats()["tiers"]["device"]["nbytes"] == 0
+    engine.registry._wait_s = 0.1
+    with engine.load(FILLER).lease(), pytest.raises(BudgetError, match="no room"):
+        engine.generate(context, "Who?", max_new_tokens=2)
+    assert engine.generate(context, "Who?", max_new_tokens=2).receipt.reason == "removed"
+
+
+def test_a_tag_that_could_not_be_written_is_written_when_the_index_is_free(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    context = engine.load(FILLER, tags="ana")
+    engine.registry.flush()
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        engine.load(FILLER, tags="bob")
+        engine.registry.flush()
+        holder.execute("ROLLBACK")
+    engine.close()
+    assert on_disk(tiny_engine(cache_dir=tmp_path)) == {context.key: ("ana", "bob")}
+
+
+def test_a_pinned_context_that_could_not_be_stored_is_stored_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+
+    def full(*given: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvzip_memory.registry.files.PreparedFile.write", full)
+    context = engine.load(FILLER)
+    engine.registry.pin(context.key)
+    monkeypatch.undo()
+    assert on_disk(engine) == {}
+    engine.close()
+    (entry,) = tiny_engine(cache_dir=tmp_path).registry.contexts()
+    assert entry.key == context.key
+    assert entry.pinned

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, Document, InputError, KVzipEngine
 from kvzip_memory.cli import app
+from kvzip_memory.registry.names import Names
 
 OLD, NEW, OTHER = TEXT, "New. " + TEXT, "Other. " + TEXT
 
@@ -165,6 +166,47 @@ def test_a_name_that_was_taken_away_is_not_on_disk(tmp_path: Path) -> None:
     engine.registry.remove("case Ottoline")
     assert not any("Ottoline" in path.read_text() for path in names.iterdir())
     engine.close()
+
+
+def test_a_name_that_is_left_of_a_context_can_be_removed(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    first = engine.load(TEXT, name="lamp-7f3")
+    engine.registry.flush()
+    assert engine.registry._disk is not None
+    engine.registry._disk.remove(first.key)  # as a full disk does
+    engine.close()
+    other = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    with pytest.raises(InputError, match="lamp-7f3"):
+        other.registry.remove("lamp-7f3")
+    assert not [path for path in tmp_path.rglob("*.json") if b"lamp-7f3" in path.read_bytes()]
+    other.close()
+
+
+def test_a_handle_has_the_name_it_was_got_by_whatever_others_load_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (tiny_engine(cache_dir=tmp_path, ratio=0.4) for _ in range(2))
+    first = one.load(Document(text=TEXT, name="a.txt"), name="lamp")
+    one.registry.flush()
+    of, count = Names.of, list[str]()
+
+    def then(names: Names, tenant: str | None, name: str) -> Any:
+        labels = of(names, tenant, name)
+        if names is one.registry._names:
+            count.append(name)
+            if len(count) == 1:
+                other.load(Document(text="Boat. " + TEXT, name="b.txt"), name="lamp")
+                other.registry.flush()
+        return labels
+
+    monkeypatch.setattr(Names, "of", then)
+    found = one.get("lamp")
+    monkeypatch.undo()
+    assert count
+    told = (found.key, found.name, [source.name for source in found.sources])
+    now = one.get("lamp")
+    assert told in ((first.key, "lamp", ["a.txt"]), (now.key, "lamp", ["b.txt"]))
+    assert now.key != first.key
+    one.close()
+    other.close()
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "linked", "empty"])

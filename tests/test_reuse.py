@@ -45,6 +45,15 @@ def test_the_longest_that_keeps_enough_is_used_and_the_finest_of_equals(tmp_path
     assert writer.generate(None, ASKED, max_new_tokens=2).usage.cached_tokens == longer.n_tokens
 
 
+def test_the_finest_is_found_however_many_others_there_are_of_a_text(tmp_path: Path) -> None:
+    writer = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    finest = writer.load(FIRST, ratio=1.0)
+    for n in range(40):
+        writer.load(FIRST, ratio=0.5 + n / 100)
+    writer.close()
+    assert used(tiny_engine(cache_dir=tmp_path, ratio=0.5)) == finest.key
+
+
 def test_what_was_grown_is_as_coarse_as_what_it_was_grown_from(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     grown = engine.extend(engine.load(FIRST, ratio=0.02), MORE, ratio=1.0)

@@ -243,7 +243,7 @@ def test_a_build_beside_which_weights_change_is_made_once_more_and_then_given_up
     object.__setattr__(scorer, "steps", steps)
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, scorer=scorer)
     if told:
-        with pytest.raises(IdentityMismatchError, match="changed while it was built, and nothing is stored"):
+        with pytest.raises(IdentityMismatchError, match="changed, perhaps while it was built, and nothing is stored"):
             engine.load(TEXT)
     else:
         assert engine.load(TEXT).identity["weights"] == fingerprint(engine.model)

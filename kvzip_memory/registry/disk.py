@@ -59,7 +59,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text that are remembered as such
-_BEGINNING_SIZE = 4096  # contexts that share more than half of their tokens and are found by them, the latest
+_BEGINNING_SIZE = 4096  # contexts that share all or more than half of their tokens and are found by them, the latest
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,7 @@ class DiskTier:
         *,
         names: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
+        pinned: bool = False,
     ) -> None:
         """Store a context that holds its pairs itself. The caller holds its :meth:`lock`.
 
@@ -294,6 +295,7 @@ class DiskTier:
             context.ratio,
             dict(names or {}),
             tuple(tags),
+            pinned,
             created=context.created,
             used=time.time(),
             expires=context.expires,
@@ -434,7 +436,7 @@ class DiskTier:
         index.move_to_end(_CONTEXT + entry.key, asdict(entry))
         _list_add(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
-        _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key)
+        _list_add(index, f"{_TOKENS}{family}:{tokens}", entry.key, _BEGINNING_SIZE)
         if entry.beginning:
             _list_add(index, f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}", _BEGINNING_SIZE)
 
@@ -607,7 +609,7 @@ class DiskTier:
         self._check_writable()
         self._tidy_now()  # a whole file without a row gets one, by which it is found
         changed = [entry for entry in self.entries(None, mine) if without(entry.tags, entry.key, let_go) != entry.tags]
-        deleted = [entry for entry in changed if self._let_go(entry.key, let_go)]
+        deleted = [entry for entry in changed if self.let_go(entry.key, let_go)]
         kept = [entry for entry in changed if entry not in deleted]
         self._let_go_lost(let_go, mine)
         self._empty_quarantine()
@@ -622,20 +624,20 @@ class DiskTier:
         """Delete those of the contexts that were stored since and that nobody else holds."""
         for key in keys:
             if self.has(key):
-                self._let_go(key, let_go)
+                self.let_go(key, let_go)
 
     def _is_held(self, entry: Entry) -> bool:
         """Whether anybody has a context. A row has former names, too, which mean others now."""
         return is_held(self.names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key), entry.pinned, entry.tags)
 
     @_needs_index
-    def _let_go(self, key: str, let_go: LetGo) -> bool:
-        """Whether a context was deleted, since nobody else holds it."""
+    def let_go(self, key: str, let_go: LetGo, stays: bool = False) -> bool:
+        """Take tags from a context, and delete it if nobody else holds it, here or where it ``stays``; whether it is gone."""
         with self._changing_files() as index:
             if (entry := _entry(index, key)) is None:
-                return True
+                return not stays
             entry = replace(entry, tags=without(entry.tags, key, let_go))
-            if self._is_held(entry):
+            if stays or self._is_held(entry):
                 index.set(_CONTEXT + key, asdict(entry))
                 return False
             self._drop(index, entry)
@@ -659,10 +661,10 @@ class DiskTier:
             index.set(_FORGOTTEN, {"time": time.time()})
 
     @_needs_index
-    def forgot_since(self, when: float) -> bool:
-        """Whether anything was forgotten after a time, by any process."""
+    def last_forgotten(self) -> float:
+        """When anything was last forgotten, by any process: seconds since the epoch, 0.0 if nothing ever was."""
         row = self._opened().get(_FORGOTTEN)
-        return row is not None and row["time"] >= when
+        return 0.0 if row is None else row["time"]
 
     def _write_catalog(self, key: str) -> None:
         """Bring a file's catalog up to date with its row. Its copy is not counted in the budget."""
@@ -1088,7 +1090,7 @@ def _completed(entry: Entry, known: Entry | None) -> Entry:
     if known is None:
         return entry
     tags, used = tuple(sorted({*entry.tags, *known.tags})), max(entry.used, known.used)
-    return replace(entry, names=latest(entry.names, known.names), tags=tags, pinned=known.pinned, used=used)
+    return replace(entry, names=latest(entry.names, known.names), tags=tags, pinned=entry.pinned or known.pinned, used=used)
 
 
 def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

@@ -31,19 +31,22 @@ class Held:
         group: digest of its text and tenant.
         uses: who reads or moves it now; it is neither moved by others nor freed while there are any.
         names: the names it was loaded under, and when that was last, in seconds since the epoch.
+        tags: those it was loaded with here, and when, in seconds since the epoch.
         pinned: never lost.
         room: of one that is no longer found: its bytes are counted until its users have ended.
         used: seconds since the epoch of the last use.
+        loaded: seconds since the epoch when it was last loaded here, which an answer from it is not.
         stored: seconds since the epoch when it was last written to disk or read from there, None for never.
     """
 
     context: CompressedContext
     group: str
     names: dict[str, float] = field(default_factory=dict)
-    tags: tuple[str, ...] = ()
+    tags: dict[str, float] = field(default_factory=dict)
     pinned: bool = False
     room: Room | None = None
     used: float = field(default_factory=time.time)
+    loaded: float = field(default_factory=time.time)
     stored: float | None = None
     uses: weakref.WeakSet[Use] = field(default_factory=weakref.WeakSet)
 

@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -60,6 +60,7 @@ class Wanted:
         tags: free words to give it.
         sources: the documents, by the names and with the metadata that whoever gives the name knows them by.
         origin: tags that it gets only if it is built: those of who has loaded it first, if it was lost.
+        loaded: of one that is asked for again, when it was loaded, in seconds since the epoch; None while it is being loaded.
 
     Raises:
         InputError: a name or tag that cannot be stored.
@@ -72,6 +73,7 @@ class Wanted:
     tags: tuple[str, ...] = ()
     sources: tuple[Source, ...] = ()
     origin: tuple[str, ...] = ()
+    loaded: float | None = None
 
     def __post_init__(self) -> None:
         for text in (self.name or "", *self.tags):
@@ -161,6 +163,7 @@ class ContextRegistry(Shared):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
         self._warned: set[str] = set()
         self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
+        self._untold: dict[str, tuple[Mapping[str, float], set[str]]] = {}  # names and tags that could not be written to the index
         self._disk: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
         refuse_after_fork(self, "_changed", "_writer", "_disk")
@@ -320,12 +323,14 @@ class ContextRegistry(Shared):
 
     def _move_in(self, use: Use, room: Room, wanted: Wanted, context: CompressedContext, entry: Entry | None = None) -> None:
         """Move a context to the device, into its room there."""
-        moved = to_device(context, self.device)
+        moved, now = to_device(context, self.device), time.time()
         if entry is not None:
-            held = Held(moved, wanted.group, dict(entry.names), entry.tags, pinned=entry.pinned, stored=time.time())
+            held = Held(moved, wanted.group, dict(entry.names), dict.fromkeys(entry.tags, now), pinned=entry.pinned, stored=now)
         else:
-            names = {} if wanted.name is None else {wanted.name: time.time()}
-            held = Held(moved, wanted.group, names, tuple(sorted({*wanted.tags, *wanted.origin})))
+            names = {} if wanted.name is None else {wanted.name: now}
+            loaded = wanted.loaded or now
+            tags = dict.fromkeys([*wanted.tags, *wanted.origin], loaded)
+            held = Held(moved, wanted.group, names, tags, loaded=loaded, stored=wanted.loaded)
         with self._changed:
             self._device.add(held, room)
             use.begin(held)
@@ -418,7 +423,7 @@ class ContextRegistry(Shared):
 
     def _named_identities(self, wanted: Wanted) -> list[Mapping[str, Any]]:
         """Identities of the tenant's contexts that have the wanted name."""
-        return [] if wanted.name is None else [entry.identity for entry in self._named(wanted.name)]
+        return [] if wanted.name is None else [entry.identity for entry in self._labelled(self._labels(wanted.name))]
 
     # -- building ------------------------------------------------------------------------------------------------
 
@@ -512,11 +517,14 @@ class ContextRegistry(Shared):
         """Write a context to the disk tier; False, a warning and a counter if that fails."""
         began = time.perf_counter()
         try:
-            disk = self._disk
-            if disk is None or (held.stored is not None and disk.forgot_since(held.stored)):
-                return False  # it was there, and may be what was forgotten
+            if (disk := self._disk) is None:
+                return False
             disk.check_free()  # before anything is copied
-            disk.put(to_host(held.context), held.group, names=held.names, tags=held.tags)
+            forgotten = 0.0 if held.stored is None else disk.last_forgotten()
+            if held.loaded <= forgotten:  # it was there, and may be what was forgotten
+                return False
+            tags = [tag for tag, given in held.tags.items() if given > forgotten]
+            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=held.pinned)
             if self.is_removed(held.key):  # meanwhile
                 disk.remove(held.key)
         except Exception as error:  # also if there is no memory for a copy
@@ -531,6 +539,23 @@ class ContextRegistry(Shared):
         return True
 
     # -- room ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def guest(self, nbytes: int) -> Iterator[None]:
+        """Count a context on the device that is not in the tier, and make room for it there, while the block runs.
+
+        Raises:
+            BudgetError: see :meth:`lease`.
+        """
+        room = Room()
+        try:
+            with calls.waiting():
+                self._reserve(self._device, nbytes, room)
+            yield
+        finally:
+            with self._changed:
+                self._device.give_back(room)
+                self._changed.notify_all()
 
     def check_fits(self, nbytes: int) -> None:
         """Raises:
@@ -681,21 +706,25 @@ class ContextRegistry(Shared):
         Raises:
             InputError: the reference is no text.
         """
-        check_text(reference)
-        if len(reference) < 8:
-            return self._named(reference)
-        stored = self._try("find", lambda disk: disk.starting_with(reference)) or []
-        return self._merged(stored, [h for h in self._in_memory() if h.key.startswith(reference)]) or self._named(reference)
+        return self.looked_up(reference)[0]
 
-    def label(self, name: str, key: str) -> Label | None:
-        """What was told of a context when it was loaded under a name; None if it does not have that name."""
-        return next((label for label in self._labels(name) if label.key == key), None)
+    def looked_up(self, reference: str) -> tuple[list[Entry], dict[str, Label]]:
+        """:meth:`find`, and by their keys what was told of contexts of that name, as of the same moment."""
+        check_text(reference)
+        labels = self._labels(reference)
+        found: list[Entry] = []
+        if len(reference) >= 8:
+            stored = self._try("find", lambda disk: disk.starting_with(reference)) or []
+            found = self._merged(stored, [h for h in self._in_memory() if h.key.startswith(reference)])
+        return found or self._labelled(labels), {label.key: label for label in labels}
 
     def _labels(self, name: str) -> list[Label]:
+        """What a name means, one label for each model, the last loaded last; also of contexts that are no longer stored."""
         return self._names.everyones(name) if self.tenant == EVERYONE else self._names.of(self.tenant, name)
 
-    def _named(self, name: str) -> list[Entry]:
-        keys = [label.key for label in self._labels(name)]
+    def _labelled(self, labels: Sequence[Label]) -> list[Entry]:
+        """The contexts of names, in their order, as far as they are stored and have them still."""
+        keys = [label.key for label in labels]
         stored = [entry for key in keys if (entry := self._try("find", partial(DiskTier.entry, key=key))) is not None]
         return sorted(self._merged(stored, self._in_memory(keys)), key=lambda entry: keys.index(entry.key))
 
@@ -827,7 +856,7 @@ class ContextRegistry(Shared):
             self._disk.untag(key, tag)
         with self._changed:
             for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
-                held.tags = tuple(other for other in held.tags if other != tag)
+                held.tags.pop(tag, None)
 
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
@@ -840,12 +869,17 @@ class ContextRegistry(Shared):
             The context with the names that it has still, none if it was deleted.
 
         Raises:
-            InputError: nothing is stored under the reference.
+            InputError: nothing is stored under the reference; a name that is left of a context is deleted.
             StorageError: another process holds the index of the folder; nothing was deleted.
             OSError: its file or that of its name cannot be deleted.
         """
         self.flush()
-        entry = self.one(reference)
+        try:
+            entry = self.one(reference)
+        except InputError:
+            for label in self._labels(reference):
+                self._names.take(label.tenant, label.name, label.family, label.key)
+            raise
         names = {name: time for name, time in entry.names.items() if name != reference}
         if names and reference in entry.names:
             self._unname(entry, reference)
@@ -861,6 +895,41 @@ class ContextRegistry(Shared):
         for name in entry.names:
             self._names.take(entry.tenant, name, family_of(entry.identity), entry.key)
         return replace(entry, names={})
+
+    def leave(self, key: str, tags: Collection[str]) -> bool:
+        """Take tags from a context, and delete it if nobody else holds it, by a name, a pin or another tag; whether it was deleted.
+
+        Raises:
+            StorageError: another process holds the index of the folder; nothing was deleted.
+            OSError: its file cannot be deleted.
+        """
+
+        def let_go(key: str, tag: str) -> bool:
+            return tag in tags
+
+        self.flush()
+        with self._changed:
+            here = self._in_memory([key])
+            stays = any(is_held(self._told(_entry(held)).names, held.pinned, held.tags.keys() - set(tags)) for held in here)
+            if not stays:
+                self._removed.add(key)  # whoever loads it from here on has it stored again
+        try:
+            deleted = not stays
+            if self._disk is not None:
+                deleted = self._disk.let_go(key, let_go, stays)
+        except BaseException:
+            self.readmit(key)
+            raise
+        with self._changed:
+            for held in here:
+                held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
+            if not deleted:
+                self._removed.discard(key)
+            for held in here if key in self._removed else ():
+                if not held.users:
+                    self._drop(held)
+            self._changed.notify_all()
+        return deleted
 
     def forget(self, let_go: LetGo) -> Forgotten:
         """Take the tags that are let go of from all contexts, and delete those that nobody else holds, by a name, a pin or another tag.
@@ -880,10 +949,11 @@ class ContextRegistry(Shared):
         with self._changed:
             self._changed.wait_for(lambda: not gone.keys() & self._flights.keys(), self._wait_s)  # on the way to another tier
             for held in [held for tier in (self._device, self._host) for held in tier.held.values()]:
-                entry, rest = _entry(held), without(held.tags, held.key, let_go)
-                if not self._mine(entry) or (rest == held.tags and held.key not in gone):
+                entry = _entry(held)
+                rest = without(entry.tags, held.key, let_go)
+                if not self._mine(entry) or (rest == entry.tags and held.key not in gone):
                     continue
-                held.tags = rest
+                held.tags = {tag: held.tags[tag] for tag in rest}
                 if is_held(self._told(entry).names, held.pinned, held.tags):
                     if gone.pop(held.key, None) is not None:  # somebody has got it in memory, while its file was being deleted
                         again.append(held)
@@ -911,7 +981,7 @@ class ContextRegistry(Shared):
             held = next((tier.held[key] for tier in (self._device, self._host) if key in tier.held), None)
             if held is None or not held.tags or set(tags) <= set(held.tags):
                 return
-            held.tags = tuple(sorted({*held.tags, *tags}))
+            held.tags |= dict.fromkeys(tags, time.time())
         self._touch_behind(key, tags=tags)
 
     def _unname(self, entry: Entry, name: str) -> None:
@@ -976,7 +1046,7 @@ class ContextRegistry(Shared):
         if self._disk is not None:
             with self._changed:
                 self._store_later([tier.held[key] for key in [*self._unstored] for tier in (self._device, self._host) if key in tier.held])
-            self._writer.submit(self._try, "name", lambda disk: disk.names.write_all()).result()  # one thread, in order
+            self._writer.submit(self._tell).result()  # one thread, in order
 
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
@@ -986,6 +1056,8 @@ class ContextRegistry(Shared):
         """
         if is_parents(self):
             return
+        if self._disk is not None:
+            self._store_later([held for held in self._in_memory() if held.pinned and not self._on_disk(held.key)])
         self.flush()
         if self._unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self._unstored))
@@ -999,6 +1071,8 @@ class ContextRegistry(Shared):
 
     def _annotate(self, held: Held, wanted: Wanted) -> None:
         """Give a context the name and tags it was asked for by, beside those it has."""
+        if wanted.loaded is None:
+            held.loaded = time.time()
         if wanted.name is None and set(wanted.tags) <= set(held.tags):
             return
         names, label = {}, None
@@ -1008,7 +1082,7 @@ class ContextRegistry(Shared):
             label = self._names.give(Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told))
             names = {label.name: label.loaded}
         with self._changed:
-            held.tags = tuple(sorted({*held.tags, *wanted.tags}))
+            held.tags |= dict.fromkeys(wanted.tags, time.time())
             held.names = held.names | names
         self._touch_behind(held.key, names, wanted.tags, label)
 
@@ -1020,18 +1094,30 @@ class ContextRegistry(Shared):
         def touch() -> None:
             if label is not None:
                 self._try("name", lambda disk: disk.names.write(label))
-            self._try("touch", lambda disk: disk.touch(key, names=names, tags=tags))
+            self._touch(key, names or {}, tags)
             if names or tags:  # it was loaded, and is to be on disk, also if it was deleted there meanwhile
                 for held in [] if self._on_disk(key) else self._in_memory([key]):
                     with self._using() as use:
                         with self._changed:
                             use.begin(held)
-                        held.stored = None
                         self._stored_unless_there(held)
 
         if self._disk is not None:
             with suppress(RuntimeError):  # closed meanwhile
                 self._writer.submit(touch)
+
+    def _touch(self, key: str, names: Mapping[str, float], tags: Iterable[str]) -> None:
+        """What cannot be told now is told by the next touch or flush. In the writer's thread."""
+        told_names, told_tags = self._untold.pop(key, ({}, set()))
+        names, tags = latest(told_names, names), {*told_tags, *tags}
+        if not self._try("touch", lambda disk: disk.touch(key, names=names, tags=tags) or True) and (names or tags):
+            self._untold[key] = names, tags
+
+    def _tell(self) -> None:
+        """Write down the names, and what contexts have got, that could not be written before. In the writer's thread."""
+        self._try("name", lambda disk: disk.names.write_all())
+        for key in [*self._untold]:
+            self._touch(key, {}, ())
 
     def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
         """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""
@@ -1066,7 +1152,7 @@ def _entry(held: Held) -> Entry:
         context.n_tokens,
         context.ratio,
         held.names,
-        held.tags,
+        tuple(sorted(held.tags)),
         held.pinned,
         context.created,
         held.used,
