@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -713,7 +714,7 @@ class KVzipEngine(Shared):
         return context, dict(ms)
 
     def _bar(self, name: str | None) -> _Bar:
-        return _Bar(name or "context", None if self._progress is None else not self._progress)
+        return _Bar(name or "context", self._progress)
 
     @property
     def _language(self) -> Language:
@@ -1033,10 +1034,14 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
 
 
 class _Bar:
-    """A progress bar that appears with the first progress."""
+    """A progress bar that appears with the first progress, where it is shown.
 
-    def __init__(self, name: str, disable: bool | None) -> None:
-        self._name, self._disable = name, disable
+    Where it is not there is none: tqdm's lock, of all threads and forked processes, would hang a child that is forked while another
+    thread has it, and all the others once such a child is killed.
+    """
+
+    def __init__(self, name: str, progress: bool | None) -> None:
+        self._name, self._shown = name, sys.stderr.isatty() if progress is None else progress
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:
@@ -1048,8 +1053,10 @@ class _Bar:
 
     def show(self, stage: str, done: int, total: int) -> None:
         """``done`` of ``total`` tokens, in the given stage; 0 of 0 while nothing is known."""
+        if not self._shown:
+            return
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._name, unit="tok", disable=self._disable, leave=False)
+            self._bar = tqdm(total=total, desc=self._name, unit="tok", leave=False)
         self._bar.total = total or None
         self._bar.set_postfix_str(stage, refresh=False)
         self._bar.update(done - self._bar.n)

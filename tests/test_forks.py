@@ -298,6 +298,7 @@ OWN = f"""{BEGIN}
 import multiprocessing
 from kvzip_memory.integration import LazyEngine
 from filelock import FileLock
+from tqdm import tqdm
 
 expected = engine.generate(context, "Who?", max_new_tokens=6).text
 model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -318,8 +319,13 @@ def build():
         answered[1] += 1
 
 def own():
-    mine = KVzipEngine(model, tokenizer, cache_dir=folder)
-    found = mine.get("lamp")
+    mine, found = KVzipEngine(model, tokenizer, cache_dir=folder), None
+    while found is None:
+        try:
+            found = mine.get("lamp")
+        except KVzipError as error:  # on a busy machine the others may have the index for a second
+            if "holds the index" not in str(error):
+                raise
     if mine.generate(found, "Who?", max_new_tokens=6).text != expected:
         return "another answer"
     if not mine.load(f"Page of {{os.getpid()}}. " + TEXT).receipt.tier == "built":
@@ -332,9 +338,13 @@ def process():
     said = own()
     sys.exit(0 if said is None else said)
 
+def bars():  # of somebody else; children share this lock
+    with tqdm.get_lock():
+        done.wait()
+
 locked = engine.registry._disk.lock("f" * 64)
 locked.acquire()
-threads = [threading.Thread(target=work) for work in (answer, answer, build, build)]
+threads = [threading.Thread(target=work) for work in (answer, answer, build, build, bars)]
 for thread in threads:
     thread.start()
 said = [said for _ in range(3) for said in child(own)]
