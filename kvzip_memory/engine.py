@@ -889,7 +889,7 @@ class KVzipEngine(Shared):
             return self._session(language, context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = prompts.question(None, question, tools, thinks=checked.free)
-        context = self._stored_prefix(language, ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
+        context = self._stored_prefix(language, ids, None if reuse is True else checked_ratio(reuse, "reuse")) if reuse else None
         return self._session(language, context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
