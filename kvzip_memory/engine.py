@@ -24,6 +24,7 @@ from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.calls import check
 from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -506,13 +507,15 @@ class KVzipEngine(Shared):
             OSError: a file cannot be deleted.
         """
         check_text(tag)
+        self.registry.flush()
+        check()  # from the first write on it is finished
         forgotten = self.registry.forget(naming(tag))
         if self.cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self.cache_dir, self.registry.tenant, tag)
         return forgotten
 
     async def aforget(self, tag: str) -> Forgotten:
-        """:meth:`forget` in a thread."""
+        """:meth:`forget` in a thread. Cancelled before it deletes it changes nothing; what it has begun it finishes."""
         return await result_of(self.loads, self.forget, tag)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
