@@ -927,7 +927,9 @@ class KVzipEngine(Shared):
             if row.start + len(ids) >= self.window:
                 tokens = row.start + len(ids)
                 raise WindowError(
-                    f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
+                    f"{tokens:,} tokens with the context; the model's window is {self.window:,}; ask shorter, or load less",
+                    tokens=tokens,
+                    window=self.window,
                 )
             first = max(0, len(ids) - closing - len(prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
@@ -995,7 +997,9 @@ class KVzipEngine(Shared):
         if start + len(ids) > self.window:
             tokens = start + len(ids)
             raise WindowError(
-                f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
+                f"{tokens:,} tokens with the context; the model's window is {self.window:,}; give fewer ids, or load less",
+                tokens=tokens,
+                window=self.window,
             )
         step = self._model.chunk_tokens
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
