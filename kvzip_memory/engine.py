@@ -25,6 +25,7 @@ from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
 from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
+from kvzip_memory.calls import check
 from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -507,13 +508,15 @@ class KVzipEngine(Shared):
             OSError: a file cannot be deleted.
         """
         check_text(tag)
+        self.registry.flush()
+        check()  # from the first write on it is finished
         forgotten = self.registry.forget(naming(tag))
         if self.cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self.cache_dir, self.registry.tenant, tag)
         return forgotten
 
     async def aforget(self, tag: str) -> Forgotten:
-        """:meth:`forget` in a thread."""
+        """:meth:`forget` in a thread. Cancelled before it deletes it changes nothing; what it has begun it finishes."""
         return await result_of(self.loads, self.forget, tag)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
@@ -889,7 +892,7 @@ class KVzipEngine(Shared):
             return self._session(language, context).stream(question, tools, behind, **params)
         checked = GenerationParams.of(params)
         ids = prompts.question(None, question, tools, thinks=checked.free)
-        context = self._stored_prefix(language, ids, None if reuse is True else checked_ratio(reuse)) if reuse else None
+        context = self._stored_prefix(language, ids, None if reuse is True else checked_ratio(reuse, "reuse")) if reuse else None
         return self._session(language, context).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     @property
@@ -924,7 +927,9 @@ class KVzipEngine(Shared):
             if row.start + len(ids) >= self.window:
                 tokens = row.start + len(ids)
                 raise WindowError(
-                    f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
+                    f"{tokens:,} tokens with the context; the model's window is {self.window:,}; ask shorter, or load less",
+                    tokens=tokens,
+                    window=self.window,
                 )
             first = max(0, len(ids) - closing - len(prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: self.window - row.start], spans, first)
@@ -992,7 +997,9 @@ class KVzipEngine(Shared):
         if start + len(ids) > self.window:
             tokens = start + len(ids)
             raise WindowError(
-                f"{tokens:,} tokens with the context; the model's window is {self.window:,}", tokens=tokens, window=self.window
+                f"{tokens:,} tokens with the context; the model's window is {self.window:,}; give fewer ids, or load less",
+                tokens=tokens,
+                window=self.window,
             )
         step = self._model.chunk_tokens
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]

@@ -33,6 +33,9 @@ _FOREIGN: dict[str, tuple[Any, str]] = {
     "frequency_penalty": (0, "use repetition_penalty or no_repeat_ngram_size"),
 }
 
+# Fields of models that are True or False, and what else there is to say of them.
+_FLAGS = {"reuse": "; how much of its pairs a context that is reused keeps at least is said by ratio", "streaming": "", "behind": ""}
+
 
 def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options under our names, without those that say nothing.
@@ -56,13 +59,38 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def for_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of an object with these options as fields: None is the field's default, a single ``stop`` a list of one."""
-    options = {name: value for name, value in renamed(values).items() if value is not None or name not in CALL_OPTIONS}
+    """Arguments of an object with these options as fields: None is the field's default, a single ``stop`` a list of one.
+
+    Raises:
+        InputError: a value that Pydantic would take for another one, as it takes True for 1 and "no" for False, or outside its range.
+    """
+    options = {name: value for name, value in renamed(values).items() if value is not None or name not in (*CALL_OPTIONS, *_FLAGS)}
+    sampling(options, {}, {})
+    if options.get("ratio") is not None:
+        options["ratio"] = checked_ratio(options["ratio"])
+    for name in options.keys() & _FLAGS.keys():
+        checked_flag(name, options[name])
     return {**options, "stop": [options["stop"]]} if isinstance(options.get("stop"), str) else options
 
 
-def checked_ratio(ratio: Any) -> float:
-    """The fraction of pairs to keep; a text that spells a number is that number.
+def checked_flag(name: str, value: Any) -> bool:
+    """Whether something is to be done.
+
+    Raises:
+        InputError: the value is neither True nor False.
+    """
+    if isinstance(value, bool):
+        return value
+    raise InputError(f"{name} is {value!r}; it must be True or False{_FLAGS.get(name, '')}")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, which True and 1.0 are not."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def checked_ratio(ratio: Any, name: str = "ratio") -> float:
+    """The fraction of pairs to keep, which was given under a name; a text that spells a number is that number.
 
     Raises:
         InputError: it is none, or outside (0, 1].
@@ -70,7 +98,7 @@ def checked_ratio(ratio: Any) -> float:
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(ratio, bool | bytes | bytearray) and 0 < (number := float(ratio)) <= 1:
             return number
-    raise InputError(f"ratio is {ratio!r}; it is the fraction of pairs kept and must lie in (0, 1]")
+    raise InputError(f"{name} is {ratio!r}; it is the fraction of pairs kept and must lie in (0, 1]")
 
 
 def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,3 +117,13 @@ def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Ma
     except InputError as error:  # under the name it was given by
         raise InputError(str(error).replace("max_new_tokens", "max_tokens")) from error
     return {name: getattr(checked, name) for name in options}
+
+
+def reused(call: bool | None, of_object: bool, ratio: float | None) -> bool | float:
+    """``reuse`` of :meth:`~kvzip_memory.engine.KVzipEngine.stream`: what the call says, or else the object, which says the ``ratio``.
+
+    Raises:
+        InputError: the call says neither True nor False.
+    """
+    reuse = of_object if call is None else checked_flag("reuse", call)
+    return reuse if ratio is None else reuse and ratio

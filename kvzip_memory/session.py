@@ -304,8 +304,9 @@ class Session(NotPickled):
             taken, ids = self._start + asked.start, asked.ids
             if taken + len(ids) >= self._model.window:
                 raise WindowError(
-                    f"the question's {len(ids):,} tokens do not fit: {taken:,} of the model's window of {self._model.window:,} "
-                    "tokens are taken and the answer needs some; ask shorter, reset() the session, or load less",
+                    f"the question's {len(ids):,} tokens, with what is said before it in the same prompt, do not fit: of the model's "
+                    f"window of {self._model.window:,} tokens {taken:,} are taken and the answer needs one, which leaves "
+                    f"{max(0, self._model.window - taken - 1):,}; ask shorter, begin anew with reset(), or load less",
                     tokens=taken + len(ids),
                     window=self._model.window,
                 )

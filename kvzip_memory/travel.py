@@ -39,12 +39,12 @@ def check_arrived(kind: str, values: Mapping[str, Any]) -> None:
     if any(isinstance(values.get(name), str) for name in ("engine", "given_engine")):
         raise NotPicklableError(
             f"this {kind} was written down without its engine, and its name, {values.get('model', values.get('model_name'))!r}, is none to "
-            "load it by; put the engine in again, as from_dict(data, engine=engine) does, or write down one that was made with model="
+            f"load it by; put the engine in again, {kind}(**dict(data, engine=engine)), or write down one that was made with model="
         )
     if isinstance(key := values.get("context"), str):
         raise NotPicklableError(
-            f"this {kind} was written down with the key of its context, {key!r}; put the context in again, as "
-            "from_dict(data, context=engine.get(key)) does, or make it without and use with_context"
+            f"this {kind} was written down with the key of its context, {key!r}; put the context in again, "
+            f"{kind}(**dict(data, context=engine.get(key))), or make it without and use with_context"
         )
 
 

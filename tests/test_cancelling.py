@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.calls import LOOK_S
+from kvzip_memory.registry import ContextRegistry
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 
@@ -125,13 +126,18 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     "asynthesize": ("synthesizer.asynthesize", lambda made: KVzipSynthesizer(made.llm).asynthesize("Who?", made.nodes)),
     "aget_response": ("synthesizer.aget_response", lambda made: KVzipSynthesizer(made.llm).aget_response("Who?", ["One. " * 20])),
     "aretrieve": ("index._aretrieve", lambda made: made.index.as_retriever(source_top_k=1)._aretrieve(QueryBundle("Who?"))),
-    "ainsert": ("index.ainsert index.ainsert_nodes", lambda made: made.index.ainsert(THIRD)),
+    "ainsert": ("index.ainsert", lambda made: made.index.ainsert(THIRD)),
+    "ainsert_nodes": ("index.ainsert_nodes", lambda made: made.index.ainsert_nodes([TextNode(text=THIRD.text, id_="c/0")])),
     "aupdate_ref_doc": ("index.aupdate_ref_doc", lambda made: made.index.aupdate_ref_doc(Document(text="New. " * 40, doc_id="a"))),
     "arefresh_ref_docs": ("index.arefresh_ref_docs", lambda made: made.index.arefresh_ref_docs([*DOCUMENTS, THIRD])),
     "chat engine": (
         "chat_engine.achat chat_engine._anext chat_engine._aasked chat_engine.aput bridge.finished",
         lambda made: made.index.as_chat_engine().achat("Who?"),
     ),
+    **{
+        f"chat engine {mode}": ("", lambda made, mode=mode: made.index.as_chat_engine(mode, source_top_k=1).achat("Who?"))
+        for mode in ("context", "condense_question", "condense_plus_context")
+    },
     "streamed chat engine": (
         "chat_engine.astream_chat chat_engine.write chat_engine.async_response_gen",
         lambda made: told(made.index.as_chat_engine()),
@@ -431,3 +437,91 @@ async def test_a_cancelled_change_of_an_index_leaves_it_as_it_was() -> None:
     await cancelled_at(made, WAYS["ainsert"][1], 1)
     assert made.index.ref_doc_info.keys() == before
     assert made.index.docstore.get_document_hash("c") is None
+
+
+#: Changes of an index that need no forward: what they read is loaded already.
+CHANGES: dict[str, Callable[[KVzipIndex], Awaitable[Any]]] = {
+    "ainsert": lambda index: index.ainsert(THIRD),
+    "ainsert_nodes": lambda index: index.ainsert_nodes([TextNode(text="The boat is green. " * 8, id_="c/0")]),
+    "adelete_nodes": lambda index: index.adelete_nodes(index.ref_doc_info["a"].node_ids, delete_from_docstore=True),
+    "adelete_ref_doc": lambda index: index.adelete_ref_doc("a"),
+    "adelete_ref_doc with its text": lambda index: index.adelete_ref_doc("a", delete_from_docstore=True),
+    "aupdate_ref_doc": lambda index: index.aupdate_ref_doc(Document(text="New. " * 40, doc_id="a")),
+    "arefresh_ref_docs": lambda index: index.arefresh_ref_docs([Document(text="New. " * 40, doc_id="a"), DOCUMENTS[1], THIRD]),
+}
+
+
+def state(made: Made, index: KVzipIndex) -> dict[str, Any]:
+    """What an index has, in the words of its documents."""
+    texts = {id_: [index.docstore.get_node(node).get_content() for node in info.node_ids] for id_, info in index.ref_doc_info.items()}
+    hashes = {id_: index.docstore.get_document_hash(id_) for id_ in "abc"}
+    stored = sorted(node.get_content() for node in index.docstore.docs.values())
+    return {"texts": texts, "hashes": hashes, "docstore": stored, "answer": str(index.as_query_engine().query("Who?"))}
+
+
+def keys(made: Made) -> list[str]:
+    return sorted(entry.key for entry in made.engine.registry.contexts())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+async def test_a_change_that_is_cancelled_before_its_first_write_changes_nothing(name: str) -> None:
+    made = Made()
+    await CHANGES[name](KVzipIndex.from_documents(DOCUMENTS, llm=made.llm))
+    before = state(made, made.index)
+    with made.index._lock:  # another thread's change is under way
+        task = asyncio.ensure_future(CHANGES[name](made.index))
+        while made.engine._model.loads.running == 0:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await freed(made.engine)
+    assert state(made, made.index) == before
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if "delete" in name])
+async def test_a_deletion_that_has_begun_is_finished(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, twin, loop = Made(), Made(), asyncio.get_running_loop()
+    await CHANGES[name](twin.index)
+    unchanged, gone = KVzipIndex._delete_node, threading.Event()
+
+    def delete(self: KVzipIndex, node_id: str, **options: Any) -> None:
+        unchanged(self, node_id, **options)
+        loop.call_soon_threadsafe(task.cancel)
+        assert gone.wait(20)
+
+    monkeypatch.setattr(KVzipIndex, "_delete_node", delete)
+    task = asyncio.ensure_future(CHANGES[name](made.index))
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    gone.set()
+    await freed(made.engine)
+    assert state(made, made.index) == state(twin, twin.index)
+    assert keys(made) == keys(twin)
+
+
+@pytest.mark.parametrize(("forgets", "wait"), [("engine", "flush"), ("tool", "check_changeable")])
+async def test_what_is_cancelled_before_it_forgets_forgets_nothing(forgets: str, wait: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made()
+    await made.tool("load_document").ainvoke({"name": "page", "text": "A page. " * 30})
+    before = keys(made)
+    reached, go = threading.Event(), threading.Event()
+    unchanged = getattr(ContextRegistry, wait)
+
+    def waiting(self: ContextRegistry) -> None:
+        reached.set()
+        assert go.wait(20)
+        unchanged(self)
+
+    monkeypatch.setattr(ContextRegistry, wait, waiting)
+    ask = made.engine.aforget("memory:agent:page") if forgets == "engine" else made.tool("forget_document").ainvoke({"name": "page"})
+    task = asyncio.ensure_future(ask)
+    while not reached.is_set():
+        await asyncio.sleep(0.002)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    await freed(made.engine)
+    assert keys(made) == before

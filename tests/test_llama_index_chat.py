@@ -177,3 +177,17 @@ def test_a_long_question_is_answered_without_the_oldest_exchanges(llm: KVzipLLM,
     before = len(chat_engine.chat_history)
     assert str(chat_engine.chat("Why? " * 260))
     assert len(chat_engine.chat_history) == before + 2
+
+
+async def test_a_question_that_is_too_long_is_told_with_the_limit_and_the_way_out(llm: KVzipLLM) -> None:
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    chat_engine, taken, window = index.as_chat_engine(), index.parts()[0].context.n_tokens, llm.engine.window
+    told = rf"window of {window:,} tokens {taken:,} are taken.* leaves {window - taken - 1:,}; ask shorter, .*reset\(\), or load less"
+    for ask in (chat_engine.chat, lambda asked: list(chat_engine.stream_chat(asked).response_gen)):
+        with pytest.raises(WindowError, match=told):
+            ask("word " * 5000)
+    with pytest.raises(WindowError, match=told):
+        await chat_engine.achat("word " * 5000)
+    with pytest.raises(WindowError, match=rf"window is {window:,}; ask shorter, or load less"):
+        index.as_query_engine(source_top_k=1).query("word " * 5000)
+    assert chat_engine.chat_history == []

@@ -18,7 +18,7 @@ from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.generation import GenerationParams
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
-from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipSynthesizer
+from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 from test_llama_index import DOCUMENTS
 
 NODES = [NodeWithScore(node=TextNode(text=TEXT))]
@@ -264,3 +264,97 @@ def test_a_chat_template_that_is_none_is_named() -> None:
 def test_half_a_surrogate_pair_in_a_schema_is_read_as_elsewhere(engine: KVzipEngine) -> None:
     schema = {"type": "object", "properties": {"x\ud83d": {"enum": ["\udcff"]}}, "required": ["x\ud83d"], "additionalProperties": False}
     assert json.loads(engine.generate(None, "Who?", schema=schema, max_new_tokens=100).text) == {"x\ufffd": "\ufffd"}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_true_is_no_number_of_a_field(engine: KVzipEngine, entry: str) -> None:
+    ask = ENTRIES[entry](engine)
+    for name in ("temperature", "max_tokens", "top_p", "top_k", "seed", "repetition_penalty", "no_repeat_ngram_size"):
+        for of, call in (({name: True}, {}), ({}, {name: True})):
+            with pytest.raises(ValueError, match=f"{name} is True; it must be a"):
+                ask(of, call)
+
+
+MODELS: dict[str, Callable[..., Any]] = {"chat model": KVzipChatModel, "llm": KVzipLLM}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_ratio_of_a_model_is_checked_when_it_is_made(engine: KVzipEngine, kind: str) -> None:
+    for wrong in (0, -1, 30, float("nan"), True, "x", [1]):
+        with pytest.raises(ValidationError, match=r"ratio is .*; it is the fraction of pairs kept"):
+            MODELS[kind](engine=engine, ratio=wrong)
+    assert MODELS[kind](engine=engine, ratio=None).ratio is None
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_whether_contexts_are_reused_is_said_by_the_call_or_the_model(
+    engine: KVzipEngine, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    unchanged = KVzipEngine.stream
+
+    def stream(self: KVzipEngine, *args: Any, **options: Any) -> Any:
+        seen.append(options["reuse"])
+        return unchanged(self, *args, **options)
+
+    monkeypatch.setattr(KVzipEngine, "stream", stream)
+
+    def value(of: dict[str, Any], call: dict[str, Any]) -> Any:
+        model = MODELS[kind](engine=engine, max_tokens=2, **of)
+        (model.invoke if kind == "chat model" else model.complete)("Who?", **call)
+        return seen[-1]
+
+    assert value({}, {}) is True
+    assert value({"reuse": None}, {"reuse": None}) is True
+    assert value({}, {"reuse": False}) is False
+    assert value({"reuse": False}, {}) is False
+    assert value({"reuse": False}, {"reuse": True}) is True
+    assert value({"ratio": 0.4}, {}) == 0.4
+    assert value({"ratio": 0.4}, {"reuse": False}) is False
+    assert value({"ratio": 0.4, "reuse": False}, {"reuse": True}) == 0.4
+    for wrong in (0.5, "no", 1, 0, []):
+        for of, call in (({"reuse": wrong}, {}), ({}, {"reuse": wrong})):
+            with pytest.raises(ValueError, match=r"reuse is .*; it must be True or False.*ratio"):
+                value(of, call)
+
+
+@pytest.mark.parametrize("wrong", ["no", 1, 0.5])
+def test_what_is_neither_true_nor_false_is_refused(engine: KVzipEngine, wrong: Any) -> None:
+    llm = KVzipLLM(engine=engine)
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    for make in (
+        lambda: KVzipChatModel(engine=engine, streaming=wrong),
+        lambda: KVzipChatModel(engine=engine, behind=wrong),
+        lambda: index.as_query_engine(streaming=wrong),
+        lambda: KVzipSynthesizer(llm, streaming=wrong),
+    ):
+        with pytest.raises(ValueError, match=r"(streaming|behind) is .*; it must be True or False"):
+            make()
+
+
+@pytest.mark.parametrize("name", ["source_top_k", "similarity_top_k"])
+@pytest.mark.parametrize("wrong", ["2", 1.5, 2.0, True, False, 0, -1, float("nan"), float("inf"), [1], b"1"], ids=repr)
+def test_what_is_no_number_of_passages_is_named_with_the_limits(engine: KVzipEngine, name: str, wrong: Any) -> None:
+    llm, given = KVzipLLM(engine=engine), {name: wrong}
+    index = KVzipIndex.from_documents(DOCUMENTS, llm=llm)
+    context = index.parts()[0].context
+    for make in (
+        lambda: index.as_retriever(**given),
+        lambda: index.as_query_engine(**given),
+        lambda: index.as_chat_engine(**given),
+        lambda: index.as_chat_engine("context", **given),  # type: ignore[arg-type]
+        lambda: KVzipQueryEngine.from_context(context, llm=llm, **given),
+        lambda: KVzipSynthesizer(llm, **given),
+        lambda: KVzipChatEngine.from_context(context, llm=llm, source_top_k=wrong),
+    ):
+        with pytest.raises(
+            InputError, match=r"source_top_k is .*; give a whole number of passages, at least 1, or None.*similarity_top_k"
+        ) as told:
+            make()  # type: ignore[no-untyped-call]
+        assert f"is {wrong!r};" in str(told.value)
+
+
+@pytest.mark.parametrize("wrong", ["2", 1.5, 2.0, True, 0, -1, float("nan"), [1]], ids=repr)
+def test_what_is_no_number_of_tokens_is_named_with_the_limits(engine: KVzipEngine, wrong: Any) -> None:
+    with pytest.raises(InputError, match=r"context_tokens is .*; give a whole number; the window leaves 1 to"):
+        KVzipIndex.from_documents(DOCUMENTS, llm=KVzipLLM(engine=engine), context_tokens=wrong)

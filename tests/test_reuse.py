@@ -38,8 +38,9 @@ def test_the_longest_that_keeps_enough_is_used_and_the_finest_of_equals(tmp_path
         assert used(engine, reuse=0.4) == keys[2, 0.45]
         assert used(engine, reuse=0.01) == keys[2, 0.45]
         assert used(engine, reuse=False) is None
-    with pytest.raises(InputError, match="ratio is 2"):
-        used(writer, reuse=2)
+    for wrong in (2, "no"):
+        with pytest.raises(InputError, match=f"reuse is {wrong!r}; it is the fraction of pairs kept"):
+            used(writer, reuse=wrong)
     longer = writer.load([*FIRST, *MORE], ratio=0.5)
     assert used(writer) == longer.key
     assert writer.generate(None, ASKED, max_new_tokens=2).usage.cached_tokens == longer.n_tokens

@@ -274,3 +274,20 @@ def test_an_agent_of_a_chat_model_is_not_sent(engine: KVzipEngine) -> None:
         with pytest.raises(Exception, match="pickle"):
             cloudpickle.dumps(thing)
     assert chat.engine is engine
+
+
+@pytest.mark.parametrize("kind", [KVzipLLM, KVzipChatModel])
+def test_the_way_out_that_is_told_makes_it_anew(engine: KVzipEngine, kind: Any) -> None:
+    context = engine.load(TEXT, ratio=0.4)
+    data = kind(engine=engine, max_tokens=3).with_context(context).model_dump()
+    known = {kind.__name__: kind, "engine": engine, "key": context.key, "data": data}
+    for missing in ("engine", "context"):
+        with pytest.raises(NotPicklableError) as told:
+            kind(**known["data"])
+        way_out = re.search(rf"{kind.__name__}\(\*\*dict\(data, (.*)\)\)", str(told.value))
+        assert way_out, missing
+        known["data"] = eval(f"dict(data, {way_out[1]})", known)
+        del known["__builtins__"]
+    again = kind(**known["data"])
+    assert again.engine is engine
+    assert again.context.key == context.key

@@ -152,3 +152,19 @@ def test_what_llama_index_s_users_give_an_update_is_taken(made: Made) -> None:
     with pytest.raises(InputError, match="an update forgets"):
         index.update_ref_doc(Document(text="And one more.", doc_id="a"), delete_kwargs={"delete_from_docstore": False})
     assert [node.get_content() for node in index.docstore.docs.values()] == ["And another."]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.index.as_retriever(**X),
+        lambda m: m.index.as_query_engine(**X),
+        lambda m: m.index.as_chat_engine(**X),
+        lambda m: m.index.as_chat_engine(chat_mode="context", **X),
+        lambda m: KVzipQueryEngine(m.llm, m.index.parts, **X),
+        lambda m: KVzipSynthesizer(m.llm, **X),
+    ],
+)
+def test_the_known_options_are_all_named(made: Made, call: Callable[[Made], Any]) -> None:
+    with pytest.raises(InputError, match=r"unknown; known are .*'node_parser'.*'similarity_top_k'.*'source_top_k'"):
+        call(made)

@@ -32,7 +32,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, Unfi
 from kvzip_memory.bridge import pieces_of, result_of
 from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
-from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
+from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.sources import as_message, clean
@@ -47,7 +47,7 @@ _ASKED = "Answer with one JSON {} that validates against this JSON schema: {}"
 _IGNORED = {"ls_structured_output_format", "strict", "stream", "stream_usage", "timeout", "user"}
 
 # With ``keep_unfinished`` what is cut is given as it is, not raised.
-_KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls", "response_format", "model", "keep_unfinished"}
+_KNOWN = {*CALL_OPTIONS, "reuse", "tools", "tool_choice", "parallel_tool_calls", "response_format", "model", "keep_unfinished"}
 
 Documents = BaseLoader | Document | str | Path | Iterable[Document]
 
@@ -186,7 +186,8 @@ class KVzipChatModel(BaseChatModel):
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
     reuse: bool = True
-    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``."""
+    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``; an option
+    of every call, too."""
     cache_dir: str | None = None
     """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
@@ -225,8 +226,6 @@ class KVzipChatModel(BaseChatModel):
     def _check_model(self) -> KVzipChatModel:
         if not self.model_name and self.given_engine is None:
             raise ValueError("give model= (a hub id, a folder or a .gguf file) or engine=")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio is {self.ratio}; it is the fraction of pairs kept, above 0 and at most 1")
         self._sampling({})  # tells what is wrong with a field
         self._held = self.given_engine is not None
         if self.tool_call_parser not in ("auto", *FORMS):
@@ -412,7 +411,7 @@ class KVzipChatModel(BaseChatModel):
         response_format = given.get("response_format")
         return {
             **self._sampling(given),
-            "reuse": self.reuse if self.ratio is None else self.reuse and self.ratio,
+            "reuse": reused(given.get("reuse"), self.reuse, self.ratio),
             "tools": given.get("tools"),
             "tool_choice": given.get("tool_choice"),
             "parallel_tool_calls": given.get("parallel_tool_calls"),

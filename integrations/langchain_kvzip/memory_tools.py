@@ -15,6 +15,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from kvzip_memory import KVzipEngine
 from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
+from kvzip_memory.calls import check
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import Entry
@@ -113,6 +114,7 @@ def create_memory_tools(
         with told(), changing():
             entry_of(name)
             engine.registry.check_changeable()
+            check()  # from the first write on it is finished
             let_go(name)
         return f"{name!r} is forgotten"
 

@@ -179,7 +179,8 @@ class KVzipChatEngine(SimpleChatEngine):
             node_parser: splits documents into these passages; None takes paragraphs.
 
         Raises:
-            InputError: a ``source_top_k`` below 1, or a memory with a :class:`KVzipMemoryBlock`, which has a context of its own.
+            InputError: a ``source_top_k`` that is no whole number of at least 1, or a memory with a :class:`KVzipMemoryBlock`, which has
+                a context of its own.
         """
         part = Part(context, whole(checked_context(context), documents))
         return cls._over(part, given_or_set_kvzip(llm), memory, chat_history, system_prompt, source_top_k, node_parser)

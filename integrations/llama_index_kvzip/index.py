@@ -24,6 +24,7 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.calls import check
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.registry.holders import document_tag, escaped, parts
 from kvzip_memory.sharing import Shared
@@ -290,6 +291,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
             self._check_lengths(nodes)
             if forget:
                 self._llm.engine.registry.check_changeable()
+            check()
             placed = dict(self._index_struct.nodes_dict)
             self._changing = True
             try:
@@ -311,9 +313,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
         super().insert(encodable(document), **insert_kwargs)
 
     async def ainsert(self, document: Document, **insert_kwargs: Any) -> None:
-        """:meth:`insert`; building is done in a thread."""
-        check_names(insert_kwargs, set())
-        await super().ainsert(encodable(document), **insert_kwargs)
+        """:meth:`insert` in a thread."""
+        await result_of(self._llm.engine.loads, self.insert, document, **insert_kwargs)
 
     def insert_nodes(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
         """Add documents; the contexts they join are built again."""
@@ -339,6 +340,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
             if forget:
                 self._llm.engine.registry.check_changeable()
                 self.parts()  # so that those of the other documents are known; they are found, not built
+            check()  # from the first write on it is finished
             if delete_from_docstore:
                 self._gone |= {document_of(node) for node in self.docstore.get_nodes(list(node_ids), raise_error=False)}
             super().delete_nodes(list(node_ids), delete_from_docstore, **delete_kwargs)  # the docstore may change the list itself
@@ -346,7 +348,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
                 self._forget_unused()
 
     async def adelete_nodes(self, node_ids: list[str], delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """:meth:`delete_nodes` in a thread."""
+        """:meth:`delete_nodes` in a thread. Cancelled before it deletes it changes nothing; what it has begun it finishes."""
         await result_of(self._llm.engine.loads, self.delete_nodes, node_ids, delete_from_docstore, **delete_kwargs)
 
     def delete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
@@ -369,7 +371,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self.delete_ref_doc(ref_doc_id, delete_from_docstore=True)
 
     async def adelete_ref_doc(self, ref_doc_id: str, delete_from_docstore: bool = False, **delete_kwargs: Any) -> None:
-        """:meth:`delete_ref_doc` in a thread."""
+        """:meth:`delete_ref_doc` in a thread. Cancelled before it deletes it changes nothing; what it has begun it finishes."""
         await result_of(self._llm.engine.loads, self.delete_ref_doc, ref_doc_id, delete_from_docstore, **delete_kwargs)
 
     def update_ref_doc(self, document: Document, **update_kwargs: Any) -> None:
@@ -428,8 +430,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
             kwargs: ``filters`` and ``doc_ids``, which choose documents; see :class:`~llama_index_kvzip.filters.Choice`.
 
         Raises:
-            InputError: unknown options, a ``source_top_k`` below 1, or ``filters`` or ``doc_ids`` that are none. When asked: filters
-                that cannot be applied to the metadata.
+            InputError: unknown options, a ``source_top_k`` that is no whole number of at least 1, or ``filters`` or ``doc_ids`` that are
+                none. When asked: filters that cannot be applied to the metadata.
         """
         options = known_options({"source_top_k": source_top_k, "node_parser": node_parser, **kwargs}, SOURCE_OPTIONS)
         return _Retriever(self, chosen(options), Ranking(self._llm.engine, options.get("source_top_k"), options.get("node_parser")))
@@ -452,6 +454,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def as_chat_engine(self, chat_mode: ChatMode = ChatMode.BEST, llm: LLMType | None = None, **kwargs: Any) -> BaseChatEngine:
         """A :class:`KVzipChatEngine` over all or the chosen documents as they are now, or what LlamaIndex makes of another mode.
+
+        The first answers from these documents whatever becomes of them; to converse over changed ones make another.
 
         Args:
             chat_mode: ``ChatMode.BEST``, the documents in front of the conversation, or one of LlamaIndex' chat engines.

@@ -51,7 +51,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.bridge import pieces_of
 from kvzip_memory.context import checked_context
 from kvzip_memory.integration import LazyEngine, configured_window, fixed_folder, located, places_of
-from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, sampling
+from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sharing import is_only_tried
 from kvzip_memory.sources import Message, as_message
@@ -61,14 +61,14 @@ from kvzip_memory.travel import cannot_travel, check_arrived, still_held, writte
 #: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
 
-_KNOWN = {*CALL_OPTIONS, "tools", "tool_choice", "parallel_tool_calls"}
+_KNOWN = {*CALL_OPTIONS, "reuse", "tools", "tool_choice", "parallel_tool_calls"}
 
 
 class KVzipLLM(FunctionCallingLLM):
     """LLM over a local transformers model that reads documents and conversations from compressed contexts.
 
-    Weights load on first use. ``temperature``, ``max_tokens``, ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty`` and
-    ``no_repeat_ngram_size`` are options of every call, too, which comes first; None is what the model has.
+    Weights load on first use. ``temperature``, ``max_tokens``, ``top_p``, ``top_k``, ``seed``, ``stop``, ``repetition_penalty``,
+    ``no_repeat_ngram_size`` and ``reuse`` are options of every call, too, which comes first; None is what the model has.
 
     .. code-block:: python
 
@@ -104,7 +104,8 @@ class KVzipLLM(FunctionCallingLLM):
     ratio: float | None = None
     """Fraction of key-value pairs kept by what this model loads; None is the engine's, 0.3."""
     reuse: bool = True
-    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``."""
+    """Whether a prompt without a context is answered from the longest stored one that it begins with and that keeps ``ratio``; an option
+    of every call, too."""
     cache_dir: str | None = None
     """Contexts are stored there and found again by later processes."""
     temperature: float = 0.0
@@ -304,7 +305,7 @@ class KVzipLLM(FunctionCallingLLM):
             raise InputError(f"options {unknown} are unknown; known are {sorted(_KNOWN)}")
         defaults = {name: type(self).model_fields[name].default for name in CALL_OPTIONS}
         options = sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
-        reuse = self.reuse if self.ratio is None else self.reuse and self.ratio
+        reuse = reused(given.get("reuse"), self.reuse, self.ratio)
         return {**options, "reuse": reuse, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
 
     def _raw(self, reply: Reply, called: bool, created: int) -> dict[str, Any]:

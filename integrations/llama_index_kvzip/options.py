@@ -20,9 +20,11 @@ from llama_index_kvzip.filters import Choice
 
 INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
 _CHOICE_OPTIONS = {"filters", "doc_ids"}
-SOURCE_OPTIONS = {"source_top_k", "node_parser", *_CHOICE_OPTIONS}
+_RANKING_OPTIONS = {"source_top_k", "similarity_top_k", "node_parser"}
+SOURCE_OPTIONS = {*_RANKING_OPTIONS, *_CHOICE_OPTIONS}
 CONVERSATION_OPTIONS = {"memory", "chat_history", "system_prompt", *SOURCE_OPTIONS}
-QUERY_OPTIONS = {"response_mode", "streaming", "output_cls", "callback_manager", *SOURCE_OPTIONS, *CALL_OPTIONS}
+ANSWER_OPTIONS = {"response_mode", "streaming", "output_cls", "callback_manager", "reuse", *_RANKING_OPTIONS, *CALL_OPTIONS}
+QUERY_OPTIONS = {*ANSWER_OPTIONS, *_CHOICE_OPTIONS}
 CHAT_ENGINES: dict[str, Any] = {
     ChatMode.SIMPLE: SimpleChatEngine,
     ChatMode.CONTEXT: ContextChatEngine,

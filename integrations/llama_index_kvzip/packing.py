@@ -11,6 +11,7 @@ from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
+from kvzip_memory.options import is_whole
 from kvzip_memory.registry.holders import document_tag, together
 from kvzip_memory.sources import as_document, clean, cleaned, header
 from llama_index_kvzip.llm import KVzipLLM
@@ -64,11 +65,15 @@ def room(llm: KVzipLLM, system: str | None = None, context_tokens: int | None = 
     """Tokens for documents and their headers in a context of ``context_tokens``, or of what the window leaves.
 
     Raises:
-        InputError: the window has no room for ``context_tokens`` beside a question and an answer of ``llm.max_tokens``.
+        InputError: ``context_tokens`` is no whole number, or the window has no room for so many beside a question and an answer of
+            ``llm.max_tokens``.
     """
     most = llm.engine.window - FREE_TOKENS - llm.max_tokens
-    if context_tokens is not None and not 0 < context_tokens <= most:
-        raise InputError(f"context_tokens is {context_tokens:,}; the window leaves 1 to {most:,} beside a question and its answer")
+    if context_tokens is not None and not (is_whole(context_tokens) and 0 < context_tokens <= most):
+        given = f"{context_tokens:,}" if is_whole(context_tokens) else repr(context_tokens)
+        raise InputError(
+            f"context_tokens is {given}; give a whole number; the window leaves 1 to {most:,} beside a question and its answer"
+        )
     return (context_tokens or most) - _HEAD - (_n_tokens(llm.engine, system) if system else 0)
 
 

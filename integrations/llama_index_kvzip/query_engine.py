@@ -24,8 +24,9 @@ from pydantic import BaseModel
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.options import renamed
+from kvzip_memory.options import checked_flag
 from llama_index_kvzip.llm import KVzipLLM, given_or_set
+from llama_index_kvzip.options import ANSWER_OPTIONS, known_options
 from llama_index_kvzip.packing import encodable, readable, tag_of
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import (
@@ -76,15 +77,15 @@ class KVzipQueryEngine(BaseQueryEngine):
             their texts, without a call. Other modes feed texts to the model piece by piece or not at all, which is not done here.
         streaming: return a :class:`StreamingResponse`, or an :class:`AsyncStreamingResponse`.
         source_top_k: make the ``source_nodes`` the so many passages that the question is about most, with scores; see
-            :class:`~llama_index_kvzip.sources.Ranking`.
+            :class:`~llama_index_kvzip.sources.Ranking`. ``similarity_top_k`` is another name of it.
         node_parser: splits documents into these passages; None takes paragraphs.
         output_cls: a Pydantic class; ``response`` is an object of it, in a ``PydanticResponse``, and its JSON is what is streamed. Where
             several contexts are asked, it is what the last call gives.
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
     Raises:
-        InputError: unknown options, another ``response_mode``, ``"accumulate"`` with ``streaming`` or ``output_cls``, or a ``source_top_k``
-            below 1.
+        InputError: unknown options, another ``response_mode``, ``"accumulate"`` with ``streaming`` or ``output_cls``, a ``streaming``
+            that is neither True nor False, or a ``source_top_k`` that is no whole number of at least 1.
     """
 
     def __init__(
@@ -100,11 +101,13 @@ class KVzipQueryEngine(BaseQueryEngine):
         callback_manager: CallbackManager | None = None,
         **options: Any,
     ) -> None:
+        options = known_options({**options, "source_top_k": source_top_k}, ANSWER_OPTIONS)
+        source_top_k = options.pop("source_top_k")
         llm = given_or_set(llm)
         super().__init__(callback_manager or llm.callback_manager)
         self._llm, self._output_cls = unwrapped(llm, output_cls)
-        self._parts, self._streaming, self._options = parts, streaming, renamed(options)
-        self._llm.stream_options(options)  # tells at once what is unknown
+        self._parts, self._streaming, self._options = parts, checked_flag("streaming", streaming), options
+        self._llm.stream_options(options)  # tells at once what is wrong with them
         self._mode = _checked_mode(response_mode, streaming, self._output_cls)
         self._sources = Ranking(self._llm.engine, source_top_k, node_parser)
         self._quarter = self._llm.engine.window // 4

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.attribution import Span, blend, bm25
+from kvzip_memory.options import is_whole
 from kvzip_memory.sources import Message
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
@@ -92,7 +93,8 @@ class Ranking:
         node_parser: splits documents into passages; None takes paragraphs.
 
     Raises:
-        InputError: a ``top_k`` below 1; when called, a parser that changes the text, so that it is not known where its nodes are.
+        InputError: a ``top_k`` that is no whole number of at least 1; when called, a parser that changes the text, so that it is not
+            known where its nodes are.
     """
 
     engine: KVzipEngine
@@ -100,8 +102,11 @@ class Ranking:
     node_parser: NodeParser | None = None
 
     def __post_init__(self) -> None:
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"source_top_k is {self.top_k}; give the number of passages, at least 1, or None for whole documents")
+        if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
+            raise InputError(
+                f"source_top_k is {self.top_k!r}; give a whole number of passages, at least 1, or None for whole documents "
+                "(similarity_top_k is another name of it)"
+            )
 
     def __call__(self, parts: Sequence[Part], question: str | Sequence[Message]) -> list[NodeWithScore]:
         """The sources of an answer from these parts, best first."""

@@ -19,6 +19,7 @@ from llama_index_instrumentation import get_dispatcher
 from kvzip_memory.registry.holders import document_tag
 from kvzip_memory.sources import clean
 from llama_index_kvzip.llm import given_or_set
+from llama_index_kvzip.options import ANSWER_OPTIONS, known_options
 from llama_index_kvzip.packing import readable, room, size, tag_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
 from llama_index_kvzip.sources import Part, whole
@@ -53,7 +54,7 @@ class KVzipSynthesizer(BaseSynthesizer):
     """
 
     def __init__(self, llm: LLM | None = None, *, system: str | None = None, streaming: bool = False, **options: Any) -> None:
-        llm = given_or_set(llm)
+        llm, options = given_or_set(llm), known_options(options, ANSWER_OPTIONS)
         self._model, output_cls = unwrapped(llm, options.get("output_cls"))
         super().__init__(llm=self._model, callback_manager=llm.callback_manager, streaming=streaming, output_cls=output_cls)
         self._system, self._options = system, {**options, "output_cls": output_cls, "streaming": streaming}
@@ -117,7 +118,9 @@ class KVzipSynthesizer(BaseSynthesizer):
         self._model.engine.forget(document_tag(clean(document_id, "a document's id")))
 
     def _reader(self, nodes: Sequence[NodeWithScore], options: dict[str, Any]) -> KVzipQueryEngine:
-        return KVzipQueryEngine(self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **options})
+        return KVzipQueryEngine(
+            self._model, lambda: self._parts([node.node for node in nodes]), **{**self._options, **known_options(options, ANSWER_OPTIONS)}
+        )
 
     def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
         engine, limit = self._model.engine, room(self._model, self._system)
