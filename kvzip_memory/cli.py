@@ -23,7 +23,7 @@ from kvzip_memory import __version__, turns
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.holders import naming, without
+from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import tenant_digest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -219,21 +219,21 @@ def rm(
 
 def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> None:
     if tenant is None:
-        tagged = [entry for entry in _registry(cache_dir).contexts() if without(entry.tags, entry.key, naming(tag)) != entry.tags]
+        tagged = [entry for entry in _registry(cache_dir).contexts() if without(entry.tags, entry.key, Naming(tag)) != entry.tags]
         whose = {entry.tenant for entry in tagged} or {None}
         if len(whose) > 1:
             raise InputError(f"contexts of {len(whose)} tenants are tagged {tag!r}; give one with --tenant")
         owner = whose.pop()
     else:
         owner = tenant_digest(tenant)
-    forgotten = _registry(cache_dir, owner).forget(naming(tag))
+    forgotten = _registry(cache_dir, owner).forget(Naming(tag))
     count = turns.erase(cache_dir, owner, tag)
     if not (forgotten.deleted or forgotten.kept or count):
         raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
     nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
     lines = [f"deleted {len(forgotten.deleted)} contexts, {decimal(nbytes)}, and {count} turns"]
     for entry in forgotten.kept:
-        others = [*entry.names, *without(entry.tags, entry.key, naming(tag)), *(["a pin"] if entry.pinned else [])]
+        others = [*entry.names, *without(entry.tags, entry.key, Naming(tag)), *(["a pin"] if entry.pinned else [])]
         lines.append(f"{entry.key[:12]} stays, which others have: {escape(', '.join(others))}")
     facts = {"deleted": [_facts(e) for e in forgotten.deleted], "kept": [_facts(e) for e in forgotten.kept], "turns": count}
     _show(facts, as_json, lambda: "\n".join(lines))

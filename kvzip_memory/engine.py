@@ -44,7 +44,7 @@ from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
-from kvzip_memory.registry.holders import MARKED, naming
+from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import (
     MODEL_FIELDS,
     check_same_model,
@@ -510,7 +510,7 @@ class KVzipEngine(Shared):
         check_text(tag)
         self.registry.flush()
         check()  # from the first write on it is finished
-        forgotten = self.registry.forget(naming(tag))
+        forgotten = self.registry.forget(Naming(tag))
         if self.cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self.cache_dir, self.registry.tenant, tag)
         return forgotten

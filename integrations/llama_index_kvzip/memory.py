@@ -17,7 +17,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError,
 from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
-from kvzip_memory.registry.holders import escaped, naming
+from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
@@ -165,7 +165,7 @@ class _Session:
     def forget(self) -> None:
         registry = self._engine.registry
         with self._building:
-            registry.forget(naming(self._tag))
+            registry.forget(Naming(self._tag))
             self._lines.remove()  # last: contexts can be made of turns again
             self._look()
 

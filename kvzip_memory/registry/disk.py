@@ -25,7 +25,7 @@ import stat
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
@@ -42,9 +42,18 @@ from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.registry.beginnings import beginning
-from kvzip_memory.registry.files import PreparedFile, open_context, read_context, read_header, read_token_ids, rewrite_catalog
+from kvzip_memory.registry.files import (
+    PreparedFile,
+    copy_with_catalog,
+    open_context,
+    read_context,
+    read_header,
+    read_token_ids,
+    replace_with,
+)
+from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.frozen import FrozenIndex, why_read_only
-from kvzip_memory.registry.holders import LetGo, is_held, without
+from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 from kvzip_memory.registry.names import Names
@@ -53,8 +62,9 @@ logger = logging.getLogger(__name__)
 
 LAYOUT = 1
 _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
-_FORGOTTEN = "forgotten"  # the row that tells when something last was
+_FORGOTTEN = "forgotten"  # the row of the notes
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
+_CATALOG = "catalog:"  # of a context whose file names tags that its row has not
 _KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -308,7 +318,7 @@ class DiskTier:
         try:
             self._reserve(entry)
             for left in self._temporaries():  # by a writer of this key that was killed
-                if left.name.startswith(entry.key):
+                if left.name.startswith(f"{entry.key}."):
                     left.unlink(missing_ok=True)
             path.parent.mkdir(exist_ok=True, mode=0o700)
             prepared.write(path, temporary)
@@ -559,36 +569,34 @@ class DiskTier:
             tags = tuple(sorted({*entry.tags, *tags}))
             self._add(index, replace(entry, used=time.time(), names=latest(entry.names, names or {}), tags=tags))
 
-    @_needs_index
     def pin(self, key: str, pinned: bool) -> None:
-        self._check_writable()
-        index = self._opened()
-        with index.transaction():
-            if (entry := _entry(index, key)) is not None:
-                index.set(_CONTEXT + key, asdict(replace(entry, pinned=pinned)))
+        self._change(key, lambda entry: replace(entry, pinned=pinned))
 
-    @_needs_index
     def untag(self, key: str, tag: str) -> None:
-        self._check_writable()
-        index = self._opened()
-        with index.transaction():
-            if (entry := _entry(index, key)) is not None:
-                index.set(_CONTEXT + key, asdict(replace(entry, tags=tuple(other for other in entry.tags if other != tag))))
+        self._change(key, lambda entry: replace(entry, tags=tuple(other for other in entry.tags if other != tag)), tag)
 
-    @_needs_index
     def unname(self, key: str, name: str) -> None:
+        self._change(key, lambda entry: replace(entry, names={other: when for other, when in entry.names.items() if other != name}))
+
+    @_needs_index
+    def _change(self, key: str, change: Callable[[Entry], Entry], forgotten: str = "") -> None:
+        """Change a context's row, or that of one whose file was lost, and note the tag that is forgotten by that."""
         self._check_writable()
         index = self._opened()
         with index.transaction():
-            if (entry := _entry(index, key)) is not None and name in entry.names:
-                names = {other: time for other, time in entry.names.items() if other != name}
-                index.set(_CONTEXT + key, asdict(replace(entry, names=names)))
+            for prefix in (_CONTEXT, _LOST):
+                if (entry := _entry(index, key, prefix)) is not None:
+                    index.set(prefix + key, asdict(change(entry)))
+            if forgotten:
+                self._note(index, key, forgotten)
 
     @_needs_index
-    def remove(self, key: str) -> bool:
-        """Delete a context; False if there was none."""
+    def remove(self, key: str, for_good: bool = False) -> bool:
+        """Delete a context; False if there was none. One that somebody wants to be gone is not written again by other processes."""
         with self._changing_files() as index:
             index.delete(_LOST + key)
+            if for_good:
+                self._note(index, key)
             if (entry := _entry(index, key)) is not None:
                 self._drop(index, entry)
                 return True
@@ -596,9 +604,20 @@ class DiskTier:
         self._unlink(key)
         return existed
 
-    def forget(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> tuple[list[Entry], list[Entry]]:
+    def clean(self, key: str) -> None:
+        """Overwrite what the index and notes of its build say of a context that was removed for good."""
+        if self.reported(key):
+            (self.root / "locks" / f"{key[:3]}.progress").unlink(missing_ok=True)
+        self._rewrite_index()
+
+    def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str] = ()) -> tuple[list[Entry], list[Entry]]:
         """Take tags from contexts, and delete those that nobody holds then. Nothing of these stays in the folder: the quarantine is
         emptied, the index is written anew, and so is the header of a file that stays.
+
+        Args:
+            let_go: which tags of which contexts.
+            mine: whose contexts may be changed.
+            named: keys that names mean, whatever their rows say.
 
         Returns:
             What was deleted, and what has lost a tag and stays; as they were.
@@ -607,16 +626,17 @@ class DiskTier:
             IndexUnavailableError: the index cannot be changed now.
         """
         self._check_writable()
+        if isinstance(let_go, Naming):
+            self._note_all(let_go.tag)
         self._tidy_now()  # a whole file without a row gets one, by which it is found
         changed = [entry for entry in self.entries(None, mine) if without(entry.tags, entry.key, let_go) != entry.tags]
-        deleted = [entry for entry in changed if self.let_go(entry.key, let_go)]
+        deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
         kept = [entry for entry in changed if entry not in deleted]
         self._let_go_lost(let_go, mine)
         self._empty_quarantine()
         for note in (self.root / "locks").glob("*.progress"):  # builds that are under way leave another one
             note.unlink(missing_ok=True)
-        for entry in kept:
-            self._write_catalog(entry.key)
+        self._write_catalogs()
         self._rewrite_index()
         return deleted, kept
 
@@ -624,29 +644,40 @@ class DiskTier:
         """Delete those of the contexts that were stored since and that nobody else holds."""
         for key in keys:
             if self.has(key):
-                self.let_go(key, let_go)
+                self.let_go(key, let_go, for_good=True)
 
     def _is_held(self, entry: Entry) -> bool:
         """Whether anybody has a context. A row has former names, too, which mean others now."""
         return is_held(self.names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key), entry.pinned, entry.tags)
 
     @_needs_index
-    def let_go(self, key: str, let_go: LetGo, stays: bool = False) -> bool:
-        """Take tags from a context, and delete it if nobody else holds it, here or where it ``stays``; whether it is gone."""
+    def let_go(self, key: str, let_go: LetGo, stays: bool = False, for_good: bool = False) -> bool:
+        """Take tags from a context, and delete it if nobody else holds it, here or where it ``stays``; whether it is gone.
+
+        Other processes do not write again what was to be gone ``for_good``, and its file's catalog is to name the tags no more.
+        """
         with self._changing_files() as index:
             if (entry := _entry(index, key)) is None:
                 return not stays
-            entry = replace(entry, tags=without(entry.tags, key, let_go))
+            rest = without(entry.tags, key, let_go)
+            if for_good and not isinstance(let_go, Naming):
+                for tag in set(entry.tags) - set(rest):
+                    self._note(index, key, tag)
+            entry = replace(entry, tags=rest)
             if stays or self._is_held(entry):
                 index.set(_CONTEXT + key, asdict(entry))
+                if for_good:
+                    index.set(_CATALOG + key, {})
                 return False
+            if for_good:
+                self._note(index, key)
             self._drop(index, entry)
             index.delete(_LOST + key)
             return True
 
     @_needs_index
     def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
-        """The same for contexts whose files were lost; and note when it was, for processes that have some of them in memory."""
+        """The same for contexts whose files were lost."""
         index = self._opened()
         with index.transaction():
             for key in [*index.keys(_LOST)]:
@@ -658,33 +689,55 @@ class DiskTier:
                     index.set(_LOST + key, asdict(entry))
                 else:
                     index.delete(_LOST + key)
-            index.set(_FORGOTTEN, {"time": time.time()})
+                    self._note(index, key)
 
     @_needs_index
-    def last_forgotten(self) -> float:
-        """When anything was last forgotten, by any process: seconds since the epoch, 0.0 if nothing ever was."""
-        row = self._opened().get(_FORGOTTEN)
-        return 0.0 if row is None else row["time"]
+    def notes(self) -> Notes:
+        """What was forgotten, by any process."""
+        return Notes(self._opened().get(_FORGOTTEN))
 
-    def _write_catalog(self, key: str) -> None:
-        """Bring a file's catalog up to date with its row. Its copy is not counted in the budget."""
-        try:
-            with held(self.lock(key), f"building or writing context {key[:12]}", QUIET_S):
-                entry = self.entry(key)
-                if entry is not None and self._inside(self.path(key)):
-                    catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
-                    self._resized(key, rewrite_catalog(self.path(key), self._temporary(key), catalog))
-        except (OSError, Timeout, CorruptFileError) as error:
-            logger.warning("the file of context %s, which others have, still names a tag that was forgotten: %s", key[:12], error)
+    def _note(self, index: Index, key: str = "", tag: str = "") -> None:
+        notes = Notes(index.get(_FORGOTTEN))
+        notes.add(key, tag)
+        index.set(_FORGOTTEN, notes.row)
 
     @_needs_index
-    def _resized(self, key: str, nbytes: int) -> None:
+    def _note_all(self, tag: str) -> None:
         index = self._opened()
         with index.transaction():
-            if (entry := _entry(index, key)) is not None:
-                index.set(_CONTEXT + key, asdict(replace(entry, file_nbytes=nbytes)))
-                stored, writing = self._totals(index)
-                self._set_totals(index, stored + nbytes - entry.file_nbytes, writing)
+            self._note(index, tag=tag)
+
+    @_needs_index
+    def _write_catalogs(self) -> None:
+        """Bring the catalogs of files up to date with their rows, also where that has failed before."""
+        for key in [*self._opened().keys(_CATALOG)]:
+            try:
+                with held(self.lock(key), f"building or writing context {key[:12]}", QUIET_S):
+                    self._write_catalog(key)
+            except (OSError, Timeout, CorruptFileError) as error:
+                logger.warning("the file of context %s, which others have, still names a tag that was forgotten: %s", key[:12], error)
+
+    @_needs_index
+    def _write_catalog(self, key: str) -> None:
+        """The copy is not counted in the budget. It is renamed beside its row: what is deleted meanwhile stays so."""
+        path, temporary = self.path(key), self._temporary(f"{key}.catalog")
+        entry = self.entry(key)
+        try:
+            if entry is not None and self._inside(path):
+                catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
+                nbytes = copy_with_catalog(path, temporary, catalog)
+            with self._changing_files() as index:
+                now = _entry(index, key)
+                if now is not None and entry is not None and (now.names, now.tags) == (entry.names, entry.tags) and temporary.exists():
+                    replace_with(path, temporary)
+                    index.set(_CONTEXT + key, asdict(replace(now, file_nbytes=nbytes)))
+                    stored, writing = self._totals(index)
+                    self._set_totals(index, stored + nbytes - now.file_nbytes, writing)
+                    index.delete(_CATALOG + key)
+                elif now is None:
+                    index.delete(_CATALOG + key)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @_needs_index
     def _rewrite_index(self) -> None:
@@ -786,7 +839,7 @@ class DiskTier:
                     self._add(index, entry)
                     stored += entry.file_nbytes
             for path in self._temporaries():
-                if path.name[:64] not in writing:
+                if path.name[:64] not in writing and (".catalog." not in path.name or self._delete_dead(path)):
                     path.unlink(missing_ok=True)
                     deleted += 1
             listed = {row["file"] for row in bad}

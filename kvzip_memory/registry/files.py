@@ -72,15 +72,16 @@ class PreparedFile:
         Raises:
             OSError: it cannot be written; the temporary file is gone and ``path`` is as it was.
         """
-        _write(path, temporary, self._header, (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT))))
+        _write(temporary, self._header, (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT))))
+        replace_with(path, temporary)
 
 
-def rewrite_catalog(path: Path, temporary: Path, catalog: Mapping[str, Any]) -> int:
-    """Give a file another catalog; its data is copied as it is. Returns its bytes.
+def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any]) -> int:
+    """Copy a file with another catalog; its data is as it is. Returns the copy's bytes.
 
     Raises:
         CorruptFileError: as for :func:`read_header`.
-        OSError: it cannot be read or written; it is as it was.
+        OSError: it cannot be read or written; there is no copy.
     """
     with open_context(path, follow_links=False) as source:
         facts = read_header(source, path)
@@ -95,7 +96,7 @@ def rewrite_catalog(path: Path, temporary: Path, catalog: Mapping[str, Any]) -> 
                 left -= len(piece)
                 yield piece
 
-        _write(path, temporary, header, body())
+        _write(copy, header, body())
     return len(header) + data + 8
 
 
@@ -226,8 +227,22 @@ def _padded(table: Mapping[str, Any]) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def _write(path: Path, temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -> None:
-    """Write ``temporary``, fsync it and rename it to ``path``; mode 0600. After an error it is gone."""
+def replace_with(path: Path, temporary: Path) -> None:
+    """Rename a file that was written to ``path``.
+
+    Raises:
+        OSError: it cannot be renamed; it is gone.
+    """
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -> None:
+    """Write a file and fsync it; mode 0600. After an error it is gone."""
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(header)
@@ -236,11 +251,9 @@ def _write(path: Path, temporary: Path, header: bytes, body: Iterator[bytes | me
             file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(header)))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
 
 
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ several things that only together have it, as the documents of one context: whoe
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 _JOINT = " | "
 
@@ -35,10 +36,14 @@ def parts(tag: str) -> set[str]:
     return set(tag.split(_JOINT))
 
 
-def naming(tag: str) -> LetGo:
+@dataclass(frozen=True)
+class Naming:
     """Let go by the tags that name all that ``tag`` names."""
-    wanted = parts(tag.strip())
-    return lambda key, other: wanted <= parts(other)
+
+    tag: str
+
+    def __call__(self, key: str, other: str) -> bool:
+        return parts(self.tag.strip()) <= parts(other)
 
 
 def without(tags: Collection[str], key: str, let_go: LetGo) -> tuple[str, ...]:

@@ -130,8 +130,17 @@ class Names:
         now = self._known(_file_of(tenant, name)).get(family)
         if now is not None and now.key not in ("", key):
             return
-        self.write(label := self.give(Label(name, tenant, family, "")), key)
-        self._forget(_file_of(tenant, name), label)
+        file = _file_of(tenant, name)
+        before = self._new.get(file, {}).get(family)
+        label = self.give(Label(name, tenant, family, ""))
+        try:
+            self.write(label, key)
+            before = None
+        finally:
+            self._forget(file, label)
+            if before is not None:
+                with self._lock:
+                    self._new.setdefault(file, {}).setdefault(family, before)
 
     def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
         """A context has left the memory: with it goes its name, if that is written nowhere."""

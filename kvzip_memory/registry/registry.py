@@ -29,6 +29,7 @@ from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
+from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
@@ -163,7 +164,7 @@ class ContextRegistry(Shared):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kvzip-disk")
         self._warned: set[str] = set()
         self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
-        self._untold: dict[str, tuple[Mapping[str, float], set[str]]] = {}  # names and tags that could not be written to the index
+        self._untold: dict[str, tuple[dict[str, float], dict[str, float]]] = {}  # names and tags that could not be written to the index
         self._disk: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
         refuse_after_fork(self, "_changed", "_writer", "_disk")
@@ -371,7 +372,8 @@ class ContextRegistry(Shared):
                 return False
             self._move_in(use, room, wanted, context, self._try("read", lambda disk: disk.entry(wanted.key)))
         story.tier, story.reason, story.differs = "disk", None, ()
-        self._touch_behind(wanted.key)
+        with suppress(RuntimeError):  # closed meanwhile
+            self._writer.submit(self._touch, wanted.key, {}, {})
         return True
 
     def _from_finer(self, wanted: Wanted, story: _Story) -> CompressedContext | None:
@@ -520,13 +522,16 @@ class ContextRegistry(Shared):
             if (disk := self._disk) is None:
                 return False
             disk.check_free()  # before anything is copied
-            forgotten = 0.0 if held.stored is None else disk.last_forgotten()
-            if held.loaded <= forgotten:  # it was there, and may be what was forgotten
+            notes = disk.notes()
+            if self._is_forgotten(held, notes):
                 return False
-            tags = [tag for tag, given in held.tags.items() if given > forgotten]
-            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=held.pinned)
-            if self.is_removed(held.key):  # meanwhile
+            tags, pinned = held.tags if held.stored is None else notes.left(held.key, held.tags), held.pinned
+            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned)
+            if self.is_removed(held.key) or self._is_forgotten(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
+                return False
+            if held.pinned and not pinned:
+                disk.pin(held.key, True)
         except Exception as error:  # also if there is no memory for a copy
             self._disk_failed("store", error)
             if isinstance(error, IndexHeldError):
@@ -537,6 +542,15 @@ class ContextRegistry(Shared):
         self._count("stored")
         self._count("stored.ms", round(1e3 * (time.perf_counter() - began)))
         return True
+
+    def _is_forgotten(self, held: Held, notes: Notes) -> bool:
+        """Whether a context that was on disk was deleted there by whoever had it, and not loaded here since."""
+        if held.stored is None:
+            return False
+        if held.loaded <= notes.deleted(held.key):
+            return True
+        taken = max((notes.taken(held.key, tag) for tag in held.tags), default=0.0)
+        return held.loaded <= taken and not is_held(self._told(_entry(held)).names, held.pinned, notes.left(held.key, held.tags))
 
     # -- room ----------------------------------------------------------------------------------------------------
 
@@ -874,6 +888,7 @@ class ContextRegistry(Shared):
             OSError: its file or that of its name cannot be deleted.
         """
         self.flush()
+        self.check_changeable()
         try:
             entry = self.one(reference)
         except InputError:
@@ -884,17 +899,46 @@ class ContextRegistry(Shared):
         if names and reference in entry.names:
             self._unname(entry, reference)
             return replace(entry, names=names)
-        if self._disk is not None:
-            self._disk.remove(entry.key)
+        with self._deleting(entry.key):
+            if self._disk is not None:
+                self._disk.remove(entry.key, for_good=True)
         with self._changed:
-            self._removed.add(entry.key)
-            for held in [tier.held[entry.key] for tier in (self._device, self._host) if entry.key in tier.held]:
+            for held in self._here(entry.key):
+                held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
+        for label in [label for label in self._names.all() if label.key == entry.key]:
+            self._names.take(label.tenant, label.name, label.family, label.key)
+        self._try("clean", lambda disk: disk.clean(entry.key))
+        return replace(entry, names={})
+
+    def _here(self, key: str) -> list[Held]:
+        """A context as it is in memory. With the lock held."""
+        return [tier.held[key] for tier in (self._device, self._host) if key in tier.held]
+
+    @contextmanager
+    def _deleting(self, key: str) -> Iterator[None]:
+        """Drop a context from memory when the block has deleted it on disk; whoever loads it from the block's beginning on has it stored.
+
+        When the block fails the context stays, and what it has deleted is written again.
+        """
+        with self._changed:
+            self._removed.add(key)
+        try:
+            yield
+        except BaseException:
+            self.readmit(key)
+            self._write_again(key)
+            raise
+        with self._changed:
+            for held in self._here(key) if key in self._removed else ():
                 if not held.users:
                     self._drop(held)
             self._changed.notify_all()
-        for name in entry.names:
-            self._names.take(entry.tenant, name, family_of(entry.identity), entry.key)
-        return replace(entry, names={})
+
+    def _write_again(self, key: str) -> None:
+        """Store a context that is in memory, if its file is not there."""
+        for held in [] if self._on_disk(key) else self._in_memory([key]):
+            held.stored = None
+            self._write_behind(held)
 
     def leave(self, key: str, tags: Collection[str]) -> bool:
         """Take tags from a context, and delete it if nobody else holds it, by a name, a pin or another tag; whether it was deleted.
@@ -908,27 +952,20 @@ class ContextRegistry(Shared):
             return tag in tags
 
         self.flush()
+        notes = self._notes()
         with self._changed:
             here = self._in_memory([key])
-            stays = any(is_held(self._told(_entry(held)).names, held.pinned, held.tags.keys() - set(tags)) for held in here)
-            if not stays:
-                self._removed.add(key)  # whoever loads it from here on has it stored again
-        try:
-            deleted = not stays
-            if self._disk is not None:
-                deleted = self._disk.let_go(key, let_go, stays)
-        except BaseException:
-            self.readmit(key)
-            raise
+            rest = [notes.left(key, held.tags).keys() - set(tags) for held in here]
+            stays = any(is_held(self._told(_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
+        with self._deleting(key):
+            deleted = not stays if self._disk is None else self._disk.let_go(key, let_go, stays)
+            if not deleted:
+                self.readmit(key)
         with self._changed:
             for held in here:
                 held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
-            if not deleted:
-                self._removed.discard(key)
-            for held in here if key in self._removed else ():
-                if not held.users:
-                    self._drop(held)
-            self._changed.notify_all()
+        if deleted and not self.is_removed(key):  # loaded meanwhile
+            self._write_again(key)
         return deleted
 
     def forget(self, let_go: LetGo) -> Forgotten:
@@ -943,18 +980,21 @@ class ContextRegistry(Shared):
         """
         self.flush()
         self.check_changeable()
-        deleted, kept = self._disk.forget(let_go, self._mine) if self._disk is not None else ([], [])
+        named = {label.key for label in self._names.all()}
+        deleted, kept = self._disk.forget(let_go, self._mine, named) if self._disk is not None else ([], [])
+        notes = self._notes()  # also of what others have forgotten
         gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
         again = list[Held]()
         with self._changed:
             self._changed.wait_for(lambda: not gone.keys() & self._flights.keys(), self._wait_s)  # on the way to another tier
             for held in [held for tier in (self._device, self._host) for held in tier.held.values()]:
                 entry = _entry(held)
-                rest = without(entry.tags, held.key, let_go)
-                if not self._mine(entry) or (rest == entry.tags and held.key not in gone):
+                left = notes.left(held.key, held.tags)
+                rest = without(tuple(left), held.key, let_go)
+                if not self._mine(entry) or (len(rest) == len(entry.tags) and held.key not in gone):
                     continue
-                held.tags = {tag: held.tags[tag] for tag in rest}
-                if is_held(self._told(entry).names, held.pinned, held.tags):
+                held.tags = {tag: left[tag] for tag in rest}
+                if held.key in named or is_held(self._told(entry).names, held.pinned and held.key not in gone, held.tags):
                     if gone.pop(held.key, None) is not None:  # somebody has got it in memory, while its file was being deleted
                         again.append(held)
                     stays[held.key] = entry
@@ -975,14 +1015,16 @@ class ContextRegistry(Shared):
         return Forgotten(tuple(gone.values()), tuple(stays.values()))
 
     def join(self, key: str, tags: Sequence[str]) -> None:
-        """Hold a context in memory by further tags, if it has any. One without is whoever's has loaded it, and not to be forgotten by
-        one that has found it."""
+        """Hold a context by further tags, if it has any. One without is whoever's has loaded it, and not to be forgotten by one that has
+        found it."""
         with self._changed:
-            held = next((tier.held[key] for tier in (self._device, self._host) if key in tier.held), None)
-            if held is None or not held.tags or set(tags) <= set(held.tags):
-                return
-            held.tags |= dict.fromkeys(tags, time.time())
-        self._touch_behind(key, tags=tags)
+            here = self._here(key)
+            for held in here:
+                if held.tags:
+                    held.tags |= dict.fromkeys(tags, time.time())
+        entry = None if here else self._try("read", lambda disk: disk.entry(key))
+        if any(held.tags for held in here) or (entry is not None and entry.tags):
+            self._touch_behind(key, tags=tags)
 
     def _unname(self, entry: Entry, name: str) -> None:
         key = entry.key
@@ -1046,7 +1088,8 @@ class ContextRegistry(Shared):
         if self._disk is not None:
             with self._changed:
                 self._store_later([tier.held[key] for key in [*self._unstored] for tier in (self._device, self._host) if key in tier.held])
-            self._writer.submit(self._tell).result()  # one thread, in order
+            with suppress(RuntimeError):  # closed meanwhile
+                self._writer.submit(self._tell).result()  # one thread, in order
 
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
@@ -1071,9 +1114,7 @@ class ContextRegistry(Shared):
 
     def _annotate(self, held: Held, wanted: Wanted) -> None:
         """Give a context the name and tags it was asked for by, beside those it has."""
-        if wanted.loaded is None:
-            held.loaded = time.time()
-        if wanted.name is None and set(wanted.tags) <= set(held.tags):
+        if wanted.loaded is not None:  # an answer
             return
         names, label = {}, None
         if wanted.name is not None:
@@ -1082,21 +1123,25 @@ class ContextRegistry(Shared):
             label = self._names.give(Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told))
             names = {label.name: label.loaded}
         with self._changed:
-            held.tags |= dict.fromkeys(wanted.tags, time.time())
+            held.loaded = time.time()
+            held.tags |= dict.fromkeys(wanted.tags, held.loaded)
             held.names = held.names | names
         self._touch_behind(held.key, names, wanted.tags, label)
 
     def _touch_behind(
         self, key: str, names: Mapping[str, float] | None = None, tags: Sequence[str] = (), label: Label | None = None
     ) -> None:
-        """Tell the disk tier, behind the answer, that a context was used, and what names and tags it has got."""
+        """Tell the disk tier, behind the answer, that a context was loaded, and what names and tags it has got."""
+        now = time.time()
 
         def touch() -> None:
             if label is not None:
                 self._try("name", lambda disk: disk.names.write(label))
-            self._touch(key, names or {}, tags)
-            if names or tags:  # it was loaded, and is to be on disk, also if it was deleted there meanwhile
-                for held in [] if self._on_disk(key) else self._in_memory([key]):
+            entry = self._try("read", lambda disk: disk.entry(key)) if tags else None
+            if names or (tags and (entry is None or not set(tags) <= set(entry.tags))):
+                self._touch(key, names or {}, dict.fromkeys(tags, now))
+            for held in [] if self._on_disk(key) else self._in_memory([key]):  # it may have been deleted there meanwhile
+                if names or tags or held.stored is not None:
                     with self._using() as use:
                         with self._changed:
                             use.begin(held)
@@ -1106,18 +1151,26 @@ class ContextRegistry(Shared):
             with suppress(RuntimeError):  # closed meanwhile
                 self._writer.submit(touch)
 
-    def _touch(self, key: str, names: Mapping[str, float], tags: Iterable[str]) -> None:
-        """What cannot be told now is told by the next touch or flush. In the writer's thread."""
-        told_names, told_tags = self._untold.pop(key, ({}, set()))
-        names, tags = latest(told_names, names), {*told_tags, *tags}
-        if not self._try("touch", lambda disk: disk.touch(key, names=names, tags=tags) or True) and (names or tags):
-            self._untold[key] = names, tags
+    def _touch(self, key: str, names: Mapping[str, float], tags: Mapping[str, float]) -> None:
+        """What cannot be told now is told by the next touch or flush, unless it is forgotten before. In the writer's thread."""
+        told_names, told_tags = self._untold.get(key, ({}, {}))
+        self._untold[key] = names, tags = latest(told_names, names), latest(told_tags, tags)
+
+        def tell(disk: DiskTier) -> None:
+            disk.touch(key, names=names, tags=disk.notes().left(key, tags))
+            del self._untold[key]
+
+        self._try("touch", tell)
 
     def _tell(self) -> None:
         """Write down the names, and what contexts have got, that could not be written before. In the writer's thread."""
         self._try("name", lambda disk: disk.names.write_all())
         for key in [*self._untold]:
-            self._touch(key, {}, ())
+            self._touch(key, {}, {})
+
+    def _notes(self) -> Notes:
+        """What was forgotten, as far as it can be read."""
+        return self._try("read", lambda disk: disk.notes()) or Notes(None)
 
     def _try(self, what: str, use: Callable[[DiskTier], Any]) -> Any:
         """Use the disk tier; None, a warning and a counter if it fails, None if there is none."""

@@ -1,0 +1,75 @@
+"""What was forgotten in a folder, told to processes that have it in their memory still: notes of when, by digests alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvzip_memory.registry.holders import parts
+from kvzip_memory.registry.identity import digest
+
+_LIMIT = 1000  # notes that are kept, the latest
+_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Note:
+    """That something was forgotten.
+
+    Attributes:
+        time: seconds since the epoch.
+        key: of the context, as far as it is kept; empty if it is said of all.
+        parts: digests of the parts of a tag, which every tag with these parts has lost; none: the context itself was deleted.
+    """
+
+    time: float
+    key: str = ""
+    parts: tuple[str, ...] = ()
+
+
+class Notes:
+    """The latest notes of a folder. Of what there is no note any more everything may have been forgotten.
+
+    Args:
+        row: as :attr:`row` was; None of a folder where nothing was ever forgotten.
+    """
+
+    def __init__(self, row: Mapping[str, Any] | None) -> None:
+        row = row or {}
+        self._before = float(row.get("before", row.get("time", 0.0)))  # the latter in rows of an earlier version
+        self._notes = [Note(float(when), str(key), tuple(map(str, digests))) for when, key, digests in row.get("notes", ())]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        return {"before": self._before, "notes": [[note.time, note.key, note.parts] for note in self._notes]}
+
+    def add(self, key: str = "", tag: str = "") -> None:
+        """Note that a tag was taken from a context, or from all; or that a context was deleted."""
+        digests = tuple(sorted(_digests(tag))) if tag else ()
+        self._notes = [note for note in self._notes if (note.key, note.parts) != (key[:_DIGITS], digests)]
+        self._notes.append(Note(time.time(), key[:_DIGITS], digests))
+        if len(self._notes) > _LIMIT:
+            self._before = max(self._before, self._notes[-_LIMIT - 1].time)
+            self._notes = self._notes[-_LIMIT:]
+
+    def deleted(self, key: str) -> float:
+        """When a context was last deleted, as far as is known: seconds since the epoch, 0.0 for never."""
+        return self._last(note for note in self._notes if not note.parts and note.key == key[:_DIGITS])
+
+    def taken(self, key: str, tag: str) -> float:
+        """The same of a tag of a context."""
+        digests = _digests(tag)
+        return self._last(n for n in self._notes if n.parts and digests.issuperset(n.parts) and n.key in ("", key[:_DIGITS]))
+
+    def left(self, key: str, tags: Mapping[str, float]) -> dict[str, float]:
+        """Those of a context's tags, with the times when they were given, that were not forgotten since."""
+        return {tag: given for tag, given in tags.items() if given > self.taken(key, tag)}
+
+    def _last(self, notes: Any) -> float:
+        return max((note.time for note in notes), default=self._before)
+
+
+def _digests(tag: str) -> set[str]:
+    return {digest(["tag", part])[:_DIGITS] for part in parts(tag)}
