@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -28,6 +29,9 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
+from kvzip_memory.registry import disk
+from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
@@ -712,3 +716,258 @@ def test_a_pinned_context_that_could_not_be_stored_is_stored_at_the_end(tmp_path
     (entry,) = tiny_engine(cache_dir=tmp_path).registry.contexts()
     assert entry.key == context.key
     assert entry.pinned
+
+
+# -- what other processes have in their memory ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Iterator[tuple[KVzipEngine, KVzipEngine]]:
+    """Over one folder, as two processes are."""
+    one, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+    yield one, other
+    for engine in (one, other):
+        engine.close()
+
+
+Two = tuple[KVzipEngine, KVzipEngine]
+
+
+def both_load(two: Two, *tags: str) -> str:
+    """A text that every engine has in memory: the first with all tags, the second with none of its own."""
+    for tag in tags or ((),):
+        context = two[0].load(f"{FILLER}{SECRET}", tags=tag)
+    two[0].registry.flush()
+    two[1].load(f"{FILLER}{SECRET}")
+    two[1].registry.flush()
+    return context.key
+
+
+def spill(engine: KVzipEngine) -> None:
+    """Move down all that is in memory."""
+    engine.registry._device.budget = engine.stats()["tiers"]["device"]["nbytes"] + 4096
+    for number in range(3):
+        engine.load(f"{FILLER}{number}", tags="spill")
+    engine.registry.flush()
+
+
+@pytest.mark.parametrize("ended_by", ["forget", "leave"])
+def test_a_tag_that_was_forgotten_elsewhere_holds_nothing_here(two: Two, ended_by: str) -> None:
+    one, other = two
+    key = both_load(two, "ana", "bob")
+    other.forget("bob")
+    gone = one.registry.leave(key, ["ana"]) if ended_by == "leave" else one.forget("ana").deleted
+    assert gone
+    assert key not in on_disk(one)
+
+
+def test_who_loads_again_what_others_have_forgotten_has_it_again(two: Two) -> None:
+    one, other = two
+    key = both_load(two, "ana")
+    other.load(f"{FILLER}{SECRET}", tags="bob")
+    other.registry.flush()
+    other.forget("ana")
+    one.load(f"{FILLER}{SECRET}", tags="ana")
+    assert on_disk(one)[key] == ("ana", "bob")
+    other.forget("bob")
+    other.forget("ana")
+    assert on_disk(other) == {}
+    one.load(f"{FILLER}{SECRET}", tags="ana")
+    assert on_disk(one) == {key: ("ana",)}
+
+
+def test_what_was_removed_in_use_and_is_loaded_again_is_stored_without_what_it_had(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    context = engine.load(FILLER, name="lamp", tags="ana")
+    engine.registry.pin(context.key)
+    with context.lease():
+        engine.registry.remove(context.key)
+        engine.load(FILLER)
+    engine.close()
+    (entry,) = tiny_engine(cache_dir=tmp_path).registry.contexts()
+    assert (entry.key, entry.tags, entry.names, entry.former, entry.pinned) == (context.key, (), {}, (), False)
+
+
+@pytest.mark.parametrize("tags", [(), ("ana",)])
+def test_what_was_removed_is_not_written_again_by_others(two: Two, tags: tuple[str, ...], tmp_path: Path) -> None:
+    one, other = two
+    key = both_load(two, *tags)
+    one.registry.remove(key)
+    spill(other)
+    assert key not in on_disk(other)
+    other.load(f"{FILLER}{SECRET}")
+    assert key in on_disk(other)
+
+
+@pytest.mark.parametrize("how", ["pin", "name", "tag"])
+def test_forgetting_something_else_costs_nobody_what_only_memory_has(two: Two, how: str) -> None:
+    one, other = two
+    context = other.load(FILLER, name="lamp" if how == "name" else None, tags="ana" if how == "tag" else ())
+    if how == "pin":
+        other.registry.pin(context.key)
+    other.registry.flush()
+    assert other.registry._disk
+    other.registry._disk._quarantine(context.key, "as damage does")
+    one.load("Boat. " * 40, tags="bob")
+    one.forget("bob")
+    other.close() if how == "pin" else spill(other)
+    assert on_disk(one)[context.key] == (("ana",) if how == "tag" else ())
+
+
+def test_what_is_being_written_while_others_forget_it_does_not_stay(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two
+    key = both_load(two, "ana")
+    assert other.registry._disk
+    other.registry._disk.remove(key)  # as a full disk does
+    put = DiskTier.put
+
+    def beside(*args: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        one.forget("ana")
+        put(*args, **options)
+
+    monkeypatch.setattr(DiskTier, "put", beside)
+    held = other.registry._device.held[key]
+    held.tags = {"ana": held.loaded}
+    spill(other)
+    assert key not in on_disk(other)
+
+
+@pytest.mark.parametrize("ended_by", ["remove", "forget"])
+def test_a_file_that_is_copied_without_a_tag_does_not_come_back(two: Two, ended_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two
+    key = both_load(two, "ana")
+    other.load(f"{FILLER}{SECRET}", tags="bob")
+    other.registry.flush()
+    copy = disk.copy_with_catalog
+
+    def beside(*args: Any) -> int:
+        monkeypatch.undo()
+        nbytes = copy(*args)
+        other.registry.remove(key) if ended_by == "remove" else other.forget("bob")
+        return nbytes
+
+    monkeypatch.setattr(disk, "copy_with_catalog", beside)
+    one.forget("ana")
+    assert key not in on_disk(one)
+    assert one.registry._disk
+    assert one.registry._disk.usage() == one.registry._disk.measured()
+
+
+def test_a_catalog_that_could_not_be_written_is_written_by_the_next_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    for tag in ("ana-7f3", "bob"):
+        engine.load(FILLER, tags=tag)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "copy_with_catalog", full)
+        engine.forget("ana-7f3")
+    engine.forget("zzz")
+    assert grep(tmp_path, {"tag": b"ana-7f3"}) == []
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["forget here", "forget there", "untag", "leave", "remove"])
+def test_a_tag_that_could_not_be_written_is_not_written_once_it_is_forgotten(
+    two: Two, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two
+    key = both_load(two, "bob")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "touch", full)
+        one.load(f"{FILLER}{SECRET}", tags="ana")
+        one.registry.flush()
+        patch.setattr(one.registry, "_tell", lambda: None)  # until it is done
+        {
+            "forget here": lambda: one.forget("ana"),
+            "forget there": lambda: other.forget("ana"),
+            "untag": lambda: one.registry.untag(key, "ana"),
+            "leave": lambda: one.registry.leave(key, ["ana"]),
+            "remove": lambda: one.registry.remove(key),
+        }[how]()
+    if how == "remove":
+        one.load(f"{FILLER}{SECRET}")
+    assert on_disk(one)[key] == (() if how == "remove" else ("bob",))
+
+
+def test_a_name_that_is_in_no_row_holds_and_is_removed(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = two
+    key = both_load(two, "ana")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "touch", full)
+        other.load(f"{FILLER}{SECRET}", name="lamp")
+        other.registry._writer.submit(lambda: None).result()
+        assert one.forget("ana").deleted == ()
+        assert one.get("lamp").key == key
+    one.registry.remove(key)
+    one.load(f"{FILLER}{SECRET}")
+    with pytest.raises(InputError, match="lamp"):
+        one.get("lamp")
+
+
+def test_whoever_finds_a_context_holds_it_also_when_it_has_left_the_memory(two: Two) -> None:
+    one, key = two[0], both_load(two, "ana")
+    lose(one, key)
+    one.registry.join(key, ["bob"])
+    one.registry.flush()
+    assert on_disk(one)[key] == ("ana", "bob")
+
+
+def test_rows_of_contexts_whose_files_were_lost_change_too(two: Two) -> None:
+    one, other = two
+    key = both_load(two, "ana", "bob", "eve")
+    one.registry.pin(key)
+    assert other.registry._disk
+    other.registry._disk._quarantine(key, "as damage does")
+    one.registry.pin(key, False)
+    one.registry.untag(key, "ana")
+    assert not one.registry.leave(key, ["bob"])
+    one.generate(one.get(key), "Who?", max_new_tokens=1)
+    one.load(f"{FILLER}{SECRET}")
+    assert on_disk(one)[key] == ("eve",)
+    assert not one.registry.one(key).pinned
+
+
+@pytest.mark.parametrize("action", ["remove", "leave"])
+def test_what_could_not_be_deleted_is_still_there(tmp_path: Path, action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    context = engine.load(FILLER, tags="ana")
+    engine.registry.flush()
+    drop = DiskTier._drop
+
+    def half(*args: Any) -> None:
+        drop(*args)
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "_drop", half)
+        with pytest.raises(OSError, match="Input/output"):
+            engine.registry.remove(context.key) if action == "remove" else engine.registry.leave(context.key, ["ana"])
+    assert on_disk(engine) == {context.key: ("ana",)}
+    engine.close()
+
+
+def test_notes_of_what_was_forgotten_are_not_endless() -> None:
+    notes = Notes(None)
+    notes.add("a" * 64)
+    first = time.time()
+    for number in range(1200):
+        notes.add(tag=f"thread: {number}")
+    notes = Notes(json.loads(json.dumps(notes.row)))
+    now = time.time()
+    assert len(notes.row["notes"]) == 1000
+    assert notes.deleted("a" * 64) >= first - 1  # forgotten among the others: it may be later, never earlier
+    assert notes.left("b" * 64, {"thread: 1100": first, "bob": now, "document: a | thread: 1100": first}) == {"bob": now}
+    assert notes.deleted("b" * 64) < now
+    assert Notes({"time": 5.0}).deleted("a") == 5.0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import CompressedContext, Document, InputError, KVzipEngine
+from kvzip_memory import CompressedContext, Document, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
 from kvzip_memory.registry.names import Names
 
@@ -207,6 +210,27 @@ def test_a_handle_has_the_name_it_was_got_by_whatever_others_load_meanwhile(tmp_
     assert now.key != first.key
     one.close()
     other.close()
+
+
+def test_a_name_is_kept_when_it_cannot_be_removed_and_removed_at_the_next_try(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = engine.load(TEXT, name="lamp")
+    engine.load(TEXT, name="buoy")
+    engine.registry.flush()
+    with closing(sqlite3.connect(tmp_path / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        for _ in range(2):
+            with pytest.raises(StorageError, match="try again"):
+                engine.registry.remove("lamp")
+        holder.execute("ROLLBACK")
+    with FileLock(tmp_path / "contexts" / "locks" / "names.lock", thread_local=False), pytest.raises(OSError, match="lock"):
+        engine.registry.remove("lamp")
+    assert engine.get("lamp").key == context.key
+    engine.registry.remove("lamp")
+    with pytest.raises(InputError, match="no context 'lamp'"):
+        tiny_engine(cache_dir=tmp_path, ratio=0.4).get("lamp")
+    assert engine.get("buoy").key == context.key
+    engine.close()
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "linked", "empty"])

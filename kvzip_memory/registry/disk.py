@@ -658,6 +658,8 @@ class DiskTier:
         """
         with self._changing_files() as index:
             if (entry := _entry(index, key)) is None:
+                if (lost := _entry(index, key, _LOST)) is not None:
+                    index.set(_LOST + key, asdict(replace(lost, tags=without(lost.tags, key, let_go))))
                 return not stays
             rest = without(entry.tags, key, let_go)
             if for_good and not isinstance(let_go, Naming):

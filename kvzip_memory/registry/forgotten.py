@@ -65,7 +65,8 @@ class Notes:
 
     def left(self, key: str, tags: Mapping[str, float]) -> dict[str, float]:
         """Those of a context's tags, with the times when they were given, that were not forgotten since."""
-        return {tag: given for tag, given in tags.items() if given > self.taken(key, tag)}
+        deleted = self.deleted(key)
+        return {tag: given for tag, given in tags.items() if given > max(deleted, self.taken(key, tag))}
 
     def _last(self, notes: Any) -> float:
         return max((note.time for note in notes), default=self._before)

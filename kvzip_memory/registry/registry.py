@@ -525,13 +525,15 @@ class ContextRegistry(Shared):
             notes = disk.notes()
             if self._is_forgotten(held, notes):
                 return False
-            tags, pinned = held.tags if held.stored is None else notes.left(held.key, held.tags), held.pinned
+            tags, pinned = dict(held.tags) if held.stored is None else notes.left(held.key, held.tags), held.pinned
             disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned)
             if self.is_removed(held.key) or self._is_forgotten(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
                 return False
-            if held.pinned and not pinned:
-                disk.pin(held.key, True)
+            if held.pinned != pinned:
+                disk.pin(held.key, held.pinned)
+            for tag in tags.keys() - held.tags.keys():
+                disk.untag(held.key, tag)
         except Exception as error:  # also if there is no memory for a copy
             self._disk_failed("store", error)
             if isinstance(error, IndexHeldError):
@@ -751,10 +753,10 @@ class ContextRegistry(Shared):
 
     def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
-        found = {entry.key: entry for entry in stored}
+        found, notes = {entry.key: entry for entry in stored}, self._notes()
         with self._changed:
             for held in dict.fromkeys([*self._in_memory([*found]), *in_memory]):
-                entry = _entry(held)
+                entry = replace(_entry(held), tags=tuple(sorted(notes.left(held.key, held.tags))))
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
                     names, tags = latest(on_disk.names, entry.names), tuple(sorted({*on_disk.tags, *entry.tags}))
@@ -851,13 +853,28 @@ class ContextRegistry(Shared):
         """
         self.flush()
         entry = self.one(reference)
-        if self._disk is not None:
-            self._disk.pin(entry.key, pinned)
-        with self._changed:
-            for tier in (self._device, self._host):
-                if entry.key in tier.held:
-                    tier.held[entry.key].pinned = pinned
+
+        def change(held: Held) -> None:
+            held.pinned = pinned
+
+        with self._changing(entry.key, change):
+            if self._disk is not None:
+                self._disk.pin(entry.key, pinned)
         return replace(entry, pinned=pinned)
+
+    @contextmanager
+    def _changing(self, key: str, change: Callable[[Held], object]) -> Iterator[None]:
+        """Change a context in memory, before the block does so on disk, for it may just be being written; if that fails it is as it was."""
+        with self._changed:
+            before = [(held, held.pinned, dict(held.tags)) for held in self._here(key)]
+            for held, *_ in before:
+                change(held)
+        try:
+            yield
+        except BaseException:
+            for held, pinned, tags in before:
+                held.pinned, held.tags = pinned, tags
+            raise
 
     def untag(self, key: str, tag: str) -> None:
         """Take a tag from a context.
@@ -866,11 +883,9 @@ class ContextRegistry(Shared):
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
         self.flush()
-        if self._disk is not None:
-            self._disk.untag(key, tag)
-        with self._changed:
-            for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
-                held.tags.pop(tag, None)
+        with self._changing(key, lambda held: held.tags.pop(tag, None)):
+            if self._disk is not None:
+                self._disk.untag(key, tag)
 
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
@@ -903,6 +918,7 @@ class ContextRegistry(Shared):
             if self._disk is not None:
                 self._disk.remove(entry.key, for_good=True)
         with self._changed:
+            self._untold.pop(entry.key, None)
             for held in self._here(entry.key):
                 held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
         for label in [label for label in self._names.all() if label.key == entry.key]:
@@ -957,6 +973,9 @@ class ContextRegistry(Shared):
             here = self._in_memory([key])
             rest = [notes.left(key, held.tags).keys() - set(tags) for held in here]
             stays = any(is_held(self._told(_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
+        if key in self._untold:
+            names, told = self._untold[key]
+            self._untold[key] = names, {tag: given for tag, given in told.items() if tag not in tags}
         with self._deleting(key):
             deleted = not stays if self._disk is None else self._disk.let_go(key, let_go, stays)
             if not deleted:
