@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ class Note:
 
     Attributes:
         time: seconds since the epoch.
-        key: of the context, as far as it is kept; empty if it is said of all.
+        key: digest of the context's; empty if it is said of all.
         parts: digests of the parts of a tag, which every tag with these parts has lost; none: the context itself was deleted.
     """
 
@@ -47,30 +47,34 @@ class Notes:
 
     def add(self, key: str = "", tag: str = "") -> None:
         """Note that a tag was taken from a context, or from all; or that a context was deleted."""
-        digests = tuple(sorted(_digests(tag))) if tag else ()
-        self._notes = [note for note in self._notes if (note.key, note.parts) != (key[:_DIGITS], digests)]
-        self._notes.append(Note(time.time(), key[:_DIGITS], digests))
+        what = _digest(key) if key else "", tuple(sorted(_digests(tag))) if tag else ()
+        self._notes = [note for note in self._notes if (note.key, note.parts) != what]
+        self._notes.append(Note(time.time(), *what))
         if len(self._notes) > _LIMIT:
             self._before = max(self._before, self._notes[-_LIMIT - 1].time)
             self._notes = self._notes[-_LIMIT:]
 
     def deleted(self, key: str) -> float:
         """When a context was last deleted, as far as is known: seconds since the epoch, 0.0 for never."""
-        return self._last(note for note in self._notes if not note.parts and note.key == key[:_DIGITS])
+        return self._last(note for note in self._notes if not note.parts and note.key == _digest(key))
 
     def taken(self, key: str, tag: str) -> float:
         """The same of a tag of a context."""
         digests = _digests(tag)
-        return self._last(n for n in self._notes if n.parts and digests.issuperset(n.parts) and n.key in ("", key[:_DIGITS]))
+        return self._last(note for note in self._notes if note.parts and digests.issuperset(note.parts) and note.key in ("", _digest(key)))
 
     def left(self, key: str, tags: Mapping[str, float]) -> dict[str, float]:
         """Those of a context's tags, with the times when they were given, that were not forgotten since."""
         deleted = self.deleted(key)
         return {tag: given for tag, given in tags.items() if given > max(deleted, self.taken(key, tag))}
 
-    def _last(self, notes: Any) -> float:
+    def _last(self, notes: Iterable[Note]) -> float:
         return max((note.time for note in notes), default=self._before)
 
 
 def _digests(tag: str) -> set[str]:
-    return {digest(["tag", part])[:_DIGITS] for part in parts(tag)}
+    return set(map(_digest, parts(tag)))
+
+
+def _digest(of: str) -> str:
+    return digest(["forgotten", of])[:_DIGITS]
