@@ -454,6 +454,7 @@ class DiskTier:
         """Delete a context: first the file, so that bytes are never free before they are free."""
         self._unlink(entry.key)
         index.delete(_CONTEXT + entry.key)
+        index.delete(_CATALOG + entry.key)
         _list_remove(index, _GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not _list_remove(index, f"{_TOKENS}{family}:{tokens}", entry.key):

@@ -1176,7 +1176,7 @@ class ContextRegistry(Shared):
         self._untold[key] = names, tags = latest(told_names, names), latest(told_tags, tags)
 
         def tell(disk: DiskTier) -> None:
-            disk.touch(key, names=names, tags=disk.notes().left(key, tags))
+            disk.touch(key, names=names, tags=disk.notes().left(key, tags) if tags else ())
             del self._untold[key]
 
         self._try("touch", tell)
