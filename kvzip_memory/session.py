@@ -480,8 +480,8 @@ class Session(NotPickled):
                 stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)
-            if not turn.cancelled.is_set():
-                turn.stamps = since, model.watch.stamp()
+                if not turn.cancelled.is_set():
+                    turn.stamps = since, model.watch.stamp()
             if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
                 answer.finish_reason = "forced"
             complete = answer.finish_reason != "cancelled"
