@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvzip_memory import calls
 from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, as_told
-from kvzip_memory.errors import InputError
+from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.sharing import Shared
 
@@ -78,7 +78,7 @@ class Managed(Shared):
 
 @contextmanager
 def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
-    """A lease of a context, found or made. A parent is brought before the lock for building its child is taken.
+    """A lease of a context, found or made. A parent is brought once its child is not found, and no lock for building that is held.
 
     Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built, too. No more than one
     ancestor is held at a time, and none while the context is used.
@@ -89,15 +89,18 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
             current = path[-1]
             if isinstance(current.parent, CompressedContext):
                 parent = [current.parent]
-            elif current.parent and not parent and not current.registry.tiers(current.wanted.key):
-                path.append(current.parent)
-                continue
             above = ExitStack()
             try:
                 found = above.enter_context(_one(current, parent, below, waiting))
             except _ParentLostError:
                 assert isinstance(current.parent, Step)
                 path.append(current.parent)
+                continue
+            except BudgetError:
+                if not parent or parent[0] is current.parent:
+                    raise
+                below.close()  # it was found after all, and its parent takes the room that it waits for
+                parent.clear()
                 continue
             below.close()
             path.pop()
@@ -127,9 +130,9 @@ def _one(
     if registry.is_removed(key) and "disk" in registry.tiers(key):  # another process has loaded it again
         registry.readmit(key)
     if registry.is_removed(key):
-        logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with calls.waiting():
             context = build(lambda *progress: None)
+        logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with registry.guest(context.nbytes), context.lease() as lease:
             yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
         return

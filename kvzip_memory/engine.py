@@ -61,7 +61,7 @@ from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
-from kvzip_memory.weights import Watch
+from kvzip_memory.weights import Stamp
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class KVzipEngine(Shared):
             ttl=ttl,
             tenant=self._tenant,
         )
-        self._watch = Watch(self.model)
+        self._watch = self._model.watch
         self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
@@ -417,11 +417,12 @@ class KVzipEngine(Shared):
         context: CompressedContext | None,
         prompt: Prompt,
         pairs: DensePairs,
+        since: Stamp,
         ratio: float | None,
         name: str | None,
         tags: str | Sequence[str] | None,
     ) -> CompressedContext:
-        """The context of another one, or of none, and of turns whose pairs are there already."""
+        """The context of another one, or of none, and of turns whose pairs are there already, from a model of the stamp ``since``."""
         began, tags = time.perf_counter(), _labels(name, tags)
         now, then = self._identity, self._identity_of(language)
         if differing := tuple(field for field in ("tokenizer", "template") if now[field] != then[field]):
@@ -433,7 +434,7 @@ class KVzipEngine(Shared):
         if context is not None:
             self._check_parent(language, context)
         self._check_window(prompt)
-        return self._load(language, prompt, ratio, name, tags, began, context, pairs)
+        return self._load(language, prompt, ratio, name, tags, began, context, pairs, since)
 
     def _load_text(
         self, language: Language, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float
@@ -453,8 +454,9 @@ class KVzipEngine(Shared):
         began: float,
         parent: CompressedContext | None = None,
         pairs: DensePairs | None = None,
+        since: Stamp | None = None,
     ) -> CompressedContext:
-        """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given."""
+        """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given, and their model's stamp."""
         ratio = checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
         every = self._compress_every if pairs is None and ratio < 1.0 else None
@@ -487,7 +489,7 @@ class KVzipEngine(Shared):
             prompt.recipe,
             as_told(prompt.sources)[known:],
         )
-        now = step if pairs is None else replace(step, make=partial(build, pairs=pairs))
+        now = step if pairs is None else replace(step, make=partial(build, pairs=pairs, since=since))
         with self._bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
@@ -644,19 +646,31 @@ class KVzipEngine(Shared):
         parent: CompressedContext | None,
         report: Report,
         pairs: DensePairs | None = None,
+        since: Stamp | None = None,
     ) -> CompressedContext:
-        """A context of the weights that its key names and of no others: all of them are read once it is built."""
-        wanted = step.wanted
+        """A context of the weights that its key names and of no others: all of them are read once it is built, and nobody has written to
+        them meanwhile, or since the stamp of the model that ``pairs`` are of.
+
+        Raises:
+            IdentityMismatchError: they are others, or were for a while.
+        """
+        wanted, since = step.wanted, since or self._watch.stamp()
         where = f"context {wanted.key[:12]!r}"
         check_same_model(wanted.identity, self._identity_of(language), where)  # a handle may outlive the weights
         context, ms = self._build_now(language, step, parent, report, pairs)
         began = time.perf_counter()
+        until = self._watch.stamp()
+        way_out = "nothing is stored. Load it again, and change no weights meanwhile"
         check_same_model(
             wanted.identity,
             self._proven_identity(language),
             where,
-            "the model was changed, perhaps while it was built, and nothing is stored. Load it again, and change no weights meanwhile",
+            f"the model was changed, perhaps while it was built, and {way_out}",
         )
+        if not self._model.untouched(since, until):
+            raise IdentityMismatchError(
+                f"the model was changed and changed back while {where} was built from it, and {way_out}", fields=("weights",)
+            )
         ms["verify"] = 1e3 * (time.perf_counter() - began)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
 

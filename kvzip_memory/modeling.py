@@ -22,6 +22,7 @@ from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedMo
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
+from kvzip_memory.weights import Stamp, Watch
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ class LanguageModel:
         tokenizer: the engine's copy.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
+        watch: gives stamps of what the model computes with.
         places: threads for answers that an event loop waits for.
         loads: threads for everything else that one waits for.
 
@@ -86,6 +88,7 @@ class LanguageModel:
                 "full-attention cache to compress"
             )
         self.tokenizer = tokenizer
+        self.watch = Watch(model)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._attention, self._made_on = backend, self.device
         self._choose()
@@ -146,6 +149,18 @@ class LanguageModel:
             self._worker.run(self._choose)
         elif moved and self._steps is not None:
             self._worker.submit(self._steps.forget)
+
+    def untouched(self, since: Stamp, until: Stamp) -> bool:
+        """Whether nobody has written to what the model computes with between two stamps, but its own forwards to buffers.
+
+        What they write to is seen by one over a single token; few models have such buffers.
+        """
+        written = until.written(since)
+        if not written or -1 in written:
+            return not written
+        before = self.watch.stamp()
+        self.forward([Row((), 0, Tail())], [[0]])
+        return written <= self.watch.stamp().written(before)
 
     def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int = 1) -> list[Tensor]:
         """Feed each row its new tokens and append their pairs to its tail.

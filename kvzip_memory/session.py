@@ -25,7 +25,7 @@ from kvzip_memory.cache import Row, Tail
 from kvzip_memory.calls import Cancelled, Gate
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
-from kvzip_memory.errors import InputError, SessionBusyError, WindowError
+from kvzip_memory.errors import IdentityMismatchError, InputError, SessionBusyError, WindowError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.modeling import LanguageModel, eos_ids
@@ -39,6 +39,7 @@ from kvzip_memory.speculation import PromptLookup
 from kvzip_memory.talk import Asked, Talk
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool
+from kvzip_memory.weights import Stamp
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Reply:
 
 
 Tags = str | Sequence[str] | None
-#: Builds the context of a parent, if any, and of a prompt behind it: pairs, ratio, name and tags follow.
-Fold = Callable[[CompressedContext | None, Prompt, DensePairs, float | None, str | None, Tags], CompressedContext]
+#: Builds the context of a parent, if any, and of a prompt behind it: pairs, their model's stamp, ratio, name and tags follow.
+Fold = Callable[[CompressedContext | None, Prompt, DensePairs, Stamp, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -107,6 +108,7 @@ class _Turn:
     reader: ReasoningReader | None = None  # for a model that thinks
     prefilled: float | None = None  # when its first token was there
     reply: Reply | None = None
+    stamps: tuple[Stamp, Stamp] | None = None  # of the model, before its first forward and after its last
     cancelled: threading.Event = field(default_factory=threading.Event)  # nobody waits for it
     entry: Gate = field(default_factory=SimpleQueue)  # opened when it is its turn, or when it is cancelled
     over: bool = False
@@ -255,6 +257,7 @@ class Session(NotPickled):
     ) -> None:
         self._model, self._prompts, self._fold, self._identity = model, prompts, fold, identity
         self._made_with: Mapping[str, Any] = {}  # of the tail, the model's fields of a key
+        self._stamps: tuple[Stamp, Stamp] | None = None  # around the computing of its last pairs, if they differ
         self._talk: Talk
         self._go_on(context)
         self._shown = prompts.call_ids
@@ -322,7 +325,8 @@ class Session(NotPickled):
         with self._lock:
             self._check_idle()
             twin = Session(self._model, self._prompts, self.context, self._fold, self._identity)
-            twin._tail, twin._talk, twin._made_with = self._tail.copy(), self._talk.copy(), self._made_with
+            twin._tail, twin._talk = self._tail.copy(), self._talk.copy()
+            twin._made_with, twin._stamps = self._made_with, self._stamps
             return twin
 
     def __copy__(self) -> Session:
@@ -348,25 +352,29 @@ class Session(NotPickled):
             InputError: fewer turns than that, or a negative number.
             SessionBusyError: the session is still answering.
             WindowError, BudgetError, ModelError: as for :meth:`KVzipEngine.extend`; the session is as it was.
+            IdentityMismatchError: the model is another one now, or was for a while as the turns were answered or folded.
         """
         with self._lock:
             self._check_idle()
             ends = self._talk.ends
             if keep < 0 or len(ends) <= keep:
                 raise InputError(f"keep is {keep}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
-            turns = len(ends) - keep
+            turns, since = len(ends) - keep, self._model.watch.stamp()
             self._check_model(self._tail.length)
             self._tail.crop(self._talk.settle(self._tail.length))
             cut = self._talk.ends[turns - 1]
             if cut > self._tail.length:
-                with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                    deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
+                try:
+                    with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+                        deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
+                finally:
+                    self._computed(since, self._model.watch.stamp())
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, pairs, ratio, name, tags)
+            context = self._fold(self.context, prompt, pairs, since, ratio, name, tags)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
-            self._tail, self._talk = Tail(), talk
+            self._tail, self._talk, self._stamps = Tail(), talk, None
             return context
 
     def reset(self) -> None:
@@ -374,6 +382,7 @@ class Session(NotPickled):
         with self._lock:
             self._check_idle()
             self._tail.crop(0)
+            self._stamps = None
             self._talk = Talk(self._prompts, self.context)
 
     @property
@@ -405,7 +414,7 @@ class Session(NotPickled):
         """The model's fields now, with the session's template, if the context and the first ``taken`` pairs of the tail are of the same.
 
         Raises:
-            IdentityMismatchError: they are not.
+            IdentityMismatchError: they are not, or the model was another one while some of these were computed.
         """
         now = self._identity()
         made: list[tuple[Mapping[str, Any], str, str]] = []
@@ -415,14 +424,29 @@ class Session(NotPickled):
             made.append((self._made_with, "the conversation of this session", "reset() it"))
         for made_with, where, way_out in made:
             check_same_model(made_with, now, where, f"{way_out}, or ask with the model as it was")
+        if taken and self._stamps:
+            if not self._model.untouched(*self._stamps):
+                raise IdentityMismatchError(
+                    "the model was changed while this session answered, whose conversation is then of both; reset() it, and change no "
+                    "weights meanwhile",
+                    fields=("weights",),
+                )
+            self._stamps = None
         return now
 
     def _begin(self, start: int) -> None:
         """Before the tail goes on behind its first ``start`` pairs: see :meth:`_check_model`. Without any it may be another model's."""
         now = self._check_model(start)
-        if not start and now != self._made_with:
-            self._tail.clear()  # which may be of another dtype
-            self._made_with = now
+        if not start:
+            self._stamps = None
+            if now != self._made_with:
+                self._tail.clear()  # which may be of another dtype
+                self._made_with = now
+
+    def _computed(self, since: Stamp, until: Stamp) -> None:
+        """Remember it if the model may have changed between two stamps, while pairs of the tail were computed."""
+        if until != since:
+            self._stamps = since, until
 
     def _check_least(self, least: int, limit: int, taken: int) -> None:
         """Raises where no answer of ``least`` tokens can be finished."""
@@ -450,11 +474,14 @@ class Session(NotPickled):
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
+                since = model.watch.stamp()
                 self._begin(start)
                 tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)
+                if not turn.cancelled.is_set():
+                    turn.stamps = since, model.watch.stamp()
             if sampler.hurried and answer.finish_reason == "stop" and not answer.cut:
                 answer.finish_reason = "forced"
             complete = answer.finish_reason != "cancelled"
@@ -548,6 +575,8 @@ class Session(NotPickled):
             turn.kept = keep
         try:
             if keep:
+                if turn.stamps:
+                    self._computed(*turn.stamps)
                 self._commit(turn)
             else:
                 self._tail.crop(turn.asked.start)

@@ -27,15 +27,27 @@ class Stamp(NamedTuple):
     """Differs whenever a model computes something else, as far as can be told without reading all of its weights.
 
     Attributes:
-        places: of the tensors, in memory and in the model, what its adapters do, and its modules' own numbers. Equal ones mean that
-            whoever has their addresses may go on with them.
-        counts: torch's count of writes to each.
-        sample: some of their values. Steps of fused optimizers, and whatever writes through ``.data`` or by numpy, are not counted.
+        modules: which they are, what the adapters among them do, and their own numbers.
+        parameters: of each its place in memory, its size, and torch's count of writes to it.
+        buffers: the same of each buffer. A model's own forward may write to them.
+        sample: some values of all. Steps of fused optimizers, and whatever writes through ``.data`` or by numpy, are not counted.
     """
 
-    places: tuple[Any, ...]
-    counts: tuple[int, ...]
+    modules: tuple[Any, ...]
+    parameters: tuple[tuple[int, int, int], ...]
+    buffers: tuple[tuple[int, int, int], ...]
     sample: tuple[bytes, ...]
+
+    @property
+    def places(self) -> tuple[Any, ...]:
+        """Equal ones mean that whoever has the tensors' addresses may go on with them."""
+        return self.modules, [place[:2] for place in (*self.parameters, *self.buffers)]
+
+    def written(self, since: Stamp) -> set[int]:
+        """Numbers of the buffers that were written to or replaced since another stamp, and -1 if anything else has changed, too."""
+        others = self._replace(buffers=()) != since._replace(buffers=()) or len(self.buffers) != len(since.buffers)
+        pairs = zip(self.buffers, since.buffers, strict=False)
+        return {-1} if others else {i for i, (now, then) in enumerate(pairs) if now != then}
 
 
 class Watch:
@@ -52,33 +64,38 @@ class Watch:
         self._planned: tuple[tuple[Any, ...], list[list[_Spread]], list[tuple[int, str]]] = ((), [], [])
 
     def stamp(self) -> Stamp:
-        modules, held = _held(self._model)
-        where = (*map(id, modules), *map(Tensor.data_ptr, held), *map(Tensor.numel, held), _adapters(modules))
-        counts = tuple([0 if tensor.is_inference() else tensor._version for tensor in held])
+        modules, parameters, buffers = _held(self._model)
+        held = [*parameters, *buffers]
+        which, places, sizes = (*map(id, modules), _adapters(modules)), [*map(Tensor.data_ptr, held)], [*map(Tensor.numel, held)]
+        counts = [0 if tensor.is_inference() else tensor._version for tensor in held]
         known, groups, numbers = self._planned
+        where = (*which, *places, *sizes)
         if where != known:
             groups, numbers = _groups(held), [(i, name) for i, module in enumerate(modules) for name in _numbers(module)]
             self._planned = where, groups, numbers
-        places = (*where, *(vars(modules[i]).get(name) for i, name in numbers))
+        which = (*which, *(vars(modules[i]).get(name) for i, name in numbers))
+        tensors, first = tuple(zip(places, sizes, counts, strict=True)), len(parameters)
         with torch.inference_mode():
             sampled = [torch.cat([held[i].as_strided(size, stride) for i, size, stride in group]) for group in groups]
-            return Stamp(places, counts, tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled))
+            sample = tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled)
+        return Stamp(which, tensors[:first], tensors[first:], sample)
 
 
-def _held(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
+def _held(model: nn.Module) -> tuple[list[nn.Module], list[Tensor], list[Tensor]]:
     """All modules of a model, and the parameters and buffers they compute with. ``model.modules()`` alone takes twice as long."""
     modules: list[Any] = [model]
-    held: list[Tensor | None] = []
+    parameters: list[Tensor | None] = []
+    buffers: list[Tensor | None] = []
     for module in modules:
         own = vars(module)
         if own["_parameters"]:
-            held += own["_parameters"].values()
+            parameters += own["_parameters"].values()
         if own["_buffers"]:
             passing = _passing(module)
-            held += [buffer for name, buffer in own["_buffers"].items() if name not in passing]
+            buffers += [buffer for name, buffer in own["_buffers"].items() if name not in passing]
         if own["_modules"]:
             modules += [child for child in own["_modules"].values() if child is not None]
-    return modules, [tensor for tensor in held if tensor is not None]
+    return modules, [tensor for tensor in parameters if tensor is not None], [tensor for tensor in buffers if tensor is not None]
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[_Spread]]:
@@ -187,8 +204,8 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         mixed = rows >> 32
         mixed ^= rows  # two upper bits that flip would cancel otherwise
         columns += mixed.sum(0)
-        yield torch.as_tensor(mixed.sum(1))
-    yield torch.as_tensor(columns)
+        yield torch.as_tensor(mixed.sum(1), device=tensor.device)
+    yield torch.as_tensor(columns, device=tensor.device)
     yield words[whole:]
     yield rest
 

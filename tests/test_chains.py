@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import torch
 from conftest import TEXT, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.chain import Managed, Step
+from kvzip_memory.registry import ContextRegistry, Wanted
 
 STEPS = 60
 
@@ -161,3 +163,71 @@ def test_a_parent_without_its_text_says_so() -> None:
     forget_all(engine)
     with pytest.raises(InputError, match=f"{key[:12]}.* is no longer stored; load its text again"):
         engine.generate(child, "Who?", max_new_tokens=1)
+
+
+OPENING = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}]
+NEXT = [{"role": "user", "content": "And the lamp? " * 9}, {"role": "assistant", "content": "No."}]
+
+
+def room_for_a_child(engine: KVzipEngine) -> None:
+    """And not for its parent beside it."""
+    sizes = wide_engine(ratio=0.5)
+    engine.registry._device.budget = int(1.15 * sizes.extend(sizes.load(OPENING), NEXT).nbytes)
+    engine.registry._wait_s = 0.5
+
+
+def test_nobody_waits_for_room_that_a_parent_takes_when_the_child_is_cut_from_a_finer_one() -> None:
+    engine = wide_engine(ratio=0.5)
+    parent = engine.load(OPENING)
+    engine.extend(parent, NEXT)
+    room_for_a_child(engine)
+    before = engine.stats()
+    child = engine.extend(parent, NEXT, ratio=0.4)
+    receipt = child.receipt
+    assert receipt is not None
+    assert (receipt.tier, receipt.shrunk_from, receipt.read) == ("device", 0.5, 0)
+    assert [engine.stats()[event] - before[event] for event in ("lookups", "built", "shrunk")] == [1, 0, 1]
+    engine.registry._device.budget = None
+    assert engine.extend(parent, NEXT, ratio=0.3).receipt.shrunk_from == 0.4  # type: ignore[union-attr]
+
+
+def test_nor_when_another_process_has_made_it_while_its_parent_was_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, other = (wide_engine(ratio=0.5, cache_dir=tmp_path) for _ in range(2))
+    parent = engine.load(OPENING)
+    engine.registry.flush()
+    room_for_a_child(engine)
+    lease = ContextRegistry.lease
+
+    @contextmanager
+    def late(registry: ContextRegistry, wanted: Wanted, *args: Any) -> Iterator[Any]:
+        with lease(registry, wanted, *args) as found:
+            if registry is engine.registry and wanted.key == parent.key and len(other.registry.contexts()) == 1:
+                other.extend(other.get(parent.key), NEXT)
+                other.registry.flush()
+            yield found
+
+    monkeypatch.setattr(ContextRegistry, "lease", late)
+    assert engine.extend(parent, NEXT).receipt.tier == "disk"  # type: ignore[union-attr]
+    for each in (engine, other):
+        each.close()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_child_that_is_built_is_counted_and_told_of_once(lost: bool, caplog: pytest.LogCaptureFixture) -> None:
+    engine = wide_engine(ratio=0.5)
+    parent = engine.load(OPENING)
+    before = engine.stats()
+    if lost:
+        engine.registry.remove(parent.key)
+    child = engine.extend(parent, NEXT)
+    receipt = child.receipt
+    assert receipt is not None
+    assert (receipt.tier, receipt.read, receipt.hit) == ("built", child.n_tokens - parent.n_tokens, False)
+    assert receipt.ms.keys() >= {"load", "prefill", "score", "evict", "verify"}
+    assert engine.stats()["built"] - before["built"] == 1
+    assert engine.stats()["lookups"] - before["lookups"] == 1 + (not lost)  # of its parent, too
+    assert len([record for record in caplog.records if "was removed" in record.message]) == lost
+    if not lost:
+        engine.registry.remove(child.key)
+        assert child.layers
+        assert len([record for record in caplog.records if "was removed" in record.message]) == 1

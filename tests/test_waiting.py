@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import BudgetError, KVzipEngine, QueueFullError
+from kvzip_memory import BudgetError, CompressedContext, KVzipEngine, QueueFullError
 from kvzip_memory.batching import Admission
 from test_cancelling import Gated, freed
 
@@ -170,3 +170,65 @@ async def test_many_answers_over_more_contexts_than_there_is_room_for_all_end(ma
     assert [reply.text for reply in replies] == [expected[i] for i in picked]
     assert not wrong
     await freed(engine)
+
+
+# -- what takes the room ----------------------------------------------------------------------------------------------
+
+
+def removed(engine: KVzipEngine, context: CompressedContext) -> None:
+    engine.registry.remove(context.key)
+
+
+def expired(engine: KVzipEngine, context: CompressedContext) -> None:
+    engine.registry.ttl = 0.0
+    with engine.registry._changed:
+        assert not engine.registry._alive(engine.registry._device.held[context.key])
+    engine.registry.ttl = None
+
+
+USERS: dict[
+    str, tuple[Callable[[KVzipEngine, CompressedContext], None] | None, Callable[[KVzipEngine, CompressedContext], None] | None]
+] = {
+    "one that was removed, built for an answer": (removed, None),
+    "one that was removed as it was read": (None, removed),
+    "one that expired as it was read": (None, expired),
+    "one that is there": (None, None),
+}
+
+
+@pytest.mark.parametrize("ask", ["load", "a removed one"])
+@pytest.mark.parametrize("user", USERS)
+def test_who_needs_room_waits_for_whatever_leaves_with_its_reader(user: str, ask: str) -> None:
+    before, meanwhile = USERS[user]
+    engine = tiny_engine(ratio=0.4)
+    held, other = engine.load(TEXT), engine.load(OTHER)
+    engine.registry.remove(other.key)
+    engine.registry._device.budget = max(held.nbytes, other.nbytes) + 1000
+    if before is not None:
+        before(engine, held)
+    done: list[Any] = []
+    with held.lease():
+        if meanwhile is not None:
+            meanwhile(engine, held)
+        thread = asked(lambda: engine.load(OTHER) if ask == "load" else engine.generate(other, "Who?", max_new_tokens=1), done)
+        thread.join(0.6)
+        assert thread.is_alive()
+    thread.join(30)
+    assert len(done) == 1
+    assert engine.registry._device.reserved == 0
+
+
+def test_how_long_it_waited_is_told() -> None:
+    engine = tiny_engine(ratio=0.4)
+    held, other = engine.load(TEXT), engine.load(OTHER)
+    engine.registry._device.budget = max(held.nbytes, other.nbytes) + 1000
+    engine.registry.remove(held.key)
+    engine.registry._wait_s = 1.1
+    with held.lease(), pytest.raises(BudgetError, match=rf"0 contexts in use.* {held.nbytes:,} bytes of others .*\(waited 1 s\)"):
+        engine.load(OTHER, ratio=0.39)
+    engine.load(OTHER)
+    engine.registry.pin(other.key)
+    began = time.monotonic()
+    with pytest.raises(BudgetError, match=r"1 pinned.*\(waited 0 s\)"):
+        engine.load(TEXT)
+    assert time.monotonic() - began < 1

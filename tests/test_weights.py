@@ -7,6 +7,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import TEXT, tiny_engine, tiny_model
+import test_models
+import test_modes
+from conftest import ARCHITECTURES, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine, Session
 from kvzip_memory.attention import Chosen, cpu
 from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.generation import GenerationParams
+from kvzip_memory.modeling import LanguageModel
 from kvzip_memory.weights import Watch, fingerprint
 
 # -- what changes weights ---------------------------------------------------------------------------------------------
@@ -253,6 +257,153 @@ def test_a_build_beside_which_weights_change_is_made_once_more_and_then_given_up
     engine.close()
 
 
+# -- changed, and changed back ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def for_a_while(model: Any, change: Callable[[torch.Tensor], object] = lambda weight: weight.mul_(3)) -> Iterator[None]:
+    """Other weights, by writes that torch counts, and then those that were."""
+    weight = model.model.layers[1].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        change(weight)
+        yield
+        weight.copy_(before)
+
+
+class Swapping(KVzipScorer):
+    """Ranks with other weights, as often as it is told."""
+
+    times: list[int]
+
+    def score(self, prefilled: Prefilled, *args: Any) -> Any:
+        if not self.times:
+            return super().score(prefilled, *args)
+        self.times.pop()
+        with for_a_while(prefilled.model.model):
+            return super().score(prefilled, *args)
+
+
+def swapping(**options: Any) -> tuple[KVzipEngine, list[int]]:
+    scorer, times = Swapping(), list[int]()
+    object.__setattr__(scorer, "times", times)
+    return tiny_engine(ratio=0.4, scorer=scorer, **options), times
+
+
+@pytest.mark.parametrize(("times", "told"), [(1, False), (2, True)])
+def test_a_build_within_which_weights_are_other_ones_is_made_once_more_and_then_given_up(times: int, told: bool, tmp_path: Path) -> None:
+    expected = swapping()[0].load(TEXT)
+    engine, left = swapping(cache_dir=tmp_path)
+    left += range(times)
+    if told:
+        with pytest.raises(IdentityMismatchError, match=r"changed and changed back while context .* nothing is stored") as error:
+            engine.load(TEXT)
+        assert error.value.fields == ("weights",)
+        engine.registry.flush()
+        assert not engine.registry.contexts()
+    context = engine.load(TEXT)
+    assert (context.key, context.receipt.tier) == (expected.key, "built")  # type: ignore[union-attr]
+    assert same_pairs(context, expected)
+    engine.close()
+
+
+@pytest.mark.parametrize("way", ["extend", "lost"])
+def test_what_goes_on_from_a_context_with_other_weights_for_a_while_is_not_stored(way: str, tmp_path: Path) -> None:
+    engine, left = swapping(cache_dir=tmp_path)
+    context = engine.load(TEXT)
+    left.append(1)
+    with pytest.raises(IdentityMismatchError, match="nothing is stored"):
+        (extended if way == "extend" else lost)(engine, context)
+    engine.registry.flush()
+    assert [entry.key for entry in engine.registry.contexts()] == [context.key] * (way == "extend")
+    extended(engine, context) if way == "extend" else context.layers
+    assert len(engine.registry.contexts()) == 1 + (way == "extend")
+    engine.close()
+
+
+def many_models() -> Iterator[Any]:
+    for architecture in ARCHITECTURES:
+        yield pytest.param(lambda name=architecture: tiny_model(name), id=architecture)
+    for kind, (architecture, changes) in test_models.ROTATIONS.items():
+        yield pytest.param(lambda name=architecture, changes=changes: tiny_model(name, **changes), id=f"rotation: {kind}")
+    for kind, compiled in test_models.COMPILED.items():
+        yield pytest.param(lambda compiled=compiled: compiled(tiny_model()), id=f"compiled: {kind}")
+    for kind, (architecture, changes, prepare) in test_modes.MODELS.items():
+
+        def made(name: str = architecture, changes: Any = changes, prepare: Any = prepare) -> Any:
+            model = tiny_model(name, **changes)
+            prepare(model)
+            return model.train()
+
+        yield pytest.param(made, id=f"training: {kind}")
+
+
+@pytest.mark.parametrize("make", [*many_models()])
+def test_no_model_has_another_stamp_after_it_was_run(make: Callable[[], Any]) -> None:
+    model = make()
+    engine = KVzipEngine(model, tiny_tokenizer(), 0.5)
+    with torch.inference_mode():  # another user's long text
+        (model._orig_mod if hasattr(model, "_orig_mod") else model).eval()(input_ids=torch.arange(2100)[None] % 250)
+    model.train("training" in str(make))
+    before = engine._watch.stamp()
+    session = engine.session(engine.load(TEXT[:200]))
+    assert engine._watch.stamp() == before
+    for question in ("Who?", "When?"):
+        session.ask(question, max_new_tokens=3)
+    session.fold(1)
+    session.ask("Why?", max_new_tokens=3)
+    assert engine._watch.stamp() == before
+    assert engine.stats()["built"] == 2
+
+
+class Counting(nn.Module):
+    """Writes what it has computed to buffers of its own at each forward, as an observer of ranges that has seen the widest does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("written", torch.ones(3))
+        self.register_buffer("replaced", torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.written.copy_(torch.ones(3))  # type: ignore[operator]
+        self.replaced = self.replaced.clone()  # type: ignore[operator]
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def counting() -> tuple[KVzipEngine, Any]:
+    engine = tiny_engine(ratio=0.5)
+    model: Any = engine.model
+    model.model.layers[2].mlp = Counting(model.model.layers[2].mlp)
+    return engine, model.model
+
+
+def test_a_model_that_writes_to_its_own_buffers_is_always_the_same() -> None:
+    engine, _ = counting()
+    before = engine._watch.stamp()
+    context = engine.load(TEXT)
+    assert engine._watch.stamp() != before
+    session = engine.session(engine.extend(context, "More of it."))
+    for question in ("Who?", "When?"):
+        session.ask(question, max_new_tokens=3)
+    session.fold(1)
+    assert session.ask("Why?", max_new_tokens=3).receipt.hit
+    assert engine.stats()["built"] == 3
+
+
+@pytest.mark.parametrize(("where", "name"), [("rotary_emb", "inv_freq"), ("layers.2.self_attn.k_proj", "weight")])
+def test_what_others_write_to_beside_it_is_noticed(where: str, name: str) -> None:
+    engine, model = counting()
+    session = engine.session(engine.load(TEXT))
+    stream = session.stream("Who?", max_new_tokens=3)
+    next(stream)
+    with torch.no_grad():
+        model.get_submodule(where).get_parameter(name).mul_(1) if name == "weight" else model.get_submodule(where).get_buffer(name).mul_(1)
+    stream.whole()
+    with pytest.raises(IdentityMismatchError, match=r"reset\(\) it"):
+        session.ask("When?", max_new_tokens=1)
+
+
 # -- sessions ---------------------------------------------------------------------------------------------------------
 
 
@@ -346,6 +497,80 @@ def test_an_attention_that_cannot_compute_with_another_dtype_says_so(monkeypatch
     engine.model.to(torch.float64)
     assert engine.generate(engine.load(TEXT), "Who?", max_new_tokens=1).receipt.hit
     assert engine.stats()["attention"] == "another"
+
+
+@pytest.mark.parametrize("over", ["a context", "none"])
+@pytest.mark.parametrize("back", ["within it", "after it"])
+def test_a_session_does_not_go_on_from_an_answer_within_which_the_model_changed(back: str, over: str) -> None:
+    engine = tiny_engine()
+    session = engine.session(engine.load(TEXT) if over == "a context" else None)
+    expected = session.fork().ask("Where?", max_new_tokens=4).text
+    session.ask("Who?", max_new_tokens=2)
+    stream = session.stream("When?", max_new_tokens=12, speculate=False).in_this_thread()
+    next(stream)
+    with for_a_while(engine.model):
+        next(stream)
+        if back == "after it":
+            stream.whole()
+            with pytest.raises(IdentityMismatchError):
+                session.ask("And when?", max_new_tokens=2)
+    assert stream.whole().finish_reason == "length"
+    for _ in range(2):
+        for way in ASK.values():
+            with pytest.raises(IdentityMismatchError, match=r"changed while this session answered.* reset\(\) it") as error:
+                way(session)
+            assert error.value.fields == ("weights",)
+    session.reset()
+    assert session.ask("Where?", max_new_tokens=4).text == expected
+    assert session.fold(0).ratio
+
+
+@pytest.mark.parametrize("end", ["closed", "cancelled", "dropped"])
+def test_an_answer_that_is_taken_back_leaves_nothing_of_another_model(end: str) -> None:
+    engine = tiny_engine()
+    session, twin = (engine.session(engine.load(TEXT)) for _ in range(2))
+    for each in (session, twin):
+        each.ask("Who?", max_new_tokens=2)
+    stream = session.stream("When?", max_new_tokens=200, speculate=False)
+    next(stream)
+    with for_a_while(engine.model):
+        next(stream)
+    if end == "dropped":
+        del stream
+    else:
+        stream.close() if end == "closed" else stream.cancel()
+    assert session.ask("Why?", max_new_tokens=4).text == twin.ask("Why?", max_new_tokens=4).text
+    assert same_pairs(session.fold(0), twin.fold(0))
+
+
+@pytest.mark.parametrize("when", ["as its last tokens are read", "before its key is made"])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_fold_within_which_the_model_changes_stores_nothing(when: str, back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, name = (LanguageModel, "append") if "tokens" in when else (KVzipEngine, "_folded")
+    original = getattr(where, name)
+
+    def changing(self: Any, *args: Any, **options: Any) -> Any:
+        if back and "tokens" in when:
+            with for_a_while(engine.model):
+                return iter([*original(self, *args, **options)])
+        if back:
+            with for_a_while(engine.model):
+                pass
+        else:
+            inner(engine.model).up_proj.weight.data.mul_(2)
+        return original(self, *args, **options)
+
+    engine = tiny_engine()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, changing)
+        session = engine.session()
+        session.ask("Who?", max_new_tokens=4)
+        with pytest.raises(IdentityMismatchError, match="nothing is stored"):
+            session.fold(0)
+    assert not engine.registry.contexts()
+    if "tokens" in when or not back:
+        with pytest.raises(IdentityMismatchError, match=r"reset\(\) it"):
+            session.fold(0)
 
 
 def test_a_stream_that_waits_for_its_turn_is_checked_when_that_comes() -> None:

@@ -602,26 +602,31 @@ class ContextRegistry(Shared):
                 self._changed.notify_all()
 
     def _reserve(self, tier: MemoryTier, nbytes: int, room: Room) -> None:
-        """Make room in a tier, moving down what was used longest ago; waits while answers use all of it."""
+        """Make room in a tier, moving down what was used longest ago; waits while others use all of it.
+
+        Raises:
+            BudgetError: nobody uses what takes the room, or they do for longer than ``wait_s``.
+        """
         if tier is self._device:
             self.check_fits(nbytes)
-        deadline = time.monotonic() + self._wait_s
+        began = time.monotonic()
         notice = Notice("waiting for room for %s bytes in the %s tier, all of which answers use", f"{nbytes:,}", tier.name)
         while not self._reserved(tier, nbytes, room):
             calls.check()
             with self._changed:
                 if tier.has_room(nbytes) or self._victim(tier) is not None:
                     continue
-                remaining = deadline - time.monotonic()
+                waited, passing = time.monotonic() - began, tier.reserved  # of contexts that come, or leave with their users
                 users = sum(held.users > 0 for held in tier.held.values())
-                if remaining <= 0 or (users == 0 and len(self._flights) <= 1):
+                if waited >= self._wait_s or (users == 0 and not passing and len(self._flights) <= 1):
                     raise BudgetError(
-                        f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use and "
-                        f"{sum(held.pinned for held in tier.held.values())} pinned take {tier.nbytes:,} of {tier.budget:,} bytes "
-                        f"(waited {self._wait_s:g} s); end some answers, unpin, or raise {tier.name}_bytes"
+                        f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use, "
+                        f"{sum(held.pinned for held in tier.held.values())} pinned and {passing:,} bytes of others that come or leave take "
+                        f"{tier.nbytes:,} of {tier.budget:,} bytes (waited {waited:.0f} s); end some answers, unpin, or raise "
+                        f"{tier.name}_bytes"
                     )
                 notice.look()
-                self._changed.wait(min(remaining, calls.LOOK_S))
+                self._changed.wait(min(self._wait_s - waited, calls.LOOK_S))
 
     def _reserved(self, tier: MemoryTier, nbytes: int, room: Room) -> bool:
         """Keep bytes in a tier, moving down what was used longest ago; False if that is not to be had without waiting."""
