@@ -187,8 +187,8 @@ def _sums(tensor: Tensor) -> Iterator[Tensor]:
         mixed = rows >> 32
         mixed ^= rows  # two upper bits that flip would cancel otherwise
         columns += mixed.sum(0)
-        yield torch.as_tensor(mixed.sum(1))
-    yield torch.as_tensor(columns)
+        yield torch.as_tensor(mixed.sum(1), device=tensor.device)
+    yield torch.as_tensor(columns, device=tensor.device)
     yield words[whole:]
     yield rest
 
