@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.metadata
 import inspect
 import os
@@ -92,6 +93,12 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 def tiny_engine(architecture: str = "llama", **options: Any) -> KVzipEngine:
     return KVzipEngine(tiny_model(architecture), tiny_tokenizer(options.pop("template", CHATML)), **options)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no collection of garbage need look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -76,6 +76,16 @@ processes.set_forkserver_preload(["synthetic", "conftest", "writers"])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
+def in_a_process(work: Any, *args: Any) -> Any:
+    """What work puts into the queue that it is given last."""
+    answers = processes.Queue()
+    process = processes.Process(target=work, args=(*args, answers))
+    process.start()
+    process.join(timeout=900)
+    assert process.exitcode == 0
+    return answers.get(timeout=5)
+
+
 def ask_together(folder: Path, log: Path, answers: Any, barrier: Any, seconds: float) -> None:
     """Eight threads ask for one context at once."""
     torch.set_num_threads(1)

@@ -38,7 +38,7 @@ MARKED = [
 TALK = [("user" if i % 2 == 0 else "assistant", f"Line {i}. " + "word " * 12) for i in range(9)]
 
 
-MODEL = tiny_model()
+MODEL = tiny_model(num_hidden_layers=2)
 
 
 class Lease(BaseModel):
@@ -56,15 +56,18 @@ async def read_response(response: Awaitable[Any]) -> list[Any]:
 
 
 class Made:
-    """An engine and what is over it."""
+    """An engine and what is over it; of the indexes those that a way in names."""
 
-    def __init__(self, **options: Any) -> None:
-        self.engine = KVzipEngine(MODEL, tiny_tokenizer(), max_running=1, **options)
+    def __init__(self, way: Callable[[Made], Awaitable[Any]] | None = None) -> None:
+        named = ("index", "split") if way is None else way.__code__.co_names
+        self.engine = KVzipEngine(MODEL, tiny_tokenizer(), max_running=1)
         self.chat = KVzipChatModel(engine=self.engine, ratio=0.4, max_tokens=12)
         self.llm = KVzipLLM(engine=self.engine, ratio=0.4, max_tokens=12)
         self.context = self.engine.load(TEXT, name="lamp")
-        self.index = KVzipIndex.from_documents(DOCUMENTS, llm=self.llm)
-        self.split = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=self.llm, context_tokens=450)
+        if "index" in named:
+            self.index = KVzipIndex.from_documents(DOCUMENTS, llm=self.llm)
+        if "split" in named:
+            self.split = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=self.llm, context_tokens=450)
         self.nodes = [NodeWithScore(node=TextNode(text=f"Page {i}. " * 20)) for i in range(2)]
 
     def query(self, **options: Any) -> KVzipQueryEngine:
@@ -226,13 +229,13 @@ async def cancelled_at(made: Made, way: Callable[[Made], Awaitable[Any]], number
 async def test_what_is_cancelled_ends_within_a_forward_at_every_moment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvzip_memory.modeling.CHUNK_TOKENS", 128)  # so that questions and builds take several
     _, way = WAYS[name]
-    made = Made()
+    made = Made(way)
     expected = made.engine.generate(made.context, "Who?", max_new_tokens=6).text
     with watched(made.engine, lambda number: None) as begun:
         await way(made)
     await freed(made.engine)
     for number in sorted({0, len(begun) // 2, len(begun) - 1}):
-        made = Made()
+        made = Made(way)
         assert await cancelled_at(made, way, number) <= 1
         assert (await made.engine.agenerate(made.context, "Who?", max_new_tokens=6)).text == expected
         await asyncio.wait_for(way(made), 60)  # nothing is left half done
@@ -241,8 +244,8 @@ async def test_what_is_cancelled_ends_within_a_forward_at_every_moment(name: str
 
 @pytest.mark.parametrize("name", WAYS)
 async def test_what_is_cancelled_while_it_waits_for_its_turn_leaves_nothing(name: str) -> None:
-    made = Made()
     _, way = WAYS[name]
+    made = Made(way)
     with made.engine.stream(None, "Go on.", max_new_tokens=1500) as running:
         next(running)
         task = asyncio.ensure_future(way(made))

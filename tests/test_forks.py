@@ -8,16 +8,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import kvzip_memory
 from kvzip_memory import KVzipEngine
 from kvzip_memory.guidance import Guidance
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.session import Session, Stream
+from synthetic import in_a_process
 
 HERE = Path(__file__).parent
 SOURCES = [HERE.parent / "kvzip_memory", HERE.parent / "integrations"]
@@ -78,13 +81,22 @@ def hold():
 """
 
 
-def run(script: str, folder: Path, timeout: int = 200) -> Any:
+def run(script: str, folder: Path) -> Any:
+    """What a script finds, as a program of its own."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(folder)], env=environment, capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, "-W", "ignore", "-c", f"{script}\nprint(json.dumps(said))", str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def do(script: str, folder: Path, answers: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.argv[1:] = [str(folder)]
+    names: dict[str, Any] = {}
+    exec(script, names)
+    answers.put(names["said"])
 
 
 def test_every_lock_that_an_object_keeps_refuses_in_a_child() -> None:
@@ -231,9 +243,8 @@ free.set()
 holder.join()
 said["parent"] = session.ask("And?", max_new_tokens=2).finish_reason
 begun.close()
-print(json.dumps(said))
 """
-    said = run(script, tmp_path)
+    said = in_a_process(do, script, tmp_path)
     assert said.pop("parent") == "length"
     assert said.pop("idle") == ["works"] * len(idle)
     assert said.keys() == ways.keys(), said
@@ -285,12 +296,11 @@ free.set()
 holder.join()
 begun.close()
 assert chat.invoke("Who?").content
-print(json.dumps(said))
 """
 
 
 def test_frameworks_objects_refuse_as_well(tmp_path: Path) -> None:
-    said = run(FRAMEWORKS, tmp_path)
+    said = in_a_process(do, FRAMEWORKS, tmp_path)
     assert [answer for answer in said if "make an engine in each process" not in answer] == []
 
 
@@ -371,7 +381,7 @@ done.set()
 for thread in threads:
     thread.join()
 engine.close()
-print(json.dumps([*said, *wrong]))
+said += wrong
 """
 
 

@@ -158,6 +158,7 @@ def test_a_history_that_several_processes_write_to_has_questions_with_their_answ
         worker.start()
     for worker in workers:
         worker.join()
+    assert [worker.exitcode for worker in workers[:2]] == [0, 0]
     said = writers.chat_over_a_document(tmp_path).chat_history
     assert [message.role.value for message in said] == ["user", "assistant"] * (len(said) // 2)
     asked = Counter(str(message.content).strip() for message in said[::2])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import sqlite3
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -33,6 +33,7 @@ import langchain_kvzip
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
+from synthetic import processes
 from templates import HERMES, MISTRAL
 
 THREAD: Any = {"configurable": {"thread_id": "ana"}}
@@ -339,19 +340,19 @@ def converse(folder: Path, texts: list[str]) -> dict[str, Any]:
     return {"messages": types, "sent": sent, "handle": values.get("kvzip_memory"), "stats": engine.stats()}
 
 
-def test_a_killed_agent_goes_on_from_disk_without_reading_again(tmp_path: Path) -> None:
-    script = (
-        "import json, os, signal, sys\nfrom pathlib import Path\nfrom test_middleware import converse\n"
-        "found = converse(Path(sys.argv[1]), sys.argv[2:])\n"
-        "print(json.dumps(found), flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
-    )
+def converse_and_die(folder: Path, texts: list[str]) -> None:
+    torch.set_num_threads(1)
+    (folder / "found.json").write_text(json.dumps(converse(folder, texts)))
+    os.kill(os.getpid(), signal.SIGKILL)
 
+
+def test_a_killed_agent_goes_on_from_disk_without_reading_again(tmp_path: Path) -> None:
     texts = ["Please wind a lamp.", "My name is Ana.", "Please wind another.", "I like tea."]
-    killed = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path), *texts], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    before = json.loads(killed.stdout.splitlines()[-1])
+    killed = processes.Process(target=converse_and_die, args=(tmp_path, texts))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    before = json.loads((tmp_path / "found.json").read_text())
     after = converse(tmp_path, ["Who am I?"])
     assert before["stats"]["built"] > 0
     assert before["messages"].count("tool") == 2

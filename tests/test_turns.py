@@ -17,22 +17,13 @@ import writers
 from killing import add, texts
 from kvzip_memory.turns import Turns, TurnsFile, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
-from synthetic import processes
+from synthetic import in_a_process, processes
 from test_registry_stress import FULL, say
 
 
 @pytest.fixture(params=["file", "memory"])
 def lines(request: pytest.FixtureRequest, tmp_path: Path) -> Turns:
     return TurnsFile.of(tmp_path, "ana") if request.param == "file" else Turns()
-
-
-def in_a_process(work: Any, *args: Any) -> Any:
-    answers = processes.Queue()
-    process = processes.Process(target=work, args=(*args, answers))
-    process.start()
-    process.join(timeout=900)
-    assert process.exitcode == 0
-    return answers.get(timeout=5)
 
 
 @pytest.mark.parametrize("before", [0, 2])

@@ -76,7 +76,7 @@ def load_cut(world: World) -> Given:
 
 
 def load_marked(world: World) -> Given:
-    content = [{"type": "text", "text": 4 * TEXT, "cache_control": {"type": "ephemeral"}}]
+    content = [{"type": "text", "text": 2 * TEXT, "cache_control": {"type": "ephemeral"}}]
     context = world.engine.load_marked([{"role": "user", "content": content}])
     assert context is not None
     return context.key, logits(world.engine, context)
@@ -357,6 +357,13 @@ def model_with_dropout() -> Any:
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory: pytest.TempPathFactory) -> dict[Callable[[World], Given], Given]:
+    """What each way gives in a world in which nothing changes."""
+    untouched = made(model_with_dropout(), tiny_tokenizer(), tmp_path_factory.mktemp("untouched"))
+    return {way: way(untouched) for way in WAYS}
+
+
 def documented() -> dict[str, dict[str, str]]:
     """Row by row, what the docs say of each way in."""
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
@@ -399,7 +406,12 @@ def test_the_table_names_all_ways_and_changes() -> None:
 
 @pytest.mark.parametrize(("row", "change"), [(row, change) for row, changes in CHANGES.items() for change in changes])
 def test_what_changes_is_noticed_harmless_or_refused(
-    row: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    row: str,
+    change: str,
+    before: dict[Callable[[World], Given], Given],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     def changed(world: World) -> World:
         fixtures = {"monkeypatch": monkeypatch, "request": request, "tmp_path": tmp_path}
@@ -409,8 +421,6 @@ def test_what_changes_is_noticed_harmless_or_refused(
 
     model, tokenizer = model_with_dropout(), tiny_tokenizer()
     twins = copy.deepcopy((model, tokenizer))
-    untouched = made(*copy.deepcopy((model, tokenizer)), tmp_path / "untouched")
-    before = {way: way(untouched) for way in WAYS}
     world = made(model, tokenizer, tmp_path / "world")
     world.engine.registry.flush()
     changed(world)

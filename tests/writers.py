@@ -154,7 +154,7 @@ def chat_over_a_document(folder: Path) -> KVzipChatEngine:
         token_limit=400,
         token_flush_size=100,
         tokenizer_fn=llm.engine.tokenizer.tokenize,
-        async_database_uri=f"sqlite+aiosqlite:///{folder / 'chat.db'}",
+        async_database_uri=f"sqlite+aiosqlite:///{folder / 'chat.db'}?timeout=60",  # on a busy machine others may have it for long
     )
     return KVzipChatEngine.from_context(llm.engine.load(TEXT), llm=llm, memory=memory)
 
