@@ -181,8 +181,12 @@ class Index:
             IndexHeldError: another process reads or writes; rows are as they were.
         """
         with self._lock, _translated():
-            self._rows._sql("VACUUM")
-            ((busy, _, _),) = self._rows._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            try:
+                self._rows._sql("VACUUM")
+                ((busy, _, _),) = self._rows._sql("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except BaseException:
+                self._rows.close()  # which keeps nothing locked
+                raise
         if busy:
             raise IndexHeldError()
 
