@@ -14,6 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -26,8 +27,9 @@ import torch
 import synthetic
 from kvzip_memory.context import storage_nbytes
 from kvzip_memory.registry import ContextRegistry, registry
+from kvzip_memory.registry.holders import Naming
 from kvzip_memory.registry.memory import packed
-from synthetic import CPU, load, wanted
+from synthetic import CPU, context, load, wanted
 
 FULL = os.environ.get("KVZIP_STRESS") == "1"
 OURS = str(Path(registry.__file__).parent)
@@ -141,6 +143,21 @@ def collect(found: ContextRegistry) -> None:
     found.gc()
 
 
+def forget(found: ContextRegistry) -> None:
+    found.forget(Naming(TAG))
+
+
+def leave(found: ContextRegistry) -> None:
+    found.leave(wanted(4).key, [TAG])
+
+
+def tag(found: ContextRegistry) -> None:
+    """A context that only a tag holds, and one with a name that has it, too."""
+    for number in (4, 0):
+        with found.lease(replace(wanted(number), name=None, tags=(TAG,)), lambda report, number=number: context(number)):
+            pass
+
+
 def check(found: ContextRegistry) -> None:
     """The sums are those of what is there; everything can be had."""
     if any(held.users for tier in (found._device, found._host) for held in tier.held.values()) or found._flights:
@@ -168,7 +185,10 @@ CASES: dict[str, tuple[Callable[[ContextRegistry], None], bool]] = {
     "read from disk": (reread, True),
     "removed": (remove, True),
     "collected": (collect, True),
+    "forgotten": (forget, True),
+    "left": (leave, True),
 }
+TAG = "thread: ana-7f3"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -211,7 +231,12 @@ def test_whatever_fails_nothing_is_lost_and_the_sums_are_right(case: str, tmp_pa
             for number in (0, 1, 2):
                 load(found, number)
             check(found)
+            if operation in (forget, leave):  # once more, and without a failure
+                operation(found)
+                assert "disk" not in found.tiers(wanted(4).key)
             found.close()
+            if operation is forget:
+                assert [path for path in (tmp_path / f"{tried}").rglob("*") if path.is_file() and TAG.encode() in path.read_bytes()] == []
             if on_disk:
                 again = made(tmp_path / f"{tried}")
                 for number in (0, 1, 2):
