@@ -87,7 +87,7 @@ class KVzipEngine(Shared):
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
         ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
             first of it if it was grown.
-        tenant: a salt for every key: engines of different tenants never use each other's contexts.
+        tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
         attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
@@ -104,7 +104,8 @@ class KVzipEngine(Shared):
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown allocator, an attention that cannot compute on the model's device.
+        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, an attention that cannot compute on the
+            model's device.
     """
 
     _way_out = "make one in each process, with the same cache_dir"
@@ -209,6 +210,7 @@ class KVzipEngine(Shared):
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
+        tenant_digest(tenant)  # tells what is wrong with it
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
