@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
@@ -41,6 +40,7 @@ from kvzip_memory.limits import host_nbytes
 from kvzip_memory.modeling import LanguageModel, eos_ids
 from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
+from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
@@ -63,7 +63,7 @@ from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 from kvzip_memory.weights import Watch
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -1042,6 +1042,9 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     return labels
 
 
+_BAR_NAME = 40  # characters of a name that a progress bar shows
+
+
 class _Bar:
     """A progress bar that appears with the first progress, where it is shown.
 
@@ -1050,7 +1053,7 @@ class _Bar:
     """
 
     def __init__(self, name: str, progress: bool | None) -> None:
-        self._name, self._shown = name, sys.stderr.isatty() if progress is None else progress
+        self._name, self._shown = printable(name)[:_BAR_NAME], sys.stderr.isatty() if progress is None else progress
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:
@@ -1067,7 +1070,7 @@ class _Bar:
         if self._bar is None:
             self._bar = tqdm(total=total, desc=self._name, unit="tok", leave=False)
         self._bar.total = total or None
-        self._bar.set_postfix_str(stage, refresh=False)
+        self._bar.set_postfix_str(printable(stage)[:_BAR_NAME], refresh=False)  # another process' may have told it
         self._bar.update(done - self._bar.n)
 
 
