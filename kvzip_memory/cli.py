@@ -34,7 +34,7 @@ Reference = Annotated[str, typer.Argument(help="a name, a key, or the first 8 di
 Tenant = Annotated[
     str | None,
     typer.Option(
-        envvar="KVZIP_MEMORY_TENANT", help="whose: the tenant, the first 8 digits of its digest, which ls shows, or - for what is nobody's"
+        envvar="KVZIP_MEMORY_TENANT", help="whose: a tenant, the first 8 digits of its digest as ls shows it, or - for what is nobody's"
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -91,7 +91,7 @@ def _contexts(cache_dir: Path, tenant: str | None) -> ContextRegistry:
         return registry
     if tenant == NOBODY:
         return _registry(cache_dir, None)
-    itself = tenant_digest(tenant)
+    itself = str(tenant_digest(tenant))
     known = {entry.tenant for entry in registry.contexts() if entry.tenant is not None}
     meant = {digest for digest in known if digest == itself or (len(tenant) >= 8 and digest.startswith(tenant))} or {itself}
     if len(meant) > 1:
