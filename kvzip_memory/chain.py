@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,10 +13,11 @@ from torch import Tensor
 from kvzip_memory import calls
 from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, as_told
 from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.sharing import Shared
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, repr=False, eq=False)

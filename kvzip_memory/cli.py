@@ -21,18 +21,28 @@ from rich.table import Table
 
 from kvzip_memory import __version__, turns
 from kvzip_memory.errors import InputError, KVzipError
+from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import tenant_digest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-console = Console()
+console = Console(emoji=False)
 
 Reference = Annotated[str, typer.Argument(help="a name, a key, or the first 8 digits of a key")]
+Tenant = Annotated[
+    str | None,
+    typer.Option(
+        envvar="KVZIP_MEMORY_TENANT", help="whose: a tenant, the first 8 digits of its digest as ls shows it, or - for what is nobody's"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 CacheDir = Annotated[Path, typer.Option(envvar="KVZIP_MEMORY_CACHE_DIR", help="the folder given to the engine as cache_dir")]
 DEFAULT = Path("~/.cache/kvzip_memory")
+
+#: Given as the tenant of contexts without one.
+NOBODY = "-"
 
 
 def _tell_version(asked: bool) -> None:
@@ -48,6 +58,11 @@ def options(
     """Contexts in a cache folder: load, look, pin, delete, check."""
 
 
+def shown(text: object) -> str:
+    """A text of others for a terminal: nothing in it is obeyed, by rich or by the terminal."""
+    return escape(printable(text))
+
+
 class Level(StrEnum):
     ok = "green"
     note = "yellow"
@@ -60,14 +75,57 @@ def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry
         raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
     registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant)
     if registry.no_disk is not None:
-        raise typer.BadParameter(registry.no_disk, param_hint="--cache-dir")
+        raise typer.BadParameter(printable(registry.no_disk), param_hint="--cache-dir")
     registry.check_disk()
     return registry
 
 
+def _contexts(cache_dir: Path, tenant: str | None) -> ContextRegistry:
+    """The contexts of a tenant that was given as itself, by the beginning of its digest, or as ``-``; all of them if none was given.
+
+    Raises:
+        InputError: several tenants are meant.
+    """
+    registry = _registry(cache_dir)
+    if tenant is None:
+        return registry
+    if tenant == NOBODY:
+        return _registry(cache_dir, None)
+    itself = str(tenant_digest(tenant))
+    known = {entry.tenant for entry in registry.contexts() if entry.tenant is not None}
+    meant = {digest for digest in known if digest == itself or (len(tenant) >= 8 and digest.startswith(tenant))} or {itself}
+    if len(meant) > 1:
+        raise InputError(f"--tenant is the beginning of the digests of {len(meant)} tenants; give more digits")
+    return _registry(cache_dir, meant.pop())
+
+
+def _of(reference: str, tenant: str | None, cache_dir: Path) -> ContextRegistry:
+    """The contexts of whom a name or key belongs to.
+
+    Raises:
+        InputError: it could be several tenants', or it is the beginning of several keys.
+    """
+    registry = _contexts(cache_dir, tenant)
+    found, labels = registry.looked_up(reference)
+    if [entry.key for entry in found] == [reference]:
+        return registry
+    keys = sorted(entry.key for entry in found if entry.key.startswith(reference))
+    if len(keys) > 1:
+        raise InputError(f"{reference!r} is the beginning of {len(keys)} keys; give more digits of one of {', '.join(keys)}")
+    whose = {entry.tenant for entry in found} | {label.tenant for label in labels.values() if registry.tiers(label.key)}
+    _check_one(f"{reference!r} is a name of contexts", whose)
+    return _registry(cache_dir, whose.pop()) if whose else registry
+
+
+def _check_one(what: str, whose: set[str | None]) -> None:
+    if len(whose) > 1:
+        digests = ", ".join(sorted(NOBODY if digest is None else digest[:12] for digest in whose))
+        raise InputError(f"{what} of {len(whose)} tenants; say whose with --tenant, by itself or one of {digests}")
+
+
 def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
     if as_json:
-        typer.echo(json.dumps(value, default=str))
+        typer.echo(json.dumps(value, default=str).replace("\x7f", "\\u007f"))
     else:
         console.print(render())
 
@@ -75,7 +133,7 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
     times = {k: _time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
-    return {**facts, **times, "names": list(entry.names), "former": list(entry.former)}
+    return {**facts, **times, "names": list(entry.names), "former": list(entry.former), "tenant": entry.tenant}
 
 
 def _session(session: turns.Session) -> dict[str, Any]:
@@ -92,7 +150,7 @@ def _time(seconds: float | None) -> str | None:
 
 
 def _called(entry: Entry) -> str:
-    return escape(", ".join(entry.names) or entry.key[:12])
+    return shown(", ".join(entry.names) or entry.key[:12])
 
 
 def _ago(seconds: float) -> str:
@@ -108,7 +166,7 @@ def _pairs(facts: dict[str, Any]) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in facts.items():
-        table.add_row(f"[bold]{key}", escape(str(value)))
+        table.add_row(f"[bold]{shown(key)}", shown(value))
     return table
 
 
@@ -121,7 +179,7 @@ def load(
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="a string never to evict; may be given again")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="a word to list it by; may be given again")] = None,
-    tenant: Annotated[str | None, typer.Option(help="salt of the key")] = None,
+    tenant: Annotated[str | None, typer.Option(envvar="KVZIP_MEMORY_TENANT", help="salt of the key; - for none")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help='budget of the folder, such as "20GiB"')] = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
@@ -129,6 +187,7 @@ def load(
     """Read a text with a model once and store it compressed."""
     from kvzip_memory.engine import KVzipEngine
 
+    tenant = None if tenant == NOBODY else tenant
     engine = KVzipEngine.from_pretrained(
         model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, progress=False if as_json else None
     )
@@ -144,45 +203,47 @@ def load(
 def list_(
     limit: Annotated[int, typer.Option(min=0, help="how many, the most recently used first")] = 50,
     tag: Annotated[str | None, typer.Option(help="only those with this tag")] = None,
+    tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """List contexts, the most recently used first."""
-    registry = _registry(cache_dir)
+    registry = _contexts(cache_dir, tenant)
     entries = [e for e in registry.contexts(None if tag else limit) if tag is None or tag in e.tags][:limit]
 
     def render() -> Table:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for e in entries:
             older = [f"(was {name})" for name in e.former]
-            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *older, *e.tags])
+            whose = [f"tenant {e.tenant[:12]}"] if e.tenant else []
+            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
-            table.add_row(escape(", ".join(e.names)), e.key[:12], f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, escape(marks))
+            table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
         return table
 
     _show([_facts(e) for e in entries], as_json, render)
 
 
 @app.command()
-def show(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def show(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Everything about one context, the fields of its key included."""
-    entry = _registry(cache_dir).one(reference)
+    entry = _of(reference, tenant, cache_dir).one(reference)
     facts = _facts(entry)
     table = _pairs({**facts, **{f"identity.{k}": v for k, v in entry.identity.items()}})
     _show({**facts, "identity": entry.identity}, as_json, lambda: table)
 
 
 @app.command()
-def pin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def pin(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Never evict a context."""
-    entry = _registry(cache_dir).pin(reference)
+    entry = _of(reference, tenant, cache_dir).pin(reference)
     _show(_facts(entry), as_json, lambda: f"pinned {_called(entry)}")
 
 
 @app.command()
-def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def unpin(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Let a context be evicted again."""
-    entry = _registry(cache_dir).pin(reference, pinned=False)
+    entry = _of(reference, tenant, cache_dir).pin(reference, pinned=False)
     _show(_facts(entry), as_json, lambda: f"unpinned {_called(entry)}")
 
 
@@ -190,7 +251,7 @@ def unpin(reference: Reference, cache_dir: CacheDir = DEFAULT, as_json: Json = F
 def rm(
     reference: Annotated[str | None, typer.Argument(help="a name, a key, the first 8 digits of a key, or a session")] = None,
     tag: Annotated[str | None, typer.Option(help='forget what was loaded with a tag, such as "thread: ana", "document: a.pdf"')] = None,
-    tenant: Annotated[str | None, typer.Option(help="whose, where several tenants have the tag")] = None,
+    tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -198,43 +259,41 @@ def rm(
 
     Older texts of a name stay, and are deleted by their keys.
     """
-    if (reference is None) == (tag is None) or (tenant is not None and tag is None):
-        raise typer.BadParameter("give a name or key, or --tag, which --tenant may follow", param_hint="REFERENCE")
+    if (reference is None) == (tag is None):
+        raise typer.BadParameter("give a name or key, or --tag", param_hint="REFERENCE")
     if reference is None:
         assert tag is not None
         return _forget(tag, tenant, cache_dir.expanduser(), as_json)
-    registry, called = _registry(cache_dir), escape(reference)
-    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference)):
+    registry, called = _of(reference, tenant, cache_dir), shown(reference)
+    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference, registry.tenant)):
         count = session.remove(registry)
-        _show(_session(session), as_json, lambda: f"deleted {escape(session.name)}, {session.turns} turns and {count} contexts")
+        _show(_session(session), as_json, lambda: f"deleted {shown(session.name)}, {session.turns} turns and {count} contexts")
         return
     entry = registry.remove(reference)
     older = [e for e in registry.contexts() if reference in e.former]
     kept = f"{called} is no longer a name of {_called(entry)}; give {entry.key[:12]} to delete it"
     lines = [kept if entry.names else f"deleted {called}, {entry.key[:12]}, {decimal(entry.file_nbytes)}"]
     lines += [f"{e.key[:12]}, which was {called} before, stays; give that key to delete it" for e in older]
-    lines += [f"the turns it was made of are kept; rm {escape(repr(s.name))} deletes them" for s in _sessions_of(cache_dir, entry)]
+    lines += [f"the turns it was made of are kept; rm {shown(repr(s.name))} deletes them" for s in _sessions_of(cache_dir, entry)]
     _show(_facts(entry), as_json, lambda: "\n".join(lines))
 
 
 def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> None:
+    registry = _contexts(cache_dir, tenant)
     if tenant is None:
-        tagged = [entry for entry in _registry(cache_dir).contexts() if without(entry.tags, entry.key, Naming(tag)) != entry.tags]
+        tagged = [entry for entry in registry.contexts() if without(entry.tags, entry.key, Naming(tag)) != entry.tags]
         whose = {entry.tenant for entry in tagged} or {None}
-        if len(whose) > 1:
-            raise InputError(f"contexts of {len(whose)} tenants are tagged {tag!r}; give one with --tenant")
-        owner = whose.pop()
-    else:
-        owner = tenant_digest(tenant)
-    forgotten = _registry(cache_dir, owner).forget(Naming(tag))
-    count = turns.erase(cache_dir, owner, tag)
+        _check_one(f"{tag!r} is a tag of contexts", whose)
+        registry = _registry(cache_dir, whose.pop())
+    forgotten = registry.forget(Naming(tag))
+    count = turns.erase(cache_dir, registry.tenant, tag)
     if not (forgotten.deleted or forgotten.kept or count):
         raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
     nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
     lines = [f"deleted {len(forgotten.deleted)} contexts, {decimal(nbytes)}, and {count} turns"]
     for entry in forgotten.kept:
         others = [*entry.names, *without(entry.tags, entry.key, Naming(tag)), *(["a pin"] if entry.pinned else [])]
-        lines.append(f"{entry.key[:12]} stays, which others have: {escape(', '.join(others))}")
+        lines.append(f"{entry.key[:12]} stays, which others have: {shown(', '.join(others))}")
     facts = {"deleted": [_facts(e) for e in forgotten.deleted], "kept": [_facts(e) for e in forgotten.kept], "turns": count}
     _show(facts, as_json, lambda: "\n".join(lines))
 
@@ -247,7 +306,7 @@ def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")
         for s in found:
-            table.add_row(escape(s.name), f"{s.turns:,}", decimal(s.nbytes), _ago(s.written), "expired" if s.expired else "")
+            table.add_row(shown(s.name), f"{s.turns:,}", decimal(s.nbytes), _ago(s.written), "expired" if s.expired else "")
         return table
 
     _show([_session(s) for s in found], as_json, render)
@@ -256,14 +315,15 @@ def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 @app.command()
 def verify(
     references: Annotated[list[str] | None, typer.Argument(help="names or keys; all contexts if none is given")] = None,
+    tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
     """Check every byte of stored contexts. What is damaged goes to quarantine; the exit code is 1 then."""
-    registry = _registry(cache_dir)
-    entries = [registry.one(r) for r in references] if references else registry.contexts()
+    registry = _contexts(cache_dir, tenant)
+    entries = [_of(r, tenant, cache_dir).one(r) for r in references] if references else registry.contexts()
     wrong = {e.key: problem for e in entries if (problem := registry.verify(e.key)) is not None}
-    lines = [f"checked {len(entries)}, damaged {len(wrong)}", *(f"[red]{key[:12]}[/] {escape(text)}" for key, text in wrong.items())]
+    lines = [f"checked {len(entries)}, damaged {len(wrong)}", *(f"[red]{shown(key[:12])}[/] {shown(text)}" for key, text in wrong.items())]
     _show({"checked": len(entries), "damaged": wrong}, as_json, lambda: "\n".join(lines))
     raise typer.Exit(bool(wrong))
 
@@ -300,7 +360,7 @@ def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     def render() -> Table:
         table = Table("", "what", "found", "what to do")
         for f in findings:
-            table.add_row(f"[{Level[f.level].value}]{f.level}", *map(escape, (f.what, f.found, f.advice)))
+            table.add_row(f"[{Level[f.level].value}]{f.level}", *map(shown, (f.what, f.found, f.advice)))
         return table
 
     _show([asdict(f) for f in findings], as_json, render)
@@ -312,7 +372,7 @@ def main() -> None:
     try:
         app()
     except (KVzipError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}")
+        Console(stderr=True, emoji=False).print(f"[red]error:[/] {shown(' '.join(str(error).split(chr(10))))}")
         raise SystemExit(2) from None
 
 

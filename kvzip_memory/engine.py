@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
@@ -41,6 +40,7 @@ from kvzip_memory.limits import host_nbytes
 from kvzip_memory.modeling import LanguageModel, eos_ids
 from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
+from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
@@ -63,7 +63,7 @@ from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 from kvzip_memory.weights import Stamp
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -87,7 +87,7 @@ class KVzipEngine(Shared):
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
         ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
             first of it if it was grown.
-        tenant: a salt for every key: engines of different tenants never use each other's contexts.
+        tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
         attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
@@ -104,7 +104,8 @@ class KVzipEngine(Shared):
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown allocator, an attention that cannot compute on the model's device.
+        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, an attention that cannot compute on the
+            model's device.
     """
 
     _way_out = "make one in each process, with the same cache_dir"
@@ -209,6 +210,7 @@ class KVzipEngine(Shared):
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
+        tenant_digest(tenant)  # tells what is wrong with it
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
@@ -1054,6 +1056,9 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     return labels
 
 
+_BAR_NAME = 40  # characters of a name that a progress bar shows
+
+
 class _Bar:
     """A progress bar that appears with the first progress, where it is shown.
 
@@ -1062,7 +1067,7 @@ class _Bar:
     """
 
     def __init__(self, name: str, progress: bool | None) -> None:
-        self._name, self._shown = name, sys.stderr.isatty() if progress is None else progress
+        self._name, self._shown = printable(name)[:_BAR_NAME], sys.stderr.isatty() if progress is None else progress
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:
@@ -1079,7 +1084,7 @@ class _Bar:
         if self._bar is None:
             self._bar = tqdm(total=total, desc=self._name, unit="tok", leave=False)
         self._bar.total = total or None
-        self._bar.set_postfix_str(stage, refresh=False)
+        self._bar.set_postfix_str(printable(stage)[:_BAR_NAME], refresh=False)  # another process' may have told it
         self._bar.update(done - self._bar.n)
 
 

@@ -8,7 +8,6 @@ step.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -21,8 +20,9 @@ from transformers import Cache, PreTrainedModel
 from kvzip_memory.attention.base import rows_by_context
 from kvzip_memory.cache import Row
 from kvzip_memory.modes import evaluation_copy, in_evaluation
+from kvzip_memory.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Rows times tokens of a step in which rows have several.
 MOST_TOKENS = 64

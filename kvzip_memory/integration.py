@@ -15,6 +15,8 @@ from transformers import PreTrainedConfig
 from kvzip_memory.batching import Places
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.forks import after_fork
+from kvzip_memory.hidden import told
+from kvzip_memory.registry.identity import digest
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import as_folder
 
@@ -39,7 +41,11 @@ class LazyEngine(Shared):
 
 
 class LazyEngines(Shared, dict[str, LazyEngine]):
-    """Those of one model object and its copies, by what they are made of."""
+    """Those of one model object and its copies, by what they are made of: copies of other options have other engines."""
+
+    def of(self, model: str, cache_dir: str | None, options: dict[str, Any]) -> LazyEngine:
+        """The engine of a model and these options, which :mod:`~kvzip_memory.hidden` may hide; nothing of them can be read here."""
+        return self.setdefault(digest([model, cache_dir, told(options)]), LazyEngine())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
         return type(self), ()

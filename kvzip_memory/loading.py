@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -17,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.locks import held
+from kvzip_memory.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 DEFAULT_CACHE = Path("~/.cache/kvzip_memory").expanduser().absolute()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +12,9 @@ from weakref import WeakSet
 from filelock import FileLock, Timeout
 
 from kvzip_memory.forks import refuse_after_fork
+from kvzip_memory.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Who waits longer than that is told what for.
 QUIET_S = 1.0

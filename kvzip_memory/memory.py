@@ -7,7 +7,6 @@ remembered can be lost without any answer being another one.
 
 from __future__ import annotations
 
-import logging
 import warnings
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -19,11 +18,12 @@ from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
 from kvzip_memory.fronts import front, said_first
 from kvzip_memory.options import checked_ratio
+from kvzip_memory.printable import logger_of
 from kvzip_memory.prompt import Prompt
 from kvzip_memory.sources import Message
 from kvzip_memory.tools import Tool
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: ``("tokens", 3000)``, ``("messages", 20)`` or ``("fraction", 0.5)`` of the model's window.
 Size = tuple[str, float]

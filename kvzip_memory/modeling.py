@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,9 @@ from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
 from kvzip_memory.weights import Stamp, Watch
+from kvzip_memory.printable import logger_of
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Architectures compared with transformers' own output in our tests. Others are compared once, when they are loaded.
 TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import os.path
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.printable import logger_of
 
 Message = Mapping[str, Any]
 
@@ -38,7 +38,7 @@ SEPARATOR = "\n\n"
 # Around a block of text up to which a prompt is loaded once. Made anew by each process, so that no text can hold it.
 CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import logging
 import os
 import threading
 import time
@@ -26,10 +25,11 @@ from typing import Any
 from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
-from kvzip_memory.registry import ContextRegistry
+from kvzip_memory.printable import logger_of
+from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.holders import unescaped
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True)
@@ -269,13 +269,14 @@ def sessions(cache_dir: Path) -> Iterator[Session]:
     return iter(sorted(found, key=lambda session: -session.written))
 
 
-def find(cache_dir: Path, reference: str) -> Session | None:
-    """The session of a name, or of a file whose name begins so (8 digits at least).
+def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE) -> Session | None:
+    """The session of a name, or of a file whose name begins so (8 digits at least); of a tenant, if its digest is given.
 
     Raises:
         InputError: several.
     """
     named = [s for s in sessions(cache_dir) if s.name == reference or (len(reference) >= 8 and s.file.path.stem.startswith(reference))]
+    named = [s for s in named if tenant == EVERYONE or s.file.path in _files_of(cache_dir, tenant, s.name)]
     if len(named) > 1:
         stems = [session.file.path.stem[:12] for session in named]
         raise InputError(f"{len(named)} sessions are called {reference!r}, of several tenants; give the file of one: {stems}")
@@ -292,10 +293,14 @@ def remove_expired(cache_dir: Path) -> int:
 
 def erase(cache_dir: Path, tenant: str | None, name: str) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
-    found = [session for session in sessions(cache_dir) if session.name == name]
-    names = [(unescaped(name[:at]), unescaped(name[at + 2 :])) for at in range(len(name)) if name.startswith(": ", at)]
-    paths = {TurnsFile.of(cache_dir, tenant, block.removeprefix("memory "), session_id).path for block, session_id in names}
-    mine = [session for session in found if session.file.path in paths]
+    paths = _files_of(cache_dir, tenant, name)
+    mine = [session for session in sessions(cache_dir) if session.name == name and session.file.path in paths]
     for session in mine:
         session.file.remove()
     return sum(session.turns for session in mine)
+
+
+def _files_of(cache_dir: Path, tenant: str | None, name: str) -> set[Path]:
+    """Where the turns of a tenant's session of a name may be."""
+    names = [(unescaped(name[:at]), unescaped(name[at + 2 :])) for at in range(len(name)) if name.startswith(": ", at)]
+    return {TurnsFile.of(cache_dir, tenant, block.removeprefix("memory "), session_id).path for block, session_id in names}

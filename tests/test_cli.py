@@ -6,17 +6,23 @@ import shutil
 import sqlite3
 import time
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import StorageError, __version__
+from kvzip_memory import InputError, StorageError, __version__
 from kvzip_memory.cli import app, console
+from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.identity import tenant_digest
+from kvzip_memory.turns import TurnsFile
 
 
 def run(folder: Path, *args: str, code: int = 0) -> Any:
@@ -175,6 +181,110 @@ def test_prometheus_reads_the_counters(tmp_path: Path) -> None:
     assert (value("kvzip_answers", state="running"), value("kvzip_answers", state="waiting")) == (0, 0)
     assert value("kvzip_oldest_wait_seconds") == 0
     engine.close()
+
+
+# -- tenants ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> dict[str | None, str]:
+    """The keys of one text of one name and tag that two tenants, and nobody, have."""
+    keys: dict[str | None, str] = {}
+    for tenant in ("ana", "ben", None):
+        engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, tenant=tenant)
+        keys[tenant] = engine.load(TEXT, name="page", tags="red").key
+        engine.close()
+    return keys
+
+
+#: What is asked for with a reference, and how.
+REFERRING = {"show": ["page"], "pin": ["page"], "unpin": ["page"], "verify": ["page"], "rm": ["page"], "rm --tag": ["red"]}
+
+
+def refer(folder: Path, command: str, *args: str) -> Any:
+    return CliRunner().invoke(app, [*command.split(), *args, "--cache-dir", str(folder), "--json"])
+
+
+def test_all_commands_that_are_given_a_name_are_here() -> None:
+    found = set()
+    for command in app.registered_commands:
+        assert command.callback
+        parameters = signature(command.callback).parameters
+        if "reference" in parameters or "references" in parameters:
+            found.add(command.name or command.callback.__name__)
+            assert "tenant" in parameters
+    assert found == {command.split()[0] for command in REFERRING}
+
+
+@pytest.mark.parametrize("command", REFERRING)
+def test_a_name_of_several_tenants_asks_for_one_and_changes_nothing(shared: dict[str | None, str], tmp_path: Path, command: str) -> None:
+    before = run(tmp_path, "ls")
+    out = refer(tmp_path, command, *REFERRING[command])
+    assert isinstance(out.exception, InputError), out.output
+    digests = sorted(["-", *(tenant_digest(t)[:12] for t in ("ana", "ben"))])  # type: ignore[index]
+    assert f"of 3 tenants; say whose with --tenant, by itself or one of {', '.join(digests)}" in str(out.exception)
+    assert run(tmp_path, "ls") == before
+
+
+@pytest.mark.parametrize("by", ["itself", "digest", "environment"])
+@pytest.mark.parametrize("tenant", ["ana", "ben", None])
+@pytest.mark.parametrize("command", REFERRING)
+def test_a_tenant_s_own_is_taken_and_that_of_no_other(
+    shared: dict[str | None, str], tmp_path: Path, command: str, tenant: str | None, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = "-" if tenant is None else tenant if by == "itself" else str(tenant_digest(tenant))[:8]
+    if by == "environment":
+        monkeypatch.setenv("KVZIP_MEMORY_TENANT", tenant or "-")
+    out = refer(tmp_path, command, *REFERRING[command], *([] if by == "environment" else ["--tenant", given]))
+    assert out.exit_code == 0, out.exception
+    assert {entry["key"] for entry in run(tmp_path, "ls", "--tenant", given)} <= {shared[tenant]}
+    monkeypatch.delenv("KVZIP_MEMORY_TENANT", raising=False)
+    left = {entry["key"]: (entry["pinned"], entry["tags"]) for entry in run(tmp_path, "ls")}
+    done: dict[str, Any] = {"pin": {shared[tenant]: (True, ["red"])}, "rm --tag": {shared[tenant]: (False, [])}}
+    as_before = {key: (False, ["red"]) for of, key in shared.items() if command != "rm" or of != tenant}
+    assert left == {**as_before, **done.get(command, {})}
+    if command == "show":
+        assert json.loads(out.stdout)["tenant"] == tenant_digest(tenant)
+
+
+def test_a_whole_key_is_nobody_s_name_and_its_beginning_asks_where_it_is_several_keys_or_a_name(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, tenant="ana")
+    key = engine.load(TEXT).key
+    engine.close()
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, tenant="ben")
+    for name in (key, key[:8]):
+        engine.load(TEXT, name=name)
+    engine.close()
+    assert run(tmp_path, "show", key)["tenant"] == tenant_digest("ana")
+    assert isinstance(refer(tmp_path, "rm", key[:8]).exception, InputError)
+    assert run(tmp_path, "show", key[:8], "--tenant", "ben")["names"]
+    assert run(tmp_path, "show", key[:8], "--tenant", "ana")["key"] == key
+    assert run(tmp_path, "rm", key)["tenant"] == tenant_digest("ana")
+
+
+def test_the_beginning_of_several_keys_asks_for_more(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = ContextRegistry(torch.device("cpu"), folder / "contexts", tenant=EVERYONE).contexts()
+    both = [replace(entry, key="abcdefab" + entry.key[8:]) for entry in entries]
+    monkeypatch.setattr(ContextRegistry, "looked_up", lambda *args: (both, {}))
+    for command in ("show", "pin", "unpin", "verify", "rm"):
+        out = refer(folder, command, "abcdefab")
+        assert isinstance(out.exception, InputError)
+        assert "is the beginning of 2 keys; give more digits of one of abcdefab" in str(out.exception)
+    assert len(run(folder, "ls")) == 2
+
+
+def test_an_other_tenant_s_session_is_not_deleted(tmp_path: Path) -> None:
+    for tenant in ("ana", "ben"):
+        engine = tiny_engine(cache_dir=tmp_path, tenant=tenant)
+        engine.close()
+        session = TurnsFile.of(tmp_path, engine.registry.tenant, "kvzip", "s1")
+        session.append({"turns": [{"role": "user"}]}, "memory kvzip: s1", None)
+    assert isinstance(refer(tmp_path, "rm", "memory kvzip: s1").exception, InputError)
+    assert isinstance(refer(tmp_path, "rm", "memory kvzip: s1", "--tenant", "eve").exception, InputError)
+    assert len(run(tmp_path, "sessions")) == 2
+    assert run(tmp_path, "rm", "memory kvzip: s1", "--tenant", "ana")["turns"] == 1
+    (left,) = run(tmp_path, "sessions")
+    assert left["file"] == str(session.path)
 
 
 def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> None:

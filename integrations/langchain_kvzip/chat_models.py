@@ -31,10 +31,12 @@ from pydantic import ConfigDict, Field, PrivateAttr, SerializerFunctionWrapHandl
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.bridge import pieces_of, result_of
 from kvzip_memory.context import checked_context
+from kvzip_memory.hidden import Options, revealed, told
 from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
+from kvzip_memory.registry.identity import tenant_digest
 from kvzip_memory.sources import as_message, clean
 from kvzip_memory.tools import FORMS, CallReader
 from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
@@ -173,7 +175,7 @@ class KVzipChatModel(BaseChatModel):
         ```
     """
 
-    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(populate_by_name=True, arbitrary_types_allowed=True, hide_input_in_errors=True)
 
     model_name: str = Field(default="", alias="model")
     """Hub id, local folder or ``.gguf`` file; not needed with an ``engine``."""
@@ -203,8 +205,8 @@ class KVzipChatModel(BaseChatModel):
     tool_call_parser: str = "auto"
     """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, ``"mistral-ids"``, ``"mistral-args"``, or ``"auto"``, what its
     chat template says."""
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
+    model_kwargs: Options = Field(default_factory=dict, repr=False)
+    """Further arguments of :meth:`KVzipEngine.from_pretrained`; tokens, a ``tenant`` and other secrets are held as ``SecretStr``."""
 
     engines: Any = Field(default_factory=LazyEngines, exclude=True, repr=False)
     """Engines made on first use; copies share them, also those that LangChain makes for ``configurable_fields``."""
@@ -254,7 +256,7 @@ class KVzipChatModel(BaseChatModel):
 
     @property
     def _lazy(self) -> LazyEngine:
-        lazy: LazyEngine = self.engines.setdefault(repr((self.model_name, self.cache_dir, self.model_kwargs)), LazyEngine())
+        lazy: LazyEngine = self.engines.of(self.model_name, self.cache_dir, self.model_kwargs)
         return lazy
 
     @property
@@ -267,7 +269,7 @@ class KVzipChatModel(BaseChatModel):
         """The engine; loads the weights when first asked for."""
         if self._held or self.given_engine is not None:
             return still_held(type(self).__name__, self.model_name, self.given_engine)
-        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
+        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **revealed(self.model_kwargs)}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model_name, **options))
 
     # -- contexts ------------------------------------------------------------------------------------------------
@@ -455,6 +457,42 @@ class KVzipChatModel(BaseChatModel):
     ) -> ChatResult:
         return await agenerate_from_stream(self._astream(messages, stop, run_manager, **kwargs))
 
+    # The key of a cached answer is made of the messages as they are handed on here. A name in a block would mean another context later, and
+    # another tenant's elsewhere.
+
+    def _generate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return super()._generate_with_cache(self._by_keys(messages), stop, run_manager, **kwargs)
+
+    async def _agenerate_with_cache(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        if self._cached and any(map(_blocks, messages)):
+            messages = await result_of(loads_of(self), self._by_keys, messages)
+        return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
+
+    def _by_keys(self, messages: list[BaseMessage]) -> list[BaseMessage]:
+        """Messages with the whole keys of contexts in the blocks that stand for them, if answers are kept.
+
+        Raises:
+            InputError: nothing is stored under a block's name or key.
+        """
+        return [self._with_keys(message) if _blocks(message) else message for message in messages] if self._cached else messages
+
+    def _with_keys(self, message: BaseMessage) -> BaseMessage:
+        blocks = _blocks(message)
+        content = [{**b, "file_id": self.engine.get(str(b["file_id"])).key} if b in blocks else b for b in message.content]
+        return message.model_copy(update={"content": content})
+
     def _metadata(self, reply: Reply, called: bool, created: int = 0) -> dict[str, Any]:
         receipt = reply.receipt
         facts: dict[str, Any] = {"tier": "built" if created else receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
@@ -477,16 +515,18 @@ class KVzipChatModel(BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        # Part of LangChain's LLM cache key: the context enters by its content hash, so that two models over two
-        # contexts never share a cached answer.
+        # Part of LangChain's LLM cache key, and of traces: the context, the tenant and model_kwargs enter by hashes. Blocks enter with the
+        # messages, see _by_keys.
+        engine = self.given_engine
         return {
             "model": self.model_name,
-            "model_kwargs": {k: str(v) for k, v in self.model_kwargs.items()},
-            "engine": self.given_engine.fingerprint if self.given_engine and self._cached else None,
-            "settings": repr(self.given_engine.model.generation_config) if self.given_engine else None,
+            "model_kwargs": told(self.model_kwargs),
+            "tenant": engine.registry.tenant if engine else tenant_digest(revealed(self.model_kwargs).get("tenant")),
+            "engine": engine.fingerprint if engine and self._cached else None,
+            "settings": repr(engine.model.generation_config) if engine else None,
             "context": self.context.key if self.context else None,
             "behind": self.behind,
-            "ratio": self.ratio,
+            "ratio": engine.ratio if engine and self.ratio is None else self.ratio,
             "reuse": self.reuse,
             **{name: getattr(self, name) for name in CALL_OPTIONS},
             "tool_call_parser": self.tool_call_parser,
@@ -590,20 +630,24 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
     for number, message in enumerate(messages, 1):
-        who = message.type.removesuffix("MessageChunk").lower()
-        if isinstance(message.content, list) and getattr(message, "role", who) in _LOADING:
-            files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
-            if files:
-                file_ids += [str(block["file_id"]) for block in files]
-                rest = [block for block in message.content if block not in files]
-                if not rest and message.type == "system":
-                    continue
-                message = message.model_copy(update={"content": rest})
+        if files := _blocks(message):
+            file_ids += [str(block["file_id"]) for block in files]
+            rest = [block for block in message.content if block not in files]
+            if not rest and message.type == "system":
+                continue
+            message = message.model_copy(update={"content": rest})
         turn = as_message(message, f"message {number}")
         if turn is None:
             raise InputError(f"messages of type {message.type!r} are not supported; send human, ai, system and tool messages")
         turns.append(turn)
     return turns, file_ids
+
+
+def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
+    """The blocks of a message that stand for contexts."""
+    if not isinstance(message.content, list) or getattr(message, "role", message.type.removesuffix("MessageChunk").lower()) not in _LOADING:
+        return []
+    return [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
 
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:

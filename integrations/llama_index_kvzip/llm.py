@@ -50,7 +50,8 @@ from pydantic import (
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.bridge import pieces_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.integration import LazyEngine, configured_window, fixed_folder, located, places_of
+from kvzip_memory.hidden import Options, revealed
+from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sharing import is_only_tried
@@ -93,7 +94,7 @@ class KVzipLLM(FunctionCallingLLM):
         UnfinishedError: by every call: JSON or a tool call was cut by ``stop``. ``max_tokens`` too few for one are an InputError.
     """
 
-    model_config = ConfigDict(populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True, hide_input_in_errors=True)
 
     model: str = ""
     """Hub id, local folder or ``.gguf`` file; not needed with an ``engine``."""
@@ -116,10 +117,10 @@ class KVzipLLM(FunctionCallingLLM):
     stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
+    model_kwargs: Options = Field(default_factory=dict, repr=False)
+    """Further arguments of :meth:`KVzipEngine.from_pretrained`; tokens, a ``tenant`` and other secrets are held as ``SecretStr``."""
 
-    _lazy: LazyEngine = PrivateAttr(default_factory=LazyEngine)
+    _engines: LazyEngines = PrivateAttr(default_factory=LazyEngines)
     _held: bool = PrivateAttr(default=False)
 
     @model_validator(mode="before")
@@ -161,7 +162,7 @@ class KVzipLLM(FunctionCallingLLM):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """LlamaIndex makes an object of the fields alone; copies that were sent together share the engine that is made here."""
         super().__setstate__(state)
-        self._lazy = state["__pydantic_private__"]["_lazy"]
+        self._engines = state["__pydantic_private__"]["_engines"]
 
     @model_serializer(mode="wrap")
     def custom_model_dump(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
@@ -173,6 +174,10 @@ class KVzipLLM(FunctionCallingLLM):
         return "KVzipLLM"
 
     @property
+    def _lazy(self) -> LazyEngine:
+        return self._engines.of(self.model, self.cache_dir, self.model_kwargs)
+
+    @property
     def _ready(self) -> KVzipEngine | None:
         """The engine, if there is one without loading weights."""
         return self.engine if self._held or self.given_engine is not None else self._lazy.engine
@@ -182,7 +187,7 @@ class KVzipLLM(FunctionCallingLLM):
         """The engine; loads the weights when first asked for."""
         if self._held or self.given_engine is not None:
             return still_held(type(self).__name__, self.model, self.given_engine)
-        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **self.model_kwargs}
+        options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **revealed(self.model_kwargs)}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model, **options))
 
     def with_context(self, context: CompressedContext | str | None) -> KVzipLLM:

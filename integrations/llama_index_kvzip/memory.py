@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from bisect import bisect_left, bisect_right
 from contextlib import suppress
@@ -17,12 +16,13 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError,
 from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):

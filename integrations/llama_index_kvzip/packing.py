@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from typing import TypeVar
@@ -12,11 +11,12 @@ from llama_index.core.schema import BaseNode
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
 from kvzip_memory.options import is_whole
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.holders import document_tag, together
 from kvzip_memory.sources import as_document, clean, cleaned, header
 from llama_index_kvzip.llm import KVzipLLM
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 Node = TypeVar("Node", bound=BaseNode)
 

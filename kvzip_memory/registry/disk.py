@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import stat
@@ -41,6 +40,7 @@ from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.files import (
     PreparedFile,
@@ -58,7 +58,7 @@ from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 from kvzip_memory.registry.names import Names
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 LAYOUT = 1
 _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"

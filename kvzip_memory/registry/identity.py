@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from kvzip_memory.encoding import added_tokens, knows_mistral
-from kvzip_memory.errors import IdentityMismatchError
+from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.prompt import Prompt
 from kvzip_memory.weights import adapter_state, fingerprint
 
@@ -94,7 +94,13 @@ def _recipe(prompt: Prompt) -> dict[str, Any]:
 
 
 def tenant_digest(tenant: str | None) -> str | None:
-    """The salt a tenant's keys are made with; None without a tenant."""
+    """The salt a tenant's keys are made with; None without a tenant.
+
+    Raises:
+        InputError: the tenant is no text. Those of a ``SecretStr`` would all have one digest.
+    """
+    if not isinstance(tenant, str | None):
+        raise InputError(f"tenant is of type {type(tenant).__name__}; give a text, of a SecretStr what get_secret_value() returns")
     return None if tenant is None else digest(["tenant", tenant])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import logging
 import mmap
 import time
 import weakref
@@ -15,11 +14,12 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.beginnings import Catalogue, beginning
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.upload import upload
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(eq=False)

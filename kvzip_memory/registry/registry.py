@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import re
 import threading
 import time
@@ -27,6 +26,7 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
+from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
@@ -37,7 +37,7 @@ from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to
 from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 #: Called by a build: stage, tokens done, tokens in all.
 Report = Callable[[str, int, int], None]
