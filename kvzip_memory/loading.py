@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kvzip_memory.errors import InputError
 from kvzip_memory.locks import held
 from kvzip_memory.printable import logger_of
+from kvzip_memory.private import check_file, check_folder, check_not_shared, make_folder
 
 logger = logger_of(__name__)
 
@@ -60,23 +61,35 @@ def load_model(
 
 
 def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
-    """The folder a ``.gguf`` file was converted into; converts it if need be."""
+    """The folder a ``.gguf`` file was converted into; converts it if need be.
+
+    Raises:
+        StorageError: others can write ``cache_dir``, or something else is where a folder or file of ours belongs.
+    """
     with source.open("rb") as file:
         digest = xxhash.xxh3_128()
         while block := file.read(1 << 24):
             digest.update(block)
     name = f"{source.stem}-{digest.hexdigest()[:16]}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
     folder = cache_dir / "gguf" / name
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with held(FileLock(f"{folder}.lock"), f"converting {source.name}"):
+    check_not_shared(cache_dir, folder.parent)
+    make_folder(folder.parent)
+    with held(FileLock(f"{folder}.lock", mode=0o600), f"converting {source.name}"):
+        check_folder(folder)
         if not folder.exists():
             logger.info("converting %s once into %s", source.name, folder)
             staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
+            staging.chmod(0o700)  # a umask may have taken some of it
             try:
                 _convert(source, dtype, staging)
+                for path in staging.iterdir():
+                    path.chmod(0o600)
                 os.replace(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
+        check_not_shared(folder.parent, folder, folder.iterdir())
+        for path in folder.iterdir():
+            check_file(path)
     return folder
 
 

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.printable import logger_of
+from kvzip_memory.private import check_file, make_folder
 
 logger = logger_of(__name__)
 
@@ -38,7 +39,7 @@ class Notice:
 def lock_in(cache_dir: Path, name: str) -> FileLock:
     """The lock of that name in a folder, for threads and processes alike. It goes with the process that holds it, however that ends."""
     folder = cache_dir / "locks"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(folder)
     return FileLock(folder / f"{name}.lock", thread_local=False, mode=0o600)
 
 
@@ -52,7 +53,9 @@ def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
 
     Raises:
         Timeout: it is still held.
+        StorageError: what is in its place is no file of ours.
     """
+    check_file(Path(lock.lock_file))
     quiet = QUIET_S if timeout < 0 else min(QUIET_S, timeout)
     try:
         lock.acquire(timeout=quiet, poll_interval=_POLL_S)
@@ -77,6 +80,7 @@ class Together:
     def take(self, hold: Hold) -> bool:
         with self._mutex:
             if not self._lock.is_locked:
+                check_file(Path(self._lock.lock_file))
                 try:
                     self._lock.acquire(timeout=0)
                 except Timeout:

@@ -12,6 +12,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import stat
 import threading
 import time
 import uuid
@@ -26,10 +28,13 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.registry import EVERYONE, ContextRegistry
+from kvzip_memory.registry import ContextRegistry, EVERYONE
+from kvzip_memory.private import check_folder, check_not_shared, delete, is_file, is_folder, make_folder, open_file
 from kvzip_memory.registry.holders import unescaped
 
 logger = logger_of(__name__)
+
+_FILE = re.compile(r"[0-9a-f]{64}\.jsonl")
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,10 @@ class Turns:
 
 
 class TurnsFile(Turns):
-    """The lines of a session, in a file. It expires with its session's ``ttl``, so many seconds after the last record."""
+    """The lines of a session, in a file. It expires with its session's ``ttl``, so many seconds after the last record.
+
+    A folder that others can write, or anything else in its place or the file's, is neither read nor written: a StorageError says so.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,7 +138,7 @@ class TurnsFile(Turns):
 
     def stamp(self) -> tuple[int, ...]:
         with suppress(OSError):
-            return _stamp(self.path.stat())
+            return _stamp(self.path.lstat())
         return ()
 
     def remove(self, if_older: float = float("-inf")) -> None:
@@ -138,21 +146,32 @@ class TurnsFile(Turns):
             if self._is_older(if_older):
                 with self._locked():
                     if self._is_older(if_older):  # nor was anything added while we waited
-                        self.path.unlink()
+                        delete(self.path)
 
     def _is_older(self, seconds: float) -> bool:
-        return self.path.stat().st_mtime + seconds < time.time()
+        status = self.path.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_mtime + seconds < time.time()
 
     def _locked(self) -> AbstractContextManager[object]:
         """Not a lock of the file itself, which another process may delete meanwhile."""
+        self._check()
         return held(lock_in(self.path.parent.parent, f"memory-{self.path.stem[:2]}"), "writing down a turn")
 
+    def _check(self) -> None:
+        """Raises:
+        StorageError: others can write the folder, or it is none.
+        """
+        folder = self.path.parent
+        check_folder(folder)
+        check_not_shared(folder.parent, folder, [self.path])
+
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
+        self._check()
         try:
-            file = self.path.open("rb")
+            descriptor = open_file(self.path)
         except FileNotFoundError:
             return (), b"", 0, b""
-        with file:
+        with os.fdopen(descriptor, "rb") as file:
             stamp, line = _stamp(os.fstat(file.fileno())), file.readline()
             head = line if line.endswith(b"\n") else b""
             at = since.end if head == since.head else 0
@@ -160,8 +179,8 @@ class TurnsFile(Turns):
             return stamp, head, at, file.read()
 
     def _add(self, first: bytes, line: bytes) -> None:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        make_folder(self.path.parent)
+        descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             begun, whole = _ends(descriptor)
             if not begun:  # or a first line that was not written whole, which no one has read
@@ -211,7 +230,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """What a line says, None if it is not whole. One of an earlier version has no checksum."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict):
         return None
@@ -257,10 +276,11 @@ class Session:
 def sessions(cache_dir: Path) -> Iterator[Session]:
     """All sessions with turns in a folder, the last one written first."""
     found = []
-    for path in (cache_dir / "memory").glob("*.jsonl"):
+    folder = cache_dir / "memory"
+    for path in [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []:
         with suppress(FileNotFoundError):  # removed meanwhile
-            file, written = TurnsFile(path), path.stat().st_mtime
-            records, nbytes = [record for _, record in file.read()[0]], path.stat().st_size
+            file, written = TurnsFile(path), path.lstat().st_mtime
+            records, nbytes = [record for _, record in file.read()[0]], path.lstat().st_size
             first = next((record for record in records if "session" in record), {})
             turns = sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
             keys = frozenset(str(record["context"]) for record in records if "context" in record)

@@ -10,6 +10,8 @@ Layout of the folder (0700, files 0600)::
     locks/                        one file lock for each 3 hex digits of a key, held while a context is built or written
     quarantine/                   files that failed their checks, with the reason in the index
 
+What does not look like that, see :mod:`~kvzip_memory.registry.layout`, is left alone and counted nowhere.
+
 A context is served from its blob alone, found by its key; the index only decides what is evicted and what is listed.
 So nothing wrong can come out of a damaged index.
 """
@@ -20,7 +22,6 @@ import errno
 import json
 import os
 import re
-import stat
 import threading
 import time
 import uuid
@@ -37,11 +38,14 @@ import torch
 from filelock import FileLock, Timeout
 
 from kvzip_memory.context import CompressedContext
-from kvzip_memory.errors import BudgetError, CorruptFileError
+from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.printable import logger_of
+from kvzip_memory.private import check_file, check_folder, check_not_shared, delete, is_file, is_folder, make_folder, read_text, write_text
+from kvzip_memory.registry import layout
 from kvzip_memory.registry.beginnings import beginning
+from kvzip_memory.registry.facts import OddFactError, check_row, is_size
 from kvzip_memory.registry.files import (
     PreparedFile,
     copy_with_catalog,
@@ -54,8 +58,9 @@ from kvzip_memory.registry.files import (
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.frozen import FrozenIndex, why_read_only
 from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
-from kvzip_memory.registry.identity import family_of
+from kvzip_memory.registry.identity import family_of, key_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
+from kvzip_memory.registry.layout import KEY
 from kvzip_memory.registry.names import Names
 
 logger = logger_of(__name__)
@@ -65,7 +70,6 @@ _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tok
 _FORGOTTEN = "forgotten"  # the row of the notes
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _CATALOG = "catalog:"  # of a context whose file names tags that its row has not
-_KEY = re.compile("[0-9a-f]{64}")
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text that are remembered as such
@@ -176,20 +180,25 @@ class DiskTier:
 
     Raises:
         OSError: the folder cannot be made or is of a newer version.
+        StorageError: others can write it, or something else is where a folder or file of ours belongs.
     """
 
     def __init__(self, root: Path, budget: int | None = None) -> None:
         self.root, self.budget = root, budget
         self.quarantined = 0  # by this process
-        self.names = Names(root)
         self._mutex = threading.Lock()
         refuse_after_fork(self, "_mutex")
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
+        folders = [root, *(root / name for name in layout.FOLDERS)]
+        for folder in folders:
+            check_folder(folder)
+        check_not_shared(root.parent, root, (path for path in root.rglob("*")))
         #: Why nothing can be stored or changed in the folder; None if it can.
         self.read_only = why_read_only(root)
-        for folder in (root, *(root / name for name in ("blobs", "blobs/.tmp", "names", "index", "locks", "quarantine"))):
+        self.names = Names(root, self.read_only is not None)
+        for folder in folders:
             if self.read_only is None:
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                make_folder(folder)
             if folder is root:
                 self._check_layout()
         self._index: Index | None = None
@@ -207,20 +216,25 @@ class DiskTier:
     def _check_layout(self) -> None:
         path = self.root / "FORMAT"
         try:
-            layout = int(path.read_text())
+            written = int(read_text(path))
         except FileNotFoundError:
             if self.read_only is not None:
                 return
             temporary = self.root / f".FORMAT.{uuid.uuid4().hex}"
-            _write_private(temporary, f"{LAYOUT}\n")
+            write_text(temporary, f"{LAYOUT}\n")
             os.replace(temporary, path)
             return
         except ValueError:
             raise OSError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
-        if layout > LAYOUT:
-            raise OSError(f"{self.root} has layout {layout}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
+        if written > LAYOUT:
+            raise OSError(f"{self.root} has layout {written}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
 
     def path(self, key: str) -> Path:
+        """Raises:
+        ValueError: it is no key.
+        """
+        if not KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no key, which has 64 hex digits")
         return self.root / "blobs" / key[:2] / f"{key}.safetensors"
 
     # -- contexts ------------------------------------------------------------------------------------------------
@@ -253,7 +267,10 @@ class DiskTier:
     def _read(self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None) -> CompressedContext:
         path = self.path(key)
         if not self._inside(path):
-            raise NotStoredError(f"{path.parent} is a symbolic link; what it leads to is not read")
+            raise NotStoredError(f"{path.parent} is no folder of ours; what it leads to is not read")
+        if os.path.lexists(path) and not is_file(path):
+            kind = "a symbolic link" if path.is_symlink() else "no file"
+            raise NotStoredError(f"{path} is {kind}, where a file of ours belongs; it is left alone")
         try:
             context = read_context(path, device, follow_links=False, admit=admit)
             if context.key != key:
@@ -270,12 +287,11 @@ class DiskTier:
         return context
 
     def _inside(self, path: Path) -> bool:
-        """Whether a blob's folder is one of ours, and no link to somewhere else."""
-        return not (path.parent.is_symlink() or path.parent.parent.is_symlink())
+        """Whether a blob's folder is one of ours, or none yet, and no link to somewhere else."""
+        return is_folder(path.parent.parent) and (is_folder(path.parent) or not os.path.lexists(path.parent))
 
     def has(self, key: str) -> bool:
-        path = self.path(key)
-        return self._inside(path) and path.is_file() and not path.is_symlink()
+        return KEY.fullmatch(key) is not None and self._inside(self.path(key)) and is_file(self.path(key))
 
     def put(
         self,
@@ -314,13 +330,14 @@ class DiskTier:
         )
         path, temporary = self.path(context.key), self._temporary(context.key)
         if not self._inside(path):
-            raise OSError(f"{path.parent} is a symbolic link; nothing is written there")
+            raise StorageError(f"{path.parent} is no folder of ours; nothing is written there")
+        check_file(path)
         try:
             self._reserve(entry)
             for left in self._temporaries():  # by a writer of this key that was killed
                 if left.name.startswith(f"{entry.key}."):
                     left.unlink(missing_ok=True)
-            path.parent.mkdir(exist_ok=True, mode=0o700)
+            make_folder(path.parent)
             prepared.write(path, temporary)
             self._insert(entry)
         except BaseException:
@@ -342,9 +359,8 @@ class DiskTier:
 
     def _temporaries(self) -> Iterator[Path]:
         """Files being written: theirs are named after the key. The first folder is that of older versions."""
-        for folder in (self.root / "tmp", self.root / "blobs" / ".tmp"):
-            if folder.is_dir():
-                yield from folder.iterdir()
+        for folder in ("tmp", "blobs/.tmp"):
+            yield from layout.files(self.root, folder)
 
     @contextmanager
     def _changing_files(self) -> Iterator[Index]:
@@ -397,8 +413,8 @@ class DiskTier:
         usage = stored + sum(nbytes for key, nbytes in writing.items() if key != new.key) - replaced
         victims: list[Callable[[], None]] = []
         for key in index.keys("") if usage + nbytes > self.budget else ():
-            if key.startswith(_BAD) and (bad := index.get(key)) is not None:
-                victims.append(partial(self._drop_bad, index, key, bad))
+            if key.startswith(_BAD) and (bad := _bad(index, key.removeprefix(_BAD))) is not None:
+                victims.append(partial(self._drop_bad, index, bad))
                 usage -= bad["nbytes"]
             elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None:
                 if entry.pinned or entry.key == new.key:
@@ -452,7 +468,7 @@ class DiskTier:
 
     def _drop(self, index: Index, entry: Entry) -> None:
         """Delete a context: first the file, so that bytes are never free before they are free."""
-        self._unlink(entry.key)
+        self._unlink(entry)
         index.delete(_CONTEXT + entry.key)
         index.delete(_CATALOG + entry.key)
         _list_remove(index, _GROUP + entry.group, entry.key)
@@ -462,14 +478,15 @@ class DiskTier:
         stored, writing = self._totals(index)
         self._set_totals(index, stored - entry.file_nbytes, writing)
 
-    def _unlink(self, key: str) -> None:
-        if self._inside(self.path(key)):
-            self.path(key).unlink(missing_ok=True)
+    def _unlink(self, entry: Entry) -> None:
+        path = self.path(entry.key)
+        if self._inside(path) and is_file(path):
+            self._doubtful |= path.lstat().st_size != entry.file_nbytes  # somebody has changed it; what was counted for it is not known
+            delete(path)
 
-    def _drop_bad(self, index: Index, key: str, row: Mapping[str, Any]) -> None:
-        with suppress(FileNotFoundError):
-            (self.root / "quarantine" / Path(row["file"]).name).unlink()
-        index.delete(key)
+    def _drop_bad(self, index: Index, row: Mapping[str, Any]) -> None:
+        delete(self.root / "quarantine" / row["file"])
+        index.delete(_BAD + row["file"])
         stored, writing = self._totals(index)
         self._set_totals(index, stored - row["nbytes"], writing)
 
@@ -488,12 +505,13 @@ class DiskTier:
         path, name = self.path(key), f"{key}.{time.time_ns()}.safetensors"
         with self._changing_files() as index:
             try:
-                nbytes = path.lstat().st_size
+                size = nbytes = path.lstat().st_size
                 if not _moved(path, self.root / "quarantine" / name):
                     nbytes = 0
             except OSError:  # another process has done it, or may not
                 return False
             if (entry := _entry(index, key)) is not None:
+                self._doubtful |= entry.file_nbytes != size
                 self._drop(index, entry)
                 index.set(_LOST + key, asdict(entry))
             stored, writing = self._totals(index)
@@ -526,9 +544,8 @@ class DiskTier:
     def lengths(self, family: str, begun: Iterable[str]) -> set[tuple[int, str]]:
         """Tokens, and the start of their digest, of the contexts of one model and tenant that are filed under one of these beginnings."""
         index = self._opened()
-        rows = [index.get(f"{_BEGINNING}{family}:{each}") for each in begun]
-        pairs = (item.split(":") for row in rows if row for item in row["keys"])
-        return {(int(n), start) for n, start in pairs}
+        pairs = (item.partition(":") for each in begun for item in _items(index, f"{_BEGINNING}{family}:{each}"))
+        return {(int(n), start) for n, _, start in pairs if n.isdecimal()}
 
     @_needs_index
     def with_tokens(self, family: str, tokens: str) -> list[Entry]:
@@ -536,19 +553,17 @@ class DiskTier:
         return self._listed(f"{_TOKENS}{family}:{tokens}")
 
     def _listed(self, key: str) -> list[Entry]:
-        row = self._opened().get(key)
-        entries = [self.entry(k) for k in (row["keys"] if row else ())]
+        entries = [self.entry(k) for k in _items(self._opened(), key)]
         return [entry for entry in entries if entry is not None]
 
     @_needs_index
     def starting_with(self, prefix: str) -> list[Entry]:
         """Stored contexts whose key starts with ``prefix``."""
-        if _KEY.fullmatch(prefix):
+        if KEY.fullmatch(prefix):
             return [entry] if (entry := self.entry(prefix)) is not None else []
         if not re.fullmatch("[0-9a-f]+", prefix):
             return []
-        folders = [self.root / "blobs" / prefix[:2]] if len(prefix) >= 2 else sorted((self.root / "blobs").iterdir())
-        keys = [p.stem for folder in folders if folder.is_dir() for p in folder.glob(f"{prefix}*.safetensors")]
+        keys = sorted(path.stem for path in layout.blobs(self.root, prefix[:2]) if path.name.startswith(prefix))
         return [entry for key in keys if (entry := self.entry(key)) is not None]
 
     @_needs_index
@@ -602,13 +617,14 @@ class DiskTier:
                 self._drop(index, entry)
                 return True
         existed = self.has(key)
-        self._unlink(key)
+        if existed:
+            delete(self.path(key))
         return existed
 
     def clean(self, key: str) -> None:
         """Overwrite what the index and notes of its build say of a context that was removed for good."""
         if self.reported(key):
-            (self.root / "locks" / f"{key[:3]}.progress").unlink(missing_ok=True)
+            delete(self._note_of(key))
         self._rewrite_index()
 
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str] = ()) -> tuple[list[Entry], list[Entry]]:
@@ -635,8 +651,9 @@ class DiskTier:
         kept = [entry for entry in changed if entry not in deleted]
         self._let_go_lost(let_go, mine)
         self._empty_quarantine()
-        for note in (self.root / "locks").glob("*.progress"):  # builds that are under way leave another one
-            note.unlink(missing_ok=True)
+        for note in layout.files(self.root, "locks"):  # builds that are under way leave another one
+            if note.suffix == ".progress":
+                delete(note)
         self._write_catalogs()
         self._rewrite_index()
         return deleted, kept
@@ -697,10 +714,10 @@ class DiskTier:
     @_needs_index
     def notes(self) -> Notes:
         """What was forgotten, by any process."""
-        return Notes(self._opened().get(_FORGOTTEN))
+        return _notes(self._opened())
 
     def _note(self, index: Index, key: str = "", tag: str = "") -> None:
-        notes = Notes(index.get(_FORGOTTEN))
+        notes = _notes(index)
         notes.add(key, tag)
         index.set(_FORGOTTEN, notes.row)
 
@@ -714,6 +731,8 @@ class DiskTier:
     def _write_catalogs(self) -> None:
         """Bring the catalogs of files up to date with their rows, also where that has failed before."""
         for key in [*self._opened().keys(_CATALOG)]:
+            if not KEY.fullmatch(key):
+                raise IndexDamagedError(f"row {_CATALOG + key!r} is not one of ours")
             try:
                 with held(self.lock(key), f"building or writing context {key[:12]}", QUIET_S):
                     self._write_catalog(key)
@@ -753,7 +772,7 @@ class DiskTier:
     def quarantine(self) -> list[dict[str, Any]]:
         """What was taken out of use: key, file, nbytes, reason, time."""
         index = self._opened()
-        rows = [index.get(_BAD + name) for name in index.keys(_BAD)]
+        rows = [_bad(index, name) for name in index.keys(_BAD)]
         return [row for row in rows if row is not None]
 
     @_needs_index
@@ -772,12 +791,11 @@ class DiskTier:
     def measured(self) -> int:
         """The same bytes as :meth:`usage`, measured from the files."""
         sizes: dict[int, int] = {}
-        for folder in ("tmp", "blobs/.tmp", "blobs", "quarantine"):  # the way a file goes; one that moves meanwhile is counted once
-            for path in (self.root / folder).glob("*" if folder == "quarantine" else "**/*"):  # an index in quarantine is not counted
+        for files in (self._temporaries(), self._blobs(), self._quarantined()):  # the way a file goes; one that moves meanwhile counts once
+            for path in files:
                 with suppress(FileNotFoundError):
                     status = path.lstat()
-                    if not stat.S_ISDIR(status.st_mode):
-                        sizes[status.st_ino] = status.st_size
+                    sizes[status.st_ino] = status.st_size
         return sum(sizes.values())
 
     def gc(self) -> dict[str, int]:
@@ -803,15 +821,15 @@ class DiskTier:
         count = 0
         with self._changing_files() as index:
             for name in list(index.keys(_BAD)):
-                if (row := index.get(_BAD + name)) is not None:
-                    self._drop_bad(index, _BAD + name, row)
+                if (row := _bad(index, name)) is not None:
+                    self._drop_bad(index, row)
                     count += 1
-        for path in (self.root / "quarantine").iterdir():
+        for path in self._quarantined():
+            path.unlink(missing_ok=True)
             count += 1
-            if path.is_dir() and not path.is_symlink():  # an index
-                _remove_tree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for folder in layout.old_indexes(self.root):
+            _remove_index(folder)
+            count += 1
         return count
 
     @_needs_index
@@ -829,14 +847,14 @@ class DiskTier:
             for key in rows - blobs.keys() - writing.keys():
                 if (entry := _entry(index, key)) is not None:
                     self._drop(index, entry)
-            bad = [row for name in list(index.keys(_BAD)) if (row := index.get(_BAD + name)) is not None]
+            bad = [row for name in list(index.keys(_BAD)) if (row := _bad(index, name)) is not None]
             stored = sum(row["nbytes"] for row in bad)
             stored += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
             for key in blobs.keys() - rows - writing.keys():
                 entry = self._entry_of_file(blobs[key])
                 usage = stored + sum(writing.values())
                 if entry is None or (self.budget is not None and usage + entry.file_nbytes > self.budget):
-                    blobs[key].unlink(missing_ok=True)
+                    delete(blobs[key])
                     deleted += 1
                 else:
                     self._add(index, entry)
@@ -846,8 +864,8 @@ class DiskTier:
                     path.unlink(missing_ok=True)
                     deleted += 1
             listed = {row["file"] for row in bad}
-            for path in (self.root / "quarantine").iterdir():
-                if path.is_file() and path.name not in listed:
+            for path in self._quarantined():
+                if path.name not in listed:
                     path.unlink(missing_ok=True)
                     deleted += 1
             self._set_totals(index, stored, writing)
@@ -882,15 +900,18 @@ class DiskTier:
     def report(self, key: str, progress: Mapping[str, Any]) -> None:
         """Leave a note for other processes how far a build is."""
         with suppress(OSError):
-            _write_private(self.root / "locks" / f"{key[:3]}.progress", json.dumps({"key": key, **progress}))
+            write_text(self._note_of(key), json.dumps({"key": key, **progress}))
 
     def reported(self, key: str) -> dict[str, Any] | None:
         """What the process that builds ``key`` has last reported."""
-        with suppress(OSError, ValueError):
-            note = json.loads((self.root / "locks" / f"{key[:3]}.progress").read_text())
-            if note.get("key") == key:
-                return dict(note)
+        with suppress(OSError, ValueError, TypeError, RecursionError):  # the last: what is no note of ours
+            match json.loads(read_text(self._note_of(key))):
+                case {"key": str(of), "stage": str(), "done": int(), "total": int()} as note if of == key:
+                    return dict(note)
         return None
+
+    def _note_of(self, key: str) -> Path:
+        return self.root / "locks" / f"{key[:3]}.progress"
 
     # -- keeping the index sound ---------------------------------------------------------------------------------
 
@@ -1002,13 +1023,10 @@ class DiskTier:
             for path in (path for path, entry in found if entry is None):
                 self._quarantine_unlisted(path)
             writing = {path.name[:64]: path.lstat().st_size for path in self._temporaries() if not self._delete_dead(path)}
-            for path in (self.root / "quarantine").iterdir():
-                if path.is_file():
-                    nbytes = path.lstat().st_size
-                    index.set(
-                        _BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0}
-                    )
-                    stored += nbytes
+            for path in self._quarantined():
+                nbytes = path.lstat().st_size
+                index.set(_BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0})
+                stored += nbytes
             self._set_totals(index, stored, writing)
 
     def _delete_dead(self, temporary: Path) -> bool:
@@ -1017,7 +1035,7 @@ class DiskTier:
             with self.lock(temporary.name).acquire(timeout=0):
                 temporary.unlink(missing_ok=True)
                 return True
-        except Timeout:
+        except (Timeout, OSError):  # the latter: what is where its lock belongs cannot be locked
             return False
 
     def _quarantine_unlisted(self, path: Path) -> None:
@@ -1041,9 +1059,9 @@ class DiskTier:
                     len(salvaged),
                 )
                 _moved(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")
-                (self.root / "index").mkdir(exist_ok=True, mode=0o700)
-                for older in sorted((self.root / "quarantine").glob("index.*"))[:-1]:
-                    _remove_tree(older)
+                make_folder(self.root / "index")
+                for older in layout.old_indexes(self.root)[:-1]:
+                    _remove_index(older)
                 self.quarantined += 1
             self._opened_file = self._index_file()
             self._index = Index(self.root / "index")
@@ -1064,8 +1082,8 @@ class DiskTier:
     def _index_file(self) -> int | None:
         """The inode of the index: another one means that another process has made it anew."""
         try:
-            return (self.root / "index" / "cache.db").stat().st_ino
-        except FileNotFoundError:
+            return (self.root / "index" / "cache.db").lstat().st_ino
+        except OSError:
             return None
 
     def _collect_dead_writers(self) -> None:
@@ -1086,16 +1104,19 @@ class DiskTier:
         row = index.get("totals")
         if row is None:
             raise IndexDamagedError("the row of totals is missing")
-        writing = dict(row["writing"])
-        return row["usage"] - sum(writing.values()), writing
+        writing, usage = row.get("writing"), row.get("usage", -1)
+        if not (isinstance(writing, dict) and all(map(KEY.fullmatch, writing)) and all(map(is_size, [usage, *writing.values()]))):
+            raise IndexDamagedError("the row of totals is not one of ours")
+        return usage - sum(writing.values()), writing
 
     def _set_totals(self, index: Index, stored: int, writing: Mapping[str, int]) -> None:
         index.set("totals", {"usage": max(stored, 0) + sum(writing.values()), "writing": dict(writing)})
 
     def _blobs(self) -> Iterator[Path]:
-        for folder in (self.root / "blobs").iterdir():
-            if folder.is_dir() and not folder.is_symlink():
-                yield from folder.glob("*.safetensors")
+        return layout.blobs(self.root)
+
+    def _quarantined(self) -> Iterator[Path]:
+        return layout.files(self.root, "quarantine")
 
     def _entry_of_file(self, path: Path) -> Entry | None:
         """An entry from a file's header, None if there is no sound one."""
@@ -1106,6 +1127,8 @@ class DiskTier:
                 facts = read_header(file, path)
                 status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
         except (OSError, CorruptFileError):
+            return None
+        if key_of(facts["identity"]) != path.stem:
             return None
         catalog = facts["catalog"]
         return Entry(
@@ -1132,13 +1155,25 @@ def _entry(index: Index, key: str, prefix: str = _CONTEXT) -> Entry | None:
     if row is None:
         return None
     try:
-        names = {str(name): float(time) for name, time in row["names"].items()}
-        entry = Entry(**{**row, "names": names, "tags": tuple(map(str, row["tags"])), "used": float(row["used"]), "former": ()})
-    except (AttributeError, KeyError, TypeError, ValueError):
+        check_row(row)
+        entry = Entry(**{**row, "tags": tuple(row["tags"]), "former": ()})
+    except (OddFactError, TypeError):
         raise IndexDamagedError(f"row {key!r} has other fields than a context's") from None
-    if entry.key != key or not _KEY.fullmatch(key):
+    if entry.key != key or not KEY.fullmatch(key):
         raise IndexDamagedError(f"row {key!r} is not one of ours")
     return entry
+
+
+def _bad(index: Index, name: str) -> dict[str, Any] | None:
+    """The row of a quarantined file.
+
+    Raises:
+        IndexDamagedError: it is not one of ours; its name becomes a file's.
+    """
+    row = index.get(_BAD + name)
+    if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_size(row.get("nbytes"))):
+        raise IndexDamagedError(f"row {_BAD + name!r} is not one of ours")
+    return None if row is None else {"key": name[:64], "reason": "unknown", "time": 0.0, **row}
 
 
 def _completed(entry: Entry, known: Entry | None) -> Entry:
@@ -1154,25 +1189,35 @@ def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, fl
     return {name: max(one.get(name, 0.0), other.get(name, 0.0)) for name in {**one, **other}}
 
 
+def _items(index: Index, key: str) -> list[str]:
+    row = index.get(key)
+    items = [] if row is None else row.get("keys")
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise IndexDamagedError(f"row {key!r} is no list of ours")
+    return items
+
+
+def _notes(index: Index) -> Notes:
+    try:
+        return Notes(index.get(_FORGOTTEN))
+    except (TypeError, ValueError):
+        raise IndexDamagedError("the row of what was forgotten is not one of ours") from None
+
+
 def _list_add(index: Index, key: str, item: str, size: int = _GROUP_SIZE) -> None:
-    keys = (index.get(key) or {"keys": []})["keys"]
+    keys = _items(index, key)
     if not keys or keys[-1] != item:
         index.set(key, {"keys": [*(k for k in keys if k != item), item][-size:]})
 
 
 def _list_remove(index: Index, key: str, item: str) -> bool:
     """Whether the list has other items."""
-    keys = [k for k in (index.get(key) or {"keys": []})["keys"] if k != item]
+    keys = [k for k in _items(index, key) if k != item]
     if keys:
         index.set(key, {"keys": keys})
     else:
         index.delete(key)
     return bool(keys)
-
-
-def _write_private(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
 
 
 def _moved(path: Path, target: Path) -> bool:
@@ -1187,12 +1232,14 @@ def _moved(path: Path, target: Path) -> bool:
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EBUSY):
             raise
-    for each in path.iterdir() if path.is_dir() else [path]:
-        each.unlink()
+    for each in layout.files_of_index(path) if is_folder(path) else [path]:
+        delete(each)
     return False
 
 
-def _remove_tree(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+def _remove_index(folder: Path) -> None:
+    """Delete an index that was set aside; what else is in it stays."""
+    for path in layout.files_of_index(folder):
+        delete(path)
+    with suppress(OSError):
+        folder.rmdir()

@@ -12,7 +12,9 @@ from typing import Literal
 
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import HELD, IndexHeldError
+from kvzip_memory.registry.layout import strangers
 
+_SHOWN = 10  # names of files that are not ours
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"}
 
 
@@ -41,15 +43,15 @@ def examine(root: Path) -> list[Finding]:
     try:
         disk = DiskTier(root)
     except OSError as error:
-        return [Finding("problem", "layout", str(error), "upgrade kvzip-memory, or give another cache_dir"), *findings]
-    findings += [_index(disk), *_contents(disk)]
+        return [Finding("problem", "folder", str(error), "nothing of it is read or written until then"), *findings]
+    findings += [_index(disk), *_contents(disk), *_strangers(root)]
     disk.close()
     return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
 
 
 def _private(root: Path) -> Finding:
     status = root.stat()
-    if status.st_uid != os.getuid():
+    if status.st_uid not in (0, os.geteuid()):
         return Finding("problem", "owner", f"{root} belongs to user {status.st_uid}", "give every user a cache_dir of their own")
     if stat.S_IMODE(status.st_mode) & 0o077:
         return Finding("problem", "permissions", f"{stat.filemode(status.st_mode)}: others can read your texts", f"chmod 700 {root}")
@@ -111,3 +113,11 @@ def _contents(disk: DiskTier) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _strangers(root: Path) -> list[Finding]:
+    found = [str(path.relative_to(root)) for path in strangers(root)]
+    if not found:
+        return []
+    shown = ", ".join(map(repr, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} others" if len(found) > _SHOWN else "")
+    return [Finding("note", "not ours", shown, "left alone and counted nowhere; look at them, and move them elsewhere")]

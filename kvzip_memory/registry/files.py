@@ -35,13 +35,14 @@ from torch import Tensor
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.modes import plain
-from kvzip_memory.registry.identity import FORMAT, key_of
+from kvzip_memory.registry.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
+from kvzip_memory.registry.identity import FORMAT, key_of, tokens_digest
 from kvzip_memory.upload import upload
 
-ALIGNMENT = 4096
 #: Threads that read one file.
 READERS = min(4, os.cpu_count() or 1)
 _SMALL = 4 << 20  # bytes not worth a thread
+_HEADER = 1 << 26  # bytes of a header at most
 _PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
 _DTYPES = {
     torch.float32: "F32",
@@ -146,11 +147,10 @@ def open_context(path: Path, follow_links: bool) -> BinaryIO:
         if error.errno == errno.ELOOP:
             raise CorruptFileError(f"{path}: a symbolic link, not a file of ours") from None
         raise
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise CorruptFileError(f"{path}: not a plain file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
@@ -164,22 +164,29 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 0 < length <= size - 16:
         raise CorruptFileError(f"{path}: truncated, or not a context file (no safetensors header)")
+    if length > _HEADER:
+        raise CorruptFileError(f"{path}: a header of {length:,} bytes, more than the {_HEADER:,} of any file of ours")
     header = file.read(length)
     try:
         facts: dict[str, Any] = json.loads(json.loads(header)["__metadata__"]["kvzip_memory"])
         written = int(facts["identity"]["format"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not a context file, or its header is damaged ({type(error).__name__})") from None
     if written > FORMAT:
         raise CorruptFileError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
     file.seek(size - 8)
     if file.read(8) != struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + header)):
         raise CorruptFileError(f"{path}: the header's checksum is wrong, or the file is truncated")
+    try:
+        check_header(facts)
+    except (OddFactError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: {error}, which no version of ours has written") from None
     expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + 8
     if size != expected:
         raise CorruptFileError(f"{path}: {size} bytes instead of {expected}")
     file.seek(8 + length)
-    return {**_of_older_files(facts), **facts}
+    nbytes = sum(math.prod(extent["shape"]) * ELEMENT[extent["dtype"]] for extent in facts["extents"][:-1])  # what they will take here
+    return {**_of_older_files(facts), **facts, "nbytes": nbytes}
 
 
 def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,6 +252,7 @@ def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -
     """Write a file and fsync it; mode 0600. After an error it is gone."""
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)  # a umask may have taken some of it
             file.write(header)
             for piece in body:
                 file.write(piece)
@@ -326,11 +334,23 @@ def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: t
             for i, layer in enumerate(facts["layers"]):
                 done[f"layer.{i}"]()
                 keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
+                _check_positions(positions, facts["n_tokens"], path)
                 yield RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
 
         arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
         done[""]()
+    wanted = facts["identity"].get("tokens")
+    if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
+        raise CorruptFileError(f"{path}: its token ids are not those of its key")
     return arrived, tensors["token_ids"]
+
+
+def _check_positions(positions: Tensor, n_tokens: int, path: Path) -> None:
+    """Raises:
+    CorruptFileError: pairs of tokens that are not there.
+    """
+    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+        raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
 
 
 @plain()

@@ -13,7 +13,7 @@ from diskcache.core import MODE_RAW
 
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
-from kvzip_memory.registry.index import Index, IndexDamagedError
+from kvzip_memory.registry.index import Index, IndexDamagedError, check_plain
 
 
 def why_read_only(root: Path) -> str | None:
@@ -54,6 +54,10 @@ class _Rows(dict[str, str]):
 
 def _sound_rows(database: Path) -> dict[str, str]:
     """What can be read: with what SQLite has not put into the file yet if it can open that here, else without."""
+    try:
+        check_plain(database.parent)
+    except IndexDamagedError:
+        return {}
     for how in ("mode=ro", "immutable=1"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(database))}?{how}", uri=True, timeout=QUIET_S)) as opened:
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()

@@ -114,7 +114,7 @@ def family_of(identity: Mapping[str, Any]) -> str:
     return digest([identity.get("tenant"), *(identity.get(field) for field in MODEL_FIELDS)])
 
 
-def tokens_digest(ids: Sequence[int]) -> str:
+def tokens_digest(ids: Sequence[int] | np.ndarray) -> str:
     """Hash of a context's ids: the field ``tokens``."""
     return hashlib.sha256(np.asarray(ids, dtype=np.int32).tobytes()).hexdigest()
 

@@ -23,6 +23,7 @@ from diskcache.core import MODE_RAW, UNKNOWN
 from kvzip_memory.errors import ForkedError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
+from kvzip_memory.private import is_file, open_file
 
 Row = dict[str, Any]
 
@@ -98,9 +99,8 @@ class Index:
         self._lock = threading.RLock()
         self._open: AbstractContextManager[Any] | None = None  # the transaction of the thread that has the lock
         with _translated():
-            database = folder / "cache.db"
-            if not database.exists():  # SQLite gives its other files the same mode
-                os.close(os.open(database, os.O_RDWR | os.O_CREAT, 0o600))
+            check_plain(folder)
+            os.close(open_file(folder / "cache.db", os.O_RDWR | os.O_CREAT))  # SQLite gives its other files the same mode
             if not is_free(folder, QUIET_S):  # diskcache would try for a minute
                 raise IndexHeldError()
             self._rows = diskcache.Cache(
@@ -210,8 +210,22 @@ class Index:
         checksum, text = packed[:16], packed[16:]
         if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
             raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
-        row: Row = json.loads(text)
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise IndexDamagedError(f"row {key!r} is not one of ours")
         return row
+
+
+def check_plain(folder: Path) -> None:
+    """Raises:
+    IndexDamagedError: what SQLite would open is no file of its own: it would write to wherever it leads.
+    """
+    for path in (folder / f"cache.db{suffix}" for suffix in ("", "-wal", "-shm", "-journal")):
+        if os.path.lexists(path) and (not is_file(path) or path.lstat().st_nlink > 1):
+            raise IndexDamagedError(f"{path.name} is no file of its own")
 
 
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:

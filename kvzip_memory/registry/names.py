@@ -9,11 +9,11 @@ still writing comes too late.
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from filelock import FileLock
 
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, held
+from kvzip_memory.private import delete, read_text, write_text
 from kvzip_memory.registry.identity import digest
+from kvzip_memory.registry.layout import KEY, files
 
 _TICK = 1e-6  # seconds between two that are told apart
 _DAY = 86400.0
@@ -55,10 +57,11 @@ class Names:
 
     Args:
         root: of the disk tier, which has folders ``names`` and ``locks``; None keeps names in memory.
+        read_only: names are read, and what is given is known to this process alone.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self._root = root
+    def __init__(self, root: Path | None = None, read_only: bool = False) -> None:
+        self._root, self._read_only = root, read_only
         self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
         self._lock = threading.Lock()
         refuse_after_fork(self, "_lock")
@@ -110,7 +113,7 @@ class Names:
         Raises:
             OSError: it cannot be written now, or another process has been writing for a second.
         """
-        if self._root is None:
+        if self._root is None or self._read_only:
             return
         file = _file_of(label.tenant, label.name)
         written = label if label.key else replace(label, name="", sources=())
@@ -153,7 +156,7 @@ class Names:
         """Delete what has meant nothing for a day: names of contexts that are not stored, and notes of those that were taken away."""
         for file in self._files():
             with self._writing():
-                self._path(file).with_name(f".{file}").unlink(missing_ok=True)  # of a writer that was killed
+                delete(self._path(file).with_name(f".{file}"))  # of a writer that was killed
                 known = self._read(file)
                 kept = {f: label for f, label in known.items() if is_stored(label.key) or abs(time.time() - label.loaded) < _DAY}
                 if kept != known:
@@ -183,9 +186,7 @@ class Names:
     def _files(self) -> list[str]:
         if self._root is None:
             return []
-        with suppress(FileNotFoundError):
-            return [path.stem for path in (self._root / "names").glob("*.json")]
-        return []
+        return [path.stem for path in files(self._root, "names") if path.suffix == ".json"]
 
     def _path(self, file: str) -> Path:
         assert self._root is not None
@@ -200,26 +201,36 @@ class Names:
         if self._root is None:
             return {}
         try:
-            with os.fdopen(os.open(self._path(file), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="utf-8") as opened:
-                checksum, _, text = opened.read().partition("\n")
+            checksum, _, text = read_text(self._path(file)).partition("\n")
             if checksum != _checksum(file, text):
                 return {}
             rows = [{**row, "sources": tuple(map(tuple, row["sources"]))} for row in json.loads(text)]
-            return {row["family"]: Label(**row) for row in rows}
-        except (OSError, ValueError, TypeError, KeyError):  # what cannot be read means nothing
+            return {row["family"]: _checked(Label(**row)) for row in rows}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # what cannot be read means nothing
             return {}
 
     def _write(self, file: str, known: Mapping[str, Label]) -> None:
         path = self._path(file)
         if not known:
-            path.unlink(missing_ok=True)
+            delete(path)
             return
         text = json.dumps([asdict(label) for label in known.values()], default=str)
         temporary = path.with_name(f".{file}")  # one writer at a time
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        with os.fdopen(os.open(temporary, flags, 0o600), "w", encoding="utf-8") as opened:
-            opened.write(f"{_checksum(file, text)}\n{text}")
+        write_text(temporary, f"{_checksum(file, text)}\n{text}")
         os.replace(temporary, path)
+
+
+def _checked(label: Label) -> Label:
+    """Raises:
+    ValueError: it is none of ours.
+    """
+    texts = [label.name, label.family, label.key, *(name for name, _ in label.sources)]
+    texts += [label.tenant] if label.tenant is not None else []
+    if not all(isinstance(text, str) for text in texts) or not (label.key == "" or KEY.fullmatch(label.key)):
+        raise ValueError("a field of another kind")
+    if not all(isinstance(metadata, dict) for _, metadata in label.sources) or not math.isfinite(label.loaded):
+        raise ValueError("a field of another kind")
+    return label
 
 
 def _file_of(tenant: str | None, name: str) -> str:
