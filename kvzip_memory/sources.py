@@ -180,8 +180,7 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
             raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(map(str, item))}")
         role, fields = item["role"], item
     else:
-        kind = str(getattr(item, "type", "")).removesuffix("MessageChunk").lower()
-        role = getattr(item, "role", None) or kind
+        role = _role_of(item)
         if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
             return None
         names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "function_call", "tool_call_id", "additional_kwargs")
@@ -208,6 +207,18 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     if role == "tool":
         message["tool_call_id"] = _id(more.get("tool_call_id"), where)
     return message
+
+
+def _role_of(message: Any) -> Any:
+    """Who has said a framework's message. A class that says so counts before a field, which LangChain's take from anybody."""
+    kind = str(getattr(message, "type", "")).removesuffix("MessageChunk").lower()
+    return kind if kind in _ROLES else getattr(message, "role", None) or kind
+
+
+def may_bring_contexts(message: Any) -> bool:
+    """Whether a framework's message may stand for a context: one of the application or its user, not what a model or a tool has made."""
+    role = _role_of(message)
+    return _ROLES.get(str(getattr(role, "value", role))) in ("system", "user")
 
 
 # Kinds of blocks, of all frameworks and makers of models: where those of text have it, what was thought, and calls.
@@ -388,7 +399,7 @@ def _document(item: Any) -> Document:
         return item
     if isinstance(item, str):
         if len(item) < 256 and "\n" not in item and os.path.isfile(item):  # unlike Path's it never raises: most texts are no names
-            logger.warning("loading the text %r itself; there is a file of that name: give a Path to load the file", item)
+            logger.warning("a text of %d characters is loaded; there is a file of that name: give a Path to load the file", len(item))
         return Document(item)
     if isinstance(item, Path):
         try:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, TypeVar
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -35,7 +35,7 @@ from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window,
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
-from kvzip_memory.sources import as_message, clean
+from kvzip_memory.sources import as_message, clean, may_bring_contexts
 from kvzip_memory.tools import FORMS, CallReader
 from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
@@ -55,8 +55,7 @@ Documents = BaseLoader | Document | str | Path | Iterable[Document]
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
 
 
-# Whose files stand for contexts: those that a model has made or a tool has returned do not.
-_LOADING = {"human", "user", "system", "developer"}
+Message = TypeVar("Message", bound=BaseMessage)
 
 
 class Witness(Protocol):
@@ -203,6 +202,8 @@ class KVzipChatModel(BaseChatModel):
     tool_call_parser: str = "auto"
     """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, ``"mistral-ids"``, ``"mistral-args"``, or ``"auto"``, what its
     chat template says."""
+    contexts_by_name: bool = False
+    """Whether messages may bring contexts by their names and by the first digits of their keys, too, not by whole keys only."""
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`."""
 
@@ -360,7 +361,7 @@ class KVzipChatModel(BaseChatModel):
         engine = self.engine
         options["form"] = engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser]
         turns, file_ids = _plain(messages)
-        context = engine.one_context([self.context, *file_ids])
+        context = engine.one_context([self.context, *file_ids], by_name=self.contexts_by_name)
         options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
         created = 0
         if context is None:
@@ -590,20 +591,28 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
     for number, message in enumerate(messages, 1):
-        who = message.type.removesuffix("MessageChunk").lower()
-        if isinstance(message.content, list) and getattr(message, "role", who) in _LOADING:
-            files = [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
-            if files:
-                file_ids += [str(block["file_id"]) for block in files]
-                rest = [block for block in message.content if block not in files]
-                if not rest and message.type == "system":
-                    continue
-                message = message.model_copy(update={"content": rest})
+        if files := files_in(message):
+            file_ids += [str(block["file_id"]) for block in files]
+            message = without_files(message)
+            if not message.content and message.type == "system":
+                continue
         turn = as_message(message, f"message {number}")
         if turn is None:
             raise InputError(f"messages of type {message.type!r} are not supported; send human, ai, system and tool messages")
         turns.append(turn)
     return turns, file_ids
+
+
+def files_in(message: BaseMessage) -> list[dict[str, Any]]:
+    """The blocks of a message that stand for contexts. Those of what a model has made or a tool has returned do not."""
+    blocks = message.content if isinstance(message.content, list) and may_bring_contexts(message) else []
+    return [block for block in blocks if isinstance(block, dict) and block.get("type") == "file" and "file_id" in block]
+
+
+def without_files(message: Message) -> Message:
+    """A message without the blocks that stand for contexts."""
+    files = files_in(message)
+    return message.model_copy(update={"content": [block for block in message.content if block not in files]}) if files else message
 
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:
