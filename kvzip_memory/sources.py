@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +334,20 @@ def _without_bytes(value: Any) -> Any:
 
 
 def response(text: str) -> str:
-    """A tool's result as a user's words."""
-    return f"<tool_response>\n{text}\n</tool_response>"
+    """A tool's result as a user's words, in tags that it cannot end: they have a number where the text has tags of that name."""
+    tag = f"tool_response{_unspelled(_TAGS, [text])}"
+    return f"<{tag}>\n{text}\n</{tag}>"
+
+
+# Frames that a text could spell, each with the number in it, if any.
+_TAGS = re.compile(r"tool_response(-\d+)?", re.IGNORECASE)
+_HEADERS = re.compile(r"(?:^|[\n\r\v\f\x85\u2028\u2029])[^\w\n]{0,32}Document(-\d+)?\s{0,32}\d+\s{0,32}:", re.IGNORECASE)
+
+
+def _unspelled(frames: re.Pattern[str], texts: Iterable[str]) -> str:
+    """What of nothing, ``-2``, ``-3``, ... makes a frame that none of the texts spells."""
+    spelled = {found[1] or "" for text in texts for found in frames.finditer(text)}
+    return next(number for number in chain([""], (f"-{number}" for number in count(2))) if number not in spelled)
 
 
 def _as_call(call: Any, where: str) -> dict[str, Any] | None:
@@ -374,9 +387,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
-def header(number: int, name: str) -> str:
-    """What is put before the text of one of several documents."""
-    return f"{'' if number == 1 else SEPARATOR}Document {number}: {name}\n\n"
+def header(number: int, name: str, word: str = "Document") -> str:
+    """What is put before the text of one of several documents; on one line, whatever its name."""
+    return f"{'' if number == 1 else SEPARATOR}{word} {number}: {' '.join(name.splitlines())}\n\n"
+
+
+def header_word(texts: Sequence[str]) -> str:
+    """What the headers of documents begin with, so that no line of their texts is like one."""
+    return f"Document{_unspelled(_HEADERS, texts)}"
 
 
 def as_document(item: Any, where: str = "document") -> Document:
