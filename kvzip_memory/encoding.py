@@ -186,8 +186,9 @@ class _Whole:
             self._backend.pre_tokenizer = backend.pre_tokenizer
         added = sorted(backend.get_added_tokens_decoder().items())
         spelled = {i: secrets[control[i]] if i in control else token.content for i, token in added}
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        copies = [AddedToken(spelled[i], **{name: getattr(token, name) for name in flags}) for i, token in added]
+        flags = ("single_word", "lstrip", "rstrip", "special")
+        found = {i: token.normalized and self._stays(spelled[i]) for i, token in added}
+        copies = [AddedToken(spelled[i], **{name: getattr(token, name) for name in flags}, normalized=found[i]) for i, token in added]
         self._backend.add_special_tokens([copy for copy in copies if copy.special])
         self._backend.add_tokens([copy for copy in copies if not copy.special])
         self._real = {self._backend.token_to_id(text): i for i, text in spelled.items()}
@@ -195,6 +196,11 @@ class _Whole:
         unknown = getattr(model, "unk_token", None)
         # What the vocabulary itself holds of them could come out of a text, as from a unigram model; an unknown character may.
         self._forged = {i for i, text in control.items() if model.token_to_id(text) == i and text != unknown}
+
+    def _stays(self, spelled: str) -> bool:
+        """Whether a token can be looked for in normalised text: one that the normaliser changes is not found there, or not everywhere."""
+        normalizer = self._backend.normalizer
+        return normalizer is None or normalizer.normalize_str(spelled) == spelled
 
     def encoded(self, text: str) -> Tokens:
         encoding = self._backend.encode(text, add_special_tokens=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -64,6 +65,8 @@ from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, rea
 from kvzip_memory.weights import Stamp
 
 logger = logger_of(__name__)
+
+_WHOLE_KEY = re.compile("[0-9a-f]{64}")
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -556,12 +559,21 @@ class KVzipEngine(Shared):
             raise InputError(f"no context {reference!r} of this model is stored{other}{held}: load the text")
         return self._handle(usable[-1], labels.get(usable[-1].key))
 
-    def one_context(self, references: Sequence[CompressedContext | str | None]) -> CompressedContext | None:
+    def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:
         """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
 
+        Args:
+            by_name: whether texts may be names and beginnings of keys; else they are whole keys, which nobody guesses.
+
         Raises:
-            InputError: the references are to several contexts, or :meth:`get` does not find one.
+            InputError: the references are to several contexts, one is not the whole key it has to be, or :meth:`get` does not find it.
         """
+        for reference in references:
+            if isinstance(reference, str) and not by_name and not _WHOLE_KEY.fullmatch(reference):
+                raise InputError(
+                    f"a message brings the context {reference[:80]!r}; messages bring contexts by their whole keys (context.as_block(), "
+                    "context.key), and by other names only for a model made with contexts_by_name=True"
+                )
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
         found = {checked_context(context).key: context for context in contexts}
         if len(found) > 1:

@@ -21,8 +21,8 @@ from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedMo
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
-from kvzip_memory.weights import Stamp, Watch
 from kvzip_memory.printable import logger_of
+from kvzip_memory.weights import Stamp, Watch
 
 logger = logger_of(__name__)
 

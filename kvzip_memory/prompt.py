@@ -23,7 +23,7 @@ from typing import Any
 from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.encoding import Tokens, added_tokens
 from kvzip_memory.errors import InputError
-from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, header
+from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, header, header_word
 from kvzip_memory.template import ChatTemplate, Layout, Place
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
@@ -166,7 +166,8 @@ class PromptBuilder:
         if not context.sources or context.sources[-1].end != context.n_tokens:
             raise InputError("documents cannot follow a conversation; extend it with messages, or put the text into one")
         first, before = len(context.sources) + 1, context.recipe.tail
-        shown, spans = _shown(documents, first)
+        before_them = [self.tokenizer.decode(context.token_ids[source.start : source.end]) for source in context.sources]
+        shown, spans = _shown(documents, first, before_them)
         settled, tail = self._cut(f"{before}{shown}{SEPARATOR}{_ASKED['content']}", len(before) + len(shown), continued=True)
         tokens = self._encoder.tokens(settled, continued=True)
         n = context.n_tokens
@@ -557,12 +558,13 @@ class PromptBuilder:
         return _merged(turns) if self._merges else turns
 
 
-def _shown(documents: Sequence[Document], first: int = 1) -> tuple[str, list[tuple[int, int]]]:
-    """Documents as one text, and where in it each of them lies. Several get headers, and so do those behind others."""
+def _shown(documents: Sequence[Document], first: int = 1, before: Sequence[str] = ()) -> tuple[str, list[tuple[int, int]]]:
+    """Documents as one text, and where in it each of them lies. Several get headers, and so do those behind others, ``before``."""
     text, spans = "", list[tuple[int, int]]()
+    word = header_word([*before, *(document.text for document in documents)]) if _are_headed(documents, first) else ""
     for number, document in enumerate(documents, first):
         if _are_headed(documents, first):
-            text += header(number, _name(document, number))
+            text += header(number, _name(document, number), word)
         spans.append((len(text), len(text) + len(document.text)))
         text += document.text
     return text, spans

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,7 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
             raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(map(str, item))}")
         role, fields = item["role"], item
     else:
-        kind = str(getattr(item, "type", "")).removesuffix("MessageChunk").lower()
-        role = getattr(item, "role", None) or kind
+        role = _role_of(item)
         if not role or not hasattr(item, "content") or hasattr(item, "page_content") or hasattr(item, "get_content"):
             return None
         names = ("content", "blocks", "tool_calls", "invalid_tool_calls", "function_call", "tool_call_id", "additional_kwargs")
@@ -208,6 +208,18 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     if role == "tool":
         message["tool_call_id"] = _id(more.get("tool_call_id"), where)
     return message
+
+
+def _role_of(message: Any) -> Any:
+    """Who has said a framework's message. A class that says so counts before a field, which LangChain's take from anybody."""
+    kind = str(getattr(message, "type", "")).removesuffix("MessageChunk").lower()
+    return kind if kind in _ROLES else getattr(message, "role", None) or kind
+
+
+def may_bring_contexts(message: Any) -> bool:
+    """Whether a framework's message may stand for a context: one of the application or its user, not what a model or a tool has made."""
+    role = _role_of(message)
+    return _ROLES.get(str(getattr(role, "value", role))) in ("system", "user")
 
 
 # Kinds of blocks, of all frameworks and makers of models: where those of text have it, what was thought, and calls.
@@ -322,8 +334,20 @@ def _without_bytes(value: Any) -> Any:
 
 
 def response(text: str) -> str:
-    """A tool's result as a user's words."""
-    return f"<tool_response>\n{text}\n</tool_response>"
+    """A tool's result as a user's words, in tags that it cannot end: they have a number where the text has tags of that name."""
+    tag = f"tool_response{_unspelled(_TAGS, [text])}"
+    return f"<{tag}>\n{text}\n</{tag}>"
+
+
+# Frames that a text could spell, each with the number in it, if any.
+_TAGS = re.compile(r"tool_response(-\d+)?", re.IGNORECASE)
+_HEADERS = re.compile(r"(?:^|[\n\r\v\f\x85\u2028\u2029])[^\w\n]{0,32}Document(-\d+)?\s{0,32}\d+\s{0,32}:", re.IGNORECASE)
+
+
+def _unspelled(frames: re.Pattern[str], texts: Iterable[str]) -> str:
+    """What of nothing, ``-2``, ``-3``, ... makes a frame that none of the texts spells."""
+    spelled = {found[1] or "" for text in texts for found in frames.finditer(text)}
+    return next(number for number in chain([""], (f"-{number}" for number in count(2))) if number not in spelled)
 
 
 def _as_call(call: Any, where: str) -> dict[str, Any] | None:
@@ -363,9 +387,14 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
-def header(number: int, name: str) -> str:
-    """What is put before the text of one of several documents."""
-    return f"{'' if number == 1 else SEPARATOR}Document {number}: {name}\n\n"
+def header(number: int, name: str, word: str = "Document") -> str:
+    """What is put before the text of one of several documents; on one line, whatever its name."""
+    return f"{'' if number == 1 else SEPARATOR}{word} {number}: {' '.join(name.splitlines())}\n\n"
+
+
+def header_word(texts: Sequence[str]) -> str:
+    """What the headers of documents begin with, so that no line of their texts is like one."""
+    return f"Document{_unspelled(_HEADERS, texts)}"
 
 
 def as_document(item: Any, where: str = "document") -> Document:
@@ -388,7 +417,7 @@ def _document(item: Any) -> Document:
         return item
     if isinstance(item, str):
         if len(item) < 256 and "\n" not in item and os.path.isfile(item):  # unlike Path's it never raises: most texts are no names
-            logger.warning("loading the text %r itself; there is a file of that name: give a Path to load the file", item)
+            logger.warning("a text of %d characters is loaded; there is a file of that name: give a Path to load the file", len(item))
         return Document(item)
     if isinstance(item, Path):
         try:

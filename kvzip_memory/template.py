@@ -95,6 +95,12 @@ class ChatTemplate:
         self.encoder = Encoder(tokenizer, control)
         written = {*control.values(), *(token.content for token in added.values())}
         self.thought = next((tags for tags in THOUGHTS if tags[1] in self.source or {*tags} <= written), None)
+        # A text has a break behind every sign that a control token begins with: a template may cut out what stands between two parts of
+        # one. Of those that begin with letters, as words do, only what a text spells is broken.
+        signs = {content[0] for content in control.values() if not content[0].isalnum() and not content[0].isspace()}
+        words = [content for content in control.values() if content[0] not in signs]
+        begins = [re.escape(sign) for sign in sorted(signs)] + [f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in words]
+        self._begins = re.compile("|".join(begins) or "(?!)")
         # A control token may also be spelled across the border of a text and the template.
         spelled = [content for content in control.values() if len(content) > 1]
         self._heads = {content[:n] for content in spelled for n in range(1, len(content))}
@@ -187,11 +193,11 @@ class ChatTemplate:
             start = mark.end()
         return "".join([*texts, spelled[start:]]), at
 
-    def guarded(self, text: str, places: Sequence[tuple[int, str]] = (), free: int = 0) -> str:
-        """A text with breaks where it spells control tokens, from character ``free`` on, and with marks in their places."""
-        breaks = [(found.start() + 1, _BREAK) for found in self.encoder.literals.finditer(text, free)]
+    def guarded(self, text: str, places: Sequence[tuple[int, str]] = (), tags: Sequence[int] = ()) -> str:
+        """A text with breaks where it could spell control tokens, but for ``tags`` that begin there, and with marks in their places."""
+        breaks = [(found.end(), _BREAK) for found in self._begins.finditer(text) if found.start() not in tags]
         head, tail = text.lstrip(), text.rstrip()
-        if not free and any(head[:n] in self._tails for n in range(1, min(len(head), self._longest) + 1)):
+        if not tags and any(head[:n] in self._tails for n in range(1, min(len(head), self._longest) + 1)):
             breaks.append((len(text) - len(head), _BREAK))
         if any(tail[-n:] in self._heads for n in range(1, min(len(tail), self._longest) + 1)):
             breaks.append((len(tail), _BREAK))
@@ -208,13 +214,13 @@ class ChatTemplate:
             return {self._guarded(key): self._guarded(item) for key, item in value.items()}
         return [self._guarded(item) for item in value] if isinstance(value, list | tuple) else value
 
-    def thinks(self, turn: Message) -> int:
-        """How many characters of an assistant's text are reasoning in front of what it said, tags included."""
+    def _tags(self, turn: Message) -> tuple[int, ...]:
+        """Where the tags are around the reasoning that an assistant's text begins with."""
         if turn["role"] != "assistant" or self.thought is None:
-            return 0
+            return ()
         opening, closing = map(re.escape, self.thought)
-        found = re.match(rf"\s*{opening}.*?{closing}", turn["content"], re.DOTALL)
-        return found.end() if found else 0
+        found = re.match(rf"\s*({opening}).*?({closing})", turn["content"], re.DOTALL)
+        return (found.start(1), found.start(2)) if found else ()
 
     def _rendered(self, turns: Sequence[Message], tools: Sequence[Tool], places: Sequence[Place]) -> str:
         """The template's text, with the number of each place as a mark at it."""
@@ -224,7 +230,7 @@ class ChatTemplate:
         for number, turn in enumerate(turns):
             message: dict[str, Any] = {
                 "role": turn["role"],
-                "content": self.guarded(turn["content"], marks.get(number, ()), self.thinks(turn)),
+                "content": self.guarded(turn["content"], marks.get(number, ()), self._tags(turn)),
             }
             if turn.get("reasoning"):
                 message["reasoning_content"] = self.guarded(turn["reasoning"])

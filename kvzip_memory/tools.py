@@ -7,6 +7,7 @@ do not know, is told Hermes' form in words.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
@@ -124,7 +125,7 @@ def checked_tools(tools: Sequence[Tool] | None) -> list[Tool]:
 
 def describe(tools: Sequence[Tool]) -> str:
     """Text that tells a model which tools there are and how to call them (Hermes' form)."""
-    signatures = "\n".join(_json(tool) for tool in tools)
+    signatures = "\n".join(_framed(tool) for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n{signatures}\n</tools>\n\n"
@@ -179,7 +180,7 @@ def _told(message: Mapping[str, Any], calls: Sequence[Mapping[str, Any]]) -> Map
         return message
     text = message["content"]
     for call in calls:
-        shown = _json({"name": call["name"], "arguments": call["arguments"]})
+        shown = _framed({"name": call["name"], "arguments": call["arguments"]})
         text += f"{chr(10) if text else ''}<tool_call>\n{shown}\n</tool_call>"
     rest = [call for call in message["tool_calls"] if call not in calls]
     told = {key: value for key, value in message.items() if key != "tool_calls"}
@@ -214,6 +215,15 @@ def in_plain_turns(messages: Sequence[Mapping[str, Any]], tools: Sequence[Tool] 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+# What ends the tags in which tools and calls are told.
+_CLOSERS = re.compile("</(?=tool)", re.IGNORECASE)
+
+
+def _framed(value: Any) -> str:
+    """JSON that no text in it can end: a closing tag can be spelled within a string only, and there JSON has another way to write it."""
+    return _CLOSERS.sub(r"<\\/", _json(value))
 
 
 _NAME = '{"name": '

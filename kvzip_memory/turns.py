@@ -28,8 +28,8 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.registry import ContextRegistry, EVERYONE
 from kvzip_memory.private import check_folder, check_not_shared, delete, is_file, is_folder, make_folder, open_file
+from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.holders import unescaped
 
 logger = logger_of(__name__)

@@ -1,8 +1,10 @@
 """The tools by which an agent loads documents and asks them."""
 
+import os
 import re
 import signal
 import sqlite3
+import threading
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +13,10 @@ import pytest
 
 import writers
 from conftest import tiny_engine, tiny_tokenizer
-from kvzip_memory import KVzipEngine
+from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory.errors import StorageError
 from langchain_kvzip import KVzipChatModel, create_memory_tools
+from langchain_kvzip.folders import read_below
 from synthetic import processes
 
 
@@ -91,6 +95,134 @@ def test_an_agent_reads_files_of_its_folder_only(tmp_path: Path) -> None:
     for path in ("../secret.txt", str(tmp_path / "secret.txt"), "link.txt", "nothing.txt"):
         assert "no file" in load.invoke({"path": path})
     assert names.invoke({}).startswith("page.txt: ")
+
+
+HOSTILE = {
+    "nul": "a\0b",
+    "long": "x" * 100_000,
+    "a long part": "a/" + "x" * 300,
+    "deep": "a/" * 5_000 + "b",
+    "half a pair": "x\ud83d",
+    "lines": "a\nb\r\x1b[2J",
+    "up": "../secret.txt",
+    "down and up": "inner/../page.txt",
+    "here": ".",
+    "nothing": "",
+    "slashes": "//page.txt",
+    "backslashes": "..\\secret.txt",
+    "folder": "inner",
+    "loop": "loop",
+    "loops": "loop/loop/page.txt",
+    "link": "link.txt",
+    "linked folder": "linked/secret.txt",
+    "pipe": "pipe",
+    "file as folder": "page.txt/page.txt",
+    "not ours to read": "locked.txt",
+    "bytes": "bytes.bin",
+}
+
+
+def hostile_folder(tmp_path: Path) -> Path:
+    (tmp_path / "secret.txt").write_text("A secret. " * 9)
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "page.txt").write_text("A page. " * 9)
+    (folder / "inner" / "page.txt").write_text("An inner page. " * 9)
+    (folder / "loop").symlink_to(folder / "loop")
+    (folder / "link.txt").symlink_to(tmp_path / "secret.txt")
+    (folder / "linked").symlink_to(tmp_path)
+    os.mkfifo(folder / "pipe")
+    (folder / "bytes.bin").write_bytes(b"\xff\xfe\x00")
+    (folder / "locked.txt").write_text("locked")
+    (folder / "locked.txt").chmod(0)
+    return folder
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_whatever_an_agent_says_is_answered_without_a_path(hostile: str, tmp_path: Path) -> None:
+    engine, name = tiny_engine(cache_dir=tmp_path / "cache"), HOSTILE[hostile]
+    files = create_memory_tools(engine, folder=hostile_folder(tmp_path))
+    texts = create_memory_tools(engine, namespace="texts", max_tokens=2)
+    told = [files[0].invoke({"path": name})]
+    if hostile != "not ours to read" or os.getuid():  # root reads everything
+        assert "is kept" not in told[0]
+    told += [tool.invoke({"name": name, "question": name, "text": name}) for tool in (*texts[:1], *texts[2:], *texts[:1])]
+    told += [files[0].invoke({"path": "inner/page.txt"}), files[1].invoke({}), texts[1].invoke({})]
+    assert "is kept" in told[-3]
+    assert [line for line in told if str(tmp_path) in line or tmp_path.name in line] == []
+    assert [tag for entry in engine.registry.contexts() for tag in entry.tags if "secret" in tag and "secret" not in name] == []
+
+
+def test_arguments_of_other_types_are_told(engine: KVzipEngine) -> None:
+    for tool in create_memory_tools(engine):
+        for given in ({"name": 5}, {"name": None, "text": ["x"], "question": {}}, {"path": 1}):
+            assert isinstance(tool.invoke(given), str)
+
+
+def test_what_goes_wrong_on_disk_is_told_without_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    tools = create_memory_tools(engine, max_tokens=2)
+    tools[0].invoke({"name": "page", "text": "A page. " * 9})
+    raised: list[Exception] = [
+        PermissionError(13, "Permission denied", str(tmp_path / "contexts")),
+        OSError(f"cannot write {tmp_path / 'contexts'}"),
+        StorageError(f"the index in {tmp_path / 'contexts'} is held; try again"),
+        InputError(f"cannot read {str(Path('/srv/else/page.txt'))!r} as text"),
+    ]
+    for error in raised:
+
+        def fails(*args: object, error: Exception = error, **given: object) -> None:
+            raise error
+
+        for name in ("contexts", "forget", "flush"):
+            monkeypatch.setattr(engine.registry, name, fails)
+        told = [tool.invoke({"name": "page", "text": "B page. " * 9, "question": "Who?"}) for tool in tools]
+        assert not [text for text in told if str(tmp_path) in text or "/srv" in text]
+        assert len([text for text in told if "denied" in text or "cannot" in text or "try again" in text]) == 4, told
+        monkeypatch.undo()
+
+
+def test_a_file_that_is_changed_for_a_link_meanwhile_is_not_read(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "folder", tmp_path / "elsewhere"
+    for place, text in ((folder / "a" / "b", "A page."), (secret / "b", "secret")):
+        place.mkdir(parents=True)
+        (place / "page.txt").write_text(text)
+    over, read = threading.Event(), set[bytes | None]()
+
+    def swap() -> None:
+        while not over.is_set():
+            (folder / "a").rename(folder / "kept")
+            (folder / "a").symlink_to(secret)
+            (folder / "a").unlink()
+            (folder / "kept").rename(folder / "a")
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        for number in range(100_000):
+            read.add(read_below(folder, "a/b/page.txt"))
+            if number > 3000 and b"A page." in read:
+                break
+    finally:
+        over.set()
+        thread.join()
+    assert read <= {None, b"A page."}
+    assert b"A page." in read
+
+
+@pytest.mark.parametrize("text", ["my password is 8306", "page.txt"])
+def test_a_text_that_is_a_files_name_is_in_no_log(
+    text: str, tmp_path: Path, engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / text).write_text("A page.")
+    with caplog.at_level("DEBUG"):
+        create_memory_tools(engine)[0].invoke({"name": "a", "text": text})
+        assert "of that name" not in caplog.text  # whoever may ask a model learns nothing of files either
+        engine.load(text)
+        engine.load([text, "More."])
+    assert caplog.text.count("there is a file of that name") == 2
+    assert text not in caplog.text
 
 
 def test_an_agent_calls_them(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterat
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, TypeVar
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -37,7 +37,7 @@ from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, samp
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.registry.identity import tenant_digest
-from kvzip_memory.sources import as_message, clean
+from kvzip_memory.sources import as_message, clean, may_bring_contexts
 from kvzip_memory.tools import FORMS, CallReader
 from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
@@ -57,8 +57,7 @@ Documents = BaseLoader | Document | str | Path | Iterable[Document]
 _FOR_SERVERS = {"api_key", "base_url", "max_retries", "timeout"}
 
 
-# Whose files stand for contexts: those that a model has made or a tool has returned do not.
-_LOADING = {"human", "user", "system", "developer"}
+Message = TypeVar("Message", bound=BaseMessage)
 
 
 class Witness(Protocol):
@@ -205,6 +204,8 @@ class KVzipChatModel(BaseChatModel):
     tool_call_parser: str = "auto"
     """How the model writes calls: ``"hermes"``, ``"llama3"``, ``"mistral"``, ``"mistral-ids"``, ``"mistral-args"``, or ``"auto"``, what its
     chat template says."""
+    contexts_by_name: bool = False
+    """Whether messages may bring contexts by their names and by the first digits of their keys, too, not by whole keys only."""
     model_kwargs: Options = Field(default_factory=dict, repr=False)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`; tokens, a ``tenant`` and other secrets are held as ``SecretStr``."""
 
@@ -362,7 +363,7 @@ class KVzipChatModel(BaseChatModel):
         engine = self.engine
         options["form"] = engine.tool_form if self.tool_call_parser == "auto" else FORMS[self.tool_call_parser]
         turns, file_ids = _plain(messages)
-        context = engine.one_context([self.context, *file_ids])
+        context = engine.one_context([self.context, *file_ids], by_name=self.contexts_by_name)
         options["behind"] = self.behind or bool(file_ids)  # a block stands for what comes before
         created = 0
         if context is None:
@@ -476,7 +477,7 @@ class KVzipChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        if self._cached and any(map(_blocks, messages)):
+        if self._cached and any(map(files_in, messages)):
             messages = await result_of(loads_of(self), self._by_keys, messages)
         return await super()._agenerate_with_cache(messages, stop, run_manager, **kwargs)
 
@@ -486,11 +487,16 @@ class KVzipChatModel(BaseChatModel):
         Raises:
             InputError: nothing is stored under a block's name or key.
         """
-        return [self._with_keys(message) if _blocks(message) else message for message in messages] if self._cached else messages
+        return [self._with_keys(message) if files_in(message) else message for message in messages] if self._cached else messages
 
     def _with_keys(self, message: BaseMessage) -> BaseMessage:
-        blocks = _blocks(message)
-        content = [{**b, "file_id": self.engine.get(str(b["file_id"])).key} if b in blocks else b for b in message.content]
+        def key(block: dict[str, Any]) -> str:
+            context = self.engine.one_context([str(block["file_id"])], by_name=self.contexts_by_name)
+            assert context is not None
+            return context.key
+
+        blocks = files_in(message)
+        content = [{**block, "file_id": key(block)} if block in blocks else block for block in message.content]
         return message.model_copy(update={"content": content})
 
     def _metadata(self, reply: Reply, called: bool, created: int = 0) -> dict[str, Any]:
@@ -630,12 +636,11 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     """Messages for the engine, and the ids of the contexts that blocks in them stand for."""
     turns, file_ids = [], []
     for number, message in enumerate(messages, 1):
-        if files := _blocks(message):
+        if files := files_in(message):
             file_ids += [str(block["file_id"]) for block in files]
-            rest = [block for block in message.content if block not in files]
-            if not rest and message.type == "system":
+            message = without_files(message)
+            if not message.content and message.type == "system":
                 continue
-            message = message.model_copy(update={"content": rest})
         turn = as_message(message, f"message {number}")
         if turn is None:
             raise InputError(f"messages of type {message.type!r} are not supported; send human, ai, system and tool messages")
@@ -643,11 +648,16 @@ def _plain(messages: Sequence[BaseMessage]) -> tuple[list[Mapping[str, Any]], li
     return turns, file_ids
 
 
-def _blocks(message: BaseMessage) -> list[dict[str, Any]]:
-    """The blocks of a message that stand for contexts."""
-    if not isinstance(message.content, list) or getattr(message, "role", message.type.removesuffix("MessageChunk").lower()) not in _LOADING:
-        return []
-    return [b for b in message.content if isinstance(b, dict) and b.get("type") == "file" and "file_id" in b]
+def files_in(message: BaseMessage) -> list[dict[str, Any]]:
+    """The blocks of a message that stand for contexts. Those of what a model has made or a tool has returned do not."""
+    blocks = message.content if isinstance(message.content, list) and may_bring_contexts(message) else []
+    return [block for block in blocks if isinstance(block, dict) and block.get("type") == "file" and "file_id" in block]
+
+
+def without_files(message: Message) -> Message:
+    """A message without the blocks that stand for contexts."""
+    files = files_in(message)
+    return message.model_copy(update={"content": [block for block in message.content if block not in files]}) if files else message
 
 
 def _response_schema(response_format: Any) -> dict[str, Any] | None:

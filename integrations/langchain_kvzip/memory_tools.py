@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import wraps
 from operator import attrgetter
 from pathlib import Path
 from urllib.parse import quote
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
-from kvzip_memory import KVzipEngine
+from kvzip_memory import Document, KVzipEngine
 from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
 from kvzip_memory.calls import check
@@ -20,6 +22,7 @@ from kvzip_memory.errors import KVzipError
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import Entry
 from kvzip_memory.sources import as_path, clean
+from langchain_kvzip.folders import read_below
 
 
 def create_memory_tools(
@@ -34,7 +37,8 @@ def create_memory_tools(
 
     Args:
         engine: holds the documents and answers from them.
-        folder: the agent loads text files from inside this folder, by their relative paths. None: it loads texts it gives itself.
+        folder: the agent loads text files from inside this folder, by their relative paths; links in it are not followed. None: it
+            loads texts it gives itself.
         namespace: kept apart from the documents of other namespaces.
         max_tokens: of an answer of ``ask_document``.
     """
@@ -59,7 +63,7 @@ def create_memory_tools(
         try:
             yield
         except (KVzipError, OSError) as error:  # the latter is the disk's
-            raise ToolException(str(error)) from error
+            raise ToolException(_without_paths(error, engine)) from error
 
     def let_go(name: str, but: str | None = None) -> None:
         """Take the name from all contexts but one; delete those that nobody else uses."""
@@ -78,40 +82,39 @@ def create_memory_tools(
     def load_file(path: str) -> str:
         """Keep a text file under its path, to ask questions about it later."""
         assert root is not None
-        try:
-            file = (root / path).resolve()
-            is_there = file.is_relative_to(root) and file.is_file()
-        except (OSError, ValueError):  # no name that a file could have
-            is_there = False
-        if not is_there:
+        found = read_below(root, path)
+        if found is None:
             raise ToolException(f"there is no file {path!r}")
-        return loaded(path, file)
+        try:
+            return loaded(path, found.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ToolException(f"{path!r} is no text in UTF-8: {error.reason} at byte {error.start:,}") from error
 
-    def loaded(name: str, source: str | Path) -> str:
+    def loaded(name: str, text: str) -> str:
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
-        with told(), changing():
+        with changing():
             if name in mine():  # the text before will have to go
                 engine.registry.check_changeable()
-            context = engine.load(source, tags=prefix + name)
+            context = engine.load(Document(text, name, {"source": name}), tags=prefix + name)
             let_go(name, but=context.key)
         return f"{name!r} is kept: {context.n_tokens:,} tokens"
 
     def list_documents() -> str:
         """The names of all documents that are kept."""
-        return "\n".join(f"{name}: {entry.n_tokens:,} tokens" for name, entry in sorted(mine().items())) or "no documents"
+        lines = [f"{' '.join(name.splitlines())}: {entry.n_tokens:,} tokens" for name, entry in sorted(mine().items())]
+        return "\n".join(lines) or "no documents"
 
     def ask_document(name: str, question: str) -> str:
         """Answer a question from a document that is kept."""
         key = entry_of(clean(name, "name")).key
-        with told():
-            return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
+        return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
 
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
         name = clean(name, "name")
-        with told(), changing():
+        with changing():
             entry_of(name)
             engine.registry.check_changeable()
             check()  # from the first write on it is finished
@@ -119,10 +122,15 @@ def create_memory_tools(
         return f"{name!r} is forgotten"
 
     def tool(name: str, function: Callable[..., str], places: Callable[[KVzipEngine], Places] = attrgetter("loads")) -> BaseTool:
-        async def later(**given: str) -> str:
-            return await result_of(places(engine), function, **given)
+        @wraps(function)
+        def now(*args: str, **given: str) -> str:
+            with told():
+                return function(*args, **given)
 
-        return StructuredTool.from_function(function, later, name=name, handle_tool_error=True)
+        async def later(**given: str) -> str:
+            return await result_of(places(engine), now, **given)
+
+        return StructuredTool.from_function(now, later, name=name, handle_tool_error=True, handle_validation_error=True)
 
     return [
         tool("load_document", load_document if root is None else load_file),
@@ -130,3 +138,17 @@ def create_memory_tools(
         tool("ask_document", ask_document, attrgetter("places")),
         tool("forget_document", forget_document),
     ]
+
+
+# A path by its root, up to what cannot be in one of ours.
+_PATH = re.compile(r"(?<![\w./])(?:[A-Za-z]:)?[/\\](?:[^\s'\":;,()]*[/\\])+([^\s'\":;,()/\\]*)")
+
+
+def _without_paths(error: Exception, engine: KVzipEngine) -> str:
+    """What went wrong in words for a model, which need not know where on the machine things are."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error)
+    if engine.cache_dir is not None:
+        text = text.replace(str(engine.cache_dir), "cache_dir")
+    return _PATH.sub(r"\1", text)

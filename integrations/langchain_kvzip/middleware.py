@@ -26,7 +26,7 @@ from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.sources import clean
-from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain, thread_tags
+from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain, thread_tags, without_files
 
 
 class KVzipMemoryState(AgentState[Any]):
@@ -184,7 +184,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         system = [request.system_message] if request.system_message else []
         said = [message for message in request.messages if _plain([message])[0]]  # not what only brings a context
         turns, file_ids = _plain([*system, *request.messages])
-        base = model.engine.one_context([model.context, *file_ids])
+        base = model.engine.one_context([model.context, *file_ids], by_name=model.contexts_by_name)
         tools = [_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")
         ratio = model.ratio if self._ratio is None else self._ratio
@@ -199,7 +199,7 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             at = next(i for i, message in enumerate(rest) if message.type == "human")
             rest[at:at] = [*([request.system_message] if len(turns) > len(said) and request.system_message else []), *said[:first]]
         if file_ids:  # the context they bring is part of the one recalled
-            rest = [_without_files(message) for message in rest]
+            rest = [without_files(message) for message in rest]
         recalling = model.with_context(recalled.context, behind=True)
         recalling._witness = witness = _Witness(rest)
         return recalled, request.override(model=recalling, messages=rest, system_message=None), witness
@@ -235,9 +235,3 @@ def _answering_tools(request: ModelRequest[Any]) -> list[Any]:
             return []
         wanted = ToolStrategy(wanted.schema if isinstance(wanted, AutoStrategy) else wanted)
     return [OutputToolBinding.from_schema_spec(spec).tool for spec in wanted.schema_specs]
-
-
-def _without_files(message: Any) -> Any:
-    if not isinstance(message.content, list):
-        return message
-    return message.model_copy(update={"content": [b for b in message.content if not (isinstance(b, dict) and "file_id" in b)]})

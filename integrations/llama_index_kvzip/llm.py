@@ -55,11 +55,11 @@ from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window,
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.reasoning import Reasoning
 from kvzip_memory.sharing import is_only_tried
-from kvzip_memory.sources import Message, as_message
+from kvzip_memory.sources import Message, as_message, may_bring_contexts
 from kvzip_memory.tools import CallReader
 from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 
-#: In ``additional_kwargs`` of a message: the key of a context that the message stands for.
+#: In ``additional_kwargs`` of a system's or user's message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"
 
 _KNOWN = {*CALL_OPTIONS, "reuse", "tools", "tool_choice", "parallel_tool_calls"}
@@ -117,6 +117,8 @@ class KVzipLLM(FunctionCallingLLM):
     stop: str | list[str] | None = None
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
+    contexts_by_name: bool = False
+    """Whether messages may bring contexts by their names and by the first digits of their keys, too, not by whole keys only."""
     model_kwargs: Options = Field(default_factory=dict, repr=False)
     """Further arguments of :meth:`KVzipEngine.from_pretrained`; tokens, a ``tenant`` and other secrets are held as ``SecretStr``."""
 
@@ -266,7 +268,7 @@ class KVzipLLM(FunctionCallingLLM):
         options = self.stream_options(kwargs)
         engine = self.engine
         turns, keys = plain_messages(messages)
-        context = engine.one_context([self.context, *keys])
+        context = engine.one_context([self.context, *keys], by_name=self.contexts_by_name)
         created = 0
         if context is None:
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
@@ -445,7 +447,8 @@ def plain_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list
     turns: list[Message] = []
     keys: list[str] = []
     for number, message in enumerate(messages, 1):
-        if key := message.additional_kwargs.get(CONTEXT_KEY):
+        key = message.additional_kwargs.get(CONTEXT_KEY)
+        if key and may_bring_contexts(message):
             keys.append(str(key))
             if not message.content:
                 continue
