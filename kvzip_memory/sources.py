@@ -47,13 +47,16 @@ DEEPEST, MOST_PARTS, MOST_OF_SCHEMA = 100, 1_000_000, 5_000
 
 logger = logging.getLogger(__name__)
 
+_MOST_TOLD = 200
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 80
+_brief.maxlevel = 3
 
 
 def brief(value: Any) -> str:
     """A value in an error's message: short, however large it is."""
-    return _brief.repr(value)
+    told = _brief.repr(value)
+    return told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]}..."
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
