@@ -133,6 +133,8 @@ class Admission:
         QueueFullError: on entering, when ``running`` run and ``waiting`` wait, for their turn or for something else meanwhile.
     """
 
+    _what = "answers"
+
     def __init__(self, running: int, waiting: float = math.inf) -> None:
         if running < 1 or waiting < 0:
             raise InputError(f"max_running is {running} and max_waiting {waiting}; at least one answer must run, and none or more may wait")
@@ -154,6 +156,12 @@ class Admission:
         with self._lock:
             return [*self._queue.values(), *self._back.values(), *self._away.values()]
 
+    def _full(self, waits: int) -> QueueFullError:
+        return QueueFullError(
+            f"{self._running} {self._what} are running and {waits} wait, which is the limit; "
+            "ask again later, or make the engine with a larger max_waiting"
+        )
+
     @contextmanager
     def admitted(self, entry: Gate | None = None) -> Iterator[Place]:
         """Runs the block when it is its turn; before that, and not as one of those that run, if somebody else opens its ``entry``."""
@@ -169,10 +177,7 @@ class Admission:
         with self._lock:
             waits = len(self._queue) + len(self._back) + len(self._away)
             if not back and self._running >= self._limit and waits >= self._queue_limit:
-                raise QueueFullError(
-                    f"{self._running} answers are running and {waits} wait, which is the limit; "
-                    "ask again later, or make the engine with a larger max_waiting"
-                )
+                raise self._full(waits)
             since = self._away.pop(place, None) or time.monotonic()
             (self._back if back else self._queue)[place] = since
             self._advance()
@@ -217,16 +222,19 @@ Work = Callable[[Place | None], object]
 
 
 class Places(Admission):
-    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads. Nothing is refused.
+    """Runs work in threads of its own, so much of it at a time; the rest waits for its turn, without threads.
 
     Args:
         running: pieces of work at a time.
+        waiting: pieces of work that may wait for their turn.
         away: so many threads may have left their places to wait for memory before no more begin. None has them keep their places: for
             work that holds locks meanwhile, for which others may wait in theirs.
     """
 
-    def __init__(self, running: int, away: int | None = None) -> None:
-        super().__init__(running)
+    _what = "async calls"
+
+    def __init__(self, running: int, waiting: float = math.inf, away: int | None = None) -> None:
+        super().__init__(running, waiting)
         self._most_away = away
 
     @property
@@ -235,13 +243,26 @@ class Places(Admission):
         with self._lock:
             return list(self._queue.values())
 
-    def start(self, work: Work, failed: Callable[[BaseException], object]) -> None:
-        """Have work done, which gets the place that it may leave; ``failed`` is told if no thread can be started."""
+    def start(self, work: Work, failed: Callable[[BaseException], object]) -> Place:
+        """Have work done, which gets the place that it may leave; ``failed`` is told if no thread can be started.
+
+        Raises:
+            QueueFullError: as much runs and waits as may.
+        """
         gate = SimpleQueue[None]()
         place = Place(self, gate, lambda: self._begin(place, work, failed))
         with self._lock:
             self._queue[place] = time.monotonic()
             self._advance()
+            if place in self._queue and len(self._queue) > self._queue_limit:
+                del self._queue[place]
+                raise self._full(len(self._queue))
+        return place
+
+    def withdraw(self, place: Place) -> None:
+        """Nobody wants work any more; if its turn has not come it never does."""
+        with self._lock:
+            self._queue.pop(place, None)
 
     def _begin(self, place: Place, work: Work, failed: Callable[[BaseException], object]) -> None:
         place.begin = lambda: place.entry.put(None)  # when it comes back

@@ -26,9 +26,12 @@ async def pieces_of(make: Callable[[], Generator[T, None, None]], places: Places
     Args:
         make: makes the generator.
         places: where it is run; or what gives them, in a thread, once weights are loaded.
+
+    Raises:
+        QueueFullError: as many run and wait there as may.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[T | None, BaseException | None, bool]]()
-    left, streams = threading.Event(), list[Stream]()
+    left, streams, taken = threading.Event(), list[Stream](), list[tuple[Places, Place]]()
 
     def tell(piece: T | None, error: BaseException | None = None, ended: bool = False) -> None:
         if not left.is_set():
@@ -58,14 +61,17 @@ async def pieces_of(make: Callable[[], Generator[T, None, None]], places: Places
     def work(place: Place | None) -> None:
         context.run(run, place)
 
+    def start(places: Places) -> None:
+        taken.append((places, places.start(work, failed)))
+
     def start_in(places: Callable[[], Places]) -> None:
         try:
-            places().start(work, failed)
+            start(places())
         except BaseException as error:
             tell(None, error)
 
     if isinstance(places, Places):
-        places.start(work, failed)
+        start(places)
     else:
         threading.Thread(target=start_in, args=(places,), name="kvzip-load", daemon=True).start()
     try:
@@ -78,6 +84,8 @@ async def pieces_of(make: Callable[[], Generator[T, None, None]], places: Places
             yield piece  # type: ignore[misc]
     finally:
         left.set()
+        for where, place in taken:
+            where.withdraw(place)
         for stream in streams:
             stream.cancel()
 

@@ -31,6 +31,9 @@ _SECRET = re.compile(f"{_OPEN}{NONCE}[0-9a-f]+{_CLOSE}")
 # How far back and ahead it is looked for tokens that a cut would change. No token of a vocabulary is longer.
 _WINDOW = 256
 
+# A text of fewer characters for each token is tokenised whole.
+_SPARSE = 8
+
 # One of these, put in front, keeps a tokenizer from beginning a text with a space of its own; see `continued`.
 _ANCHORS = ("\x01", "\n", "|", "0")
 _PROBES = ("a", " a", "\n", "\n\n", "1", ".", "é", "<", "東")
@@ -139,6 +142,18 @@ class Encoder:
             return found
         skip = len(self._encoded(anchor).ids)
         return Tokens(found.ids[skip:], found.starts[skip:] - len(anchor), found.ends[skip:] - len(anchor))
+
+    def least(self, text: str, most: int) -> int:
+        """So many tokens a text has at least: more than ``most`` if it has more, and no more of it is read than tells that.
+
+        Of a beginning those tokens count that what follows cannot change. A text that has fewer characters than tokens that are
+        wanted could have is not read, and has 0 at least.
+        """
+        read, found = _SPARSE * most, 0
+        while read < len(text) and found <= most:
+            found = self._encoded(text[:read]).before(read - _WINDOW)
+            read *= 4
+        return found
 
     def unsettled(self, before: str, after: str, continued: bool = False) -> str:
         """The end of ``before`` whose tokens ``after`` would change: read apart from it, the rest keeps its ids.

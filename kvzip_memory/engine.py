@@ -57,9 +57,10 @@ from kvzip_memory.registry.identity import (
     tenant_digest,
     weights_identity,
 )
+from kvzip_memory.registry.registry import MOST_TAGS
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
+from kvzip_memory.sources import MOST_KEPT, MOST_OF_SCHEMA, Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 from kvzip_memory.weights import Stamp
@@ -92,7 +93,8 @@ class KVzipEngine(Shared):
             first of it if it was grown.
         tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
         max_running: answers that threads get decoded together, a row each.
-        max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`.
+        max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
+            more than run and wait, of answers and of others each.
         attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
             ``"reference"``, see :func:`kvzip_memory.attention.choose`; :meth:`stats` names what was chosen.
         progress: show progress bars; None shows them on a terminal only.
@@ -140,7 +142,7 @@ class KVzipEngine(Shared):
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._spoken = Language(tokenizer, self._template_kwargs)
+        self._spoken = Language(tokenizer, self._template_kwargs, self.window)
         self._model.tokenizer = self._spoken.tokenizer
         self._scorer: Scorer = scorer or KVzipScorer()
         self._allocator = allocator
@@ -281,8 +283,8 @@ class KVzipEngine(Shared):
             name: an alias, for :meth:`get` and the command line; not part of the key.
             ratio: kept fraction, the engine's if None.
             system: a system prompt, put first and never evicted.
-            keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names.
-            tags: free words to list it by; not part of the key.
+            keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names; at most 1,000.
+            tags: free words to list it by; not part of the key. At most 256 at a time; a name or a tag has at most 4,096 characters.
             tools: the tools of a conversation, in OpenAI's form; described where the template describes them.
 
         Raises:
@@ -530,6 +532,9 @@ class KVzipEngine(Shared):
         """:meth:`load` in a thread, so that an event loop goes on.
 
         When it is cancelled, a build is given up within a chunk, unless others wait for it. ``asyncio.shield`` has it go on and be kept.
+
+        Raises:
+            QueueFullError: ``max_waiting`` calls wait for a thread; and as for :meth:`load`.
         """
         return await result_of(self.loads, self.load, source, **options)
 
@@ -752,7 +757,7 @@ class KVzipEngine(Shared):
         """What is made of the tokenizer as it is now. Sessions keep the one they began with."""
         language = self._spoken
         if not language.still(self.tokenizer):
-            language = self._spoken = Language(self.tokenizer, self._template_kwargs, language)
+            language = self._spoken = Language(self.tokenizer, self._template_kwargs, self.window, language)
             self._model.tokenizer = language.tokenizer
         return language
 
@@ -887,7 +892,10 @@ class KVzipEngine(Shared):
     async def agenerate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """:meth:`generate` in a thread, so that an event loop goes on. When it is cancelled, the answer ends within a token.
 
-        As many run as the engine decodes together; more wait, without threads and as many as there are.
+        As many run as the engine decodes together; ``max_waiting`` more wait, without threads.
+
+        Raises:
+            QueueFullError: so many wait; and as for :meth:`generate`.
         """
         return await result_of(self.places, self.generate, context, question, **params)
 
@@ -908,7 +916,7 @@ class KVzipEngine(Shared):
         """The answer of :meth:`generate`, piece by piece."""
         tools, language = checked_tools(tools), self._language
         prompts = language.prompts
-        schema = cleaned(schema, "schema") if isinstance(schema, Mapping) else schema
+        schema = cleaned(schema, "the schema", MOST_OF_SCHEMA) if isinstance(schema, Mapping) else schema
         if parallel_tool_calls is None and prompts.one_call:
             parallel_tool_calls = False
         if tools:
@@ -1053,7 +1061,7 @@ class KVzipEngine(Shared):
 
 
 def _strings(keep: str | Sequence[str] | None) -> list[str]:
-    return [clean(wanted, "keep") for wanted in as_texts(keep, "keep")]
+    return [clean(wanted, "keep") for wanted in as_texts(keep, "keep", MOST_KEPT)]
 
 
 def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
@@ -1062,7 +1070,7 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     Raises:
         InputError: they cannot.
     """
-    labels = as_texts(tags, "tags")
+    labels = as_texts(tags, "tags", MOST_TAGS)
     for text in labels if name is None else [name, *labels]:
         check_text(text)
     return labels

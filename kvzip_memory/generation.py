@@ -18,6 +18,10 @@ from kvzip_memory.encoding import added_tokens
 from kvzip_memory.errors import InputError, ModelError, UnfinishedError
 from kvzip_memory.guidance import Grammar, Guide
 from kvzip_memory.processors import Processors
+from kvzip_memory.sources import brief
+
+#: So many stop strings an answer may have, of so many characters.
+MOST_STOPS, LONGEST_STOP = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class GenerationParams:
         top_p: sample from the smallest set of tokens whose probabilities sum to this, in (0, 1]; None is the model's own, 1 is off.
         top_k: sample from the k likeliest tokens; None is the model's own, more than its vocabulary is off.
         seed: makes sampling repeatable, any integer of 64 bits; None draws one.
-        stop: texts that end the answer; they are not part of it. None is the model's own, ``[]`` is none.
+        stop: texts that end the answer, at most 64 of at most 1,024 characters; they are not part of it. None is the model's own, ``[]``
+            is none.
         repetition_penalty: as in transformers: logits of tokens that have occurred, in what the answer sees or says, are divided by it
             (multiplied where negative). 1 is off, and 1e-6 to 1e6 the range; None is the model's own. What a context has evicted has
             occurred.
@@ -70,7 +75,11 @@ class GenerationParams:
                 object.__setattr__(self, name, _number(name, value, whole, holds, wanted))
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
-            raise InputError(f"stop is {self.stop!r}; it must be a text or a list of texts")
+            raise InputError(f"stop is {brief(self.stop)}; it must be a text or a list of texts")
+        if len(texts) > MOST_STOPS:
+            raise InputError(f"stop has {len(texts):,} texts; give {MOST_STOPS} at most")
+        if (longest := max(map(len, texts), default=0)) > LONGEST_STOP:
+            raise InputError(f"a stop string has {longest:,} characters; give its first {LONGEST_STOP:,} at most")
         if "" in texts:
             raise InputError("a stop string is empty; every answer would end at once")
 
@@ -119,7 +128,7 @@ def _number(name: str, value: Any, whole: bool, holds: Callable[[Any], bool], wa
         number = int(exact) if whole else float(exact)
         if number == exact and holds(number):
             return number
-    raise InputError(f"{name} is {value!r}; it must be {wanted}")
+    raise InputError(f"{name} is {brief(value)}; it must be {wanted}")
 
 
 #: A token that cannot end in time is left out and another one picked, so often; then the ending's is taken.
@@ -302,26 +311,56 @@ class Detokenizer:
 
 
 class StopMatcher:
-    """Finds stop strings in streamed text, also ones that begin in one piece and end in another."""
+    """Finds stop strings in streamed text, also ones that begin in one piece and end in another; in time linear in the text."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = stops
+        self._searches = [_Search(stop) for stop in dict.fromkeys(stops)]
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Text that can be shown, and whether a stop string was met; text that may begin one is held back."""
-        text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        text, before = self._held + piece, len(self._held)
+        found = [at for search in self._searches if (at := search.push(piece)) is not None]
         if found:
-            self._held = ""
-            return text[: min(found)], True
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+            self.flush()
+            return text[: before + min(found)], True
+        shown = len(text) - max((search.begun for search in self._searches), default=0)
+        self._held = text[shown:]
+        return text[:shown], False
 
     def flush(self) -> str:
         held, self._held = self._held, ""
+        for search in self._searches:
+            search.begun = 0
         return held
+
+
+class _Search:
+    """Looks for one text in pieces of another, and at none of their characters twice (Knuth, Morris and Pratt).
+
+    Attributes:
+        begun: so many characters that the text begins with are the last ones seen.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text, self._shorter = text, [0]  # of each beginning, the longest shorter one that it ends in
+        self.begun = 0
+        for char in text[1:]:
+            self._shorter.append(self._step(char))
+        self.begun = 0
+
+    def push(self, piece: str) -> int | None:
+        """Where the text begins that ends in this piece first, counted from the piece's beginning; None if it does not end there."""
+        for at, char in enumerate(piece, 1):
+            if self._step(char) == len(self._text):
+                return at - self.begun
+        return None
+
+    def _step(self, char: str) -> int:
+        while self.begun and char != self._text[self.begun]:
+            self.begun = self._shorter[self.begun - 1]
+        self.begun += char == self._text[self.begun]
+        return self.begun
 
 
 @dataclass

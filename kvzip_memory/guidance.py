@@ -23,8 +23,12 @@ from kvzip_memory.encoding import THOUGHTS, Encoder, added_tokens, knows_mistral
 from kvzip_memory.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
 from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
-from kvzip_memory.schemas import contradiction, guiding, json_rule
+from kvzip_memory.schemas import contradiction, guiding, json_rule, with_room
 from kvzip_memory.sharing import Shared
+from kvzip_memory.sources import MOST_OF_SCHEMA, check_nesting
+
+#: A grammar may have so many characters.
+MOST_OF_GRAMMAR = 1_000_000
 
 
 class Grammar(Shared):
@@ -160,8 +164,9 @@ class Guidance(Shared):
         """JSON that validates against a schema, properties in its order, no others than it names.
 
         Raises:
-            InputError: not a schema, or one with a keyword that cannot be kept to; names it.
+            InputError: not a schema, one that is too deep or too large, or one with a keyword that cannot be kept to; names it.
         """
+        check_nesting(schema, "the schema", MOST_OF_SCHEMA)
         try:
             return self.lark(f"start: {json_rule(schema)}")
         except InputError as error:
@@ -176,8 +181,13 @@ class Guidance(Shared):
         """A grammar in llguidance's variant of Lark. ``slack`` as for :class:`Grammar`.
 
         Raises:
-            InputError: what is wrong with it.
+            InputError: what is wrong with it, or that it is too long.
         """
+        if len(grammar) > MOST_OF_GRAMMAR:
+            raise InputError(
+                f"the schemas of an answer and its calls take {len(grammar):,} characters; at most {MOST_OF_GRAMMAR:,} can guide: "
+                "give fewer tools, or schemas that ask for less"
+            )
         with self._lock:
             if self._prepared is None or self._alphabet is None:
                 try:
@@ -188,7 +198,7 @@ class Guidance(Shared):
                 self._alphabet = Alphabet(self._prepared, self._eos_ids)
             prepared, alphabet = self._prepared, self._alphabet
         compiled = LLMatcher.grammar_from_lark(grammar)
-        matcher, symbolic = (LLMatcher(tokenizer, compiled, log_level=0) for tokenizer in (prepared, alphabet.tokenizer))
+        matcher, symbolic = with_room(lambda: [LLMatcher(made, compiled, log_level=0) for made in (prepared, alphabet.tokenizer)])
         if matcher.is_error():
             raise InputError(f"answers cannot be guided by this schema: {_reason(matcher)}")
         return Grammar(matcher, alphabet, symbolic, slack)

@@ -23,16 +23,17 @@ class Language:
     Args:
         tokenizer: the owner's, which is copied.
         template_kwargs: variables of the chat template.
+        window: of the model.
         before: a language of what may be the same tokenizer.
 
     Raises:
         InputError: the tokenizer's chat template is none.
     """
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any], before: Language | None = None) -> None:
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any], window: int, before: Language | None = None) -> None:
         self._owned: Owned = Owned(tokenizer, before._owned if before else None)
         self.tokenizer = self._owned.tokenizer
-        self.prompts = _prompt_builder(self.tokenizer, template_kwargs)
+        self.prompts = _prompt_builder(self.tokenizer, template_kwargs, window)
         self._guidance: tuple[Any, Guidance | None] = (None, None)
 
     @cached_property
@@ -54,9 +55,9 @@ class Language:
         return guidance
 
 
-def _prompt_builder(tokenizer: Any, template_kwargs: Mapping[str, Any]) -> PromptBuilder:
+def _prompt_builder(tokenizer: Any, template_kwargs: Mapping[str, Any], window: int) -> PromptBuilder:
     try:
-        return PromptBuilder(tokenizer, template_kwargs)
+        return PromptBuilder(tokenizer, template_kwargs, window)
     except KVzipError:
         raise
     except Exception as error:  # what a tokenizer and its template raise, in many kinds

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,8 +22,8 @@ from typing import Any
 
 from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.encoding import Tokens, added_tokens
-from kvzip_memory.errors import InputError
-from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, header, header_word
+from kvzip_memory.errors import InputError, WindowError
+from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, brief, header, header_word
 from kvzip_memory.template import ChatTemplate, Layout, Place
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
@@ -63,10 +63,11 @@ class PromptBuilder:
     Args:
         tokenizer: a transformers tokenizer.
         template_kwargs: variables handed to the chat template, such as ``enable_thinking=False``.
+        window: tokens that the model can hold. Texts that have more are refused before they are tokenised whole; None refuses none.
     """
 
-    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template_kwargs: Mapping[str, Any] | None = None, window: int | None = None) -> None:
+        self.tokenizer, self._window = tokenizer, window
         self._template = template = ChatTemplate(tokenizer, template_kwargs)
         self._encoder = template.encoder
         #: The template's text.
@@ -105,7 +106,12 @@ class PromptBuilder:
         """The prefix of documents a user shows before asking. Several documents get a visible header each.
 
         ``keep`` are strings whose tokens are never evicted, wherever they occur in the documents.
+
+        Raises:
+            InputError: a string to keep that does not occur.
+            WindowError: more tokens than the window by far, as for all that follows.
         """
+        self._check_fit([*_system(system), *({"role": "user", "content": document.text} for document in documents)])
         shown, spans = _shown(documents)
         turns = self._turns([*_system(system), {"role": "user", "content": f"{shown}{SEPARATOR}{_ASKED['content']}"}])
         before = turns[-1].get("head", 0)
@@ -138,6 +144,7 @@ class PromptBuilder:
             InputError: it ends between calls and their results, or in roles that the template refuses.
         """
         messages, tools = [*_system(system), *messages], checked_tools(tools)
+        self._check_fit(messages)
         _check_ends_said(messages)
         turns = self._turns(messages, tools)
         joins = self._joins(turns)
@@ -165,6 +172,7 @@ class PromptBuilder:
         """
         if not context.sources or context.sources[-1].end != context.n_tokens:
             raise InputError("documents cannot follow a conversation; extend it with messages, or put the text into one")
+        self._check_fit([{"role": "user", "content": document.text} for document in documents])
         first, before = len(context.sources) + 1, context.recipe.tail
         before_them = [self.tokenizer.decode(context.token_ids[source.start : source.end]) for source in context.sources]
         shown, spans = _shown(documents, first, before_them)
@@ -192,6 +200,7 @@ class PromptBuilder:
             InputError: as for :meth:`conversation`, or the messages add nothing.
         """
         tools, n = checked_tools(tools), context.n_tokens
+        self._check_fit(messages)
         if not behind and (whole := self._repeating(context, messages, keep, tools)):
             if len(whole.token_ids) > n:
                 spans = tuple(span for span in whole.keep if span[0] >= n)
@@ -237,6 +246,7 @@ class PromptBuilder:
         it may be another question.
         """
         messages, tools = as_messages(messages), checked_tools(tools)
+        self._check_fit(messages)
         turns = self._turns(messages, tools)
         if (block := _last_block(turns)) is None:
             return None
@@ -293,12 +303,13 @@ class PromptBuilder:
         """
         spans = set[tuple[int, int]]()
         shown = self._encoder.blank(shown) if keep else ""
-        for wanted in keep:
-            if not wanted or not any(wanted in text.replace(CUT, "") for text in texts):
-                raise InputError(f"keep: {wanted!r} does not occur in the text; give strings as they are spelled there")
+        texts = [text.replace(CUT, "") for text in texts] if keep else []
+        for wanted in dict.fromkeys(keep):
+            if not wanted or not any(wanted in text for text in texts):
+                raise InputError(f"keep: {brief(wanted)} does not occur in the text; give strings as they are spelled there")
             for spelled in {wanted, json.dumps(wanted, ensure_ascii=False)[1:-1]}:  # templates show results as JSON, too
-                for found in re.finditer(re.escape(spelled), shown):
-                    span = tokens.span(start + found.start(), start + found.end())
+                for at in _places_of(spelled, shown):
+                    span = tokens.span(start + at, start + at + len(spelled))
                     if span[0] < span[1]:
                         spans.add((first + span[0], first + span[1]))
         return tuple(sorted(spans))
@@ -327,6 +338,7 @@ class PromptBuilder:
 
         Raises:
             InputError: nothing to answer, or roles that the template refuses or that cannot follow the context.
+            WindowError: more tokens than the window by far.
         """
         layout = self.rendered(recipe, question, tools, fixed=fixed, thinks=thinks)
         if recipe is None and layout.at and not fixed:  # what `until_mark` begins with is fixed
@@ -335,6 +347,7 @@ class PromptBuilder:
 
     def ids(self, recipe: Recipe | None, layout: Layout) -> list[int]:
         """Ids of a rendered question. On its own, those of :meth:`until_mark` come first if there is a mark."""
+        self._check_rendered(layout.text)
         if recipe is not None:
             return self._encoder.continued(layout.text)
         if not layout.at:
@@ -358,6 +371,7 @@ class PromptBuilder:
         awaits = recipe is not None and recipe.role in ("user", "tool") and not recipe.separator
         if not awaits or question or not isinstance(question, Sequence) or isinstance(question, str):
             messages = as_messages(question)
+            self._check_fit(messages)
             if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
         layout = self._alone(messages, tools, fixed) if recipe is None else self._following(recipe, messages, tools)
@@ -400,6 +414,7 @@ class PromptBuilder:
 
     def pieces(self, recipe: Recipe | None, layout: Layout) -> list[list[int]]:
         """Ids of a rendered conversation, cut at its marks."""
+        self._check_rendered(layout.text)
         ends = [*layout.at, len(layout.text)]
         texts = [layout.text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         return [self._encoder.ids(text) if recipe is None and not n else self._encoder.continued(text) for n, text in enumerate(texts)]
@@ -461,6 +476,31 @@ class PromptBuilder:
     def _continued(self, text: str) -> tuple[int, ...]:
         return tuple(self._encoder.continued(text))
 
+    def _check_fit(self, messages: Sequence[Message]) -> None:
+        """Refuse a text that has more tokens than the window, before it is rendered. What an answer said may not be shown.
+
+        Raises:
+            WindowError: it has.
+        """
+        for message in messages:
+            if message["role"] != "assistant":
+                self._check_rendered(message["content"].replace(CUT, "").strip())
+
+    def _check_rendered(self, text: str) -> None:
+        """Refuse a text that has more tokens than the window, before it is tokenised whole.
+
+        Raises:
+            WindowError: it has.
+        """
+        if self._window is None or (tokens := self._encoder.least(text, self._window)) <= self._window:
+            return
+        raise WindowError(
+            f"a text of {len(text):,} characters has {tokens:,} tokens and more, which were not counted; the model's window is "
+            f"{self._window:,} tokens. Give a shorter text, or several contexts of it",
+            tokens=tokens,
+            window=self._window,
+        )
+
     # -- layouts -------------------------------------------------------------------------------------------------
 
     def _alone(self, messages: Sequence[Message], tools: Sequence[Tool], fixed: bool) -> Layout:
@@ -478,6 +518,7 @@ class PromptBuilder:
 
         ``apart``: whatever follows, so that another question has the same prefix.
         """
+        self._check_rendered(text)
         before, after = text[:at], f"{SEPARATOR}{_ASKED['content']}" if apart else text[at:]
         tail = self._encoder.unsettled(before, after, continued)
         return before[: at - len(tail)], tail
@@ -556,6 +597,14 @@ class PromptBuilder:
         if not self._knows_tools:
             turns = in_plain_turns(turns)
         return _merged(turns) if self._merges else turns
+
+
+def _places_of(part: str, text: str) -> Iterator[int]:
+    """Where a part stands in a text, time after time."""
+    at = text.find(part)
+    while at >= 0:
+        yield at
+        at = text.find(part, at + len(part))
 
 
 def _shown(documents: Sequence[Document], first: int = 1, before: Sequence[str] = ()) -> tuple[str, list[tuple[int, int]]]:

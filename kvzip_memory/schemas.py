@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from typing import Any
+from concurrent.futures import Future
+from functools import lru_cache
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from llguidance import LLMatcher
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.sources import MOST_OF_SCHEMA, brief, check_nesting
 
 #: One way to write each value: a model cannot lose itself in whitespace.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -41,19 +44,44 @@ _MOST_NUMBER, _MOST_INTEGER = 10**15, 2**63 - 1024
 #: Pydantic's URLs of the web differ from others by their length alone.
 _WEB = {"format": "uri", "maxLength": 2083}
 
+#: llguidance goes through schemas and what they refer to by recursion, with 11 KB of stack a level; it would take the process down.
+_STACK = 256 << 20
+_starting = threading.Lock()  # the size of stacks is the process'
+T = TypeVar("T")
+
+
+def with_room(work: Callable[[], T]) -> T:
+    """What ``work`` gives or raises, in a thread with stack for all levels that a schema of :data:`MOST_OF_SCHEMA` parts can have."""
+    result = Future[T]()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    with _starting:
+        before = threading.stack_size(_STACK)
+        try:
+            threading.Thread(target=run, name="kvzip-schema", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
+
 
 def json_rule(schema: Mapping[str, Any]) -> str:
     """A grammar's expression for the JSON of a schema.
 
     Raises:
-        InputError: not a schema, or one of which no answer ever ends.
+        InputError: not a schema, one that is too deep or too large, or one of which no answer ever ends.
     """
     if not isinstance(schema, Mapping):
-        raise InputError(f"a schema is {schema!r}; it must be a mapping, {{}} for any value")
+        raise InputError(f"a schema is {brief(schema)}; it must be a mapping, {{}} for any value")
+    check_nesting(schema, "a schema", MOST_OF_SCHEMA)
     made = closed(schema)
     if (endless := _endless(made)) is not None:
         raise InputError(
-            f"no answer that keeps to this schema ever ends: {endless!r} requires itself; let what leads back to it be null or left out"
+            f"no answer that keeps to this schema ever ends: {brief(endless)} requires itself; let what leads back be null or left out"
         )
     return "%json " + json.dumps({**made, "x-guidance": _LAYOUT})
 
@@ -147,8 +175,16 @@ def _endless(schema: Mapping[str, Any]) -> str | None:
     open_: dict[str, Any] = {
         key: _referred(key, schema) for key in _all_references(schema) if (key == "#" or key.startswith("#/")) and _found(key, schema)
     }
-    while ending := {key for key in open_.keys() - known if _finite(open_[key], known, open_)}:
-        known |= ending
+    users: dict[str, set[str]] = {key: set() for key in open_}
+    for key, part in open_.items():
+        for inner in _all_references(part) & open_.keys():
+            users[inner].add(key)
+    looked_at = set(open_)
+    while looked_at:  # again where something has become known
+        key = looked_at.pop()
+        if key not in known and _finite(open_[key], known, open_):
+            known.add(key)
+            looked_at |= users[key] - known
     return None if _finite(schema, known, open_) else min(open_.keys() - known)
 
 
@@ -178,13 +214,17 @@ def _finite(schema: Any, known: set[str], all_: Mapping[str, Any]) -> bool:
     kinds = {kinds} if isinstance(kinds, str) else set(kinds)
     if not kinds <= {"object", "array"}:
         return True
-    named, other = schema.get("properties") or {}, schema.get("additionalProperties")
-    others = [other, *(schema.get("patternProperties") or {}).values()]
+    # Each part is looked at once: twice at every level would be for ever.
+    named = {name: finite(part) for name, part in (schema.get("properties") or {}).items()}
+    other = schema.get("additionalProperties")
+    others = finite(other)
     items = _listed(schema, "prefixItems") + _listed(schema, "items")
     fewest = schema.get("minItems", 0)
     inside = [*items[:fewest], *([schema.get("items")] if len(items) < fewest else [])]
-    enough = any(finite(part) for part in others if part is not False) or sum(map(finite, named.values())) >= schema.get("minProperties", 0)
-    return ("object" in kinds and enough and all(finite(named.get(name, other)) for name in _listed(schema, "required"))) or (
+    patterns = (schema.get("patternProperties") or {}).values()
+    enough = (others and other is not False) or any(finite(part) for part in patterns if part is not False)
+    enough = enough or sum(named.values()) >= schema.get("minProperties", 0)
+    return ("object" in kinds and enough and all(named.get(name, others) for name in _listed(schema, "required"))) or (
         "array" in kinds and all(map(finite, inside))
     )
 
@@ -204,7 +244,7 @@ def contradiction(schema: Mapping[str, Any]) -> str | None:
 
     def find(part: Any, place: str, above: frozenset[str]) -> str | None:
         whole = {**definitions, **part} if isinstance(part, Mapping) else part
-        if part is not False and not (why := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(whole))):
+        if part is not False and not (why := with_room(lambda: LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(whole)))):
             return None
         if part is False:
             return f"{place} is false"
@@ -275,7 +315,7 @@ def _left_out(schema: Any, root: Mapping[str, Any] | None) -> tuple[Any, list[st
     return made, names
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _compiles(pattern: str) -> bool:
     grammar = LLMatcher.grammar_from_json_schema({"type": "string", "pattern": pattern})
     return not LLMatcher.validate_grammar_with_warnings(grammar)[0]

@@ -6,12 +6,13 @@ import json
 import os
 import os.path
 import re
+import reprlib
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,24 @@ SEPARATOR = "\n\n"
 # Around a block of text up to which a prompt is loaded once. Made anew by each process, so that no text can hold it.
 CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 
+#: So many strings to keep may a call give.
+MOST_KEPT = 1000
+#: Values that are handed in have no more lists and mappings than this within one another, and no more of them; schemas and tools fewer.
+DEEPEST, MOST_PARTS, MOST_OF_SCHEMA = 100, 1_000_000, 5_000
+
 logger = logger_of(__name__)
+
+_MOST_TOLD = 200
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 80
+_brief.maxlevel = 3
+
+
+def brief(value: Any) -> str:
+    """A value in an error's message: short, however large it is."""
+    told = _brief.repr(value)
+    return told if len(told) <= _MOST_TOLD else f"{told[:_MOST_TOLD]}..."
+
 
 _LONE_SURROGATE = re.compile("[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]")
 
@@ -68,27 +86,66 @@ def _warn(message: str, text: int) -> None:
     logger.warning(message)
 
 
-def cleaned(value: Any, where: str) -> Any:
-    """A value as JSON can hold it, with every string in it as of :func:`clean`."""
+class TooDeep(InputError):
+    """A value with lists and mappings within one another deeper than :data:`DEEPEST`, or within themselves."""
+
+
+def check_nesting(value: Any, where: str, most: int = MOST_PARTS) -> None:
+    """Raises:
+    TooDeep: lists and mappings within one another, or within themselves.
+    InputError: more than ``most`` of them.
+    """
+    level, found = [*_parts_of([[value]])], 0
+    for _ in range(DEEPEST):
+        found += len(level)
+        if found > most:
+            raise InputError(f"{where} has more than {most:,} lists and mappings, or one that holds itself; give fewer")
+        if not level:
+            return
+        level = [*islice(_parts_of(level), most + 1)]
+    raise TooDeep(f"{where} has more than {DEEPEST} lists and mappings within one another, or one that holds itself; give it flatter")
+
+
+def _parts_of(level: Iterable[Any]) -> Iterator[Any]:
+    """Lists and mappings in others."""
+    for item in level:
+        for inner in item.values() if isinstance(item, Mapping) else item:
+            if isinstance(inner, dict | list | tuple | Mapping):
+                yield inner
+
+
+def cleaned(value: Any, where: str, most: int = MOST_PARTS) -> Any:
+    """A value as JSON can hold it, with every string in it as of :func:`clean`.
+
+    Raises:
+        InputError: as for :func:`check_nesting`.
+    """
+    check_nesting(value, where, most)
+    return _cleaned(value, where)
+
+
+def _cleaned(value: Any, where: str) -> Any:
     if isinstance(value, str):
         return clean(value, where)
     if isinstance(value, Mapping):
-        return {clean(str(key), where): cleaned(item, where) for key, item in value.items()}
+        return {clean(str(key), where): _cleaned(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [cleaned(item, where) for item in value]
+        return [_cleaned(item, where) for item in value]
     return value if value is None or isinstance(value, int | float) else clean(str(value), where)
 
 
-def as_texts(value: Any, where: str) -> list[str]:
+def as_texts(value: Any, where: str, most: int) -> list[str]:
     """A text, several, or None for none, as a list.
 
     Raises:
-        InputError: anything else.
+        InputError: anything else, or more than ``most`` texts.
     """
     given = [value] if isinstance(value, str) else value if isinstance(value, Iterable) else [] if value is None else [value]
-    texts = list(given)
+    texts = list(islice(given, most + 1))
+    if len(texts) > most:
+        raise InputError(f"{where}: more than {most:,} texts were given; give fewer")
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{where} is {value!r}; give a text or a list of texts")
+        raise InputError(f"{where} is {brief(value)}; give a text or a list of texts")
     return texts
 
 
@@ -104,7 +161,7 @@ def as_path(value: Any, where: str) -> Path:
             raise ValueError("it has a null character")
         return path
     except (TypeError, ValueError) as error:  # half of a surrogate pair is the latter, too
-        raise InputError(f"{where} is {value!r}, which names no file ({error}); give another path") from error
+        raise InputError(f"{where} is {brief(value)}, which names no file ({error}); give another path") from error
 
 
 def as_folder(value: Any, where: str) -> Path:
@@ -159,7 +216,9 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise InputError("no messages; give at least one from the user")
     for message in messages:
         if message["role"] not in _ROLES.values():
-            raise InputError(f"message role {message['role']!r} is not supported; use one of {', '.join(dict.fromkeys(_ROLES.values()))}")
+            raise InputError(
+                f"message role {brief(message['role'])} is not supported; use one of {', '.join(dict.fromkeys(_ROLES.values()))}"
+            )
     if not any(message["content"].strip() for message in messages):
         raise InputError("the text is empty; there is nothing to ask or load")
 
@@ -174,11 +233,11 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     Of an assistant's blocks what it did not say is left out, and calls that name no tool; a tool's that are no text are given as JSON.
 
     Raises:
-        InputError: a mapping that lacks a role or content, or content of a user other than text.
+        InputError: a mapping that lacks a role or content, content of a user other than text, or blocks as of :func:`check_nesting`.
     """
     if isinstance(item, Mapping):
         if "role" not in item or not item.keys() & {"content", "blocks", "tool_calls", "function_call"}:
-            raise InputError(f"a message is a mapping with 'role' and 'content', not {sorted(map(str, item))}")
+            raise InputError(f"a message is a mapping with 'role' and 'content', not {brief(sorted(map(str, item)))}")
         role, fields = item["role"], item
     else:
         role = _role_of(item)
@@ -192,6 +251,8 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     more = {**(beside if isinstance(beside, Mapping) else {}), **{name: value for name, value in fields.items() if value}}
     in_blocks = isinstance(fields.get("blocks"), list)  # its content is the texts alone, each on a line of its own
     content = fields["blocks"] if in_blocks else fields.get("content")
+    for name in ("refusal", "audio", "reasoning_content", "reasoning"):
+        check_nesting(more.get(name), where)
     parts = _parts(content, role, where, lines=in_blocks)
     text = "".join(parts.texts)
     if role == "assistant" and not text:  # OpenAI's, beside the content
@@ -258,7 +319,7 @@ def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
         raise InputError(f"message content is a {type(content).__name__}, not a string")
     parts, alone = _Parts([], [], []), False
     for item in content if isinstance(content, list | tuple) else [content]:
-        kind, block = _kind(item, role)
+        kind, block = _kind(item, role, where)
         before = alone
         if kind in _TEXTS and not (kind == "guard_content" and role == "assistant"):
             text, alone = _words(block.get(_TEXTS[kind], block)), False
@@ -281,13 +342,13 @@ def _parts(content: Any, role: str, where: str, lines: bool = False) -> _Parts:
         elif role == "assistant" or kind in _PIECES:
             continue
         else:
-            raise InputError(f"content blocks of type {kind!r} are not supported ({where}); send text, such as what the file says")
+            raise InputError(f"content blocks of type {brief(kind)} are not supported ({where}); send text, such as what the file says")
         text = ("\n" if parts.texts and (lines or alone or before) else "") + clean(text, where)
         parts.texts.append(f"{CUT}{text}{CUT}" if text and block.get("cache_control") else text)
     return parts
 
 
-def _kind(block: Any, role: str) -> tuple[str, Mapping[str, Any]]:
+def _kind(block: Any, role: str, where: str) -> tuple[str, Mapping[str, Any]]:
     """What a block of content is, and the block as a mapping."""
     if block is None or isinstance(block, str):
         return "text", {"text": block}
@@ -296,6 +357,7 @@ def _kind(block: Any, role: str) -> tuple[str, Mapping[str, Any]]:
         if kind is None:
             return ("json" if role == "tool" else type(block).__name__), {"json": block}
         block = {**{name: value for name, value in getattr(block, "__dict__", {}).items() if value is not None}, "type": kind}
+    check_nesting(block, where)
     while block.get("type") == "non_standard" and isinstance(block.get("value"), Mapping):  # LangChain's wrapping
         block = block["value"]
     kind = block.get("type", block.get("block_type"))
@@ -365,13 +427,21 @@ def _as_call(call: Any, where: str) -> dict[str, Any] | None:
     name, arguments = first("name", "tool_name"), first("arguments", "args", "input", "tool_kwargs")
     if not isinstance(name, str) or not name:
         if name != "" and call.get("type") != "invalid_tool_call":
-            _warn(f"{where}: a tool call without a name is left out", hash(str(call)))
+            _warn(f"{where}: a tool call without a name is left out", hash(brief(call)))
         return None
     if isinstance(arguments, str):
-        with suppress(ValueError, RecursionError):  # what a model has written may be no JSON; that is kept as it is
+        with suppress(ValueError, RecursionError):  # what a model has written may be no JSON, or too deep; that is kept as it is
             parsed = json.loads(arguments or "{}")
             arguments = cleaned(parsed, where) if isinstance(parsed, Mapping) else arguments
-    arguments = cleaned({} if arguments is None else arguments, where)
+    try:
+        arguments = cleaned({} if arguments is None else arguments, where)
+    except TooDeep:
+        try:
+            arguments = clean(json.dumps(arguments, ensure_ascii=False, default=str), where)
+        except (TypeError, ValueError, RecursionError):  # no model has written that
+            arguments = None
+        if arguments is None:
+            raise
     return {
         "id": _id(first("call_id", "id", "tool_call_id", "tool_id", "toolUseId"), where),
         "name": clean(name, where),

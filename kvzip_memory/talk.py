@@ -9,7 +9,7 @@ from itertools import accumulate, chain
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.encoding import common
-from kvzip_memory.errors import InputError
+from kvzip_memory.errors import InputError, WindowError
 from kvzip_memory.prompt import Prompt, PromptBuilder
 from kvzip_memory.sources import CUT, Message, as_messages
 from kvzip_memory.tools import Tool, read_calls
@@ -104,6 +104,8 @@ class Talk:
         messages = [*before, *_unmarked(asked)]
         try:
             layout = prompts.rendered(self._recipe, messages, self._tools, fixed=True, thinks=thinks)
+        except WindowError:
+            raise
         except InputError:  # a template that takes no such turns
             return self._behind_all(asked, held)
         shown = prompts.unspelled(layout.text)

@@ -18,7 +18,7 @@ from typing import Any
 from kvzip_memory.errors import InputError
 from kvzip_memory.guidance import Grammar, Guidance
 from kvzip_memory.schemas import guiding, json_rule, one_of_as_any, spelled
-from kvzip_memory.sources import cleaned, response
+from kvzip_memory.sources import MOST_OF_SCHEMA, brief, check_nesting, cleaned, response
 
 #: Where a call's name and its id stand in what opens it, in a form whose JSON holds only the arguments.
 NAME, ID = "{name}", "{id}"
@@ -110,16 +110,17 @@ class CallDelta:
 
 def checked_tools(tools: Sequence[Tool] | None) -> list[Tool]:
     """Raises:
-    InputError: a tool that is no mapping of OpenAI's form, or two of one name.
+    InputError: a tool that is no mapping of OpenAI's form, two of one name, or what is too deep or too much to be described.
     """
+    check_nesting(list(tools or ()), "tools", MOST_OF_SCHEMA)
     checked = [cleaned(tool, f"tool {number}") if isinstance(tool, Mapping) else tool for number, tool in enumerate(tools or (), 1)]
     for tool in checked:
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise InputError(f'a tool is {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}, not {str(tool)[:80]!r}')
+            raise InputError(f'a tool is {{"type": "function", "function": {{"name": ..., "parameters": ...}}}}, not {brief(tool)}')
     names = [tool["function"]["name"] for tool in checked]
     if len(set(names)) < len(names):
-        raise InputError(f"two tools have one name among {names}; rename one")
+        raise InputError(f"two tools have one name among {brief(names)}; rename one")
     return checked
 
 
@@ -257,7 +258,7 @@ def calls_grammar(
     choice = "auto" if choice in (None, False) else "any" if choice is True or choice == "required" else choice
     if choice not in ("auto", "any", "none"):
         if choice not in names:
-            raise InputError(f"tool_choice is {choice!r}; it is 'auto', 'any', 'none' or one of the tools {names}")
+            raise InputError(f"tool_choice is {brief(choice)}; it is 'auto', 'any', 'none' or one of the tools {brief(names)}")
         tools = [tool for tool in tools if tool["function"]["name"] == choice]
     several = parallel if parallel is not None else choice == "auto"
     try:
@@ -344,12 +345,12 @@ def _parameters(tool: Tool) -> Mapping[str, Any]:
     """The schema of a tool's arguments, which are an object whatever it says."""
     parameters = tool["function"].get("parameters") or {"properties": {}}
     if not isinstance(parameters, Mapping):
-        raise InputError(f"the parameters of the tool {tool['function']['name']!r} are {parameters!r}; they must be a JSON schema")
+        raise InputError(f"the parameters of the tool {tool['function']['name']!r} are {brief(parameters)}; they must be a JSON schema")
     kinds = spelled(parameters).get("type", "object")
     if "object" not in ([kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []):
         raise InputError(
-            f"the parameters of the tool {tool['function']['name']!r} are of the type {parameters['type']!r}; they must be an 'object' "
-            "that has what the tool takes as its properties"
+            f"the parameters of the tool {tool['function']['name']!r} are of the type {brief(parameters['type'])}; they must be an "
+            "'object' that has what the tool takes as its properties"
         )
     if not isinstance(kinds, str):  # arguments are never null
         return {**parameters, "type": "object"}
@@ -489,7 +490,7 @@ class _JsonReader:
         """The name, if all that stands before an opening brace is the name and the key of the arguments."""
         try:
             before = json.loads(self._text[:-1] + "null}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         keys = {"arguments", "parameters"} & before.keys()
         name = before.get("name")
@@ -499,7 +500,7 @@ class _JsonReader:
         """A call whose name came last, or that is none."""
         try:
             call = json.loads(self._text)
-        except ValueError:
+        except (ValueError, RecursionError):
             call = {}
         arguments: Any = next((call[key] for key in ("arguments", "parameters") if key in call), {} if self._form.trigger else None)
         if isinstance(call.get("name"), str) and isinstance(arguments, dict):
@@ -525,7 +526,9 @@ def read_calls(text: str, form: ToolForm) -> tuple[str, list[dict[str, Any]]]:
     calls = []
     for delta in deltas:  # one a call, since all of it came at once
         try:
-            calls.append({"id": delta.id, "name": delta.name, "arguments": json.loads(delta.arguments)})
-        except ValueError:
+            arguments = json.loads(delta.arguments)
+            check_nesting(arguments, "a call's arguments")
+        except (ValueError, RecursionError):
             continue
+        calls.append({"id": delta.id, "name": delta.name, "arguments": arguments})
     return shown + reader.flush(), [call for call in calls if call["name"]]

@@ -22,7 +22,7 @@ from langchain_core.tracers import BaseTracer
 from langgraph.checkpoint.memory import InMemorySaver
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, QueueFullError, UnfinishedError
 from kvzip_memory.engine import FREE_TOKENS
 from langchain_kvzip import KVzipChatModel
 from templates import HERMES
@@ -472,12 +472,15 @@ async def test_a_batch_larger_than_the_queue(loaded: bool, monkeypatch: pytest.M
     monkeypatch.setattr(KVzipEngine, "from_pretrained", lambda model, **options: engine)
     llm = KVzipChatModel(engine=engine, max_tokens=2) if loaded else KVzipChatModel(model="any", max_tokens=2)
     alone = engine.generate(None, "Who?", max_new_tokens=2).text
-    doomed = asyncio.create_task(llm.abatch(["Why?"] * 9))
-    await asyncio.sleep(0)
-    batch = asyncio.create_task(llm.abatch(["Who?"] * 12))
+    doomed = asyncio.create_task(llm.abatch(["Why?"] * 9, {"max_concurrency": 5}))
     await asyncio.sleep(0)
     doomed.cancel()
-    assert [reply.content for reply in await batch] == [alone] * 12
+    await asyncio.gather(doomed, return_exceptions=True)
+    while engine.places.running:
+        await asyncio.sleep(0.001)
+    assert [reply.content for reply in await llm.abatch(["Who?"] * 12, {"max_concurrency": 5})] == [alone] * 12
+    with pytest.raises(QueueFullError, match=r"2 async calls are running and 3 wait"):
+        await llm.abatch(["Who?"] * 12)
 
 
 async def test_more_answers_at_once_than_the_loops_pool_has_threads(engine: KVzipEngine, context: CompressedContext) -> None:

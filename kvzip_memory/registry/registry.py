@@ -48,6 +48,9 @@ EVERYONE = "*"
 
 _POLL_S = 0.05
 
+#: A name or a tag may have so many characters, and one call may give so many tags.
+LONGEST_NAME, MOST_TAGS = 4096, 256
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -1240,11 +1243,13 @@ def _entry(held: Held) -> Entry:
 
 def check_text(name: str) -> None:
     """Raises:
-    InputError: a name or tag that cannot be stored, such as a file's that is not UTF-8.
+    InputError: a name or tag that cannot be stored, such as a file's that is not UTF-8, or one that is too long.
     """
     try:
+        if len(name) > LONGEST_NAME:
+            raise InputError(f"the name or tag {name[:80]!r}... has {len(name):,} characters; give one of at most {LONGEST_NAME:,}")
         name.encode()
-    except (UnicodeEncodeError, AttributeError):
+    except (UnicodeEncodeError, AttributeError, TypeError):
         raise InputError(f"{name!r} is not text that can be stored; give another name") from None
 
 
