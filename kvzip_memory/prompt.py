@@ -23,7 +23,7 @@ from typing import Any
 from kvzip_memory.context import CompressedContext, Recipe, Source
 from kvzip_memory.encoding import Tokens, added_tokens
 from kvzip_memory.errors import InputError, WindowError
-from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, brief, header, header_word
+from kvzip_memory.sources import CUT, SEPARATOR, Document, Message, as_message, as_messages, brief, enclosed, header, header_word
 from kvzip_memory.template import ChatTemplate, Layout, Place
 from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in_plain_turns, results_in_order
 
@@ -582,8 +582,7 @@ class PromptBuilder:
             first = turns[: said if self._knows_system else 0]
             joined = [{"role": "system", "content": SEPARATOR.join(turn["content"] for turn in first)}] if first else []
             turns = [*joined, *_in_user_turns(turns[len(first) :])]
-        if not self._knows_tools:
-            turns = in_plain_turns(turns)
+        turns = self._with_results(turns)
         if self._moves_system and not moves:
             turns = _in_user_turns(turns)
         said = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
@@ -593,10 +592,16 @@ class PromptBuilder:
 
     def _turns_behind(self, messages: Sequence[Message]) -> list[Message]:
         """Messages behind a context as turns. There is no place for a system prompt any more."""
-        turns: list[Message] = results_in_order(_in_user_turns(messages), self.one_call)
-        if not self._knows_tools:
-            turns = in_plain_turns(turns)
+        turns = self._with_results(results_in_order(_in_user_turns(messages), self.one_call))
         return _merged(turns) if self._merges else turns
+
+    def _with_results(self, turns: list[Message]) -> list[Message]:
+        """Turns with results as the template can show them, in frames that they cannot end."""
+        if not self._knows_tools:
+            return in_plain_turns(turns)
+        if self._template.frames_in_words:
+            return [{**turn, "content": enclosed(turn["content"])} if turn["role"] == "tool" else turn for turn in turns]
+        return turns
 
 
 def _places_of(part: str, text: str) -> Iterator[int]:

@@ -401,6 +401,11 @@ def response(text: str) -> str:
     return f"<{tag}>\n{text}\n</{tag}>"
 
 
+def enclosed(text: str) -> str:
+    """A tool's result that a template puts into such tags, in ones of its own if it could end the template's."""
+    return response(text) if _TAGS.search(text) else text
+
+
 # Frames that a text could spell, each with the number in it, if any.
 _TAGS = re.compile(r"tool_response(-\d+)?", re.IGNORECASE)
 _HEADERS = re.compile(r"(?:^|[\n\r\v\f\x85\u2028\u2029])[^\w\n]{0,32}Document(-\d+)?\s{0,32}\d+\s{0,32}:", re.IGNORECASE)

@@ -92,6 +92,8 @@ class ChatTemplate:
             if len(token.content) > 1 and (token.special or (len(token.content.strip()) > 2 and token.content in self.source))
         }
         self.control_ids = frozenset(control)
+        #: Whether results stand in tags that are words of the vocabulary, not control tokens.
+        self.frames_in_words = "</tool_response>" in self.source and "</tool_response>" not in control.values()
         self.encoder = Encoder(tokenizer, control)
         written = {*control.values(), *(token.content for token in added.values())}
         self.thought = next((tags for tags in THOUGHTS if tags[1] in self.source or {*tags} <= written), None)

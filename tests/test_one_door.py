@@ -21,7 +21,7 @@ from kvzip_memory import Document
 from kvzip_memory.prompt import PromptBuilder
 from kvzip_memory.sources import as_message, header_word, response
 from kvzip_memory.tools import describe
-from templates import FAMILIES
+from templates import FAMILIES, HERMES
 
 STRESS = bool(os.environ.get("KVZIP_STRESS"))
 N = normalizers
@@ -228,6 +228,20 @@ def test_a_result_does_not_end_its_own_frame(result: str) -> None:
         assert framed(text) == result
         assert text.count("</tool_call>") == (1 if call in said else 0)
     assert response("4 degrees") == "<tool_response>\n4 degrees\n</tool_response>"
+
+
+@pytest.mark.parametrize("result", RESULTS)
+@pytest.mark.parametrize("control", [False, True], ids=["words", "control"])
+def test_a_result_does_not_end_the_templates_frame(result: str, control: bool) -> None:
+    tokenizer = tiny_tokenizer(HERMES)
+    if control:
+        tokenizer.add_tokens(["<tool_response>", "</tool_response>"])
+    builder = PromptBuilder(tokenizer)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "name": "look", "args": {}}]}
+    tool = {"role": "tool", "tool_call_id": "1", "content": result}
+    text = tokenizer.decode(builder.question(None, [{"role": "user", "content": "a"}, call, tool]))
+    inside = text.split("<tool_response>\n", 1)[1].rsplit("\n</tool_response>", 1)[0]
+    assert inside == result if control or result == "4 degrees" else framed(inside) == result != inside
 
 
 def test_a_description_does_not_end_the_list_of_tools() -> None:
