@@ -236,6 +236,7 @@ class Places(Admission):
     def __init__(self, running: int, waiting: float = math.inf, away: int | None = None) -> None:
         super().__init__(running, waiting)
         self._most_away = away
+        self._served: set[Place] = set()  # whose callers have what they waited for, and which leave their places just now
 
     @property
     def waiting(self) -> list[float]:
@@ -254,15 +255,16 @@ class Places(Admission):
         with self._lock:
             self._queue[place] = time.monotonic()
             self._advance()
-            if place in self._queue and len(self._queue) > self._queue_limit:
+            if place in self._queue and len(self._queue) > self._queue_limit + len(self._served):
                 del self._queue[place]
                 raise self._full(len(self._queue))
         return place
 
     def withdraw(self, place: Place) -> None:
-        """Nobody wants work any more; if its turn has not come it never does."""
+        """Nobody waits for work any more; if its turn has not come it never does."""
         with self._lock:
-            self._queue.pop(place, None)
+            if self._queue.pop(place, None) is None and place.held:
+                self._served.add(place)
 
     def _begin(self, place: Place, work: Work, failed: Callable[[BaseException], object]) -> None:
         place.begin = lambda: place.entry.put(None)  # when it comes back
@@ -277,7 +279,9 @@ class Places(Admission):
         try:
             work(None if self._most_away is None else place)
         finally:
-            self.part(place)
+            with self._lock:
+                self.part(place)
+                self._served.discard(place)
 
     def _next(self) -> Place | None:
         return super()._next() if self._back or len(self._away) <= (self._most_away or 0) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -48,6 +49,14 @@ _WEB = {"format": "uri", "maxLength": 2083}
 _STACK = 256 << 20
 _starting = threading.Lock()  # the size of stacks is the process'
 T = TypeVar("T")
+
+
+def _in_child() -> None:
+    global _starting
+    _starting = threading.Lock()  # another thread may have had the parent's
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def with_room(work: Callable[[], T]) -> T:

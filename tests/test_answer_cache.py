@@ -57,7 +57,7 @@ class Keys(InMemoryCache):
 
 
 def model(engine: KVzipEngine, cache: Any) -> KVzipChatModel:
-    return KVzipChatModel(engine=engine, max_tokens=4, cache=cache)
+    return KVzipChatModel(engine=engine, max_tokens=4, cache=cache, contexts_by_name=True)
 
 
 def answered_from(reply: Any) -> str:
@@ -116,7 +116,7 @@ def test_the_cache_for_all_models_is_keyed_so_too_and_without_one_messages_are_a
     contexts = [engine.load(TEXT, name="page", ratio=0.4) for engine in engines]
     set_llm_cache(cache)
     try:
-        replies = [KVzipChatModel(engine=engine, max_tokens=4).invoke(block) for engine in engines]
+        replies = [KVzipChatModel(engine=engine, max_tokens=4, contexts_by_name=True).invoke(block) for engine in engines]
         assert [answered_from(reply) for reply in replies] == [context.key for context in contexts]
         assert KVzipChatModel(engine=engines[0], max_tokens=4, cache=False)._by_keys(block) is block
     finally:

@@ -99,7 +99,10 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     "aextend": ("engine.aextend", lambda made: made.engine.aextend(made.context, [Document(text="And more. " * 30)])),
     "agenerate": ("engine.agenerate bridge.result_of bridge.pieces_of", lambda made: made.engine.agenerate(made.context, "word " * 120)),
     "aload_documents": ("chat_models.aload_documents", lambda made: made.chat.aload_documents(["Another. " * 30])),
-    "ainvoke": ("chat_models._agenerate chat_models._astream", lambda made: made.chat.with_context(made.context).ainvoke("Who?")),
+    "ainvoke": (
+        "chat_models._agenerate chat_models._agenerate_with_cache chat_models._astream",
+        lambda made: made.chat.with_context(made.context).ainvoke("Who?"),
+    ),
     "ainvoke with a mark": ("", lambda made: made.chat.ainvoke(MARKED)),
     "astream": ("", lambda made: read(made.chat.astream("Who?"))),
     "structured": (

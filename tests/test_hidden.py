@@ -42,6 +42,12 @@ UNCHECKED = ("__dict__", "__getstate__", "__reduce__", "model_kwargs", "vars")
 KINDS: list[Any] = [KVzipLLM, KVzipChatModel]
 
 
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Things write themselves down where the process is."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The options that engines are made with."""

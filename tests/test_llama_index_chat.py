@@ -186,9 +186,9 @@ async def test_a_question_that_is_too_long_is_told_with_the_limit_and_the_way_ou
     told = rf"window of {window:,} tokens {taken:,} are taken.* leaves {window - taken - 1:,}; ask shorter, .*reset\(\), or load less"
     for ask in (chat_engine.chat, lambda asked: list(chat_engine.stream_chat(asked).response_gen)):
         with pytest.raises(WindowError, match=told):
-            ask("word " * 5000)
+            ask("word " * 350)
     with pytest.raises(WindowError, match=told):
-        await chat_engine.achat("word " * 5000)
+        await chat_engine.achat("word " * 350)
     with pytest.raises(WindowError, match=rf"window is {window:,}; ask shorter, or load less"):
-        index.as_query_engine(source_top_k=1).query("word " * 5000)
+        index.as_query_engine(source_top_k=1).query("word " * 350)
     assert chat_engine.chat_history == []
