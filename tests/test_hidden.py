@@ -86,7 +86,7 @@ def told_by(thing: Any) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.filterwarnings("ignore")  # for what is deprecated
 @pytest.mark.parametrize("given", ["given", "copied", "set later"])
-def test_secrets_are_told_by_nothing_that_a_model_object_has(asked: list[dict[str, Any]], given: str) -> None:
+def test_secrets_are_told_by_nothing_that_a_model_object_has(asked: list[dict[str, Any]], given: str, tmp_path: Path) -> None:
     models = [kind(model="a/b", model_kwargs={} if given == "set later" else OPTIONS) for kind in KINDS]
     if given == "copied":
         models = [model.model_copy(update={"model_kwargs": dict(OPTIONS, tenant="MARK9")}) for model in models]
@@ -99,6 +99,7 @@ def test_secrets_are_told_by_nothing_that_a_model_object_has(asked: list[dict[st
                 assert "MARK" not in text, (name, way)
                 counted += 1
     assert counted > 500
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"MARK" in path.read_bytes()]
     assert "dtype" in str(KVzipLLM(model="a/b", model_kwargs={"dtype": "float32"}).to_dict())
 
 
