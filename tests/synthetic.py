@@ -17,6 +17,7 @@ from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Residen
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.registry.identity import digest, group_of, key_of
+from kvzip_memory.registry.index import Index
 
 CPU = torch.device("cpu")
 IDENTITY: dict[str, Any] = {"format": 1, "ratio": 0.5, "tenant": None, "allocator": "global"}
@@ -140,3 +141,10 @@ def as_another_user(folders: list[Path], names: list[str], answers: Any) -> None
                 refused += "cannot be written by user" in str(error)
         answers.put((found, [*tiers, load(registry, 1)], len(registry.contexts()), refused))
         registry.close()
+
+
+def visit(folder: Path, answers: Any) -> None:
+    """Open an index and let go of it, as a process does that comes and goes."""
+    index = Index(folder)
+    answers.put(sorted(index.keys("")))
+    index.close()

@@ -15,7 +15,8 @@ import synthetic
 from kvzip_memory import BudgetError, CompressedContext, StorageError
 from kvzip_memory.registry import ContextRegistry, Report
 from kvzip_memory.registry.disk import DiskTier
-from synthetic import CPU, load, wanted
+from kvzip_memory.registry.index import Index
+from synthetic import CPU, load, processes, wanted
 
 SIZE = synthetic.context(0).nbytes
 
@@ -177,3 +178,22 @@ def test_a_read_only_folder_refuses_changes_and_says_why(baked: Path, monkeypatc
             change()
     assert load(registry, 1) == "disk"
     registry.close()
+
+
+def test_opening_an_index_once_more_keeps_what_sqlite_has_locked(tmp_path: Path) -> None:
+    index, answers = Index(tmp_path), processes.Queue()
+    index.set("a", {})
+    for _ in range(2):
+        Index(tmp_path).close()
+        visitor = processes.Process(
+            target=synthetic.visit, args=(tmp_path, answers)
+        )  # who would delete the log of a database that nobody has open
+        visitor.start()
+        assert "a" in answers.get(timeout=60)
+        visitor.join()
+        index.set("b", {})
+    visitor = processes.Process(target=synthetic.visit, args=(tmp_path, answers))
+    visitor.start()
+    assert answers.get(timeout=60) == ["a", "b"]
+    visitor.join()
+    index.close()

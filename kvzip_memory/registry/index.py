@@ -100,7 +100,9 @@ class Index:
         self._open: AbstractContextManager[Any] | None = None  # the transaction of the thread that has the lock
         with _translated():
             check_plain(folder)
-            os.close(open_file(folder / "cache.db", os.O_RDWR | os.O_CREAT))  # SQLite gives its other files the same mode
+            if not (folder / "cache.db").exists():  # closing one that is open here would lose the locks that SQLite has on it
+                with suppress(FileExistsError):
+                    os.close(open_file(folder / "cache.db", os.O_RDWR | os.O_CREAT | os.O_EXCL))  # its other files get the same mode
             if not is_free(folder, QUIET_S):  # diskcache would try for a minute
                 raise IndexHeldError()
             self._rows = diskcache.Cache(
