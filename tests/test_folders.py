@@ -7,14 +7,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import synthetic
 from kvzip_memory import BudgetError, CompressedContext, StorageError
 from kvzip_memory.registry import ContextRegistry, Report
-from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.disk import DiskTier, Entry
+from kvzip_memory.registry.files import PreparedFile
 from kvzip_memory.registry.index import Index
 from synthetic import CPU, load, processes, wanted
 
@@ -197,3 +200,55 @@ def test_opening_an_index_once_more_keeps_what_sqlite_has_locked(tmp_path: Path)
     assert answers.get(timeout=60) == ["a", "b"]
     visitor.join()
     index.close()
+
+
+@pytest.mark.parametrize("others", [2, 3])
+def test_a_writer_that_was_taken_for_dead_makes_room_once_more(tmp_path: Path, others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = ContextRegistry(CPU, tmp_path)
+    for number in range(2):
+        load(registry, number)
+    registry.flush()
+    disk = registry._disk
+    assert disk
+    disk.budget = budget = 3 * disk.path(wanted(0).key).stat().st_size
+    other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), DiskTier._insert
+
+    def after(tier: DiskTier, entry: Entry) -> None:
+        monkeypatch.undo()
+        tier._unreserve(entry.key)  # by another process
+        for number in range(2, 2 + others):
+            load(other, number)
+        other.flush()
+        insert(tier, entry)
+
+    monkeypatch.setattr(DiskTier, "_insert", after)
+    load(registry, 9)
+    registry.flush()
+    assert disk.usage() == disk.measured() <= budget
+    assert disk.has(wanted(9).key)
+    other.close()
+    registry.close()
+
+
+def test_threads_that_write_one_context_write_it_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, began, writing = DiskTier(tmp_path), threading.Barrier(2), list[str]()
+    write = PreparedFile.write
+
+    def slowly(*args: Any) -> None:
+        writing.append("begins")
+        time.sleep(0.05)
+        write(*args)
+        writing.append("ends")
+
+    monkeypatch.setattr(PreparedFile, "write", slowly)
+
+    def put() -> None:
+        began.wait()
+        disk.put(synthetic.context(1), wanted(1).group)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(put) for _ in range(2)]:
+            done.result()
+    assert writing == ["begins", "ends"] * 2
+    assert disk.usage() == disk.measured()
+    disk.close()

@@ -186,8 +186,8 @@ class DiskTier:
     def __init__(self, root: Path, budget: int | None = None) -> None:
         self.root, self.budget = root, budget
         self.quarantined = 0  # by this process
-        self._mutex = threading.Lock()
-        refuse_after_fork(self, "_mutex")
+        self._mutex, self._putting = threading.Lock(), threading.Lock()
+        refuse_after_fork(self, "_mutex", "_putting")
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
         folders = [root, *(root / name for name in layout.FOLDERS)]
         for folder in folders:
@@ -332,20 +332,22 @@ class DiskTier:
         if not self._inside(path):
             raise StorageError(f"{path.parent} is no folder of ours; nothing is written there")
         check_file(path)
-        try:
-            self._reserve(entry)
-            for left in self._temporaries():  # by a writer of this key that was killed
-                if left.name.startswith(f"{entry.key}."):
-                    left.unlink(missing_ok=True)
-            make_folder(path.parent)
-            prepared.write(path, temporary)
-            self._insert(entry)
-        except BaseException:
-            self._owed.add(entry.key)
-            self._doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
-            with suppress(OSError):
-                self._opened()
-            raise
+        with self._putting:  # two writers of one key would have one reservation
+            try:
+                self._owed.discard(entry.key)
+                self._reserve(entry)
+                for left in self._temporaries():  # by a writer of this key that was killed
+                    if left.name.startswith(f"{entry.key}."):
+                        left.unlink(missing_ok=True)
+                make_folder(path.parent)
+                prepared.write(path, temporary)
+                self._insert(entry)
+            except BaseException:
+                self._owed.add(entry.key)
+                self._doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
+                with suppress(OSError):
+                    self._opened()
+                raise
 
     def _temporary(self, key: str) -> Path:
         return self.root / "blobs" / ".tmp" / f"{key}.{uuid.uuid4().hex[:8]}.tmp"
@@ -449,11 +451,13 @@ class DiskTier:
 
     @_needs_index
     def _insert_now(self, entry: Entry) -> None:
-        index = self._opened()
-        with index.transaction():
+        with self._changing_files() as index:
             stored, writing = self._totals(index)
-            if writing.pop(entry.key, None) is None and index.get(_CONTEXT + entry.key) is not None:
-                return  # the index was made anew from the blobs in between
+            if writing.pop(entry.key, None) is None:
+                if index.get(_CONTEXT + entry.key) is not None:
+                    return  # the index was made anew from the blobs in between
+                self._make_room(index, entry, 0)  # another process took us for dead, and has given the room away
+                stored, writing = self._totals(index)
             self._set_totals(index, stored + entry.file_nbytes, writing)
             self._add(index, _completed(entry, _entry(index, entry.key, _LOST)))
             index.delete(_LOST + entry.key)
