@@ -149,7 +149,7 @@ class Encoder:
         Of a beginning those tokens count that what follows cannot change. A text that has fewer characters than tokens that are
         wanted could have is not read, and has 0 at least.
         """
-        read, found = _SPARSE * most, 0
+        read, found = _SPARSE * max(most, 1), 0
         while read < len(text) and found <= most:
             found = self._encoded(text[:read]).before(read - _WINDOW)
             read *= 4

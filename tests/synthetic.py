@@ -99,7 +99,7 @@ def ask_together(folder: Path, log: Path, answers: Any, barrier: Any, seconds: f
     for thread in threads:
         thread.join()
     registry.close()
-    answers.put((os.getpid(), tiers, time.time()))
+    answers.put(tiers)
 
 
 def churn(folder: Path, seed: int, budget: int) -> None:

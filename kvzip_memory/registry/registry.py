@@ -1059,7 +1059,7 @@ class ContextRegistry(Shared):
             self._disk.unname(key, name)
         self._names.take(entry.tenant, name, family_of(entry.identity), entry.key)
         with self._changed:
-            for held in [tier.held[key] for tier in (self._device, self._host) if key in tier.held]:
+            for held in self._here(key):
                 held.names = {other: time for other, time in held.names.items() if other != name}
 
     def is_removed(self, key: str) -> bool:
@@ -1114,7 +1114,7 @@ class ContextRegistry(Shared):
         """Wait until everything built so far is on disk, as far as that can be."""
         if self._disk is not None:
             with self._changed:
-                self._store_later([tier.held[key] for key in [*self._unstored] for tier in (self._device, self._host) if key in tier.held])
+                self._store_later([held for key in [*self._unstored] for held in self._here(key)])
             with suppress(RuntimeError):  # closed meanwhile
                 self._writer.submit(self._tell).result()  # one thread, in order
 
