@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
     engine.model.generation_config.eos_token_id = None  # every answer has the same length
-    engine._model.eos_ids = frozenset()
+    engine.tokenizer.eos_token = None
     text = "\n\n".join(p["context"] for a in articles(args.squad) for p in a["paragraphs"])[: args.characters]
     rows: dict[str, Any] = memory(engine, text)
     context = engine.load(text, ratio=0.3)

@@ -69,7 +69,7 @@ def documents(data: list[dict[str, Any]], count: int, tokenizer: Any, tokens: in
     return found
 
 
-def context_at(prefilled: Prefilled, scores: torch.Tensor | None, ratio: float, base: CompressedContext) -> CompressedContext:
+def context_at(prefilled: Prefilled, scores: torch.Tensor, ratio: float, base: CompressedContext) -> CompressedContext:
     """A context evicted to ``ratio`` from a dense cache that stays whole."""
     half = scores.half()
     half[:, :, : prefilled.protected] = float("inf")
@@ -100,10 +100,10 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     job: dict[str, Any] = {"task": "fidelity", "threads": torch.get_num_threads(), "ratios": RATIOS, "contexts": []}
     agreement = None
-    paper = None
+    paper: torch.Tensor | None = None
     for doc in tqdm(docs, desc="articles"):
         full = engine.load(doc["text"], ratio=1.0)
-        prompt = engine._prompt(doc["text"], None)
+        prompt = engine._prompt(engine._language, doc["text"])
         questions = []
         for kind, question in doc["asked"]:
             ids = engine.prompt_ids(full, question)
@@ -133,6 +133,7 @@ def main() -> None:
                     row = {"method": f"default in pieces of {every}", "ratio": ratio, "kind": q["kind"]}
                     results.append(row | divergence(expected, logits))
     if args.kvpress_python:
+        assert paper is not None
         job |= {"model": str(engine.model.config.name_or_path), "probe": PROBE}
         job["probe_ids"] = engine.tokenizer(PROBE, add_special_tokens=False).input_ids
         peer = run_peer(args.kvpress_python, job)
@@ -169,7 +170,8 @@ def order(method: str) -> int:
 
 def greedy(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> list[int]:
     """The full cache's own answer, at most 32 ids."""
-    row, answer = Row(context.layers, context.n_tokens, Tail()), []
+    row = Row(context.layers, context.n_tokens, Tail())
+    answer: list[int] = []
     logits = engine._model.forward([row], [ids])[0][-1]
     while len(answer) < 32 and (token := int(logits.argmax())) not in engine._model.eos_ids:
         answer.append(token)

@@ -160,7 +160,8 @@ class Attention:
 
     def __init__(self, size: Size, layers: tuple[RaggedLayer, ...], rows: int) -> None:
         self._size, pair = size, size.dim * layers[0].keys.element_size()
-        self.tails = [[tuple(random(size, size.heads, TAIL, size.dim) for _ in range(2)) for _ in layers] for _ in range(rows)]
+        tail = size.heads, TAIL, size.dim
+        self.tails = [[(random(size, *tail), random(size, *tail)) for _ in layers] for _ in range(rows)]
         self._blocks = kernels.blocks(rows, size.group, size.dim, layers[0].keys.element_size())
         owners = [kernels.context_owner(layers, (0, rows))]
         owners += [kernels.tail_owner(tail, TAIL, (b, b + 1)) for b, tail in enumerate(self.tails)]

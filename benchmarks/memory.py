@@ -108,7 +108,7 @@ def reading(engine: KVzipEngine, turns: int, trigger: int) -> list[dict[str, Any
         thread: Any = {"configurable": {"thread_id": "one"}}
         for turn in tqdm(range(1, turns + 1), desc="turns"):
             text = f"Please read page {turn // 2} of the handbook." if turn % 2 == 0 else f"This is turn {turn}. What did you read about?"
-            agent.invoke({"messages": [("user", text)]}, thread)
+            agent.invoke({"messages": [HumanMessage(text)]}, thread)
             values = agent.get_state(thread).values
             usages = [message.usage_metadata for message in values["messages"][seen:] if isinstance(message, AIMessage)]
             seen = len(values["messages"])

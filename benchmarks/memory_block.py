@@ -14,7 +14,7 @@ import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import BaseMemoryBlock, FactExtractionMemoryBlock, Memory, VectorMemoryBlock
 from llama_index.core.schema import BaseNode

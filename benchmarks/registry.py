@@ -72,10 +72,10 @@ def reopening(folder: Path, key: str, cold: bool, repeats: int = 11) -> dict[str
 
         return measure
 
-    def plain() -> np.ndarray[Any, Any]:
-        buffer = np.empty(nbytes, dtype=np.uint8)
+    def plain() -> Any:
+        buffer: Any = np.empty(nbytes, dtype=np.uint8)
         with path.open("rb", buffering=0) as file:
-            file.readinto(buffer)  # type: ignore[attr-defined]
+            file.readinto(buffer)
         xxhash.xxh3_64_intdigest(buffer)
         return buffer
 
@@ -117,7 +117,7 @@ def first_tokens(text: str, other: str, folder: Path) -> dict[str, Any]:
     engine.load(other)  # moves the first one to the host tier
     found["host"] = first_token(engine, text)
     assert all(tier == seen for tier, (_, seen) in found.items()), found
-    row = {f"{tier}_s": round(seconds, 3) for tier, (seconds, _) in found.items()}
+    row: dict[str, Any] = {f"{tier}_s": round(seconds, 3) for tier, (seconds, _) in found.items()}
     context = engine.load(text)
     row |= {"tokens": context.n_tokens, "key": context.key}
     engine.close()

@@ -29,7 +29,9 @@ TOP = (1, 3)
 
 def windows(engine: KVzipEngine, article: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """An article's paragraphs in groups of ``TOKENS`` at most; a shorter rest is left out."""
-    groups, group, size = [], [], 0
+    groups: list[list[dict[str, Any]]] = []
+    group: list[dict[str, Any]] = []
+    size = 0
     for paragraph in article["paragraphs"]:
         tokens = len(engine.tokenizer(paragraph["context"] + "\n\n").input_ids)
         if size + tokens > TOKENS:
@@ -52,7 +54,8 @@ def measure(engine: KVzipEngine, paragraphs: list[dict[str, Any]], n_questions: 
     document = Document(text=text, doc_id="window")
     context = engine.load([document], ratio=0.3)
     part = Part(context, whole(context, [document]))
-    passages = sorted((n.node for n in Ranking(engine, len(text))([part], "What?")), key=lambda node: node.start_char_idx)
+    found: list[Any] = [n.node for n in Ranking(engine, len(text))([part], "What?")]
+    passages = sorted(found, key=lambda node: node.start_char_idx)
     spans = [tuple(node.metadata[TOKENS_KEY]) for node in passages]
     questions = spread([(qa, i) for i, paragraph in enumerate(paragraphs) for qa in paragraph["qas"]], n_questions)
     with ThreadPoolExecutor(len(questions)) as pool:
