@@ -299,9 +299,10 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
 
 
 @app.command()
-def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def sessions(tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
-    found = list(turns.sessions(cache_dir.expanduser()))
+    folder, whose = cache_dir.expanduser(), EVERYONE if tenant is None else _contexts(cache_dir, tenant).tenant
+    found = [session for session in turns.sessions(folder) if turns.is_of(folder, session, whose)]
 
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")
