@@ -93,7 +93,7 @@ def _contexts(cache_dir: Path, tenant: str | None) -> ContextRegistry:
         return _registry(cache_dir, None)
     itself = str(tenant_digest(tenant))
     known = {entry.tenant for entry in registry.contexts() if entry.tenant is not None}
-    meant = {digest for digest in known if digest == itself or (len(tenant) >= 8 and digest.startswith(tenant))} or {itself}
+    meant = {itself} & known or {digest for digest in known if len(tenant) >= 8 and digest.startswith(tenant)} or {itself}
     if len(meant) > 1:
         raise InputError(f"--tenant is the beginning of the digests of {len(meant)} tenants; give more digits")
     return _registry(cache_dir, meant.pop())
@@ -112,7 +112,11 @@ def _of(reference: str, tenant: str | None, cache_dir: Path) -> ContextRegistry:
     keys = sorted(entry.key for entry in found if entry.key.startswith(reference))
     if len(keys) > 1:
         raise InputError(f"{reference!r} is the beginning of {len(keys)} keys; give more digits of one of {', '.join(keys)}")
-    whose = {entry.tenant for entry in found} | {label.tenant for label in labels.values() if registry.tiers(label.key)}
+    named = {label.key: label.tenant for label in labels.values() if registry.tiers(label.key)}
+    if keys and named.keys() - {*keys}:
+        both = ", ".join(sorted({*keys, *named}))
+        raise InputError(f"{reference!r} is a name and the beginning of a key; give the whole key of the one that is meant: {both}")
+    whose = {entry.tenant for entry in found} | {*named.values()}
     _check_one(f"{reference!r} is a name of contexts", whose)
     return _registry(cache_dir, whose.pop()) if whose else registry
 
@@ -299,9 +303,10 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
 
 
 @app.command()
-def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def sessions(tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
-    found = list(turns.sessions(cache_dir.expanduser()))
+    folder, whose = cache_dir.expanduser(), EVERYONE if tenant is None else _contexts(cache_dir, tenant).tenant
+    found = [session for session in turns.sessions(folder) if turns.is_of(folder, session, whose)]
 
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import sys
 import time
@@ -43,7 +45,7 @@ from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_text, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_text, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import (
@@ -91,7 +93,8 @@ class KVzipEngine(Shared):
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
         ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
             first of it if it was grown.
-        tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
+        tenant: a salt for every key: an engine finds, uses and changes only what is its tenant's; the rest is as if it had never existed,
+            but for contexts and files of no tenant that it is given. Only its digest is kept.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
             more than run and wait, of answers and of others each.
@@ -280,7 +283,7 @@ class KVzipEngine(Shared):
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
                 :class:`~kvzip_memory.sources.Document`), chat messages (mappings with ``role`` and ``content``, or the
                 frameworks' own), or a list of documents or of messages.
-            name: an alias, for :meth:`get` and the command line; not part of the key.
+            name: an alias, for :meth:`get` and the command line; not part of the key, nor one itself.
             ratio: kept fraction, the engine's if None.
             system: a system prompt, put first and never evicted.
             keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names; at most 1,000.
@@ -561,7 +564,7 @@ class KVzipEngine(Shared):
                 if self.registry.is_held
                 else ""
             )
-            raise InputError(f"no context {reference!r} of this model is stored{other}{held}: load the text")
+            raise _not_stored(reference, other + held)
         return self._handle(usable[-1], labels.get(usable[-1].key))
 
     def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:
@@ -580,7 +583,7 @@ class KVzipEngine(Shared):
                     "context.key), and by other names only for a model made with contexts_by_name=True"
                 )
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
-        found = {checked_context(context).key: context for context in contexts}
+        found = {self._mine(context).key: context for context in contexts}
         if len(found) > 1:
             raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
         return next(iter(found.values()), None)
@@ -613,13 +616,21 @@ class KVzipEngine(Shared):
         is as old as its opening.
 
         Raises:
-            IdentityMismatchError: written with another model; names the fields.
+            IdentityMismatchError: written with another model, or for another tenant; names the fields.
             CorruptFileError: damaged, incomplete, of a newer format, or not a context file.
             InputError: a path that no file can have.
-            OSError: the file cannot be read.
+            OSError: the file cannot be read; in ``cache_dir`` another tenant's is as one that is not there.
         """
         began = time.perf_counter()
-        context = read_context(as_path(path, "path"), self._model.device)
+        file = as_path(path, "path")
+
+        def admit(facts: Mapping[str, Any]) -> None:
+            if not self._is_mine(facts["identity"]):
+                if self.cache_dir is not None and file.resolve().is_relative_to(self.cache_dir.resolve()):
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))  # as for a key that is not stored
+                raise IdentityMismatchError(f"{file} was saved for another tenant; open it with an engine of that", fields=("tenant",))
+
+        context = read_context(file, self._model.device, admit=admit)
         check_same_model(context.identity, self._identity, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
@@ -859,7 +870,7 @@ class KVzipEngine(Shared):
         return self._session(self._language, context)
 
     def _session(self, language: Language, context: CompressedContext | None) -> Session:
-        context = None if context is None else checked_context(context)
+        context = None if context is None else self._mine(context)
         fold = partial(self._folded, language)
         return Session(self._model, language.prompts, context, fold, partial(self._identity_of, language))
 
@@ -944,7 +955,7 @@ class KVzipEngine(Shared):
         self, context: CompressedContext | None, question: str | Sequence[Message], tools: Sequence[Tool] | None = None
     ) -> list[int]:
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
-        return self._prompts.question(context.recipe if context else None, question, tools)
+        return self._prompts.question(self._mine(context).recipe if context else None, question, tools)
 
     def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
         """Tokens of messages as a prompt."""
@@ -1043,9 +1054,22 @@ class KVzipEngine(Shared):
             row = Row(lease.layers if lease else (), start, Tail())
             return torch.cat([self._model.forward([row], [chunk], n_logits=len(chunk))[0] for chunk in chunks])
 
+    def _mine(self, context: CompressedContext) -> CompressedContext:
+        """The context, if it is of this engine's tenant or of none.
+
+        Raises:
+            InputError: it is another tenant's: as of a key that is not stored; or no context.
+        """
+        if not self._is_mine(checked_context(context).identity):
+            raise _not_stored(context.key)
+        return context
+
+    def _is_mine(self, identity: Mapping[str, Any]) -> bool:
+        return identity.get("tenant") in (None, self._tenant)
+
     def _check_context(self, language: Language, context: CompressedContext | None) -> None:
         if context is not None:
-            check_same_model(checked_context(context).identity, self._identity_of(language), repr(context))
+            check_same_model(self._mine(context).identity, self._identity_of(language), repr(context))
 
     def _check_parent(self, language: Language, context: CompressedContext) -> None:
         self._check_context(language, checked_context(context))
@@ -1071,9 +1095,15 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
         InputError: they cannot.
     """
     labels = as_texts(tags, "tags", MOST_TAGS)
-    for text in labels if name is None else [name, *labels]:
+    if name is not None:
+        check_name(name)
+    for text in labels:
         check_text(text)
     return labels
+
+
+def _not_stored(reference: str, but: str = "") -> InputError:
+    return InputError(f"no context {reference!r} of this model is stored{but}: load the text")
 
 
 _BAR_NAME = 40  # characters of a name that a progress bar shows

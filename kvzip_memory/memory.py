@@ -117,10 +117,11 @@ class Memory:
             tags: of the conversation, by which its contexts are forgotten.
 
         Raises:
-            InputError: a ratio outside (0, 1].
+            InputError: a ratio outside (0, 1], or a ``base`` of another tenant.
             ModelError: see :meth:`KVzipEngine.load`.
         """
         ratio = None if ratio is None else checked_ratio(ratio)
+        base = engine.one_context([base])
         if handle and handle.get("refused"):
             return Recalled(refused=True)
         now, changes = front(messages, tools), int((handle or {}).get("changes", 0))

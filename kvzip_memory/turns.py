@@ -296,11 +296,16 @@ def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE) -> Sess
         InputError: several.
     """
     named = [s for s in sessions(cache_dir) if s.name == reference or (len(reference) >= 8 and s.file.path.stem.startswith(reference))]
-    named = [s for s in named if tenant == EVERYONE or s.file.path in _files_of(cache_dir, tenant, s.name)]
+    named = [s for s in named if is_of(cache_dir, s, tenant)]
     if len(named) > 1:
         stems = [session.file.path.stem[:12] for session in named]
         raise InputError(f"{len(named)} sessions are called {reference!r}, of several tenants; give the file of one: {stems}")
     return named[0] if named else None
+
+
+def is_of(cache_dir: Path, session: Session, tenant: str | None) -> bool:
+    """Whether a session is a tenant's."""
+    return tenant == EVERYONE or session.file.path in _files_of(cache_dir, tenant, session.name)
 
 
 def remove_expired(cache_dir: Path) -> int:
@@ -313,8 +318,7 @@ def remove_expired(cache_dir: Path) -> int:
 
 def erase(cache_dir: Path, tenant: str | None, name: str) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
-    paths = _files_of(cache_dir, tenant, name)
-    mine = [session for session in sessions(cache_dir) if session.name == name and session.file.path in paths]
+    mine = [session for session in sessions(cache_dir) if session.name == name and is_of(cache_dir, session, tenant)]
     for session in mine:
         session.file.remove()
     return sum(session.turns for session in mine)

@@ -44,7 +44,7 @@ def create_memory_tools(
     """
     prefix = f"memory:{quote(clean(namespace, 'namespace'), safe='')}:"
     root = None if folder is None else as_path(folder, "folder").resolve()
-    lock = f"tools-{hashlib.sha256(prefix.encode()).hexdigest()[:2]}"
+    lock = f"tools-{hashlib.sha256(f'{engine.registry.tenant}{prefix}'.encode()).hexdigest()[:2]}"  # no tenant waits for another's builds
 
     @contextmanager
     def changing() -> Iterator[None]:

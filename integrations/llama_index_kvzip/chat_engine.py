@@ -182,8 +182,10 @@ class KVzipChatEngine(SimpleChatEngine):
             InputError: a ``source_top_k`` that is no whole number of at least 1, or a memory with a :class:`KVzipMemoryBlock`, which has
                 a context of its own.
         """
-        part = Part(context, whole(checked_context(context), documents))
-        return cls._over(part, given_or_set_kvzip(llm), memory, chat_history, system_prompt, source_top_k, node_parser)
+        model = given_or_set_kvzip(llm)
+        model.engine.one_context([checked_context(context)])  # tells what is wrong with it
+        part = Part(context, whole(context, documents))
+        return cls._over(part, model, memory, chat_history, system_prompt, source_top_k, node_parser)
 
     @classmethod
     def _over(

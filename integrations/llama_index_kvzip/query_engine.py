@@ -117,8 +117,10 @@ class KVzipQueryEngine(BaseQueryEngine):
         cls, context: CompressedContext, documents: Sequence[BaseNode] = (), *, llm: LLM | None = None, **kwargs: Any
     ) -> KVzipQueryEngine:
         """Answer from a context that was made of these documents."""
-        part = Part(context, whole(checked_context(context), documents))
-        return cls(llm, lambda: [part], **kwargs)
+        made = cls(llm, lambda: [part], **kwargs)
+        made._llm.engine.one_context([checked_context(context)])  # tells what is wrong with it
+        part = Part(context, whole(context, documents))
+        return made
 
     @classmethod
     def from_documents(

@@ -1,7 +1,20 @@
 """Contexts by key: built once, placed in tiers, found again."""
 
 from kvzip_memory.registry.disk import Entry
+from kvzip_memory.registry.identity import EVERYONE
 from kvzip_memory.registry.names import Label
-from kvzip_memory.registry.registry import EVERYONE, Build, ContextRegistry, Forgotten, Report, Wanted, check_text, parse_bytes
+from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_text, parse_bytes
 
-__all__ = ["EVERYONE", "Build", "ContextRegistry", "Entry", "Forgotten", "Label", "Report", "Wanted", "check_text", "parse_bytes"]
+__all__ = [
+    "EVERYONE",
+    "Build",
+    "ContextRegistry",
+    "Entry",
+    "Forgotten",
+    "Label",
+    "Report",
+    "Wanted",
+    "check_name",
+    "check_text",
+    "parse_bytes",
+]

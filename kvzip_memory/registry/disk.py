@@ -58,7 +58,7 @@ from kvzip_memory.registry.files import (
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.frozen import FrozenIndex, why_read_only
 from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
-from kvzip_memory.registry.identity import family_of, key_of
+from kvzip_memory.registry.identity import EVERYONE, family_of, is_whose, key_of
 from kvzip_memory.registry.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
 from kvzip_memory.registry.layout import KEY
 from kvzip_memory.registry.names import Names
@@ -67,7 +67,7 @@ logger = logger_of(__name__)
 
 LAYOUT = 1
 _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
-_FORGOTTEN = "forgotten"  # the row of the notes
+_FORGOTTEN = "forgotten"  # the row of the notes of operators; those of a tenant have its digest behind it
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _CATALOG = "catalog:"  # of a context whose file names tags that its row has not
 P = ParamSpec("P")
@@ -177,14 +177,15 @@ class DiskTier:
         root: the folder.
         budget: bytes that blobs, files being written and quarantined files may take together; None for no limit. The
             index itself (about 2 kB a context) is not counted.
+        tenant: digest of whose contexts are read, listed and changed; room is made by those of all.
 
     Raises:
         OSError: the folder cannot be made or is of a newer version.
         StorageError: others can write it, or something else is where a folder or file of ours belongs.
     """
 
-    def __init__(self, root: Path, budget: int | None = None) -> None:
-        self.root, self.budget = root, budget
+    def __init__(self, root: Path, budget: int | None = None, tenant: str | None = EVERYONE) -> None:
+        self.root, self.budget, self.tenant = root, budget, tenant
         self.quarantined = 0  # by this process
         self._mutex, self._putting = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_mutex", "_putting")
@@ -265,6 +266,12 @@ class DiskTier:
         return self._read(key, device, checked)
 
     def _read(self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None) -> CompressedContext:
+        def checked(facts: Mapping[str, Any]) -> None:
+            if not is_whose(facts["identity"], self.tenant):
+                raise NotStoredError("not stored")
+            if admit is not None:
+                admit(facts)
+
         path = self.path(key)
         if not self._inside(path):
             raise NotStoredError(f"{path.parent} is no folder of ours; what it leads to is not read")
@@ -272,7 +279,7 @@ class DiskTier:
             kind = "a symbolic link" if path.is_symlink() else "no file"
             raise NotStoredError(f"{path} is {kind}, where a file of ours belongs; it is left alone")
         try:
-            context = read_context(path, device, follow_links=False, admit=admit)
+            context = read_context(path, device, follow_links=False, admit=checked)
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
         except FileNotFoundError:
@@ -292,6 +299,15 @@ class DiskTier:
 
     def has(self, key: str) -> bool:
         return KEY.fullmatch(key) is not None and self._inside(self.path(key)) and is_file(self.path(key))
+
+    def holds(self, key: str) -> bool:
+        """:meth:`has`, of a context of the tenant's."""
+        if not self.has(key):
+            return False
+        return self.tenant == EVERYONE or ((entry := self._entry_of_file(self.path(key))) is not None and self._is_mine(entry))
+
+    def _is_mine(self, entry: Entry) -> bool:
+        return is_whose(entry.identity, self.tenant)
 
     def put(
         self,
@@ -523,14 +539,18 @@ class DiskTier:
                 (self.root / "quarantine" / name).unlink(missing_ok=True)
                 nbytes = 0
             self._set_totals(index, stored + nbytes, writing)
-            index.set(_BAD + name, {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time()})
+            tenant = self.tenant if entry is None else entry.tenant
+            row = {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time(), "tenant": tenant}
+            index.set(_BAD + name, row)
         return True
 
     # -- the index -----------------------------------------------------------------------------------------------
 
     @_needs_index
     def entry(self, key: str) -> Entry | None:
-        return _entry(self._opened(), key)
+        """The row of a context of the tenant's."""
+        entry = _entry(self._opened(), key)
+        return entry if entry is not None and self._is_mine(entry) else None
 
     @_needs_index
     def entries(self, limit: int | None = None, wanted: Callable[[Entry], bool] = lambda entry: True) -> list[Entry]:
@@ -577,13 +597,15 @@ class DiskTier:
         with index.transaction():
             entry = _entry(index, key)
             if entry is None:
-                if (entry := self._entry_of_file(self.path(key))) is None:
+                if (entry := self._entry_of_file(self.path(key))) is None or not self._is_mine(entry):
                     return
                 stored, writing = self._totals(index)
                 usage = stored + sum(writing.values())
                 if key in writing or (self.budget is not None and usage + entry.file_nbytes > self.budget):
                     return
                 self._set_totals(index, stored + entry.file_nbytes, writing)
+            elif not self._is_mine(entry):
+                return
             elif not entry.beginning and (read := self._entry_of_file(self.path(key))) is not None:
                 entry = replace(entry, beginning=read.beginning)
             tags = tuple(sorted({*entry.tags, *tags}))
@@ -605,7 +627,7 @@ class DiskTier:
         index = self._opened()
         with index.transaction():
             for prefix in (_CONTEXT, _LOST):
-                if (entry := _entry(index, key, prefix)) is not None:
+                if (entry := _entry(index, key, prefix)) is not None and self._is_mine(entry):
                     index.set(prefix + key, asdict(change(entry)))
             if forgotten:
                 self._note(index, key, forgotten)
@@ -614,6 +636,9 @@ class DiskTier:
     def remove(self, key: str, for_good: bool = False) -> bool:
         """Delete a context; False if there was none. One that somebody wants to be gone is not written again by other processes."""
         with self._changing_files() as index:
+            known = _entry(index, key) or _entry(index, key, _LOST) or (self._entry_of_file(self.path(key)) if self.has(key) else None)
+            if known is not None and not self._is_mine(known):
+                return False
             index.delete(_LOST + key)
             if for_good:
                 self._note(index, key)
@@ -679,8 +704,8 @@ class DiskTier:
         Other processes do not write again what was to be gone ``for_good``, and its file's catalog is to name the tags no more.
         """
         with self._changing_files() as index:
-            if (entry := _entry(index, key)) is None:
-                if (lost := _entry(index, key, _LOST)) is not None:
+            if (entry := _entry(index, key)) is None or not self._is_mine(entry):
+                if (lost := _entry(index, key, _LOST)) is not None and self._is_mine(lost):
                     index.set(_LOST + key, asdict(replace(lost, tags=without(lost.tags, key, let_go))))
                 return not stays
             rest = without(entry.tags, key, let_go)
@@ -717,13 +742,22 @@ class DiskTier:
 
     @_needs_index
     def notes(self) -> Notes:
-        """What was forgotten, by any process."""
-        return _notes(self._opened())
+        """What was forgotten, by any process, of the tenant's."""
+        return self._notes_in(self._opened())
+
+    def _notes_in(self, index: Index) -> Notes:
+        operators = _notes(index, _FORGOTTEN)
+        return operators if self.tenant == EVERYONE else _notes(index, self._notes_row, operators)
+
+    @property
+    def _notes_row(self) -> str:
+        """Each tenant has a row of its own: a note of one is never read for another, nor drives out another's."""
+        return _FORGOTTEN if self.tenant == EVERYONE else f"{_FORGOTTEN}:{self.tenant or ''}"
 
     def _note(self, index: Index, key: str = "", tag: str = "") -> None:
-        notes = _notes(index)
+        notes = self._notes_in(index)
         notes.add(key, tag)
-        index.set(_FORGOTTEN, notes.row)
+        index.set(self._notes_row, notes.row)
 
     @_needs_index
     def _note_all(self, tag: str) -> None:
@@ -738,16 +772,17 @@ class DiskTier:
             if not KEY.fullmatch(key):
                 raise IndexDamagedError(f"row {_CATALOG + key!r} is not one of ours")
             try:
-                with held(self.lock(key), f"building or writing context {key[:12]}", QUIET_S):
+                with held(self.lock(key), "building or writing a context", QUIET_S):
                     self._write_catalog(key)
             except (OSError, Timeout, CorruptFileError) as error:
-                logger.warning("the file of context %s, which others have, still names a tag that was forgotten: %s", key[:12], error)
+                # no key: it may be another tenant's
+                logger.warning("the file of a context that others have still names a tag that was forgotten: %s", error)
 
     @_needs_index
     def _write_catalog(self, key: str) -> None:
         """The copy is not counted in the budget. It is renamed beside its row: what is deleted meanwhile stays so."""
         path, temporary = self.path(key), self._temporary(f"{key}.catalog")
-        entry = self.entry(key)
+        entry = _entry(self._opened(), key)
         try:
             if entry is not None and self._inside(path):
                 catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
@@ -774,10 +809,10 @@ class DiskTier:
 
     @_needs_index
     def quarantine(self) -> list[dict[str, Any]]:
-        """What was taken out of use: key, file, nbytes, reason, time."""
+        """What was taken out of use: key, file, nbytes, reason, time, tenant. Of what it is not known whose it was operators hear alone."""
         index = self._opened()
         rows = [_bad(index, name) for name in index.keys(_BAD)]
-        return [row for row in rows if row is not None]
+        return [row for row in rows if row is not None and is_whose(row, self.tenant)]
 
     @_needs_index
     def usage(self) -> int:
@@ -822,15 +857,20 @@ class DiskTier:
 
     @_needs_index
     def _empty_quarantine(self) -> int:
-        count = 0
+        count, others = 0, set[str]()
         with self._changing_files() as index:
             for name in list(index.keys(_BAD)):
-                if (row := _bad(index, name)) is not None:
+                if (row := _bad(index, name)) is None:
+                    continue
+                if row["tenant"] == EVERYONE or is_whose(row, self.tenant):
                     self._drop_bad(index, row)
                     count += 1
+                else:
+                    others.add(row["file"])
         for path in self._quarantined():
-            path.unlink(missing_ok=True)
-            count += 1
+            if path.name not in others:
+                path.unlink(missing_ok=True)
+                count += 1
         for folder in layout.old_indexes(self.root):
             _remove_index(folder)
             count += 1
@@ -1177,7 +1217,7 @@ def _bad(index: Index, name: str) -> dict[str, Any] | None:
     row = index.get(_BAD + name)
     if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_size(row.get("nbytes"))):
         raise IndexDamagedError(f"row {_BAD + name!r} is not one of ours")
-    return None if row is None else {"key": name[:64], "reason": "unknown", "time": 0.0, **row}
+    return None if row is None else {"key": name[:64], "reason": "unknown", "time": 0.0, "tenant": EVERYONE, **row}
 
 
 def _completed(entry: Entry, known: Entry | None) -> Entry:
@@ -1201,9 +1241,9 @@ def _items(index: Index, key: str) -> list[str]:
     return items
 
 
-def _notes(index: Index) -> Notes:
+def _notes(index: Index, row: str, operators: Notes | None = None) -> Notes:
     try:
-        return Notes(index.get(_FORGOTTEN))
+        return Notes(index.get(row), operators)
     except (TypeError, ValueError):
         raise IndexDamagedError("the row of what was forgotten is not one of ours") from None
 

@@ -30,14 +30,15 @@ class Note:
 
 
 class Notes:
-    """The latest notes of a folder. Of what there is no note any more everything may have been forgotten.
+    """The latest notes of a tenant in a folder. Of what there is no note any more everything may have been forgotten.
 
     Args:
-        row: as :attr:`row` was; None of a folder where nothing was ever forgotten.
+        row: as :attr:`row` was; None where nothing was ever forgotten.
+        operators: those of who forgets for all tenants, which are read, too.
     """
 
-    def __init__(self, row: Mapping[str, Any] | None) -> None:
-        row = row or {}
+    def __init__(self, row: Mapping[str, Any] | None, operators: Notes | None = None) -> None:
+        row, self._operators = row or {}, operators
         self._before = float(row.get("before", row.get("time", 0.0)))  # the latter in rows of an earlier version
         self._notes = [Note(float(when), str(key), tuple(map(str, digests))) for when, key, digests in row.get("notes", ())]
 
@@ -56,12 +57,14 @@ class Notes:
 
     def deleted(self, key: str) -> float:
         """When a context was last deleted, as far as is known: seconds since the epoch, 0.0 for never."""
-        return self._last(note for note in self._notes if not note.parts and note.key == _digest(key))
+        before = self._operators.deleted(key) if self._operators else 0.0
+        return max(before, self._last(note for note in self._notes if not note.parts and note.key == _digest(key)))
 
     def taken(self, key: str, tag: str) -> float:
         """The same of a tag of a context."""
-        digests = _digests(tag)
-        return self._last(note for note in self._notes if note.parts and digests.issuperset(note.parts) and note.key in ("", _digest(key)))
+        digests, keys = _digests(tag), ("", _digest(key))
+        before = self._operators.taken(key, tag) if self._operators else 0.0
+        return max(before, self._last(note for note in self._notes if note.parts and digests.issuperset(note.parts) and note.key in keys))
 
     def left(self, key: str, tags: Mapping[str, float]) -> dict[str, float]:
         """Those of a context's tags, with the times when they were given, that were not forgotten since."""

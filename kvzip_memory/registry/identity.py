@@ -21,6 +21,9 @@ FORMAT = 2
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
 
+#: The tenant of operators, whose contexts are those of all.
+EVERYONE = "*"
+
 #: What to call the fields whose names do not say it.
 _LABELS = {
     "weights": "weights fingerprint",
@@ -102,6 +105,11 @@ def tenant_digest(tenant: str | None) -> str | None:
     if not isinstance(tenant, str | None):
         raise InputError(f"tenant is of type {type(tenant).__name__}; give a text, of a SecretStr what get_secret_value() returns")
     return None if tenant is None else digest(["tenant", tenant])
+
+
+def is_whose(identity: Mapping[str, Any], tenant: str | None) -> bool:
+    """Whether a context is a tenant's, whose digest is given."""
+    return tenant in (EVERYONE, identity.get("tenant"))
 
 
 def group_of(identity: Mapping[str, Any]) -> str:

@@ -31,8 +31,9 @@ from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import LetGo, is_held, without
-from kvzip_memory.registry.identity import explain, family_of, only_ratio_differs
+from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
+from kvzip_memory.registry.layout import KEY
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
@@ -42,9 +43,6 @@ logger = logger_of(__name__)
 #: Called by a build: stage, tokens done, tokens in all.
 Report = Callable[[str, int, int], None]
 Build = Callable[[Report], CompressedContext]
-
-#: The tenant of operators: lists and finds the contexts of all.
-EVERYONE = "*"
 
 _POLL_S = 0.05
 
@@ -67,7 +65,7 @@ class Wanted:
         loaded: of one that is asked for again, when it was loaded, in seconds since the epoch; None while it is being loaded.
 
     Raises:
-        InputError: a name or tag that cannot be stored.
+        InputError: a name or tag that cannot be stored, or a name that is a key.
     """
 
     key: str
@@ -80,8 +78,9 @@ class Wanted:
     loaded: float | None = None
 
     def __post_init__(self) -> None:
-        for text in (self.name or "", *self.tags):
-            check_text(text)
+        check_name(self.name or "")
+        for tag in self.tags:
+            check_text(tag)
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,10 @@ class ContextRegistry(Shared):
         host_bytes: budget of the host tier; 0 for none.
         disk_bytes: budget of the disk tier; None for no limit.
         ttl: seconds after its text was read after which a context is no longer used, whoever stored it; None for never.
-        wait_s: seconds to wait for room while other answers use all of a tier.
-        tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
+        wait_s: seconds to wait for room while other answers use all of a tier; and for another process of which nothing is heard.
+        tenant: digest of the tenant whose contexts are found, listed and changed, by names, keys, tags or otherwise: another's is as if it
+            had never existed. :data:`EVERYONE` for operators. Of the whole folder are :meth:`stats` of the disk tier, :meth:`is_empty`, and
+            room: it is made where it was used longest ago, whoever's.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -174,7 +175,7 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget)
+                self._disk = DiskTier(folder.expanduser().absolute(), budget, tenant)
                 self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)
@@ -194,7 +195,10 @@ class ContextRegistry(Shared):
 
         Raises:
             BudgetError: larger than the device tier, or other answers use all of it for longer than ``wait_s``.
+            InputError: another tenant's; as for :meth:`one`.
         """
+        if not is_whose(wanted.identity, self.tenant):
+            raise _not_stored(wanted.key)
         story = _Story()
         with self._using() as use:
             if self._begun(use, wanted.key):
@@ -452,9 +456,9 @@ class ContextRegistry(Shared):
             context = build(report)
             story.ms |= dict(context.receipt.ms) if context.receipt else {}
             self._admit(use, wanted, context)
-            if hold is not None and hold.mine:
+            if hold is not None:
                 assert use.held is not None
-                handed_over = self._write_behind(use.held, hold)
+                handed_over = self._write_behind(use.held, hold if hold.mine else None) and hold.mine
         finally:
             if hold is not None and not handed_over:
                 hold.release()
@@ -462,12 +466,15 @@ class ContextRegistry(Shared):
     def _found_elsewhere(self, use: Use, hold: Hold, wanted: Wanted, waiting: Report, story: _Story) -> bool:
         """Whether another process has built a context meanwhile; if not, its lock is ours, once nobody else holds it.
 
-        A lock goes with the process that held it: a dead builder is replaced at the next look.
+        A lock goes with the process that held it: a dead builder is replaced at the next look, and one that is stopped, or that builds
+        something else under the same lock, when nothing was heard of this context for ``wait_s``. It is then built twice, which does no
+        harm.
         """
         disk = self._disk
         if disk is None:  # closed meanwhile
             return False
-        began = time.perf_counter()
+        began, heard = time.perf_counter(), time.monotonic()
+        told: dict[str, Any] = {}
         notice = Notice("waiting for another process that builds or writes context %s, or one whose lock it shares", wanted.key[:12])
         try:
             while True:
@@ -479,6 +486,11 @@ class ContextRegistry(Shared):
                     return False
                 notice.look()
                 note = disk.reported(wanted.key) or {}
+                if note != told:
+                    told, heard = note, time.monotonic()
+                elif time.monotonic() - heard >= self._wait_s:
+                    logger.warning("context %s is built here: nothing was heard of it for %g s", wanted.key[:12], self._wait_s)
+                    return False
                 waiting(str(note.get("stage", "waiting")), int(note.get("done", 0)), int(note.get("total", 0)))
                 time.sleep(_POLL_S)
         except OSError as error:
@@ -724,8 +736,8 @@ class ContextRegistry(Shared):
         return self._merged(stored, self._in_memory())[::-1][:limit]
 
     def find(self, reference: str) -> list[Entry]:
-        """The context of a name, one for each model, the last loaded last; or those of a key or its beginning (8 digits at least), the last
-        used last. What was loaded under the name before is found by its key only.
+        """Those of a key or its beginning (8 digits at least), the last used last; else the context of a name, one for each model, the last
+        loaded last. What was loaded under the name before is found by its key only. A whole key is never taken for a name.
 
         Raises:
             InputError: the reference is no text.
@@ -735,7 +747,7 @@ class ContextRegistry(Shared):
     def looked_up(self, reference: str) -> tuple[list[Entry], dict[str, Label]]:
         """:meth:`find`, and by their keys what was told of contexts of that name, as of the same moment."""
         check_text(reference)
-        labels = self._labels(reference)
+        labels = [] if KEY.fullmatch(reference) else self._labels(reference)
         found: list[Entry] = []
         if len(reference) >= 8:
             stored = self._try("find", lambda disk: disk.starting_with(reference)) or []
@@ -829,7 +841,7 @@ class ContextRegistry(Shared):
         return self._disk is not None and self._disk.is_held
 
     def is_empty(self) -> bool:
-        """Whether no tier holds anything."""
+        """Whether no tier holds anything, of whichever tenant."""
         with self._changed:
             if self._device.held or self._host.held:
                 return False
@@ -843,14 +855,14 @@ class ContextRegistry(Shared):
         """
         found = self.find(reference)
         if not found:
-            raise InputError(f"no context {reference!r} is stored; give a name, a key, or the first 8 digits of a key at least")
+            raise _not_stored(reference)
         return found[-1]
 
     def tiers(self, key: str) -> list[str]:
         """The tiers a context is in."""
         with self._changed:
             found = [tier.name for tier in (self._device, self._host) if key in tier.held]
-        return [*found, *(["disk"] if self._try("find", lambda disk: disk.has(key)) else [])]
+        return [*found, *(["disk"] if self._try("find", lambda disk: disk.holds(key)) else [])]
 
     def pin(self, reference: str, pinned: bool = True) -> Entry:
         """Never lose a context: it may move down to disk, not out of it. Without a disk tier it stays in memory.
@@ -1078,18 +1090,18 @@ class ContextRegistry(Shared):
         return self._disk.verify(entry.key) if self._disk is not None else None
 
     def gc(self) -> dict[str, int]:
-        """Delete from disk what is expired, quarantined, orphaned or left by killed processes."""
+        """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes."""
         return self._try("gc", lambda disk: disk.gc()) or {}
 
     def quarantine(self) -> list[dict[str, Any]]:
-        """Files that failed their checks: key, file, nbytes, reason, time."""
+        """Files that failed their checks: key, file, nbytes, reason, time, tenant. Whose is not known is told to operators only."""
         return self._try("list", lambda disk: disk.quarantine()) or []
 
     def stats(self) -> dict[str, Any]:
         """Bytes, budgets and contexts of every tier, and what has happened since the registry was made.
 
         ``lookups`` is the sum of ``hits`` over the tiers and ``built``; ``misses`` counts builds by the first field
-        that differed.
+        that differed. Bytes and contexts on disk are those of the folder, which all tenants share as they do its budget.
         """
         with self._changed:
             counts = Counter(self._counts)
@@ -1251,6 +1263,20 @@ def check_text(name: str) -> None:
         name.encode()
     except (UnicodeEncodeError, AttributeError, TypeError):
         raise InputError(f"{name!r} is not text that can be stored; give another name") from None
+
+
+def check_name(name: str) -> None:
+    """Raises:
+    InputError: a name that cannot be stored, see :func:`check_text`, or that is a whole key: it would be found in the place of a context
+        of that key.
+    """
+    check_text(name)
+    if KEY.fullmatch(name):
+        raise InputError(f"the name {name!r} has the form of a key; put something before its 64 digits")
+
+
+def _not_stored(reference: str) -> InputError:
+    return InputError(f"no context {reference!r} is stored; give a name, a key, or the first 8 digits of a key at least")
 
 
 _UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "ib" else 1000) ** i for i, p in enumerate("kmgt", 1) for b in ("", "b", "ib")}, "b": 1}
