@@ -63,7 +63,7 @@ from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import MOST_KEPT, MOST_OF_SCHEMA, Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
-from kvzip_memory.weights import Stamp
+from kvzip_memory.weights import Fingerprint, Stamp
 
 logger = logger_of(__name__)
 
@@ -169,8 +169,8 @@ class KVzipEngine(Shared):
             ttl=ttl,
             tenant=self._tenant,
         )
-        self._watch = self._model.watch
-        self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        self._watch, self._weights = self._model.watch, Fingerprint(model)
+        self._known_identity: tuple[Stamp | None, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
         release()
@@ -788,7 +788,8 @@ class KVzipEngine(Shared):
         known, fields = self._known_identity
         if now != known:
             self._model.changed(moved=known is not None and now.places != known.places)
-            fields = weights_identity(self.model)
+            others = known is None or -1 in now.written(known)  # not only buffers, which the model's own forward may write to
+            fields = weights_identity(self.model, self._weights.get(anew=others))
             self._known_identity = (now, fields)
         return {**fields, **language.identity}
 
@@ -796,7 +797,7 @@ class KVzipEngine(Shared):
         """:meth:`_identity_of` with all weights read, also if none seems to have changed."""
         self._identity_of(language)
         known, _ = self._known_identity
-        fields = weights_identity(self.model)
+        fields = weights_identity(self.model, self._weights.get())
         self._known_identity = (known, fields)
         return {**fields, **language.identity}
 
