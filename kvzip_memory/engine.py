@@ -27,6 +27,7 @@ from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.calls import check
 from kvzip_memory.chain import Managed, Step, leased
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
@@ -92,6 +93,8 @@ class KVzipEngine(Shared):
         ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
             first of it if it was grown.
         tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
+        secret: a text of 16 characters at least, given to all engines of ``cache_dir``: what is there is used only if it was written with
+            it, and the folder may be one that others can write (``docs/security.md``). So are files that are saved and opened by hand.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
             more than run and wait, of answers and of others each.
@@ -127,6 +130,7 @@ class KVzipEngine(Shared):
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        secret: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
         attention: str = "auto",
@@ -168,6 +172,7 @@ class KVzipEngine(Shared):
             disk_bytes=disk_bytes,
             ttl=ttl,
             tenant=self._tenant,
+            secret=secret,
         )
         self._watch, self._weights = self._model.watch, Fingerprint(model)
         self._known_identity: tuple[Stamp | None, dict[str, Any]] = (None, {})
@@ -190,6 +195,7 @@ class KVzipEngine(Shared):
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        secret: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
         attention: str = "auto",
@@ -216,6 +222,7 @@ class KVzipEngine(Shared):
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         tenant_digest(tenant)  # tells what is wrong with it
+        Checksums(secret)
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
@@ -228,6 +235,7 @@ class KVzipEngine(Shared):
             disk_bytes=disk_bytes,
             ttl=ttl,
             tenant=tenant,
+            secret=secret,
             max_running=max_running,
             max_waiting=max_waiting,
             attention=attention,
@@ -521,7 +529,7 @@ class KVzipEngine(Shared):
         check()  # from the first write on it is finished
         forgotten = self.registry.forget(Naming(tag))
         if self.cache_dir is not None:  # last: contexts can be made of turns again
-            turns.erase(self.cache_dir, self.registry.tenant, tag)
+            turns.erase(self.cache_dir, self.registry.tenant, tag, self.registry.checksums)
         return forgotten
 
     async def aforget(self, tag: str) -> Forgotten:
@@ -619,7 +627,7 @@ class KVzipEngine(Shared):
             OSError: the file cannot be read.
         """
         began = time.perf_counter()
-        context = read_context(as_path(path, "path"), self._model.device)
+        context = read_context(as_path(path, "path"), self._model.device, checksums=self.registry.checksums)
         check_same_model(context.identity, self._identity, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)

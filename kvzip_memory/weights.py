@@ -181,8 +181,8 @@ class Fingerprint:
 
 @torch.inference_mode()
 def fingerprint(model: nn.Module) -> str:
-    """sha256 of every parameter and buffer by value, wherever they were loaded from and whatever was done to them since: nobody can make two
-    models with one fingerprint.
+    """sha256 of every parameter and buffer by value, wherever they were loaded from and whatever was done to them since: nobody can make
+    two models with one fingerprint.
 
     The hash of the hashes of a tensor's name, shape and dtype, of each 8 MiB of its bytes, and so on. The same on every device, whether or
     not the model is compiled. Buffers that are in no checkpoint count, too, and numbers that modules keep.
@@ -193,7 +193,7 @@ def fingerprint(model: nn.Module) -> str:
             yield label
             if tensor is not None:
                 data = tensor.detach().contiguous().flatten().view(torch.uint8)
-                yield from (memoryview(piece.cpu().numpy()) for piece in data.split(_PIECE) if len(piece))  # type: ignore[arg-type]
+                yield from (memoryview(piece.cpu().numpy()) for piece in data.split(_PIECE) if len(piece))
 
     whole = hashlib.sha256()
     for each in _hashes(items()):

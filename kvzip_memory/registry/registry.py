@@ -21,6 +21,7 @@ import torch
 
 from kvzip_memory import calls
 from kvzip_memory.calls import Left
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
@@ -140,6 +141,7 @@ class ContextRegistry(Shared):
         ttl: seconds after its text was read after which a context is no longer used, whoever stored it; None for never.
         wait_s: seconds to wait for room while other answers use all of a tier.
         tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
+        secret: what is on disk is used only if it was written with it; None for none.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -155,8 +157,9 @@ class ContextRegistry(Shared):
         ttl: float | None = None,
         wait_s: float = 60.0,
         tenant: str | None = None,
+        secret: str | None = None,
     ) -> None:
-        self.tenant = tenant
+        self.tenant, self.checksums = tenant, Checksums(secret)
         self.device, self.ttl, self._wait_s = device, ttl, wait_s
         self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
@@ -174,7 +177,7 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget)
+                self._disk = DiskTier(folder.expanduser().absolute(), budget, self.checksums)
                 self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)
