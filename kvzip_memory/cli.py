@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvzip_memory import __version__, turns
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
@@ -55,7 +57,10 @@ def _tell_version(asked: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="show the version and exit")] = False,
 ) -> None:
-    """Contexts in a cache folder: load, look, pin, delete, check."""
+    """Contexts in a cache folder: load, look, pin, delete, check.
+
+    The folder's secret, if it has one, is in KVZIP_MEMORY_SECRET, or in the file that KVZIP_MEMORY_SECRET_FILE names.
+    """
 
 
 def shown(text: object) -> str:
@@ -69,11 +74,34 @@ class Level(StrEnum):
     problem = "red"
 
 
+def _secret() -> str | None:
+    """The folder's secret, from the environment or from a file that only its owner can read: other users can see what a command was given.
+
+    Raises:
+        InputError: both are given, or the file cannot be read or can be by others.
+    """
+    given, file = os.environ.get("KVZIP_MEMORY_SECRET"), os.environ.get("KVZIP_MEMORY_SECRET_FILE")
+    if not file:
+        return given or None
+    if given:
+        raise InputError("KVZIP_MEMORY_SECRET and KVZIP_MEMORY_SECRET_FILE are both set; one of them is enough")
+    try:
+        if os.stat(file).st_mode & 0o077:
+            raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} can be read by others; chmod 600 it")
+        return Path(file).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} cannot be read: {error}") from None
+
+
+def _checksums() -> Checksums:
+    return Checksums(_secret())
+
+
 def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:
     folder = cache_dir.expanduser() / "contexts"
     if not folder.is_dir():
         raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
-    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant)
+    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant, secret=_secret())
     if registry.no_disk is not None:
         raise typer.BadParameter(printable(registry.no_disk), param_hint="--cache-dir")
     registry.check_disk()
@@ -142,7 +170,7 @@ def _session(session: turns.Session) -> dict[str, Any]:
 
 
 def _sessions_of(cache_dir: Path, entry: Entry) -> list[turns.Session]:
-    return [session for session in turns.sessions(cache_dir.expanduser()) if entry.key in session.keys]
+    return [session for session in turns.sessions(cache_dir.expanduser(), _checksums()) if entry.key in session.keys]
 
 
 def _time(seconds: float | None) -> str | None:
@@ -189,7 +217,7 @@ def load(
 
     tenant = None if tenant == NOBODY else tenant
     engine = KVzipEngine.from_pretrained(
-        model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, progress=False if as_json else None
+        model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, secret=_secret(), progress=False if as_json else None
     )
     context = engine.load(file, name=name or file.stem, system=system, keep=keep or (), tags=tag or ())
     engine.close()
@@ -265,7 +293,7 @@ def rm(
         assert tag is not None
         return _forget(tag, tenant, cache_dir.expanduser(), as_json)
     registry, called = _of(reference, tenant, cache_dir), shown(reference)
-    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference, registry.tenant)):
+    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference, registry.tenant, registry.checksums)):
         count = session.remove(registry)
         _show(_session(session), as_json, lambda: f"deleted {shown(session.name)}, {session.turns} turns and {count} contexts")
         return
@@ -286,7 +314,7 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
         _check_one(f"{tag!r} is a tag of contexts", whose)
         registry = _registry(cache_dir, whose.pop())
     forgotten = registry.forget(Naming(tag))
-    count = turns.erase(cache_dir, registry.tenant, tag)
+    count = turns.erase(cache_dir, registry.tenant, tag, registry.checksums)
     if not (forgotten.deleted or forgotten.kept or count):
         raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
     nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
@@ -301,7 +329,7 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
 @app.command()
 def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
-    found = list(turns.sessions(cache_dir.expanduser()))
+    found = list(turns.sessions(cache_dir.expanduser(), _checksums()))
 
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")
@@ -332,7 +360,7 @@ def verify(
 def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Delete what is expired, in quarantine, or left behind by killed processes."""
     freed = _registry(cache_dir).gc()
-    freed["sessions"] = turns.remove_expired(cache_dir.expanduser())
+    freed["sessions"] = turns.remove_expired(cache_dir.expanduser(), _checksums())
     _show(freed, as_json, lambda: _pairs({**freed, "bytes": decimal(freed.get("bytes", 0))}))
 
 
@@ -355,7 +383,7 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 @app.command()
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
-    findings = examine(cache_dir.expanduser() / "contexts")
+    findings = examine(cache_dir.expanduser() / "contexts", _checksums())
 
     def render() -> Table:
         table = Table("", "what", "found", "what to do")
