@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from kvzip_memory import __version__, turns
+from kvzip_memory import __version__, conversions, turns
 from kvzip_memory.checksums import Checksums
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.printable import printable
@@ -169,6 +169,17 @@ def _session(session: turns.Session) -> dict[str, Any]:
     return {"session": session.name, "turns": session.turns, "nbytes": session.nbytes, **times, "file": str(session.file.path)}
 
 
+def _conversion(conversion: conversions.Conversion) -> dict[str, Any]:
+    return {"conversion": conversion.name, "nbytes": conversion.nbytes, "used": _time(conversion.used), "folder": str(conversion.folder)}
+
+
+def _conversions(found: list[conversions.Conversion]) -> Table:
+    table = Table("conversion of a .gguf file", "bytes", "used")
+    for c in found:
+        table.add_row(shown(c.name), decimal(c.nbytes), _ago(c.used))
+    return table
+
+
 def _sessions_of(cache_dir: Path, entry: Entry) -> list[turns.Session]:
     return [session for session in turns.sessions(cache_dir.expanduser(), _checksums()) if entry.key in session.keys]
 
@@ -235,11 +246,11 @@ def list_(
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
-    """List contexts, the most recently used first."""
+    """List contexts, the most recently used first; and conversions of .gguf files, which another command lists alone."""
     registry = _contexts(cache_dir, tenant)
     entries = [e for e in registry.contexts(None if tag else limit) if tag is None or tag in e.tags][:limit]
 
-    def render() -> Table:
+    def render() -> Table | Group:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for e in entries:
             older = [f"(was {name})" for name in e.former]
@@ -247,7 +258,8 @@ def list_(
             marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
             table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
-        return table
+        found = [] if tag or tenant else conversions.conversions(cache_dir.expanduser())
+        return Group(table, _conversions(found)) if found else table
 
     _show([_facts(e) for e in entries], as_json, render)
 
@@ -279,6 +291,7 @@ def unpin(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEF
 def rm(
     reference: Annotated[str | None, typer.Argument(help="a name, a key, the first 8 digits of a key, or a session")] = None,
     tag: Annotated[str | None, typer.Option(help='forget what was loaded with a tag, such as "thread: ana", "document: a.pdf"')] = None,
+    conversion: Annotated[str | None, typer.Option(help="the beginning of a conversion's name, as ls shows it")] = None,
     tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
@@ -287,8 +300,12 @@ def rm(
 
     Older texts of a name stay, and are deleted by their keys.
     """
-    if (reference is None) == (tag is None):
-        raise typer.BadParameter("give a name or key, or --tag", param_hint="REFERENCE")
+    if sum(given is not None for given in (reference, tag, conversion)) != 1:
+        raise typer.BadParameter("give a name or key, or --tag, or --conversion", param_hint="REFERENCE")
+    if conversion is not None:
+        found = conversions.find(cache_dir.expanduser(), conversion)
+        found.remove()
+        return _show(_conversion(found), as_json, lambda: f"deleted {shown(found.name)}, {decimal(found.nbytes)}")
     if reference is None:
         assert tag is not None
         return _forget(tag, tenant, cache_dir.expanduser(), as_json)
@@ -340,6 +357,13 @@ def sessions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     _show([_session(s) for s in found], as_json, render)
 
 
+@app.command(name="conversions")
+def list_conversions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Folders that .gguf files were dequantised into, the last used first. They are in no budget; gc and rm --conversion delete them."""
+    found = conversions.conversions(cache_dir.expanduser())
+    _show([_conversion(c) for c in found], as_json, lambda: _conversions(found))
+
+
 @app.command()
 def verify(
     references: Annotated[list[str] | None, typer.Argument(help="names or keys; all contexts if none is given")] = None,
@@ -358,9 +382,13 @@ def verify(
 
 @app.command()
 def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete what is expired, in quarantine, or left behind by killed processes."""
-    freed = _registry(cache_dir).gc()
-    freed["sessions"] = turns.remove_expired(cache_dir.expanduser(), _checksums())
+    """Delete what is expired, in quarantine, or left behind by killed processes, and conversions that were not used for 30 days."""
+    folder = cache_dir.expanduser()
+    only_conversions = (folder / "gguf").is_dir() and not (folder / "contexts").is_dir()
+    freed = {} if only_conversions else _registry(cache_dir).gc()
+    freed["sessions"] = turns.remove_expired(folder, _checksums())
+    freed["conversions"], nbytes = conversions.gc(folder)
+    freed["bytes"] = freed.get("bytes", 0) + nbytes
     _show(freed, as_json, lambda: _pairs({**freed, "bytes": decimal(freed.get("bytes", 0))}))
 
 
