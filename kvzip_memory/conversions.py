@@ -38,7 +38,7 @@ logger = logger_of(__name__)
 
 #: Days after its last use when ``gc`` deletes one.
 UNUSED_DAYS = 30
-_NAME = re.compile(r".+-([0-9a-f]{64}|[0-9a-f]{16})-\w+-transformers-.+")  # the shorter digest is of earlier versions
+_NAME = re.compile(r".+-([0-9a-f]{64}|[0-9a-f]{16})-\w+-transformers-.+", re.DOTALL)  # the shorter digest is of earlier versions
 _LIST, _STAGING = "CONVERSION", ".tmp-"
 _TRIES = 3  # others may delete it in between
 
