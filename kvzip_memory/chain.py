@@ -64,6 +64,7 @@ class Managed(Shared):
         self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=(), loaded=time.time()))
         like = context.storage
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
+        self.checksums = step.registry.checksums
         self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)
 
     def handle(self, **fields: Any) -> CompressedContext:

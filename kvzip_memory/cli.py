@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -14,12 +15,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from kvzip_memory import __version__, turns
+from kvzip_memory import __version__, conversions, turns
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
@@ -55,7 +57,10 @@ def _tell_version(asked: bool) -> None:
 def options(
     version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="show the version and exit")] = False,
 ) -> None:
-    """Contexts in a cache folder: load, look, pin, delete, check."""
+    """Contexts in a cache folder: load, look, pin, delete, check.
+
+    The folder's secret, if it has one, is in KVZIP_MEMORY_SECRET, or in the file that KVZIP_MEMORY_SECRET_FILE names.
+    """
 
 
 def shown(text: object) -> str:
@@ -69,11 +74,34 @@ class Level(StrEnum):
     problem = "red"
 
 
+def _secret() -> str | None:
+    """The folder's secret, from the environment or from a file that only its owner can read: other users can see what a command was given.
+
+    Raises:
+        InputError: both are given, or the file cannot be read or can be by others.
+    """
+    given, file = os.environ.get("KVZIP_MEMORY_SECRET"), os.environ.get("KVZIP_MEMORY_SECRET_FILE")
+    if not file:
+        return given or None
+    if given:
+        raise InputError("KVZIP_MEMORY_SECRET and KVZIP_MEMORY_SECRET_FILE are both set; one of them is enough")
+    try:
+        if os.stat(file).st_mode & 0o077:
+            raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} can be read by others; chmod 600 it")
+        return Path(file).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} cannot be read: {error}") from None
+
+
+def _checksums() -> Checksums:
+    return Checksums(_secret())
+
+
 def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:
     folder = cache_dir.expanduser() / "contexts"
     if not folder.is_dir():
         raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
-    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant)
+    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant, secret=_secret())
     if registry.no_disk is not None:
         raise typer.BadParameter(printable(registry.no_disk), param_hint="--cache-dir")
     registry.check_disk()
@@ -145,8 +173,19 @@ def _session(session: turns.Session) -> dict[str, Any]:
     return {"session": session.name, "turns": session.turns, "nbytes": session.nbytes, **times, "file": str(session.file.path)}
 
 
+def _conversion(conversion: conversions.Conversion) -> dict[str, Any]:
+    return {"conversion": conversion.name, "nbytes": conversion.nbytes, "used": _time(conversion.used), "folder": str(conversion.folder)}
+
+
+def _conversions(found: list[conversions.Conversion]) -> Table:
+    table = Table("conversion of a .gguf file", "bytes", "used")
+    for c in found:
+        table.add_row(shown(c.name), decimal(c.nbytes), _ago(c.used))
+    return table
+
+
 def _sessions_of(cache_dir: Path, entry: Entry) -> list[turns.Session]:
-    return [session for session in turns.sessions(cache_dir.expanduser()) if entry.key in session.keys]
+    return [session for session in turns.sessions(cache_dir.expanduser(), _checksums()) if entry.key in session.keys]
 
 
 def _time(seconds: float | None) -> str | None:
@@ -193,7 +232,7 @@ def load(
 
     tenant = None if tenant == NOBODY else tenant
     engine = KVzipEngine.from_pretrained(
-        model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, progress=False if as_json else None
+        model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, secret=_secret(), progress=False if as_json else None
     )
     context = engine.load(file, name=name or file.stem, system=system, keep=keep or (), tags=tag or ())
     engine.close()
@@ -211,11 +250,11 @@ def list_(
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
 ) -> None:
-    """List contexts, the most recently used first."""
+    """List contexts, the most recently used first; and conversions of .gguf files, which another command lists alone."""
     registry = _contexts(cache_dir, tenant)
     entries = [e for e in registry.contexts(None if tag else limit) if tag is None or tag in e.tags][:limit]
 
-    def render() -> Table:
+    def render() -> Table | Group:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for e in entries:
             older = [f"(was {name})" for name in e.former]
@@ -223,7 +262,8 @@ def list_(
             marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
             table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
-        return table
+        found = [] if tag or tenant else conversions.conversions(cache_dir.expanduser())
+        return Group(table, _conversions(found)) if found else table
 
     _show([_facts(e) for e in entries], as_json, render)
 
@@ -255,6 +295,7 @@ def unpin(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEF
 def rm(
     reference: Annotated[str | None, typer.Argument(help="a name, a key, the first 8 digits of a key, or a session")] = None,
     tag: Annotated[str | None, typer.Option(help='forget what was loaded with a tag, such as "thread: ana", "document: a.pdf"')] = None,
+    conversion: Annotated[str | None, typer.Option(help="the beginning of a conversion's name, as ls shows it")] = None,
     tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
@@ -263,13 +304,17 @@ def rm(
 
     Older texts of a name stay, and are deleted by their keys.
     """
-    if (reference is None) == (tag is None):
-        raise typer.BadParameter("give a name or key, or --tag", param_hint="REFERENCE")
+    if sum(given is not None for given in (reference, tag, conversion)) != 1:
+        raise typer.BadParameter("give a name or key, or --tag, or --conversion", param_hint="REFERENCE")
+    if conversion is not None:
+        found = conversions.find(cache_dir.expanduser(), conversion)
+        found.remove()
+        return _show(_conversion(found), as_json, lambda: f"deleted {shown(found.name)}, {decimal(found.nbytes)}")
     if reference is None:
         assert tag is not None
         return _forget(tag, tenant, cache_dir.expanduser(), as_json)
     registry, called = _of(reference, tenant, cache_dir), shown(reference)
-    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference, registry.tenant)):
+    if not registry.find(reference) and (session := turns.find(cache_dir.expanduser(), reference, registry.tenant, registry.checksums)):
         count = session.remove(registry)
         _show(_session(session), as_json, lambda: f"deleted {shown(session.name)}, {session.turns} turns and {count} contexts")
         return
@@ -290,7 +335,7 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
         _check_one(f"{tag!r} is a tag of contexts", whose)
         registry = _registry(cache_dir, whose.pop())
     forgotten = registry.forget(Naming(tag))
-    count = turns.erase(cache_dir, registry.tenant, tag)
+    count = turns.erase(cache_dir, registry.tenant, tag, registry.checksums)
     if not (forgotten.deleted or forgotten.kept or count):
         raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
     nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
@@ -306,7 +351,7 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
 def sessions(tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
     folder, whose = cache_dir.expanduser(), EVERYONE if tenant is None else _contexts(cache_dir, tenant).tenant
-    found = [session for session in turns.sessions(folder) if turns.is_of(folder, session, whose)]
+    found = [session for session in turns.sessions(folder, _checksums()) if turns.is_of(folder, session, whose)]
 
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")
@@ -315,6 +360,13 @@ def sessions(tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json
         return table
 
     _show([_session(s) for s in found], as_json, render)
+
+
+@app.command(name="conversions")
+def list_conversions(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+    """Folders that .gguf files were dequantised into, the last used first. They are in no budget; gc and rm --conversion delete them."""
+    found = conversions.conversions(cache_dir.expanduser())
+    _show([_conversion(c) for c in found], as_json, lambda: _conversions(found))
 
 
 @app.command()
@@ -335,9 +387,13 @@ def verify(
 
 @app.command()
 def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Delete what is expired, in quarantine, or left behind by killed processes."""
-    freed = _registry(cache_dir).gc()
-    freed["sessions"] = turns.remove_expired(cache_dir.expanduser())
+    """Delete what is expired, in quarantine, or left behind by killed processes, and conversions that were not used for 30 days."""
+    folder = cache_dir.expanduser()
+    only_conversions = (folder / "gguf").is_dir() and not (folder / "contexts").is_dir()
+    freed = {} if only_conversions else _registry(cache_dir).gc()
+    freed["sessions"] = turns.remove_expired(folder, _checksums())
+    freed["conversions"], nbytes = conversions.gc(folder)
+    freed["bytes"] = freed.get("bytes", 0) + nbytes
     _show(freed, as_json, lambda: _pairs({**freed, "bytes": decimal(freed.get("bytes", 0))}))
 
 
@@ -360,7 +416,7 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 @app.command()
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
-    findings = examine(cache_dir.expanduser() / "contexts")
+    findings = examine(cache_dir.expanduser() / "contexts", _checksums())
 
     def render() -> Table:
         table = Table("", "what", "found", "what to do")

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.errors import InputError
 from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import as_path
@@ -168,11 +169,13 @@ class Storage(Protocol):
         nbytes: bytes of the layers' storages, each counted once.
         kept_pairs: pairs in the layers with full attention, over all their heads.
         full_heads: KV heads of the layers with full attention, over all of them.
+        checksums: of the files that it is saved to.
     """
 
     nbytes: int
     kept_pairs: int
     full_heads: int
+    checksums: Checksums
 
     def lease(self, key: str) -> AbstractContextManager[Lease]: ...
 
@@ -182,8 +185,8 @@ class Resident(Shared):
 
     _way_out = "save() the context that they belong to and open() the file"
 
-    def __init__(self, layers: tuple[RaggedLayer, ...]) -> None:
-        self.layers = layers
+    def __init__(self, layers: tuple[RaggedLayer, ...], checksums: Checksums = PLAIN) -> None:
+        self.layers, self.checksums = layers, checksums
         full = [layer for layer in layers if layer.window is None]
         self.nbytes = storage_nbytes([t for layer in layers for t in layer.tensors()])
         self.kept_pairs = sum(sum(layer.lengths) for layer in full)
@@ -270,7 +273,8 @@ class CompressedContext(Shared):
         return self.storage.nbytes + storage_nbytes([self.token_ids])
 
     def save(self, path: str | Path) -> Path:
-        """Write the context to one safetensors file, atomically; an older file there is replaced only when done.
+        """Write the context to one safetensors file, atomically; an older file there is replaced only when done. If its engine has a
+        secret, only one that has it can open the file.
 
         Raises:
             InputError: a path that no file can have.
@@ -282,7 +286,7 @@ class CompressedContext(Shared):
         if not file.name:
             raise InputError(f"path is {str(path)!r}, which names no file; give a file's")
         with self.lease() as lease:
-            return write_context(replace(self, storage=Resident(lease.layers)), file)
+            return write_context(replace(self, storage=Resident(lease.layers)), file, self.storage.checksums)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""

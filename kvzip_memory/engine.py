@@ -29,6 +29,7 @@ from kvzip_memory.bridge import result_of
 from kvzip_memory.cache import Row, Tail
 from kvzip_memory.calls import check
 from kvzip_memory.chain import Managed, Step, leased
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
@@ -65,7 +66,7 @@ from kvzip_memory.sharing import Shared
 from kvzip_memory.sources import MOST_KEPT, MOST_OF_SCHEMA, Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
-from kvzip_memory.weights import Stamp
+from kvzip_memory.weights import Fingerprint, Stamp
 
 logger = logger_of(__name__)
 
@@ -95,6 +96,8 @@ class KVzipEngine(Shared):
             first of it if it was grown.
         tenant: a salt for every key: an engine finds, uses and changes only what is its tenant's; the rest is as if it had never existed,
             but for contexts and files of no tenant that it is given. Only its digest is kept.
+        secret: a text of 16 characters at least, given to all engines of ``cache_dir``: what is there is used only if it was written with
+            it, and the folder may be one that others can write (``docs/security.md``). So are files that are saved and opened by hand.
         max_running: answers that threads get decoded together, a row each.
         max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
             more than run and wait, of answers and of others each.
@@ -130,6 +133,7 @@ class KVzipEngine(Shared):
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        secret: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
         attention: str = "auto",
@@ -171,9 +175,10 @@ class KVzipEngine(Shared):
             disk_bytes=disk_bytes,
             ttl=ttl,
             tenant=self._tenant,
+            secret=secret,
         )
-        self._watch = self._model.watch
-        self._known_identity: tuple[Any, dict[str, Any]] = (None, {})
+        self._watch, self._weights = self._model.watch, Fingerprint(model)
+        self._known_identity: tuple[Stamp | None, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
         release()
@@ -193,6 +198,7 @@ class KVzipEngine(Shared):
         disk_bytes: int | str | None = None,
         ttl: float | None = None,
         tenant: str | None = None,
+        secret: str | None = None,
         max_running: int = 32,
         max_waiting: int = 1024,
         attention: str = "auto",
@@ -219,6 +225,7 @@ class KVzipEngine(Shared):
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         tenant_digest(tenant)  # tells what is wrong with it
+        Checksums(secret)
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
         loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
         return cls(
@@ -231,6 +238,7 @@ class KVzipEngine(Shared):
             disk_bytes=disk_bytes,
             ttl=ttl,
             tenant=tenant,
+            secret=secret,
             max_running=max_running,
             max_waiting=max_waiting,
             attention=attention,
@@ -524,7 +532,7 @@ class KVzipEngine(Shared):
         check()  # from the first write on it is finished
         forgotten = self.registry.forget(Naming(tag))
         if self.cache_dir is not None:  # last: contexts can be made of turns again
-            turns.erase(self.cache_dir, self.registry.tenant, tag)
+            turns.erase(self.cache_dir, self.registry.tenant, tag, self.registry.checksums)
         return forgotten
 
     async def aforget(self, tag: str) -> Forgotten:
@@ -630,7 +638,7 @@ class KVzipEngine(Shared):
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))  # as for a key that is not stored
                 raise IdentityMismatchError(f"{file} was saved for another tenant; open it with an engine of that", fields=("tenant",))
 
-        context = read_context(file, self._model.device, admit=admit)
+        context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
         check_same_model(context.identity, self._identity, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
@@ -799,7 +807,8 @@ class KVzipEngine(Shared):
         known, fields = self._known_identity
         if now != known:
             self._model.changed(moved=known is not None and now.places != known.places)
-            fields = weights_identity(self.model)
+            others = known is None or -1 in now.written(known)  # not only buffers, which the model's own forward may write to
+            fields = weights_identity(self.model, self._weights.get(anew=others))
             self._known_identity = (now, fields)
         return {**fields, **language.identity}
 
@@ -807,7 +816,7 @@ class KVzipEngine(Shared):
         """:meth:`_identity_of` with all weights read, also if none seems to have changed."""
         self._identity_of(language)
         known, _ = self._known_identity
-        fields = weights_identity(self.model)
+        fields = weights_identity(self.model, self._weights.get())
         self._known_identity = (known, fields)
         return {**fields, **language.identity}
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
-import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import xxhash
-from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from kvzip_memory import conversions
 from kvzip_memory.errors import InputError
-from kvzip_memory.locks import held
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, check_folder, check_not_shared, make_folder
 
 logger = logger_of(__name__)
 
@@ -46,51 +43,36 @@ def load_model(
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
     shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
     source = Path(model)
-    if source.suffix == ".gguf":
-        if not os.path.isfile(source):
-            raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
-        model = _converted(source, dtype, (cache_dir or DEFAULT_CACHE).absolute())
-    if source.suffix == ".gguf" and not Path(model, "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(model, **shared)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_kwargs)
-    if "device_map" not in model_kwargs:
-        loaded = loaded.to(device)
+    is_gguf = source.suffix == ".gguf"
+    if is_gguf and not os.path.isfile(source):
+        raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
+    with _conversion(source, dtype, (cache_dir or DEFAULT_CACHE).absolute()) if is_gguf else nullcontext(model) as model:
+        if is_gguf and not Path(model, "tokenizer.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(model, **shared)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_kwargs)
+        if "device_map" not in model_kwargs:
+            loaded = loaded.to(device)
     return loaded.eval(), tokenizer
 
 
 def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
+    """The folder of :func:`_conversion`, which may be deleted meanwhile."""
+    with _conversion(source, dtype, cache_dir) as folder:
+        return folder
+
+
+def _conversion(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> AbstractContextManager[Path]:
     """The folder a ``.gguf`` file was converted into; converts it if need be.
 
     Raises:
         StorageError: others can write ``cache_dir``, or something else is where a folder or file of ours belongs.
     """
     with source.open("rb") as file:
-        digest = xxhash.xxh3_128()
-        while block := file.read(1 << 24):
-            digest.update(block)
-    name = f"{source.stem}-{digest.hexdigest()[:16]}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
-    folder = cache_dir / "gguf" / name
-    check_not_shared(cache_dir, folder.parent)
-    make_folder(folder.parent)
-    with held(FileLock(f"{folder}.lock", mode=0o600), f"converting {source.name}"):
-        check_folder(folder)
-        if not folder.exists():
-            logger.info("converting %s once into %s", source.name, folder)
-            staging = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder.parent))
-            staging.chmod(0o700)  # a umask may have taken some of it
-            try:
-                _convert(source, dtype, staging)
-                for path in staging.iterdir():
-                    path.chmod(0o600)
-                os.replace(staging, folder)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
-        check_not_shared(folder.parent, folder, folder.iterdir())
-        for path in folder.iterdir():
-            check_file(path)
-    return folder
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    name = f"{source.stem}-{digest}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
+    return conversions.converted(cache_dir, name, lambda folder: _convert(source, dtype, folder))
 
 
 def _convert(source: Path, dtype: str | torch.dtype, folder: Path) -> None:

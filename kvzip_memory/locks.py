@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, make_folder
+from kvzip_memory.private import check_file, make_folder, open_file
 
 logger = logger_of(__name__)
 
@@ -44,7 +46,7 @@ def lock_in(cache_dir: Path, name: str) -> FileLock:
 
 
 @contextmanager
-def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
+def held(lock: FileLock | SharedLock, doing: str, timeout: float = -1) -> Iterator[None]:
     """Runs the block with a file lock; says so if another process holds it for more than a second.
 
     Args:
@@ -68,6 +70,39 @@ def held(lock: FileLock, doing: str, timeout: float = -1) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class SharedLock:
+    """A file lock that any number hold together, who only read. They wait for whoever has a :class:`FileLock` of the file, and it for them.
+
+    Args:
+        path: of the file, which is made if it is not there.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.lock_file, self._descriptor = path, -1
+
+    def acquire(self, timeout: float = -1, poll_interval: float = 0.05) -> None:
+        """Raises:
+        Timeout: another process has it.
+        """
+        deadline, descriptor = time.monotonic() + timeout, open_file(Path(self.lock_file), os.O_RDWR | os.O_CREAT)
+        try:
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    self._descriptor = descriptor
+                    return
+                except BlockingIOError:
+                    if timeout >= 0 and time.monotonic() >= deadline:
+                        raise Timeout(self.lock_file) from None
+                    time.sleep(poll_interval)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def release(self) -> None:
+        os.close(self._descriptor)
 
 
 class Together:

@@ -1,6 +1,7 @@
 """Turns of conversations that integrations keep beside the contexts made of them: as text, a file a session, in ``cache_dir/memory``.
 
-A record is a line of JSON that begins with the checksum of its rest. The first one is ``{"session": its name, "ttl": seconds or null,
+A record is a line of JSON that begins with the checksum of its rest; with a secret, of the file's name, of the first line and of the byte
+it begins at, too, so that none stands elsewhere than where it was written. The first one is ``{"session": its name, "ttl": seconds or null,
 "id": hex}``; the others are turns, or what was made of them: a context's key is under ``"context"``. Lines are only ever added. So where
 a turn stands, ``[byte its line begins at, number in the line]``, is the same for all processes, and what was made of which turns is said
 by that and not by what a process has counted.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvzip_memory.checksums import PLAIN, Checksums, check_secret
 from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
@@ -70,7 +72,7 @@ class Turns:
         stamp, head, at, content = self._behind(since or Mark())
         records = []
         for line in io.BytesIO(content):  # splitlines() would take a damaged byte for an end
-            record = _record(line)
+            record = self._record(line, head if at else b"", at)
             if record is not None:
                 records.append((at, record))
             elif not line.endswith(b"\n"):
@@ -89,10 +91,9 @@ class Turns:
         Raises:
             OSError: the disk's; no one reads what was written.
         """
-        line = _line(record)
         with self._locked():
             if still():
-                self._add(_line({"session": session, "ttl": ttl, "id": uuid.uuid4().hex}), line)
+                self._add({"session": session, "ttl": ttl, "id": uuid.uuid4().hex}, record)
 
     def stamp(self) -> tuple[int, ...]:
         """Another one after each change."""
@@ -114,27 +115,62 @@ class Turns:
         at = since.end if head == since.head else 0
         return stamp, head, at, content[at:]
 
-    def _add(self, first: bytes, line: bytes) -> None:
-        self._content += line if self._content else first + line
+    def _add(self, first: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        head = self._content[: self._content.find(b"\n") + 1]
+        self._content += self._lines(head, len(self._content), first, record)
         self._written = time.time()
+
+    def _lines(self, head: bytes, at: int, first: Mapping[str, Any], record: Mapping[str, Any]) -> bytes:
+        """A record as it is written at a byte; behind the first one if there is no first line yet."""
+        if head:
+            return self._line(record, head, at)
+        head = self._line(first, b"", 0)
+        return head + self._line(record, head, len(head))
+
+    def _line(self, record: Mapping[str, Any], head: bytes, at: int) -> bytes:
+        text = json.dumps(record).encode()
+        return self._sum(text, head, at) + text[1:] + b"\n"
+
+    def _record(self, line: bytes, head: bytes, at: int) -> dict[str, Any] | None:
+        """What a line says, None if it is not whole, or stands elsewhere than where it was written."""
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(record, dict):
+            return None
+        if not self._is_sound(line, head, at, record):
+            return None
+        return {name: value for name, value in record.items() if name not in ("crc", "hmac")}
+
+    def _is_sound(self, line: bytes, head: bytes, at: int, record: Mapping[str, Any]) -> bool:
+        length = len(self._sum(b"", b"", 0))
+        if "crc" not in record:
+            return "hmac" not in record  # one of an earlier version has no checksum
+        return line.startswith(self._sum(b"{" + line.rstrip(b"\n")[length:], head, at))
+
+    def _sum(self, text: bytes, head: bytes, at: int) -> bytes:
+        """What a line begins with."""
+        return b'{"crc": "%08x", ' % zlib.crc32(text)
 
 
 class TurnsFile(Turns):
     """The lines of a session, in a file. It expires with its session's ``ttl``, so many seconds after the last record.
 
     A folder that others can write, or anything else in its place or the file's, is neither read nor written: a StorageError says so.
+    With a secret, others may write it, and what they have written is left out.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, checksums: Checksums = PLAIN) -> None:
+        self.path, self._checksums = path, checksums
 
     def __str__(self) -> str:
         return str(self.path)
 
     @classmethod
-    def of(cls, cache_dir: Path, *identity: str | None) -> TurnsFile:
+    def of(cls, cache_dir: Path, *identity: str | None, checksums: Checksums = PLAIN) -> TurnsFile:
         """The file of what has these names, which cannot be told from the file's."""
-        return cls(cache_dir / "memory" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.jsonl")
+        return cls(cache_dir / "memory" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.jsonl", checksums)
 
     def stamp(self) -> tuple[int, ...]:
         with suppress(OSError):
@@ -159,11 +195,13 @@ class TurnsFile(Turns):
 
     def _check(self) -> None:
         """Raises:
-        StorageError: others can write the folder, or it is none.
+        StorageError: others can write the folder, it is none, or has another secret.
         """
         folder = self.path.parent
         check_folder(folder)
-        check_not_shared(folder.parent, folder, [self.path])
+        check_secret(folder.parent / "contexts", self._checksums)
+        if not self._checksums.are_keyed:
+            check_not_shared(folder.parent, folder, [self.path])
 
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
         self._check()
@@ -178,34 +216,48 @@ class TurnsFile(Turns):
             file.seek(at)
             return stamp, head, at, file.read()
 
-    def _add(self, first: bytes, line: bytes) -> None:
+    def _add(self, first: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         make_folder(self.path.parent)
         descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
-            begun, whole = _ends(descriptor)
-            if not begun:  # or a first line that was not written whole, which no one has read
+            head, whole = _ends(descriptor)
+            if not head:  # or a first line that was not written whole, which no one has read
                 os.ftruncate(descriptor, 0)
-            lines = (b"" if whole else b"\n") + line if begun else first + line
+            end = b"" if whole or not head else b"\n"
+            lines = end + self._lines(head, os.lseek(descriptor, 0, os.SEEK_END) + len(end), first, record)
             while lines:
                 lines = lines[os.write(descriptor, lines) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        if not begun:
+        if not head:
             _fsync_folder(self.path.parent)
+
+    def _sum(self, text: bytes, head: bytes, at: int) -> bytes:
+        if not self._checksums.are_keyed:
+            return super()._sum(text, head, at)
+        return b'{"hmac": "%s", ' % self._checksums.of("turn", self.path.stem, "\n", head, f"{at}\n", text).encode()
+
+    def _is_sound(self, line: bytes, head: bytes, at: int, record: Mapping[str, Any]) -> bool:
+        if not self._checksums.are_keyed:
+            return super()._is_sound(line, head, at, record)
+        length = len(self._sum(b"", b"", 0))
+        wanted = self._sum(b"{" + line.rstrip(b"\n")[length:], head, at)
+        return self._checksums.same(line[:length].decode(errors="replace"), wanted.decode())
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _ends(descriptor: int) -> tuple[bool, bool]:
-    """Whether the first line of a file has an end, and the last one."""
+def _ends(descriptor: int) -> tuple[bytes, bool]:
+    """The first line of a file, empty if it has no end, and whether the last one has one."""
     with open(descriptor, "rb", closefd=False) as file:
-        if not file.readline().endswith(b"\n"):
-            return False, False
+        head = file.readline()
+        if not head.endswith(b"\n"):
+            return b"", False
         file.seek(-1, os.SEEK_END)
-        return True, file.read() == b"\n"
+        return head, file.read() == b"\n"
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -216,27 +268,6 @@ def _fsync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-_SUM = b'{"crc": "%08x", '
-
-
-def _line(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(record).encode()
-    return _SUM % zlib.crc32(text) + text[1:] + b"\n"
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None if it is not whole. One of an earlier version has no checksum."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict):
-        return None
-    sum_ = record.pop("crc", None)
-    text = b"{" + line.rstrip(b"\n")[len(_SUM % 0) :]
-    return record if sum_ is None or sum_ == f"{zlib.crc32(text):08x}" else None
 
 
 @dataclass(frozen=True)
@@ -273,13 +304,13 @@ class Session:
         return len(forgotten.deleted)
 
 
-def sessions(cache_dir: Path) -> Iterator[Session]:
+def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]:
     """All sessions with turns in a folder, the last one written first."""
     found = []
     folder = cache_dir / "memory"
     for path in [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []:
         with suppress(FileNotFoundError):  # removed meanwhile
-            file, written = TurnsFile(path), path.lstat().st_mtime
+            file, written = TurnsFile(path, checksums), path.lstat().st_mtime
             records, nbytes = [record for _, record in file.read()[0]], path.lstat().st_size
             first = next((record for record in records if "session" in record), {})
             turns = sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
@@ -289,14 +320,14 @@ def sessions(cache_dir: Path) -> Iterator[Session]:
     return iter(sorted(found, key=lambda session: -session.written))
 
 
-def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE) -> Session | None:
+def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> Session | None:
     """The session of a name, or of a file whose name begins so (8 digits at least); of a tenant, if its digest is given.
 
     Raises:
         InputError: several.
     """
-    named = [s for s in sessions(cache_dir) if s.name == reference or (len(reference) >= 8 and s.file.path.stem.startswith(reference))]
-    named = [s for s in named if is_of(cache_dir, s, tenant)]
+    found = [session for session in sessions(cache_dir, checksums) if is_of(cache_dir, session, tenant)]
+    named = [s for s in found if s.name == reference or (len(reference) >= 8 and s.file.path.stem.startswith(reference))]
     if len(named) > 1:
         stems = [session.file.path.stem[:12] for session in named]
         raise InputError(f"{len(named)} sessions are called {reference!r}, of several tenants; give the file of one: {stems}")
@@ -308,17 +339,17 @@ def is_of(cache_dir: Path, session: Session, tenant: str | None) -> bool:
     return tenant == EVERYONE or session.file.path in _files_of(cache_dir, tenant, session.name)
 
 
-def remove_expired(cache_dir: Path) -> int:
+def remove_expired(cache_dir: Path, checksums: Checksums = PLAIN) -> int:
     """Delete the turns of expired sessions; their contexts expire by themselves."""
-    expired = [(session, session.expires) for session in sessions(cache_dir) if session.expires is not None and session.expired]
+    expired = [(session, session.expires) for session in sessions(cache_dir, checksums) if session.expires is not None and session.expired]
     for session, expires in expired:
         session.file.remove(if_older=expires - session.written)
     return len(expired)
 
 
-def erase(cache_dir: Path, tenant: str | None, name: str) -> int:
+def erase(cache_dir: Path, tenant: str | None, name: str, checksums: Checksums = PLAIN) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
-    mine = [session for session in sessions(cache_dir) if session.name == name and is_of(cache_dir, session, tenant)]
+    mine = [session for session in sessions(cache_dir, checksums) if session.name == name and is_of(cache_dir, session, tenant)]
     for session in mine:
         session.file.remove()
     return sum(session.turns for session in mine)

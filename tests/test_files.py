@@ -100,7 +100,7 @@ def test_a_file_of_a_newer_format_is_refused_and_left_alone(engine: KVzipEngine,
     context = engine.load(TEXT, ratio=0.4)
     path = replace(context, identity={**context.identity, "format": 99}).save(tmp_path / "c.safetensors")
     before = path.read_bytes()
-    with pytest.raises(CorruptFileError, match="format 99, newer than the 2"):
+    with pytest.raises(CorruptFileError, match="format 99, newer than the 3"):
         engine.open(path)
     assert path.read_bytes() == before
 

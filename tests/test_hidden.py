@@ -33,6 +33,7 @@ from test_travel import things
 OPTIONS: dict[str, Any] = {
     "token": "hf_MARK1",
     "tenant": "MARK2",
+    "secret": "MARK9",
     "proxies": {"https": "http://user:MARK3@proxy"},
     "hub": [{"password": "MARK4"}, ({"api_key": "MARK5", "Authorization": "Bearer MARK6"},)],
     "storage": {"key": "MARK7", "client_secret": SecretStr("MARK8")},

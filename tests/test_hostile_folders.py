@@ -116,6 +116,7 @@ def kinds() -> list[str]:
         "gguf/MODEL",
         "gguf/MODEL.lock",
         "gguf/MODEL/config.json",
+        "gguf/MODEL/CONVERSION",
     ]
 
 

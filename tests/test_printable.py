@@ -54,6 +54,7 @@ def folder(tmp_path: Path) -> Path:
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "page.txt").write_text(TEXT)
+    (tmp_path / "gguf" / (NAME.replace("/", "_") + f"-{'a' * 64}-float32-transformers-5")).mkdir(parents=True)
     return tmp_path
 
 
@@ -65,11 +66,22 @@ CALLS: dict[str, list[list[str]]] = {
     "pin": [[NAME], [HOSTILE]],
     "unpin": [[NAME], [HOSTILE]],
     "sessions": [[]],
+    "conversions": [[]],
     "verify": [[], [NAME], [HOSTILE]],
     "gc": [[]],
     "stats": [[]],
     "doctor": [[]],
-    "rm": [["other"], [HOSTILE], [NAME + "2"], ["--tag", NAME], ["--tag", HOSTILE], [f"memory kvzip: {NAME}"], [NAME]],
+    "rm": [
+        ["other"],
+        [HOSTILE],
+        [NAME + "2"],
+        ["--tag", NAME],
+        ["--tag", HOSTILE],
+        ["--conversion", HOSTILE],
+        ["--conversion", NAME[:4]],
+        [f"memory kvzip: {NAME}"],
+        [NAME],
+    ],
 }
 
 

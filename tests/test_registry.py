@@ -866,14 +866,14 @@ def test_a_lost_index_is_made_anew_from_the_files(tmp_path: Path) -> None:
 
 def test_a_folder_of_a_newer_layout_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     load_and_close(tmp_path)
-    (tmp_path / "contexts" / "FORMAT").write_text("2\n")
+    (tmp_path / "contexts" / "FORMAT").write_text("3\n")
     gc.collect()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "contexts").rglob("*")}
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     context = engine.load(TEXT)
     assert engine.generate(context, "Who?", max_new_tokens=2).text
-    assert "newer than the 1 this version knows" in caplog.text
-    assert "layout 2" in str(engine.registry.no_disk)
+    assert "newer than the 2 this version knows" in caplog.text
+    assert "layout 3" in str(engine.registry.no_disk)
     engine.close()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "contexts").rglob("*")} == before
 

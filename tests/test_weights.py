@@ -24,7 +24,7 @@ from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.generation import GenerationParams
 from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.weights import Watch, fingerprint
+from kvzip_memory.weights import Watch, checksum, fingerprint
 
 # -- what changes weights ---------------------------------------------------------------------------------------------
 
@@ -162,11 +162,58 @@ def test_a_fingerprint_is_of_every_value(change: Callable[[Any], None], dtype: t
     model.part, model.whole = nn.Parameter(whole[:10]), nn.Parameter(whole)
     before = fingerprint(model)
     assert fingerprint(copy.deepcopy(model)) == before
+    sums = checksum(model)
+    assert checksum(copy.deepcopy(model)) == sums
     if "bit" in inspect.getsource(change) and dtype is torch.bfloat16:
         inner(model).up_proj.weight.data.view(torch.int16)[5, 7].bitwise_xor_(1)
     else:
         change(model)
     assert fingerprint(model) != before
+    assert checksum(model) != sums
+
+
+def forge(model: Any, twin: bool) -> None:
+    """Two models whose bytes have the same sums along rows and columns: two words are exchanged crosswise."""
+    words = model.model.embed_tokens.weight.data.flatten()[: 2 * 8192].view(torch.int64).view(2, 4096)
+    words[:, :2] = torch.tensor([[5, 7], [7, 5]] if twin else [[7, 5], [5, 7]])
+
+
+def test_two_models_made_for_one_checksum_have_two_fingerprints(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    forge(engine.model, False)
+    context, before = engine.load(TEXT), checksum(engine.model)
+    forge(engine.model, True)
+    assert checksum(engine.model) == before
+    assert fingerprint(engine.model) != context.identity["weights"]
+    with pytest.raises(IdentityMismatchError, match="weights"):
+        engine.generate(context, "Who?", max_new_tokens=1)
+    assert engine.load(TEXT).receipt.tier == "built"
+    engine.close()
+
+
+def test_which_tensor_another_name_stands_for_is_in_the_fingerprint() -> None:
+    def model(tied: str) -> nn.Module:
+        layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in "abc"})
+        for number, name in enumerate("ab"):
+            nn.init.constant_(layers[name].weight, number)
+            nn.init.zeros_(layers[name].bias)
+        layers["c"] = layers[tied]
+        return layers
+
+    assert fingerprint(model("a")) == fingerprint(model("a")) != fingerprint(model("b"))
+
+
+def test_a_fingerprint_is_taken_once_and_by_bytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine()
+    taken = []
+    monkeypatch.setattr("kvzip_memory.weights.fingerprint", lambda model: taken.append(fingerprint(model)) or taken[-1])
+    for text in ("One. ", "Two. "):
+        engine.load(text + TEXT)
+    assert len(taken) == 1  # their checksum is looked at behind each build
+    twin = copy.deepcopy(engine.model)
+    twin.lm_head.weight.data = twin.lm_head.weight.data.t().contiguous().t()  # the same values, laid out otherwise
+    assert not twin.lm_head.weight.is_contiguous()
+    assert fingerprint(twin) == taken[0]
 
 
 # -- before a store ---------------------------------------------------------------------------------------------------

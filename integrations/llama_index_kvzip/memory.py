@@ -120,7 +120,8 @@ class _Session:
     def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
         self._engine, self._tag = engine, clean(f"memory {escaped(name)}: {escaped(session_id)}", "session id")
         names = engine.registry.tenant, name, session_id
-        self._lines = Turns() if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, *names)
+        checksums = engine.registry.checksums
+        self._lines = Turns() if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, *names, checksums=checksums)
         self._building, self._looking = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_building", "_looking")
         self.known = _Known()

@@ -3,6 +3,7 @@
 Layout of the folder (0700, files 0600)::
 
     FORMAT                        version of this layout; a newer one is left alone
+    SECRET                        if it was made with one, what only the same one gives
     blobs/ab/<key>.safetensors    the contexts; each file says itself what it is and is checked whole before it is used
     blobs/.tmp/                   files being written: beside the others, for blobs/ may be a mount of its own
     names/                        what each name means, see :mod:`~kvzip_memory.registry.names`
@@ -37,6 +38,7 @@ from weakref import WeakValueDictionary
 import torch
 from filelock import FileLock, Timeout
 
+from kvzip_memory.checksums import PLAIN, Checksums, check_secret, mark_secret
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
@@ -48,6 +50,7 @@ from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.facts import OddFactError, check_row, is_size
 from kvzip_memory.registry.files import (
     PreparedFile,
+    UnreadableHereError,
     copy_with_catalog,
     open_context,
     read_context,
@@ -65,7 +68,7 @@ from kvzip_memory.registry.names import Names
 
 logger = logger_of(__name__)
 
-LAYOUT = 1
+LAYOUT, WITH_SECRET = 1, 2  # the latter, so that versions that know of no secret leave the folder alone
 _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
 _FORGOTTEN = "forgotten"  # the row of the notes of operators; those of a tenant have its digest behind it
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
@@ -178,14 +181,15 @@ class DiskTier:
         budget: bytes that blobs, files being written and quarantined files may take together; None for no limit. The
             index itself (about 2 kB a context) is not counted.
         tenant: digest of whose contexts are read, listed and changed; room is made by those of all.
+        checksums: with a secret, nothing is used that was not written with it; the folder may then be one that others can write.
 
     Raises:
         OSError: the folder cannot be made or is of a newer version.
-        StorageError: others can write it, or something else is where a folder or file of ours belongs.
+        StorageError: others can write it, something else is where a folder or file of ours belongs, or it has another secret.
     """
 
-    def __init__(self, root: Path, budget: int | None = None, tenant: str | None = EVERYONE) -> None:
-        self.root, self.budget, self.tenant = root, budget, tenant
+    def __init__(self, root: Path, budget: int | None = None, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> None:
+        self.root, self.budget, self.tenant, self._checksums = root, budget, tenant, checksums
         self.quarantined = 0  # by this process
         self._mutex, self._putting = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_mutex", "_putting")
@@ -193,10 +197,11 @@ class DiskTier:
         folders = [root, *(root / name for name in layout.FOLDERS)]
         for folder in folders:
             check_folder(folder)
-        check_not_shared(root.parent, root, (path for path in root.rglob("*")))
+        if not checksums.are_keyed:
+            check_not_shared(root.parent, root, (path for path in root.rglob("*")))
         #: Why nothing can be stored or changed in the folder; None if it can.
         self.read_only = why_read_only(root)
-        self.names = Names(root, self.read_only is not None)
+        self.names = Names(root, self.read_only is not None, checksums)
         for folder in folders:
             if self.read_only is None:
                 make_folder(folder)
@@ -219,16 +224,19 @@ class DiskTier:
         try:
             written = int(read_text(path))
         except FileNotFoundError:
+            check_secret(self.root, self._checksums)
             if self.read_only is not None:
                 return
+            mark_secret(self.root, self._checksums)
             temporary = self.root / f".FORMAT.{uuid.uuid4().hex}"
-            write_text(temporary, f"{LAYOUT}\n")
+            write_text(temporary, f"{WITH_SECRET if self._checksums.are_keyed else LAYOUT}\n")
             os.replace(temporary, path)
             return
         except ValueError:
             raise OSError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
-        if written > LAYOUT:
-            raise OSError(f"{self.root} has layout {written}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
+        if written > WITH_SECRET:
+            raise OSError(f"{self.root} has layout {written}, newer than the {WITH_SECRET} this version knows; upgrade kvzip-memory")
+        check_secret(self.root, self._checksums)
 
     def path(self, key: str) -> Path:
         """Raises:
@@ -279,7 +287,7 @@ class DiskTier:
             kind = "a symbolic link" if path.is_symlink() else "no file"
             raise NotStoredError(f"{path} is {kind}, where a file of ours belongs; it is left alone")
         try:
-            context = read_context(path, device, follow_links=False, admit=checked)
+            context = read_context(path, device, follow_links=False, admit=checked, checksums=self._checksums)
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
         except FileNotFoundError:
@@ -288,7 +296,7 @@ class DiskTier:
             logger.warning("cannot read stored context %s: %s", key[:12], error)
             raise NotStoredError(f"stored file unreadable: {error}") from None
         except CorruptFileError as error:
-            if "newer than" not in str(error):
+            if not isinstance(error, UnreadableHereError):
                 self._quarantine(key, str(error))
             raise NotStoredError(f"stored file unusable: {error}") from None
         return context
@@ -326,7 +334,7 @@ class DiskTier:
         """
         self._check_writable()
         catalog = {"group": group, "names": dict(names or {}), "tags": list(tags)}
-        prepared = PreparedFile(context, catalog)
+        prepared = PreparedFile(context, catalog, self._checksums)
         entry = Entry(
             context.key,
             context.identity,
@@ -786,7 +794,7 @@ class DiskTier:
         try:
             if entry is not None and self._inside(path):
                 catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
-                nbytes = copy_with_catalog(path, temporary, catalog)
+                nbytes = copy_with_catalog(path, temporary, catalog, self._checksums)
             with self._changing_files() as index:
                 now = _entry(index, key)
                 if now is not None and entry is not None and (now.names, now.tags) == (entry.names, entry.tags) and temporary.exists():
@@ -944,12 +952,12 @@ class DiskTier:
     def report(self, key: str, progress: Mapping[str, Any]) -> None:
         """Leave a note for other processes how far a build is."""
         with suppress(OSError):
-            write_text(self._note_of(key), json.dumps({"key": key, **progress}))
+            write_text(self._note_of(key), self._checksums.seal("progress", key, json.dumps({"key": key, **progress})))
 
     def reported(self, key: str) -> dict[str, Any] | None:
         """What the process that builds ``key`` has last reported."""
         with suppress(OSError, ValueError, TypeError, RecursionError):  # the last: what is no note of ours
-            match json.loads(read_text(self._note_of(key))):
+            match json.loads(self._checksums.unseal("progress", key, read_text(self._note_of(key)))):
                 case {"key": str(of), "stage": str(), "done": int(), "total": int()} as note if of == key:
                     return dict(note)
         return None
@@ -1000,7 +1008,7 @@ class DiskTier:
 
     def _frozen(self) -> Index:
         """The rows of a folder that cannot be written; from the files what has none."""
-        index = FrozenIndex(self.root / "index")
+        index = FrozenIndex(self.root / "index", self._checksums)
         rows, blobs = set(index.keys(_CONTEXT)), {path.stem: path for path in self._blobs()}
         for key in rows - blobs.keys():
             index.delete(_CONTEXT + key)
@@ -1033,7 +1041,7 @@ class DiskTier:
     def _open_index(self) -> None:
         self._opened_file = self._index_file()
         try:
-            self._index = Index(self.root / "index")
+            self._index = Index(self.root / "index", self._checksums)
             self._opened_file = self._index_file()
             self._start_index()
         except IndexDamagedError as error:
@@ -1108,7 +1116,7 @@ class DiskTier:
                     _remove_index(older)
                 self.quarantined += 1
             self._opened_file = self._index_file()
-            self._index = Index(self.root / "index")
+            self._index = Index(self.root / "index", self._checksums)
             self._start_index(salvaged)
 
     def _salvaged(self) -> dict[str, Entry]:
@@ -1168,7 +1176,7 @@ class DiskTier:
             return None
         try:
             with open_context(path, follow_links=False) as file:
-                facts = read_header(file, path)
+                facts = read_header(file, path, self._checksums)
                 status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
         except (OSError, CorruptFileError):
             return None

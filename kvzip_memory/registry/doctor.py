@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import HELD, IndexHeldError
 from kvzip_memory.registry.layout import strangers
@@ -35,13 +36,13 @@ class Finding:
     advice: str = ""
 
 
-def examine(root: Path) -> list[Finding]:
+def examine(root: Path, checksums: Checksums = PLAIN) -> list[Finding]:
     """Findings about a disk tier's folder, the worst first."""
     if not root.is_dir():
         return [Finding("note", "folder", f"{root} does not exist", "nothing was stored yet, or under another cache_dir")]
-    findings = [_private(root), _file_system(root), _space(root)]
+    findings = [_private(root, checksums), _file_system(root), _space(root)]
     try:
-        disk = DiskTier(root)
+        disk = DiskTier(root, None, checksums=checksums)
     except OSError as error:
         return [Finding("problem", "folder", str(error), "nothing of it is read or written until then"), *findings]
     findings += [_index(disk), *_contents(disk), *_strangers(root)]
@@ -49,9 +50,9 @@ def examine(root: Path) -> list[Finding]:
     return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
 
 
-def _private(root: Path) -> Finding:
+def _private(root: Path, checksums: Checksums) -> Finding:
     status = root.stat()
-    if status.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()) and not checksums.are_keyed:
         return Finding("problem", "owner", f"{root} belongs to user {status.st_uid}", "give every user a cache_dir of their own")
     if stat.S_IMODE(status.st_mode) & 0o077:
         return Finding("problem", "permissions", f"{stat.filemode(status.st_mode)}: others can read your texts", f"chmod 700 {root}")

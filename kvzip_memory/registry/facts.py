@@ -91,6 +91,7 @@ _RECIPE = _fields(
     {"role": _text, "tools": _or_none(_text), "tail": _text, "system": _text},
 )
 _SOURCE = _fields({"name": _text, "metadata": _mapping(lambda _: True), "start": _whole(), "end": _whole()}, {"shown": _true_or_false})
+_SUMS: dict[str, Check] = {"xxh3": _text, "hmac": _text}
 _HEADER: dict[str, Check] = {
     **_COMMON,
     "name": _or_none(_text),
@@ -101,7 +102,7 @@ _HEADER: dict[str, Check] = {
     "layers": _list(_fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))})),
     "catalog": _fields({}, {**_CATALOG, **_TIMES}),
     "extents": _list(
-        _fields({"name": _text, "dtype": lambda v: _text(v) and v in ELEMENT, "shape": _list(_whole()), "padded": _whole(), "xxh3": _text})
+        _fields({"name": _text, "dtype": lambda v: _text(v) and v in ELEMENT, "shape": _list(_whole()), "padded": _whole()}, _SUMS)
     ),
 }
 

@@ -8,7 +8,8 @@ Layout, readable by any safetensors reader::
               last, 8 bytes: xxh3-64 of everything up to the start of the data
 
 The header's metadata holds the identity, the lengths of the heads and an xxh3-64 of every extent, padding included,
-so that every byte of the file is covered by one checksum.
+so that every byte of the file is covered by one checksum. With a secret all of them are HMAC-SHA256, of 32 bytes, see
+:mod:`~kvzip_memory.checksums`: who has not got it can change nothing, nor give a file the key of another.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.modes import plain
@@ -55,17 +56,23 @@ _DTYPES = {
 _TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
+class UnreadableHereError(CorruptFileError):
+    """Of a newer format, or of a secret that is not given: nothing is known to be wrong with the file."""
+
+
 class PreparedFile:
     """A context as the bytes of a file, checksums computed; nothing is written yet.
 
     Args:
         context: one that holds its pairs itself.
         catalog: facts for the registry's index, kept in the header so that the index can be made anew from the files.
+        checksums: how they are made.
     """
 
-    def __init__(self, context: CompressedContext, catalog: Mapping[str, Any] | None = None) -> None:
-        self._header, self._extents = _header(context, catalog or {})
-        self.nbytes = len(self._header) + sum(len(data) + -len(data) % ALIGNMENT for data in self._extents) + 8
+    def __init__(self, context: CompressedContext, catalog: Mapping[str, Any] | None = None, checksums: Checksums = PLAIN) -> None:
+        self._checksums = checksums
+        self._header, self._extents = _header(context, catalog or {}, checksums)
+        self.nbytes = len(self._header) + sum(len(data) + -len(data) % ALIGNMENT for data in self._extents) + checksums.size
 
     def write(self, path: Path, temporary: Path) -> None:
         """Write ``temporary``, fsync it and rename it to ``path``; mode 0600.
@@ -73,11 +80,12 @@ class PreparedFile:
         Raises:
             OSError: it cannot be written; the temporary file is gone and ``path`` is as it was.
         """
-        _write(temporary, self._header, (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT))))
+        pieces = (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT)))
+        _write(temporary, self._header, pieces, self._checksums)
         replace_with(path, temporary)
 
 
-def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any]) -> int:
+def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any], checksums: Checksums = PLAIN) -> int:
     """Copy a file with another catalog; its data is as it is. Returns the copy's bytes.
 
     Raises:
@@ -85,8 +93,7 @@ def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any]) -> int
         OSError: it cannot be read or written; there is no copy.
     """
     with open_context(path, follow_links=False) as source:
-        facts = read_header(source, path)
-        table = json.loads(os.pread(source.fileno(), source.tell() - 8, 8))
+        facts, table = _read_header(source, path, checksums)
         table["__metadata__"]["kvzip_memory"] = json.dumps({**facts, "catalog": dict(catalog)})
         header = _padded(table)
         data = sum(extent["padded"] for extent in facts["extents"])
@@ -97,39 +104,46 @@ def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any]) -> int
                 left -= len(piece)
                 yield piece
 
-        _write(copy, header, body())
-    return len(header) + data + 8
+        _write(copy, header, body(), checksums)
+    return len(header) + data + checksums.size
 
 
-def write_context(context: CompressedContext, path: Path) -> Path:
+def write_context(context: CompressedContext, path: Path, checksums: Checksums = PLAIN) -> Path:
     """Write ``context`` to ``path`` through a temporary file beside it.
 
     Raises:
         OSError: it cannot be written; whatever was at ``path`` is still there.
     """
-    PreparedFile(context).write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"))
+    PreparedFile(context, None, checksums).write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"))
     return path
 
 
 def read_context(
-    path: Path, device: torch.device, *, follow_links: bool = True, admit: Callable[[Mapping[str, Any]], None] | None = None
+    path: Path,
+    device: torch.device,
+    *,
+    follow_links: bool = True,
+    admit: Callable[[Mapping[str, Any]], None] | None = None,
+    checksums: Checksums = PLAIN,
 ) -> CompressedContext:
     """Read a context and check every byte of it.
 
     Args:
         follow_links: whether ``path`` may be a symbolic link.
         admit: told the facts of the header, such as the bytes ``nbytes`` that it takes in memory, before the pairs are read.
+        checksums: how they were made.
 
     Raises:
-        CorruptFileError: damaged, incomplete, of a newer format, or not a context file; says what is wrong.
+        CorruptFileError: damaged, incomplete, or not a context file; says what is wrong.
+        UnreadableHereError: of a newer format, or written with a secret that is not given.
         OSError: the file cannot be read.
     """
     with open_context(path, follow_links) as file:
-        facts = read_header(file, path)
+        facts = read_header(file, path, checksums)
         if admit is not None:
             admit(facts)
-        layers, token_ids = _read_layers(file, facts, path, device)
-    return _context(facts, layers, token_ids)
+        layers, token_ids = _read_layers(file, facts, path, device, checksums)
+    return _context(facts, Resident(layers, checksums), token_ids)
 
 
 def open_context(path: Path, follow_links: bool) -> BinaryIO:
@@ -153,40 +167,53 @@ def open_context(path: Path, follow_links: bool) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
+def read_header(file: BinaryIO, path: Path, checksums: Checksums = PLAIN) -> dict[str, Any]:
     """Check a file's header and size and give the facts stored in it; the file stands at the start of the data then.
 
     Raises:
-        CorruptFileError: not a context file, a damaged header, a wrong size, or a newer format.
+        CorruptFileError: not a context file, a damaged header, or a wrong size.
+        UnreadableHereError: as for :func:`read_context`.
     """
+    return _read_header(file, path, checksums)[0]
+
+
+def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts, and the table of tensors that they stand in."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if not 0 < length <= size - 16:
+    if not 0 < length <= size - 8 - checksums.size:
         raise CorruptFileError(f"{path}: truncated, or not a context file (no safetensors header)")
     if length > _HEADER:
         raise CorruptFileError(f"{path}: a header of {length:,} bytes, more than the {_HEADER:,} of any file of ours")
     header = file.read(length)
+    file.seek(size - checksums.size)
+    sound = file.read(checksums.size) == _trailer(prefix + header, checksums)
     try:
-        facts: dict[str, Any] = json.loads(json.loads(header)["__metadata__"]["kvzip_memory"])
+        table: dict[str, Any] = json.loads(header)
+        facts: dict[str, Any] = json.loads(table["__metadata__"]["kvzip_memory"])
         written = int(facts["identity"]["format"])
     except (OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not a context file, or its header is damaged ({type(error).__name__})") from None
     if written > FORMAT:
-        raise CorruptFileError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
-    file.seek(size - 8)
-    if file.read(8) != struct.pack("<Q", xxhash.xxh3_64_intdigest(prefix + header)):
+        raise UnreadableHereError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
+    if f"header.{checksums.name}" not in table:
+        if checksums.are_keyed:
+            raise CorruptFileError(f"{path}: written without the secret, by whomever; one that has none can read it")
+        if "header.hmac" in table:
+            raise UnreadableHereError(f"{path}: written with a secret; give secret= to the engine that reads it")
+    if not sound:
         raise CorruptFileError(f"{path}: the header's checksum is wrong, or the file is truncated")
     try:
         check_header(facts)
     except (OddFactError, RecursionError) as error:
         raise CorruptFileError(f"{path}: {error}, which no version of ours has written") from None
-    expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + 8
+    expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + checksums.size
     if size != expected:
         raise CorruptFileError(f"{path}: {size} bytes instead of {expected}")
     file.seek(8 + length)
     nbytes = sum(math.prod(extent["shape"]) * ELEMENT[extent["dtype"]] for extent in facts["extents"][:-1])  # what they will take here
-    return {**_of_older_files(facts), **facts, "nbytes": nbytes}
+    return {**_of_older_files(facts), **facts, "nbytes": nbytes}, table
 
 
 def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,22 +233,23 @@ def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
-def _header(context: CompressedContext, catalog: Mapping[str, Any]) -> tuple[bytes, list[memoryview]]:
+def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: Checksums) -> tuple[bytes, list[memoryview]]:
     tensors = dict(_named_tensors(context))
     extents, table, offset = [], {}, 0
     for name, tensor in tensors.items():
         data = _bytes(tensor)
         padded = len(data) + -len(data) % ALIGNMENT
-        checksum = xxhash.xxh3_64(data)
+        checksum = checksums.begin("extent")
+        checksum.update(data)
         checksum.update(bytes(padded - len(data)))
-        extents.append(
-            {"name": name, "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "padded": padded, "xxh3": checksum.hexdigest()}
-        )
+        extent = {"name": name, "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "padded": padded}
+        extents.append({**extent, checksums.name: checksum.hexdigest()})
         table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
         if padded > len(data):  # safetensors allows no holes: padding is a tensor of its own
             table[f"{name}.padding"] = {"dtype": "U8", "shape": [padded - len(data)], "data_offsets": [offset + len(data), offset + padded]}
         offset += padded
-    table["header.xxh3"] = {"dtype": "U8", "shape": [8], "data_offsets": [offset, offset + 8]}
+    size = checksums.size
+    table[f"header.{checksums.name}"] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
     facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
     header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
     return header, [_bytes(t) for t in tensors.values()]
@@ -232,6 +260,11 @@ def _padded(table: Mapping[str, Any]) -> bytes:
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
     return struct.pack("<Q", len(header)) + header
+
+
+def _trailer(header: bytes, checksums: Checksums) -> bytes:
+    """The checksum of a header as it stands at a file's end: a number, the lowest byte first."""
+    return bytes.fromhex(checksums.of("header", header))[::-1]
 
 
 def replace_with(path: Path, temporary: Path) -> None:
@@ -248,7 +281,7 @@ def replace_with(path: Path, temporary: Path) -> None:
     _sync_directory(path.parent)
 
 
-def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -> None:
+def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview], checksums: Checksums) -> None:
     """Write a file and fsync it; mode 0600. After an error it is gone."""
     try:
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
@@ -256,7 +289,7 @@ def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview]) -
             file.write(header)
             for piece in body:
                 file.write(piece)
-            file.write(struct.pack("<Q", xxhash.xxh3_64_intdigest(header)))
+            file.write(_trailer(header, checksums))
             file.flush()
             os.fsync(file.fileno())
     except BaseException:
@@ -308,7 +341,9 @@ def _sync_directory(folder: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device) -> tuple[tuple[RaggedLayer, ...], Tensor]:
+def _read_layers(
+    file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
+) -> tuple[tuple[RaggedLayer, ...], Tensor]:
     """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
 
     Layers go on to the device as they come, while the next ones are read. The token ids come last.
@@ -322,7 +357,7 @@ def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: t
 
     def read(part: list[int]) -> None:
         for i in part:
-            _read_extent(file.fileno(), extents[i], starts[i], _bytes(tensors[extents[i]["name"]]), path)
+            _read_extent(file.fileno(), extents[i], starts[i], _bytes(tensors[extents[i]["name"]]), path, checksums)
 
     with ThreadPoolExecutor(READERS) as pool:
         small = starts[-1] - starts[0] < _SMALL
@@ -369,23 +404,23 @@ def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: memoryview, path: Path) -> None:
-    checksum, done = xxhash.xxh3_64(), 0
+def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: memoryview, path: Path, checksums: Checksums) -> None:
+    checksum, done = checksums.begin("extent"), 0
     while done < len(data) and (count := os.preadv(descriptor, [data[done : done + _PIECE]], start + done)):
         checksum.update(data[done : done + count])  # while it is in the processor's cache
         done += count
     checksum.update(os.pread(descriptor, extent["padded"] - len(data), start + len(data)))
-    if checksum.hexdigest() != extent["xxh3"]:
+    if not checksums.same(checksum.hexdigest(), extent.get(checksums.name, "")):
         raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
 
 
-def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_ids: Tensor) -> CompressedContext:
+def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> CompressedContext:
     recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
     return CompressedContext(
         key=key_of(facts["identity"]),
         identity=facts["identity"],
         token_ids=token_ids,
-        storage=Resident(layers),
+        storage=storage,
         protected=facts["protected"],
         ratio=facts["ratio"],
         dense_nbytes=facts["dense_nbytes"],

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from diskcache.core import MODE_RAW
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
 from kvzip_memory.registry.index import Index, IndexDamagedError, check_plain
@@ -31,10 +32,10 @@ def why_read_only(root: Path) -> str | None:
 class FrozenIndex(Index):
     """Rows of an index as they were when it was opened. What is written to them is seen by this process alone."""
 
-    def __init__(self, folder: Path) -> None:
-        self._lock, self._open = threading.RLock(), None
+    def __init__(self, folder: Path, checksums: Checksums = PLAIN) -> None:
+        self._lock, self._open, self._checksums = threading.RLock(), None, checksums
         refuse_after_fork(self, "_lock")
-        self._rows = _Rows(_sound_rows(folder / "cache.db"))
+        self._rows = _Rows(_sound_rows(folder / "cache.db", checksums))
 
 
 class _Rows(dict[str, str]):
@@ -52,7 +53,7 @@ class _Rows(dict[str, str]):
     def close(self) -> None: ...
 
 
-def _sound_rows(database: Path) -> dict[str, str]:
+def _sound_rows(database: Path, checksums: Checksums) -> dict[str, str]:
     """What can be read: with what SQLite has not put into the file yet if it can open that here, else without."""
     try:
         check_plain(database.parent)
@@ -61,15 +62,15 @@ def _sound_rows(database: Path) -> dict[str, str]:
     for how in ("mode=ro", "immutable=1"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(database))}?{how}", uri=True, timeout=QUIET_S)) as opened:
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()
-            return {key: value for key, value in found if _is_sound(key, value)}
+            return {key: value for key, value in found if _is_sound(key, value, checksums)}
     return {}
 
 
-def _is_sound(key: object, value: object) -> bool:
+def _is_sound(key: object, value: object, checksums: Checksums) -> bool:
     if type(key) is not str or type(value) is not str:
         return False
     try:
-        Index.unpacked(key, value)
+        Index.unpacked(key, value, checksums)
     except IndexDamagedError:
         return False
     return True

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-import xxhash
 from diskcache.core import MODE_RAW, UNKNOWN
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.errors import ForkedError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
@@ -95,8 +95,8 @@ class Index:
         IndexUnavailableError: from any method, when it cannot be used now.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._lock = threading.RLock()
+    def __init__(self, folder: Path, checksums: Checksums = PLAIN) -> None:
+        self._lock, self._checksums = threading.RLock(), checksums
         self._open: AbstractContextManager[Any] | None = None  # the transaction of the thread that has the lock
         with _translated():
             check_plain(folder)
@@ -121,18 +121,18 @@ class Index:
     def get(self, key: str) -> Row | None:
         with _translated():
             text = self._rows.get(key)
-        return None if text is None else self.unpacked(key, text)
+        return None if text is None else self.unpacked(key, text, self._checksums)
 
     def set(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row in its place, or as the most recent one if it is new."""
         with self._lock, _translated():
-            self._rows.set(key, self.packed(key, row))
+            self._rows.set(key, self.packed(key, row, self._checksums))
 
     def move_to_end(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row as the most recent one. Inside a :meth:`transaction`."""
         with self._lock, _translated():
             self._rows.delete(key)
-            self._rows.set(key, self.packed(key, row))
+            self._rows.set(key, self.packed(key, row, self._checksums))
 
     def delete(self, key: str) -> None:
         with self._lock, _translated():
@@ -197,20 +197,21 @@ class Index:
             self._rows.close()
 
     @staticmethod
-    def packed(key: str, row: Mapping[str, Any]) -> str:
+    def packed(key: str, row: Mapping[str, Any], checksums: Checksums = PLAIN) -> str:
         """A row as it is stored: a checksum of key and text, then the text."""
         text = json.dumps(row, separators=(",", ":"), default=str)
-        return xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) + text
+        return checksums.of("row", key, "\n", text) + text
 
     @staticmethod
-    def unpacked(key: str, packed: str) -> Row:
+    def unpacked(key: str, packed: str, checksums: Checksums = PLAIN) -> Row:
         """The row.
 
         Raises:
             IndexDamagedError: its checksum is wrong.
         """
-        checksum, text = packed[:16], packed[16:]
-        if xxhash.xxh3_64_hexdigest(f"{key}\n{text}".encode()) != checksum:
+        digits = 2 * checksums.size
+        checksum, text = packed[:digits], packed[digits:]
+        if not checksums.same(checksums.of("row", key, "\n", text), checksum):
             raise IndexDamagedError(f"the checksum of row {key!r} is wrong")
         try:
             row = json.loads(text)

@@ -16,7 +16,7 @@ _TEMPORARY = re.compile(r"[0-9a-f]{64}(\.catalog)?(\.[0-9a-f]{8})?\.tmp")
 _BLOB_FOLDER = re.compile("[0-9a-f]{2}")
 _OLD_INDEX = re.compile(r"index\.[0-9]+")
 _FILES = {
-    "": re.compile(r"FORMAT|\.FORMAT\.[0-9a-f]{32}"),
+    "": re.compile(r"FORMAT|\.FORMAT\.[0-9a-f]{32}|SECRET|\.SECRET\.[0-9a-f]{32}"),
     "tmp": _TEMPORARY,  # of older versions
     "blobs/.tmp": _TEMPORARY,
     "names": re.compile(r"[0-9a-f]{64}\.json|\.[0-9a-f]{64}"),

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from filelock import FileLock
 
+from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, held
 from kvzip_memory.private import delete, read_text, write_text
@@ -58,10 +58,11 @@ class Names:
     Args:
         root: of the disk tier, which has folders ``names`` and ``locks``; None keeps names in memory.
         read_only: names are read, and what is given is known to this process alone.
+        checksums: how those of files are made.
     """
 
-    def __init__(self, root: Path | None = None, read_only: bool = False) -> None:
-        self._root, self._read_only = root, read_only
+    def __init__(self, root: Path | None = None, read_only: bool = False, checksums: Checksums = PLAIN) -> None:
+        self._root, self._read_only, self._checksums = root, read_only, checksums
         self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
         self._lock = threading.Lock()
         refuse_after_fork(self, "_lock")
@@ -201,9 +202,7 @@ class Names:
         if self._root is None:
             return {}
         try:
-            checksum, _, text = read_text(self._path(file)).partition("\n")
-            if checksum != _checksum(file, text):
-                return {}
+            text = self._checksums.unseal("names", file, read_text(self._path(file)))
             rows = [{**row, "sources": tuple(map(tuple, row["sources"]))} for row in json.loads(text)]
             return {row["family"]: _checked(Label(**row)) for row in rows}
         except (OSError, ValueError, TypeError, KeyError, RecursionError):  # what cannot be read means nothing
@@ -216,7 +215,7 @@ class Names:
             return
         text = json.dumps([asdict(label) for label in known.values()], default=str)
         temporary = path.with_name(f".{file}")  # one writer at a time
-        write_text(temporary, f"{_checksum(file, text)}\n{text}")
+        write_text(temporary, self._checksums.seal("names", file, text))
         os.replace(temporary, path)
 
 
@@ -235,10 +234,6 @@ def _checked(label: Label) -> Label:
 
 def _file_of(tenant: str | None, name: str) -> str:
     return digest(["name", tenant, name])
-
-
-def _checksum(file: str, text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{file}\n{text}".encode())
 
 
 def _in_order(labels: Iterable[Label]) -> list[Label]:

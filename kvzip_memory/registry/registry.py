@@ -21,6 +21,7 @@ import torch
 
 from kvzip_memory import calls
 from kvzip_memory.calls import Left
+from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
@@ -141,6 +142,7 @@ class ContextRegistry(Shared):
         tenant: digest of the tenant whose contexts are found, listed and changed, by names, keys, tags or otherwise: another's is as if it
             had never existed. :data:`EVERYONE` for operators. Of the whole folder are :meth:`stats` of the disk tier, :meth:`is_empty`, and
             room: it is made where it was used longest ago, whoever's.
+        secret: what is on disk is used only if it was written with it; None for none.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -156,8 +158,9 @@ class ContextRegistry(Shared):
         ttl: float | None = None,
         wait_s: float = 60.0,
         tenant: str | None = None,
+        secret: str | None = None,
     ) -> None:
-        self.tenant = tenant
+        self.tenant, self.checksums = tenant, Checksums(secret)
         self.device, self.ttl, self._wait_s = device, ttl, wait_s
         self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
@@ -175,7 +178,7 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget, tenant)
+                self._disk = DiskTier(folder.expanduser().absolute(), budget, tenant, self.checksums)
                 self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)

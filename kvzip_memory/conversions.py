@@ -1,0 +1,221 @@
+"""``.gguf`` files that were dequantised once, each into a folder in ``cache_dir/gguf`` that the model is read from ever after.
+
+A folder is named after the sha256 of the file, and has a list of what is in it. It is written beside its place and renamed into it whole.
+One that is damaged all the same is made anew. Nothing else is counted or freed here but what has such a name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kvzip_memory.checksums import PLAIN
+from kvzip_memory.errors import InputError, StorageError
+from kvzip_memory.locks import SharedLock, held
+from kvzip_memory.printable import logger_of
+from kvzip_memory.private import (
+    check_file,
+    check_folder,
+    check_not_shared,
+    is_file,
+    is_folder,
+    make_folder,
+    open_file,
+    read_text,
+    write_text,
+)
+
+logger = logger_of(__name__)
+
+#: Days after its last use when ``gc`` deletes one.
+UNUSED_DAYS = 30
+_NAME = re.compile(r".+-([0-9a-f]{64}|[0-9a-f]{16})-\w+-transformers-.+", re.DOTALL)  # the shorter digest is of earlier versions
+_LIST, _STAGING = "CONVERSION", ".tmp-"
+_TRIES = 3  # others may delete it in between
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was made of a ``.gguf`` file.
+
+    Attributes:
+        nbytes: bytes of its files.
+        used: when it was last read, seconds since the epoch.
+    """
+
+    folder: Path
+    nbytes: int
+    used: float
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def remove(self) -> None:
+        """Delete it.
+
+        Raises:
+            StorageError: a process makes or reads it, or there is something in it that is no file; nothing was deleted.
+        """
+        try:
+            with held(_lock(self.folder), "making or reading it", 0.0):
+                _delete(self.folder)
+        except Timeout:
+            raise StorageError(f"{self.name} is being made or read by a process; try again when that has its model") from None
+
+
+def conversions(cache_dir: Path) -> list[Conversion]:
+    """All of a folder, the last used first."""
+    found = []
+    for folder in _named(cache_dir, ""):
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            mark = folder / _LIST
+            used = (mark if is_file(mark) else folder).lstat().st_mtime
+            found.append(Conversion(folder, sum(path.lstat().st_size for path in folder.iterdir() if is_file(path)), used))
+    return sorted(found, key=lambda conversion: -conversion.used)
+
+
+def find(cache_dir: Path, reference: str) -> Conversion:
+    """The one whose name begins so.
+
+    Raises:
+        InputError: none, or several.
+    """
+    found = [conversion for conversion in conversions(cache_dir) if reference and conversion.name.startswith(reference)]
+    if len(found) != 1:
+        names = ", ".join(conversion.name for conversion in found or conversions(cache_dir)) or "there is none"
+        raise InputError(f"{reference!r} is the beginning of {len(found)} conversions' names; give more of one of them: {names}")
+    return found[0]
+
+
+def gc(cache_dir: Path) -> tuple[int, int]:
+    """Delete what was not read for :data:`UNUSED_DAYS`, and what killed processes have left; how many, and their bytes."""
+    count = freed = 0
+    for staging in _named(cache_dir, _STAGING):
+        with suppress(Timeout, OSError), held(_lock(staging.with_name(staging.name.removeprefix(_STAGING))), "making it", 0.0):
+            freed += sum(path.lstat().st_size for path in staging.rglob("*") if is_file(path))
+            shutil.rmtree(staging)
+            count += 1
+    for conversion in conversions(cache_dir):
+        if abs(time.time() - conversion.used) > UNUSED_DAYS * 86400:
+            with suppress(OSError):  # it is in use, or is not ours
+                conversion.remove()
+                count, freed = count + 1, freed + conversion.nbytes
+    return count, freed
+
+
+@contextmanager
+def converted(cache_dir: Path, name: str, convert: Callable[[Path], object]) -> Iterator[Path]:
+    """A conversion's folder, whole, and there for as long as the block runs; made if need be, by one process.
+
+    Args:
+        name: of the folder.
+        convert: writes files into the folder that it is given.
+
+    Raises:
+        StorageError: others can write the folder, or something in it is not ours.
+    """
+    folder = cache_dir / "gguf" / name
+    check_not_shared(cache_dir, folder.parent)
+    make_folder(folder.parent)
+    for _ in range(_TRIES):
+        with held(SharedLock(f"{folder}.lock"), f"converting {name}"):
+            if _is_whole(folder):
+                with suppress(OSError):
+                    os.utime(folder / _LIST)
+                yield folder
+                return
+        with held(_lock(folder), f"converting {name}"):
+            if not _is_whole(folder):
+                _make(folder, convert)
+    raise StorageError(f"{folder} is damaged each time that it was made; look after the disk, or give another cache_dir")
+
+
+def _make(folder: Path, convert: Callable[[Path], object]) -> None:
+    if is_folder(folder):
+        logger.warning("%s is damaged; it is made anew", folder)
+        _delete(folder)
+    logger.info("converting once into %s", folder)
+    staging = _emptied(folder)
+    make_folder(staging)
+    try:
+        convert(staging)
+        files = {}
+        for path in staging.iterdir():
+            path.chmod(0o600)
+            files[path.name] = [path.lstat().st_size, _checksum(path)]
+        write_text(staging / _LIST, PLAIN.seal("conversion", folder.name, json.dumps(files)))
+        os.replace(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all files are there and as they were written; takes 0.1 s a GB that lies in memory.
+
+    Raises:
+        StorageError: there is something that is none of them.
+    """
+    check_folder(folder)
+    if not is_folder(folder):
+        return False
+    check_not_shared(folder.parent, folder, folder.iterdir())
+    for path in folder.iterdir():
+        check_file(path)
+    if not is_file(folder / _LIST):
+        raise StorageError(f"{folder} is no conversion of ours, for it has no file {_LIST}; move it away")
+    try:
+        files: dict[str, list[object]] = json.loads(PLAIN.unseal("conversion", folder.name, read_text(folder / _LIST)))
+    except (ValueError, RecursionError):
+        return False
+    if strange := sorted({path.name for path in folder.iterdir()} - files.keys() - {_LIST}):
+        raise StorageError(f"{folder / strange[0]} is no file of the conversion; move it away")
+    return all(
+        is_file(path := folder / name) and path.lstat().st_size == nbytes and _checksum(path) == checksum
+        for name, (nbytes, checksum) in files.items()
+    )
+
+
+def _checksum(path: Path) -> str:
+    checksum = PLAIN.begin("conversion")
+    with os.fdopen(open_file(path), "rb") as file:
+        while block := file.read(1 << 20):
+            checksum.update(block)
+    return checksum.hexdigest()
+
+
+def _delete(folder: Path) -> None:
+    """Raises:
+    StorageError: there is something that is no file; nothing was deleted.
+    """
+    for path in folder.iterdir():
+        check_file(path)
+    os.replace(folder, gone := _emptied(folder))
+    shutil.rmtree(gone)
+
+
+def _emptied(folder: Path) -> Path:
+    """Where a conversion is made or deleted, without what a killed process has left there."""
+    staging = folder.with_name(_STAGING + folder.name)
+    shutil.rmtree(staging, ignore_errors=True)
+    return staging
+
+
+def _lock(folder: Path) -> FileLock:
+    return FileLock(f"{folder}.lock", mode=0o600)
+
+
+def _named(cache_dir: Path, prefix: str) -> list[Path]:
+    top = cache_dir / "gguf"
+    found = [*top.iterdir()] if is_folder(top) else []
+    starting = [path for path in found if path.name.startswith(_STAGING) == bool(prefix)]
+    return [path for path in starting if _NAME.fullmatch(path.name.removeprefix(prefix)) and is_folder(path)]
