@@ -60,7 +60,19 @@ from kvzip_memory.registry.identity import (
 from kvzip_memory.registry.registry import MOST_TAGS
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import MOST_KEPT, MOST_OF_SCHEMA, Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
+from kvzip_memory.sources import (
+    MOST_KEPT,
+    MOST_OF_SCHEMA,
+    Message,
+    as_folder,
+    as_messages,
+    as_path,
+    as_texts,
+    check_metadata,
+    clean,
+    cleaned,
+    read_source,
+)
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 from kvzip_memory.weights import Stamp
@@ -93,8 +105,8 @@ class KVzipEngine(Shared):
             first of it if it was grown.
         tenant: a salt for every key: engines of different tenants never use each other's contexts. Only its digest is kept.
         max_running: answers that threads get decoded together, a row each.
-        max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
-            more than run and wait, of answers and of others each.
+        max_waiting: answers that may wait behind them, of threads and of event loops together, first come first served; more is a
+            :class:`QueueFullError`. As many other async calls may wait.
         attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
             ``"reference"``, see :func:`kvzip_memory.attention.choose`; :meth:`stats` names what was chosen.
         progress: show progress bars; None shows them on a terminal only.
@@ -480,7 +492,9 @@ class KVzipEngine(Shared):
             every,
         )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
+        check_metadata(prompt.sources)
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
+        wanted = self.registry.with_room(wanted)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
@@ -807,9 +821,10 @@ class KVzipEngine(Shared):
 
     def stats(self) -> dict[str, Any]:
         """Bytes and budgets of the tiers, hits, builds and evictions, see :meth:`ContextRegistry.stats`; how many answers are
-        ``running`` and how many are ``waiting`` for their turn, the oldest of them for ``oldest_wait_s`` seconds; the attention's name.
+        ``running`` and how many are ``waiting`` for their turn, the oldest of them for ``oldest_wait_s`` seconds; the attention's name; and
+        how many ``sessions`` and ``nbytes`` of ``turns`` lie in ``cache_dir``, which ``disk_bytes`` does not count.
         """
-        return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend}
+        return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend, "turns": turns.usage(self.cache_dir)}
 
     def close(self) -> None:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
