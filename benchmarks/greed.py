@@ -2,8 +2,8 @@
 
 python benchmarks/greed.py [--only NAME]
 
-Each call is made in a process of its own, with a tiny random model. What is handed in is made before the clock starts; as a measure, the same
-process then reads it once: it is written to JSON, which is the least that any use of it costs.
+Each call is made in a process of its own, with a tiny random model. What is handed in is made before the clock starts. As a measure the
+same process first reads it once, writing it as JSON.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import resource
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,6 +25,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "integrations"), str(ROOT)]
+
+#: Children begin with what is imported; nothing has been computed, and no thread made, before.
+FORKED = multiprocessing.get_context("fork")
 
 TIMES = 10  # over the limit
 WINDOW = 2048
@@ -166,7 +169,10 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
     """Of each limit: what it is of, how much may be, how much is handed in, the call, and whether that is refused. By the constants of the
     code, or by the option that says it.
     """
-    from kvzip_memory import Document, guidance, sources, turns
+    from llama_index.core.llms import ChatMessage
+
+    from conftest import tiny_engine
+    from kvzip_memory import Document, WindowError, guidance, sources, turns
     from kvzip_memory import generation as answers
     from kvzip_memory.generation import GenerationParams
     from kvzip_memory.registry import files, holders
@@ -174,6 +180,7 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
     from kvzip_memory.sources import as_message
     from kvzip_memory.tools import read_calls
     from langchain_kvzip import KVzipChatModel, folders, memory_tools
+    from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
     from llama_index_kvzip import memory as blocks
 
     huge, page = 20_000_000, "A page. "
@@ -187,6 +194,24 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
             file.write(size.to_bytes(8, "little"))
             file.truncate(size + 8)  # a hole
         return None, lambda: engine.open(path)
+
+    def in_memory(engine: Any, folder: Path, size: int) -> tuple[Any, Callable[[], Any]]:
+        engine = tiny_engine()  # without a folder
+        block, text = KVzipMemoryBlock(llm=KVzipLLM(engine=engine)), "a" * (15 << 20)
+
+        async def use() -> None:
+            for n in range(size // len(text)):
+                with suppress(WindowError):
+                    await block.aput([ChatMessage(text)], from_short_term_memory=True, session_id=f"user {n}")
+
+        return text * (blocks.MOST_IN_MEMORY // len(text)), lambda: asyncio.run(use())  # what is taken
+
+    def many_documents(engine: Any, folder: Path, size: int) -> tuple[Any, Callable[[], Any]]:
+        for first in range(0, memory_tools.MOST_DOCUMENTS, 250):
+            engine.load(page, tags=[f"memory:agent:{n}" for n in range(first, first + 250)])
+        return _agent(
+            lambda tools, size, folder: [tools["load_document"].invoke({"name": f"more {n}", "text": page}) for n in range(100)][-1]
+        )(engine, folder, size)
 
     def documents(size: int) -> list[Any]:
         return [Document(page, "a", {"a": "b" * (size // 10)}) for _ in range(10)]
@@ -240,7 +265,7 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
             "tokens",
             WINDOW,
             10**9,
-            _given(lambda n: n, lambda e, n: e.generate(None, "Who?", max_new_tokens=n, stop=["e"])),
+            _given(lambda n: n, lambda e, n: _begun(e.stream(None, "Who?", max_new_tokens=n))),
             False,
         ),
         "logit_bias": (
@@ -303,6 +328,13 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
             _given(documents, lambda e, d: e.load(d)),
             True,
         ),
+        "MOST_OF_METADATA": (
+            "lists and mappings",
+            sources.MOST_OF_METADATA,
+            times(sources.MOST_OF_METADATA),
+            _given(lambda n: {"a": [[]] * n}, lambda e, v: e.load(Document(page, "a", v))),
+            True,
+        ),
         "DEEPEST": (
             "levels",
             sources.DEEPEST,
@@ -330,6 +362,8 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
         "max_waiting: abatch": ("calls", 1024, times(1024), _given(lambda n: ["Who?"] * n, batch), True),
         "LARGEST_SESSION": ("bytes", turns.LARGEST_SESSION, times(turns.LARGEST_SESSION), _session, True),
         "MOST_SESSIONS: stored": ("sessions", blocks.MOST_SESSIONS, times(blocks.MOST_SESSIONS), _sessions(True), False),
+        "MOST_IN_MEMORY": ("bytes", blocks.MOST_IN_MEMORY, times(blocks.MOST_IN_MEMORY), in_memory, True),
+        "MOST_DOCUMENTS": ("documents", memory_tools.MOST_DOCUMENTS, times(memory_tools.MOST_DOCUMENTS), many_documents, True),
         "LARGEST_FILE": (
             "bytes",
             folders.LARGEST_FILE,
@@ -361,6 +395,11 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
         ),
         "open sessions": ("sessions", 0, 10_000, _given(lambda n: range(n), lambda e, r: [e.session() for _ in r]), False),
     }
+
+
+def _begun(stream: Any) -> None:
+    next(stream)
+    stream.close()
 
 
 def _wide(size: int) -> dict[str, Any]:
@@ -404,6 +443,7 @@ def measure(name: str) -> dict[str, Any]:
         except Exception as raised:
             error = raised
         seconds, peak = time.perf_counter() - began, _peak() - before
+        engine.close()
         kind = type(error).__name__ if error else "none"
         told = {"error": kind, "told": len(str(error or ""))}
         if refused != (error is not None):
@@ -429,14 +469,20 @@ def main() -> None:
         return
     from common import save
 
-    table = []
-    for name in limits():
-        done = subprocess.run([sys.executable, __file__, "--only", name], capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            print(name, done.stderr[-1500:])
-            continue
-        table.append(json.loads(done.stdout.splitlines()[-1]))
-        print(table[-1], flush=True)
+    table, failed = list[dict[str, Any]](), list[str]()
+    for name in limits():  # which imports all that the children need
+        read, write = FORKED.Pipe(duplex=False)
+        child = FORKED.Process(target=lambda: write.send(measure(name)))  # noqa: B023 (it has ended before the next one)
+        child.start()
+        write.close()
+        try:
+            table.append(read.recv())
+            print(table[-1], flush=True)
+        except EOFError:  # the child has told why
+            failed.append(name)
+        child.join()
+    if failed:
+        raise SystemExit(f"not as it should be: {failed}")
     save("greed", {"table": table})
 
 

@@ -935,6 +935,7 @@ class KVzipEngine(Shared):
         if parallel_tool_calls is None and prompts.one_call:
             parallel_tool_calls = False
         if tools:
+            prompts.check_tools(tools)
             guidance = self._guidance_of(language)
             params["grammar"] = calls_grammar(guidance, form or prompts.form, tools, tool_choice, schema, parallel_tool_calls)
         elif schema is not None:
@@ -961,9 +962,9 @@ class KVzipEngine(Shared):
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
         return self._prompts.question(context.recipe if context else None, question, tools)
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
-        """Tokens of messages as a prompt."""
-        return self._prompts.count(messages, tools)
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, most: int | None = None) -> int:
+        """Tokens of messages as a prompt. Of what has more than ``most`` no more is read than tells that, and a larger number given."""
+        return self._prompts.count(messages, tools, most)
 
     def _masses(
         self, context: CompressedContext, spans: Sequence[Span], question: str | Sequence[Message], answer: str

@@ -44,6 +44,8 @@ CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 MOST_KEPT = 1000
 #: A name or a tag may have so many characters; the names and metadata of all documents of a context so many as JSON.
 LONGEST_NAME, LARGEST_METADATA = 4096, 8 << 20
+#: Metadata of a document have no more lists and mappings.
+MOST_OF_METADATA = 100_000
 #: Values that are handed in have no more lists and mappings than this within one another, and no more of them; schemas and tools fewer.
 DEEPEST, MOST_PARTS, MOST_OF_SCHEMA = 100, 1_000_000, 5_000
 
@@ -203,6 +205,7 @@ def read_source(source: Any) -> tuple[list[Document], list[Message]]:
         if not document.text.strip():
             where = f" {document.name!r}" if document.name else f" {number} of {len(documents)}" if len(documents) > 1 else ""
             raise InputError(f"document{where} is empty; there is nothing to load")
+    check_metadata(documents)
     if messages:
         check_messages(messages)
     elif not documents:
@@ -487,7 +490,7 @@ def as_document(item: Any, where: str = "document") -> Document:
     if name and len(name) > LONGEST_NAME:
         raise InputError(f"the name of {where}, {brief(name)}, has {len(name):,} characters; give one of at most {LONGEST_NAME:,}")
     where = f"document {name!r}" if name else where
-    metadata = None if document.metadata is None else cleaned(document.metadata, f"metadata of {where}")
+    metadata = None if document.metadata is None else cleaned(document.metadata, f"metadata of {where}", MOST_OF_METADATA)
     return Document(clean(document.text, where), name, metadata)
 
 

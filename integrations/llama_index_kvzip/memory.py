@@ -214,9 +214,9 @@ class _Session:
         """The first turn that the context is to have: the one it has, or a later one of a user if there are too many tokens."""
         turns, first, count = known.turns, known.first, self._engine.count_tokens
         later = [i for i in range(first + 1, len(turns)) if turns[i]["role"] == "user"]
-        if not later or count(turns[first:]) <= limit:
+        if not later or count(turns[first:], most=limit) <= limit:
             return first
-        fitting = bisect_left(later, True, key=lambda i: count(turns[i:]) <= limit // 2)
+        fitting = bisect_left(later, True, key=lambda i: count(turns[i:], most=limit // 2) <= limit // 2)
         first = later[min(fitting, len(later) - 1)]
         logger.warning("%s: more than %s tokens; the oldest %d turns have left the context", self._tag, f"{limit:,}", first)
         return first
