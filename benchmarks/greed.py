@@ -133,9 +133,7 @@ def _sessions(stored: bool) -> Greed:
 
         if stored:
             for n in ids:
-                turn = {"role": "user", "content": "Hi."}
-                TurnsFile.of(engine.cache_dir, None, block.name, n)._add(b"", b"")
-                TurnsFile.of(engine.cache_dir, None, block.name, n).append({"turns": [turn]}, n, None)
+                TurnsFile.of(engine.cache_dir, None, block.name, n).append({"turns": []}, n, None)
         return ids, lambda: asyncio.run(use())
 
     return greed

@@ -273,6 +273,16 @@ class Places(Admission):
                 raise self._full(waits)
         return place
 
+    def check_takes(self, count: int) -> None:
+        """Raises:
+        QueueFullError: of so many pieces of work given at one time some would be refused, whoever else is there.
+        """
+        if count > self._limit + self._queue_limit:
+            raise QueueFullError(
+                f"{count:,} calls at one time are more than the {self._limit:,} that run and the {self._queue_limit:,} that may wait; give "
+                "fewer, or max_concurrency, or make the engine with a larger max_waiting"
+            )
+
     def withdraw(self, place: Place) -> None:
         """Nobody waits for work any more; if its turn has not come it never does."""
         with self._lock:
