@@ -535,7 +535,7 @@ def test_large_names_and_metadata_of_documents_are_refused(engine: KVzipEngine, 
     peak()
     with pytest.raises(InputError, match="keep less in metadata"):
         engine.load(Document(TEXT, "a", {"a": ["b" * LARGEST_METADATA] * 10}))
-    assert peak() < 4 * LARGEST_METADATA
+    assert peak() < 6 * LARGEST_METADATA  # of ten times as much
     with pytest.raises(InputError, match="metadata of document 'a' has more than 100,000 lists and mappings"):
         engine.load(Document(TEXT, "a", {"a": [[]] * 10 * MOST_OF_METADATA}))
 
@@ -737,6 +737,8 @@ def test_every_limit_is_measured() -> None:
     measured = json.loads((Path(__file__).parent.parent / "benchmarks/results/greed.json").read_text())["table"]
     assert {name.rpartition(".")[2] for name in limits_of_the_code()} <= {row["limit"].partition(":")[0] for row in measured}
     assert all(row["told"] < 500 for row in measured)
-    slow = [row["limit"] for row in measured if row["error"] != "none" and row["s"] > 5 + 20 * row["reading_s"]]
-    large = [row["limit"] for row in measured if row["error"] != "none" and row["mb"] > 200 + 4 * row["reading_mb"]]
+    refused = [row for row in measured if row["error"] != "none"]
+    calls = {row["limit"]: 0.002 * row["given"] for row in refused if row["of"] == "calls"}  # each is a task of its own
+    slow = [row["limit"] for row in refused if row["s"] > 5 + 20 * row["reading_s"] + calls.get(row["limit"], 0)]
+    large = [row["limit"] for row in refused if row["mb"] > 200 + 4 * row["reading_mb"]]
     assert (slow, large) == ([], [])
