@@ -206,6 +206,26 @@ def sources() -> str:
     return "\n".join([*lines, "", str({name: result[name] for name in counts})])
 
 
+def greed() -> str:
+    head = ["limit", "of", "at most", "given", "error", "s", "MB", "reading s", "reading MB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in json.loads((RESULTS / "greed.json").read_text())["table"]:
+        limit = f"{row['most']:,}" if row["most"] else ""
+        cells = [
+            row["limit"],
+            row["of"],
+            limit,
+            f"{row['given']:,}",
+            row["error"],
+            row["s"],
+            row["mb"],
+            row["reading_s"],
+            row["reading_mb"],
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
@@ -223,6 +243,7 @@ if __name__ == "__main__":
         aiming,
         memory_block,
         sources,
+        greed,
     )
     for table in tables:
         if (RESULTS / f"{table.__name__}.json").exists():

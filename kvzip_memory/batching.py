@@ -23,7 +23,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor
 
 from kvzip_memory.cache import Row, Tail
-from kvzip_memory.calls import Gate, pass_through
+from kvzip_memory.calls import Gate, has_place, pass_through
 from kvzip_memory.errors import InputError, KVzipError, QueueFullError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.threads import release
@@ -130,10 +130,12 @@ class Admission:
 
     Raises:
         InputError: limits that let nothing run.
-        QueueFullError: on entering, when ``running`` run and ``waiting`` wait, for their turn or for something else meanwhile.
+        QueueFullError: on entering, when ``running`` run and ``waiting`` wait, for their turn or for something else meanwhile, those that
+            wait for a thread included. Who has waited for a thread is not refused any more.
     """
 
     _what = "answers"
+    _threads: Places | None = None
 
     def __init__(self, running: int, waiting: float = math.inf) -> None:
         if running < 1 or waiting < 0:
@@ -156,6 +158,10 @@ class Admission:
         with self._lock:
             return [*self._queue.values(), *self._back.values(), *self._away.values()]
 
+    def _waits(self) -> int:
+        threads = self._threads
+        return len(self._queue) + len(self._back) + len(self._away) + (0 if threads is None else len(threads._queue))
+
     def _full(self, waits: int) -> QueueFullError:
         return QueueFullError(
             f"{self._running} {self._what} are running and {waits} wait, which is the limit; "
@@ -175,8 +181,8 @@ class Admission:
 
     def wait(self, place: Place, back: bool = False) -> None:
         with self._lock:
-            waits = len(self._queue) + len(self._back) + len(self._away)
-            if not back and self._running >= self._limit and waits >= self._queue_limit:
+            waits = self._waits()
+            if not (back or has_place()) and self._running >= self._limit and waits >= self._queue_limit:
                 raise self._full(waits)
             since = self._away.pop(place, None) or time.monotonic()
             (self._back if back else self._queue)[place] = since
@@ -229,13 +235,16 @@ class Places(Admission):
         waiting: pieces of work that may wait for their turn.
         away: so many threads may have left their places to wait for memory before no more begin. None has them keep their places: for
             work that holds locks meanwhile, for which others may wait in theirs.
+        admission: what the threads then wait for: both have one count of what waits.
     """
 
     _what = "async calls"
 
-    def __init__(self, running: int, waiting: float = math.inf, away: int | None = None) -> None:
+    def __init__(self, running: int, waiting: float = math.inf, away: int | None = None, admission: Admission | None = None) -> None:
         super().__init__(running, waiting)
-        self._most_away = away
+        self._most_away, self._admission = away, admission
+        if admission is not None:
+            self._lock, admission._threads = admission._lock, self
         self._served: set[Place] = set()  # whose callers have what they waited for, and which leave their places just now
 
     @property
@@ -252,13 +261,27 @@ class Places(Admission):
         """
         gate = SimpleQueue[None]()
         place = Place(self, gate, lambda: self._begin(place, work, failed))
+        admission = self._admission or self
         with self._lock:
+            most, waits = self._queue_limit + len(self._served), admission._waits() if admission is not self else len(self._queue)
+            if admission is not self and admission._running >= admission._limit and waits >= most:
+                raise admission._full(waits)
             self._queue[place] = time.monotonic()
             self._advance()
-            if place in self._queue and len(self._queue) > self._queue_limit + len(self._served):
+            if place in self._queue and waits >= most:
                 del self._queue[place]
-                raise self._full(len(self._queue))
+                raise self._full(waits)
         return place
+
+    def check_takes(self, count: int) -> None:
+        """Raises:
+        QueueFullError: of so many pieces of work given at one time some would be refused, whoever else is there.
+        """
+        if count > self._limit + self._queue_limit:
+            raise QueueFullError(
+                f"{count:,} calls at one time are more than the {self._limit:,} that run and the {self._queue_limit:,} that may wait; give "
+                "fewer, or max_concurrency, or make the engine with a larger max_waiting"
+            )
 
     def withdraw(self, place: Place) -> None:
         """Nobody waits for work any more; if its turn has not come it never does."""

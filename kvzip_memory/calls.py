@@ -80,6 +80,11 @@ def check() -> None:
         raise Cancelled
 
 
+def has_place() -> bool:
+    """Whether this call has waited for its turn already, wherever that was."""
+    return bool(_call.get().places)
+
+
 def started(stream: Any) -> None:
     """An answer has been asked for; it ends with the call."""
     call = _call.get()

@@ -253,6 +253,7 @@ def list_(
     """List contexts, the most recently used first; and conversions of .gguf files, which another command lists alone."""
     registry = _contexts(cache_dir, tenant)
     entries = [e for e in registry.contexts(None if tag else limit) if tag is None or tag in e.tags][:limit]
+    said = turns.usage(cache_dir.expanduser())
 
     def render() -> Table | Group:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
@@ -262,6 +263,8 @@ def list_(
             marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
             table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
+        if said["sessions"]:
+            table.caption = f"and {said['sessions']:,} sessions, {decimal(said['nbytes'])} of turns: kvzip-memory sessions"
         found = [] if tag or tenant else conversions.conversions(cache_dir.expanduser())
         return Group(table, _conversions(found)) if found else table
 
@@ -408,15 +411,18 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
         "contexts": tier["contexts"],
         "nbytes": tier["nbytes"],
         "quarantined": len(registry.quarantine()),
+        **{f"turns_{name}": count for name, count in turns.usage(cache_dir.expanduser()).items()},
         "free_nbytes": shutil.disk_usage(folder).free,
     }
-    _show(facts, as_json, lambda: _pairs({**facts, "nbytes": decimal(facts["nbytes"] or 0), "free_nbytes": decimal(facts["free_nbytes"])}))
+    sizes = ("nbytes", "turns_nbytes", "free_nbytes")
+    _show(facts, as_json, lambda: _pairs({**facts, **{name: decimal(facts[name] or 0) for name in sizes}}))
 
 
 @app.command()
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
-    findings = examine(cache_dir.expanduser() / "contexts", _checksums())
+    folder, checksums = cache_dir.expanduser(), _checksums()
+    findings = [*examine(folder / "contexts", checksums), *turns.examine(folder, checksums)]
 
     def render() -> Table:
         table = Table("", "what", "found", "what to do")

@@ -63,7 +63,19 @@ from kvzip_memory.registry.identity import (
 from kvzip_memory.registry.registry import MOST_TAGS
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import MOST_KEPT, MOST_OF_SCHEMA, Message, as_folder, as_messages, as_path, as_texts, clean, cleaned, read_source
+from kvzip_memory.sources import (
+    MOST_KEPT,
+    MOST_OF_SCHEMA,
+    Message,
+    as_folder,
+    as_messages,
+    as_path,
+    as_texts,
+    check_metadata,
+    clean,
+    cleaned,
+    read_source,
+)
 from kvzip_memory.threads import release
 from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
 from kvzip_memory.weights import Fingerprint, Stamp
@@ -99,8 +111,8 @@ class KVzipEngine(Shared):
         secret: a text of 16 characters at least, given to all engines of ``cache_dir``: what is there is used only if it was written with
             it, and the folder may be one that others can write (``docs/security.md``). So are files that are saved and opened by hand.
         max_running: answers that threads get decoded together, a row each.
-        max_waiting: answers that may wait behind them, first come first served; more is a :class:`QueueFullError`. So is one async call
-            more than run and wait, of answers and of others each.
+        max_waiting: answers that may wait behind them, of threads and of event loops together, first come first served; more is a
+            :class:`QueueFullError`. As many other async calls may wait.
         attention: what computes attention over contexts: ``"auto"``, ``"cpu"``, ``"triton"``, ``"flash"`` or
             ``"reference"``, see :func:`kvzip_memory.attention.choose`; :meth:`stats` names what was chosen.
         progress: show progress bars; None shows them on a terminal only.
@@ -491,7 +503,9 @@ class KVzipEngine(Shared):
             every,
         )
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
+        check_metadata(prompt.sources)
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
+        wanted = self.registry.with_room(wanted)
         self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
@@ -827,9 +841,10 @@ class KVzipEngine(Shared):
 
     def stats(self) -> dict[str, Any]:
         """Bytes and budgets of the tiers, hits, builds and evictions, see :meth:`ContextRegistry.stats`; how many answers are
-        ``running`` and how many are ``waiting`` for their turn, the oldest of them for ``oldest_wait_s`` seconds; the attention's name.
+        ``running`` and how many are ``waiting`` for their turn, the oldest of them for ``oldest_wait_s`` seconds; the attention's name; and
+        how many ``sessions`` and ``nbytes`` of ``turns`` lie in ``cache_dir``, which ``disk_bytes`` does not count.
         """
-        return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend}
+        return {**self.registry.stats(), **self._model.load(), "attention": self._model.backend, "turns": turns.usage(self.cache_dir)}
 
     def close(self) -> None:
         """Wait until everything loaded is on disk and let go of the folder. Happens by itself when Python ends.
@@ -940,6 +955,7 @@ class KVzipEngine(Shared):
         if parallel_tool_calls is None and prompts.one_call:
             parallel_tool_calls = False
         if tools:
+            prompts.check_tools(tools)
             guidance = self._guidance_of(language)
             params["grammar"] = calls_grammar(guidance, form or prompts.form, tools, tool_choice, schema, parallel_tool_calls)
         elif schema is not None:
@@ -966,9 +982,9 @@ class KVzipEngine(Shared):
         """The ids that follow the context for this question: separator or headers, question, assistant header."""
         return self._prompts.question(self._mine(context).recipe if context else None, question, tools)
 
-    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
-        """Tokens of messages as a prompt."""
-        return self._prompts.count(messages, tools)
+    def count_tokens(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, most: int | None = None) -> int:
+        """Tokens of messages as a prompt. Of what has more than ``most`` no more is read than tells that, and a larger number given."""
+        return self._prompts.count(messages, tools, most)
 
     def _masses(
         self, context: CompressedContext, spans: Sequence[Span], question: str | Sequence[Message], answer: str

@@ -92,7 +92,7 @@ class GenerationParams:
         """
         known = {parameter.name for parameter in fields(cls)}
         if unknown := sorted(options.keys() - known):
-            raise InputError(f"options {unknown} are unknown; known are {sorted(known)}")
+            raise InputError(f"options {brief(unknown)} are unknown; known are {sorted(known)}")
         return cls(**options)
 
     @property

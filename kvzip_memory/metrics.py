@@ -46,7 +46,9 @@ class EngineCollector(Collector):
             answers.add_metric([self._name, state], stats[state])
         oldest = GaugeMetricFamily("kvzip_oldest_wait_seconds", "How long the oldest of those has waited", labels=["engine"])
         oldest.add_metric([self._name], stats["oldest_wait_s"])
-        yield from (nbytes, budget, contexts, lookups, events, answers, oldest)
+        turns = GaugeMetricFamily("kvzip_turns_bytes", "Bytes of turns that sessions keep as text in cache_dir", labels=["engine"])
+        turns.add_metric([self._name], stats["turns"]["nbytes"])
+        yield from (nbytes, budget, contexts, lookups, events, answers, oldest, turns)
 
 
 def export_metrics(engine: KVzipEngine, name: str = "default", registry: CollectorRegistry = REGISTRY) -> EngineCollector:

@@ -98,7 +98,8 @@ class LanguageModel:
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
         self._builders = Admission(max_running)  # each holds dense pairs
-        self.places, self.loads = Places(max_running, max_waiting, away=max_waiting), Places(LOADS, max_waiting)
+        self.places = Places(max_running, max_waiting, away=max_waiting, admission=self._admission)
+        self.loads = Places(LOADS, max_waiting)
         refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
         if config.model_type not in TESTED:
             self._compare_with_original()

@@ -11,6 +11,7 @@ from typing import Any
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.generation import GenerationParams
+from kvzip_memory.sources import brief
 
 #: How an answer is generated; ``max_tokens`` is ``max_new_tokens`` of :class:`~kvzip_memory.generation.GenerationParams`.
 CALL_OPTIONS = ("temperature", "max_tokens", "top_p", "top_k", "seed", "stop", "repetition_penalty", "no_repeat_ngram_size")
@@ -49,12 +50,12 @@ def renamed(given: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if options.get(name) not in (None, value):
-            raise InputError(f"{alias} is {value!r} and {name} is {options[name]!r}; they are one option, give it once")
+            raise InputError(f"{alias} is {brief(value)} and {name} is {brief(options[name])}; they are one option, give it once")
         options[name] = value
     for name, (nothing, way_out) in _FOREIGN.items():
         value = options.pop(name, None)
         if value is not None and value != nothing:
-            raise InputError(f"{name} is {value!r}; {way_out}")
+            raise InputError(f"{name} is {brief(value)}; {way_out}")
     return options
 
 
@@ -81,7 +82,7 @@ def checked_flag(name: str, value: Any) -> bool:
     """
     if isinstance(value, bool):
         return value
-    raise InputError(f"{name} is {value!r}; it must be True or False{_FLAGS.get(name, '')}")
+    raise InputError(f"{name} is {brief(value)}; it must be True or False{_FLAGS.get(name, '')}")
 
 
 def is_whole(value: Any) -> bool:
@@ -98,7 +99,7 @@ def checked_ratio(ratio: Any, name: str = "ratio") -> float:
     with suppress(TypeError, ValueError, OverflowError):
         if not isinstance(ratio, bool | bytes | bytearray) and 0 < (number := float(ratio)) <= 1:
             return number
-    raise InputError(f"{name} is {ratio!r}; it is the fraction of pairs kept and must lie in (0, 1]")
+    raise InputError(f"{name} is {brief(ratio)}; it is the fraction of pairs kept and must lie in (0, 1]")
 
 
 def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

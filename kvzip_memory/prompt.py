@@ -29,6 +29,8 @@ from kvzip_memory.tools import FORMS, Tool, checked_tools, describe, form_of, in
 
 # A context may end so many tokens before a message does, see `Recipe.tail`.
 _NEAR = 8
+#: Tools of more characters for each token of the window are described before a grammar is made of them.
+_MANY = 8
 
 # Stands for a question that is not known yet. A digit merges with nothing that comes before it.
 _ASKED: Message = {"role": "user", "content": "0"}
@@ -427,11 +429,16 @@ class PromptBuilder:
         """A rendered text as a model would write it."""
         return self._encoder.unspell(text)
 
-    def count(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> int:
-        """Tokens of any messages as a prompt, the answer's header included; of what no template takes, those of its texts."""
+    def count(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, most: int | None = None) -> int:
+        """Tokens of any messages as a prompt, the answer's header included; of what no template takes, those of its texts. Of what has more
+        than ``most`` no more may be read than tells that, and some number above it is given.
+        """
         said = [turn for message in messages if (turn := as_message(message)) is not None]
         if not said:
             return 0
+        shown = "" if most is None else "".join(turn["content"].strip() for turn in said if turn["role"] != "assistant")
+        if most is not None and (least := self._encoder.least(shown, most)) > most:
+            return least
         try:
             return len(self._encoder.ids(self._alone(said, checked_tools(tools), fixed=False).text))
         except InputError:
@@ -477,14 +484,31 @@ class PromptBuilder:
         return tuple(self._encoder.continued(text))
 
     def _check_fit(self, messages: Sequence[Message]) -> None:
-        """Refuse a text that has more tokens than the window, before it is rendered. What an answer said may not be shown.
+        """Refuse texts that have more tokens than the window, before they are rendered. What an answer said may not be shown.
 
         Raises:
-            WindowError: it has.
+            WindowError: they have.
         """
-        for message in messages:
-            if message["role"] != "assistant":
-                self._check_rendered(message["content"].replace(CUT, "").strip())
+        said = [message["content"].replace(CUT, "").strip() for message in messages if message["role"] != "assistant"]
+        said = [text for text in said if text]
+        if self._window is not None and len(said) > self._window:
+            raise WindowError(
+                f"{len(said):,} texts have {len(said):,} tokens and more, which were not counted; the model's window is "
+                f"{self._window:,} tokens. Give fewer texts, or several contexts of them",
+                tokens=len(said),
+                window=self._window,
+            )
+        self._check_rendered(max(said, key=len, default=""))
+        self._check_rendered("".join(said))
+
+    def check_tools(self, tools: Sequence[Tool]) -> None:
+        """Refuse tools that have more tokens than the window, before a grammar is made of them.
+
+        Raises:
+            WindowError: they have.
+        """
+        if self._window is not None and len(json.dumps(tools, default=str)) > _MANY * self._window:
+            self._check_rendered(self._alone([_ASKED], tools, fixed=False).text)
 
     def _check_rendered(self, text: str) -> None:
         """Refuse a text that has more tokens than the window, before it is tokenised whole.
@@ -614,14 +638,16 @@ def _places_of(part: str, text: str) -> Iterator[int]:
 
 def _shown(documents: Sequence[Document], first: int = 1, before: Sequence[str] = ()) -> tuple[str, list[tuple[int, int]]]:
     """Documents as one text, and where in it each of them lies. Several get headers, and so do those behind others, ``before``."""
-    text, spans = "", list[tuple[int, int]]()
+    parts, spans, at = list[str](), list[tuple[int, int]](), 0
     word = header_word([*before, *(document.text for document in documents)]) if _are_headed(documents, first) else ""
     for number, document in enumerate(documents, first):
         if _are_headed(documents, first):
-            text += header(number, _name(document, number), word)
-        spans.append((len(text), len(text) + len(document.text)))
-        text += document.text
-    return text, spans
+            parts.append(header(number, _name(document, number), word))
+            at += len(parts[-1])
+        parts.append(document.text)
+        spans.append((at, at + len(document.text)))
+        at += len(document.text)
+    return "".join(parts), spans
 
 
 def _are_headed(documents: Sequence[Document], first: int) -> bool:

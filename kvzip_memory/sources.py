@@ -42,6 +42,10 @@ CUT = f"[[kvzip cut {uuid.uuid4().hex}]]"
 
 #: So many strings to keep may a call give.
 MOST_KEPT = 1000
+#: A name or a tag may have so many characters; the names and metadata of all documents of a context so many as JSON.
+LONGEST_NAME, LARGEST_METADATA = 4096, 8 << 20
+#: Metadata of a document have no more lists and mappings.
+MOST_OF_METADATA = 100_000
 #: Values that are handed in have no more lists and mappings than this within one another, and no more of them; schemas and tools fewer.
 DEEPEST, MOST_PARTS, MOST_OF_SCHEMA = 100, 1_000_000, 5_000
 
@@ -201,6 +205,7 @@ def read_source(source: Any) -> tuple[list[Document], list[Message]]:
         if not document.text.strip():
             where = f" {document.name!r}" if document.name else f" {number} of {len(documents)}" if len(documents) > 1 else ""
             raise InputError(f"document{where} is empty; there is nothing to load")
+    check_metadata(documents)
     if messages:
         check_messages(messages)
     elif not documents:
@@ -482,9 +487,31 @@ def as_document(item: Any, where: str = "document") -> Document:
     if not isinstance(document.text, str):
         raise InputError(f"the text of {where} is a {type(document.text).__name__}, not a string")
     name = None if document.name is None else clean(str(document.name), f"the name of {where}")
+    if name and len(name) > LONGEST_NAME:
+        raise InputError(f"the name of {where}, {brief(name)}, has {len(name):,} characters; give one of at most {LONGEST_NAME:,}")
     where = f"document {name!r}" if name else where
-    metadata = None if document.metadata is None else cleaned(document.metadata, f"metadata of {where}")
+    metadata = None if document.metadata is None else cleaned(document.metadata, f"metadata of {where}", MOST_OF_METADATA)
     return Document(clean(document.text, where), name, metadata)
+
+
+def check_metadata(documents: Iterable[Any]) -> None:
+    """Documents or sources of one context.
+
+    Raises:
+        InputError: their names and metadata are too large to be kept with it.
+    """
+    chars = 0
+    for number, document in enumerate(documents, 1):
+        for piece in _JSON.iterencode([document.name, document.metadata]):
+            chars += len(piece)
+            if chars > LARGEST_METADATA:
+                raise InputError(
+                    f"names and metadata of the first {number:,} documents of the context have more than {LARGEST_METADATA:,} characters "
+                    "as JSON, which is the limit; keep less in metadata, or make several contexts"
+                )
+
+
+_JSON = json.JSONEncoder(default=str)
 
 
 def _document(item: Any) -> Document:

@@ -32,11 +32,16 @@ from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
 from kvzip_memory.private import check_folder, check_not_shared, delete, is_file, is_folder, make_folder, open_file
 from kvzip_memory.registry import EVERYONE, ContextRegistry
+from kvzip_memory.registry.doctor import Finding
 from kvzip_memory.registry.holders import unescaped
+from kvzip_memory.sources import brief
 
 logger = logger_of(__name__)
 
 _FILE = re.compile(r"[0-9a-f]{64}\.jsonl")
+
+#: The turns of a session may take so many bytes. They are originals that nothing could be made anew of, so none makes way for others.
+LARGEST_SESSION = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._content, self._removed, self._written, self._lock = b"", 0, 0.0, threading.Lock()
+        self._content, self._removed, self._written, self._lock = bytearray(), 0, 0.0, threading.Lock()
         refuse_after_fork(self, "_lock")
 
     def read(self, since: Mark | None = None) -> tuple[list[tuple[int, dict[str, Any]]], Mark]:
@@ -89,21 +94,31 @@ class Turns:
             still: asked when nobody else can add one; if it says no, nothing is added.
 
         Raises:
+            InputError: turns with which the session would have more than :data:`LARGEST_SESSION`.
             OSError: the disk's; no one reads what was written.
         """
         with self._locked():
             if still():
+                if "turns" in record and (nbytes := self.nbytes()) + (more := len(json.dumps(record))) > LARGEST_SESSION:
+                    raise InputError(
+                        f"{brief(session)} has {nbytes:,} bytes of turns, and {more:,} more are to come; a session has at most "
+                        f"{LARGEST_SESSION:,}: go on under another id, or delete its turns (block.forget, kvzip-memory rm)"
+                    )
                 self._add({"session": session, "ttl": ttl, "id": uuid.uuid4().hex}, record)
 
     def stamp(self) -> tuple[int, ...]:
         """Another one after each change."""
         return self._removed, len(self._content)
 
+    def nbytes(self) -> int:
+        """Bytes of all lines."""
+        return len(self._content)
+
     def remove(self, if_older: float = float("-inf")) -> None:
         """Delete the session, if nothing has been added for so many seconds."""
         with self._locked():
             if self._content and self._written + if_older < time.time():
-                self._content, self._removed = b"", self._removed + 1
+                self._content, self._removed = bytearray(), self._removed + 1
 
     def _locked(self) -> AbstractContextManager[object]:
         return self._lock
@@ -111,12 +126,12 @@ class Turns:
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
         """The stamp, the first line, and what stands from which byte on: that of a mark, or 0 if the mark is of what was deleted."""
         stamp, content = self.stamp(), self._content
-        head = content[: content.find(b"\n") + 1]
+        head = bytes(content[: content.find(b"\n") + 1])
         at = since.end if head == since.head else 0
-        return stamp, head, at, content[at:]
+        return stamp, head, at, bytes(content[at:])
 
     def _add(self, first: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-        head = self._content[: self._content.find(b"\n") + 1]
+        head = bytes(self._content[: self._content.find(b"\n") + 1])
         self._content += self._lines(head, len(self._content), first, record)
         self._written = time.time()
 
@@ -176,6 +191,11 @@ class TurnsFile(Turns):
         with suppress(OSError):
             return _stamp(self.path.lstat())
         return ()
+
+    def nbytes(self) -> int:
+        with suppress(OSError):
+            return self.path.lstat().st_size
+        return 0
 
     def remove(self, if_older: float = float("-inf")) -> None:
         with suppress(FileNotFoundError):
@@ -307,8 +327,7 @@ class Session:
 def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]:
     """All sessions with turns in a folder, the last one written first."""
     found = []
-    folder = cache_dir / "memory"
-    for path in [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []:
+    for path in _files(cache_dir):
         with suppress(FileNotFoundError):  # removed meanwhile
             file, written = TurnsFile(path, checksums), path.lstat().st_mtime
             records, nbytes = [record for _, record in file.read()[0]], path.lstat().st_size
@@ -318,6 +337,38 @@ def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]
             expires = written + ttl if isinstance(ttl := first.get("ttl"), int | float) else None
             found.append(Session(file, str(first.get("session", path.stem)), turns, keys, nbytes, written, expires))
     return iter(sorted(found, key=lambda session: -session.written))
+
+
+def _files(cache_dir: Path) -> list[Path]:
+    folder = cache_dir / "memory"
+    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []
+
+
+def usage(cache_dir: Path | None) -> dict[str, int]:
+    """How many ``sessions`` there are in a folder, and the ``nbytes`` of their turns; none without a folder."""
+    sizes = []
+    for path in [] if cache_dir is None else _files(cache_dir):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            sizes.append(path.lstat().st_size)
+    return {"sessions": len(sizes), "nbytes": sum(sizes)}
+
+
+def examine(cache_dir: Path, checksums: Checksums = PLAIN) -> list[Finding]:
+    """What is to be said of the sessions in a folder."""
+    found, expired, full = usage(cache_dir), 0, list[str]()
+    if not found["sessions"]:
+        return []
+    for session in sessions(cache_dir, checksums):
+        expired += session.expired
+        full += [repr(session.name)] if session.nbytes > 0.9 * LARGEST_SESSION else []
+    told = f"{found['sessions']:,} with {found['nbytes']:,} bytes of turns as text, beside disk_bytes"
+    findings = [Finding("ok", "sessions", told)]
+    if expired:
+        findings.append(Finding("note", "expired", f"{expired} sessions", "run gc to delete their turns"))
+    if full:
+        way_out = "go on under another id, or rm it"
+        findings.append(Finding("note", "sessions", f"nearly {LARGEST_SESSION:,} bytes, the limit: {', '.join(full[:10])}", way_out))
+    return findings
 
 
 def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> Session | None:

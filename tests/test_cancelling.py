@@ -78,7 +78,7 @@ class Made:
 
     async def retold(self) -> None:
         block = KVzipMemoryBlock(llm=self.llm)
-        self.engine.shared.setdefault("llama_index.memory", {}).clear()
+        self.engine.shared.pop("llama_index.memory", None)
         await block.aput([ChatMessage(f"Line {i}.", role="assistant" if i % 2 else "user") for i in range(4)])
         await block.aget()
 

@@ -33,6 +33,7 @@ from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine, KVzipError, forks
 from kvzip_memory.errors import ForkedError
 from kvzip_memory.generation import GenerationParams
+from kvzip_memory.registry import Wanted
 
 MARKED = [{"role": "user", "content": [{"type": "text", "text": TEXT, "cache_control": {"type": "ephemeral"}}]}]
 folder = Path(sys.argv[1])
@@ -187,6 +188,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "tiers": "registry.tiers('lamp')",
             "untag": "registry.untag('lamp', 'x')",
             "verify": "registry.verify('lamp')",
+            "with_room": "registry.with_room(Wanted('lamp', {}, 'lamp', name='x'))",
         },
     ),
     Session: (

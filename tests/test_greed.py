@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import importlib
 import inspect
+import json
+import pkgutil
 import random
+import re
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.llms import ChatMessage
+from typer.testing import CliRunner
 
+import kvzip_memory
+import langchain_kvzip
+import llama_index_kvzip
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine, QueueFullError, WindowError
+from kvzip_memory import Document, InputError, KVzipEngine, QueueFullError, WindowError, turns
+from kvzip_memory.cli import app
 from kvzip_memory.generation import LONGEST_STOP, MOST_STOPS, GenerationParams, StopMatcher
 from kvzip_memory.guidance import MOST_OF_GRAMMAR
+from kvzip_memory.registry import holders
+from kvzip_memory.registry.holders import MOST_HOLDERS
 from kvzip_memory.registry.registry import LONGEST_NAME, MOST_TAGS
 from kvzip_memory.schemas import json_rule
 from kvzip_memory.session import Session
-from kvzip_memory.sources import DEEPEST, MOST_KEPT, MOST_OF_SCHEMA, as_message, brief, check_nesting, read_source
+from kvzip_memory.sources import (
+    DEEPEST,
+    LARGEST_METADATA,
+    MOST_KEPT,
+    MOST_OF_METADATA,
+    MOST_OF_SCHEMA,
+    as_message,
+    brief,
+    check_nesting,
+    read_source,
+)
 from kvzip_memory.tools import FORMS, CallReader, read_calls
+from kvzip_memory.turns import LARGEST_SESSION, Turns, sessions
+from langchain_kvzip import create_memory_tools, memory_tools
+from langchain_kvzip.folders import LARGEST_FILE
+from langchain_kvzip.memory_tools import LONGEST_DOCUMENT_NAME
+from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock, memory
 from test_template_equality import PAIRS
 
 WINDOW = 2048
@@ -424,3 +453,292 @@ async def test_of_more_async_calls_than_may_wait_the_rest_is_refused(what: str, 
     go.set()
     assert await asyncio.gather(tasks[0], *tasks[2:4], late) == [True] * 4
     assert places.waiting == []
+
+
+async def test_threads_and_event_loops_wait_in_one_count() -> None:
+    engine, waiting = tiny_engine(max_running=1, max_waiting=2), list[threading.Thread]()
+    stream = engine.stream(None, "Who?", max_new_tokens=1500)
+    next(stream)
+    for n in range(2):
+        waiting.append(threading.Thread(target=engine.generate, args=(None, "Who?"), kwargs={"max_new_tokens": 1}))
+        waiting[-1].start()
+        while engine.stats()["waiting"] <= n:
+            await asyncio.sleep(0.001)
+    with pytest.raises(QueueFullError, match="1 answers are running and 2 wait"):
+        await engine.agenerate(None, "Who?", max_new_tokens=1)
+    with pytest.raises(QueueFullError, match="1 answers are running and 2 wait"):
+        engine.generate(None, "Who?", max_new_tokens=1)
+    assert engine.stats()["waiting"] == 2
+    stream.close()
+    await asyncio.to_thread(lambda: [thread.join(30) for thread in waiting])
+    tasks = [asyncio.create_task(engine.agenerate(None, "Who?", max_new_tokens=1)) for _ in range(3)]  # who has a thread is not refused
+    assert [(await task).finish_reason for task in tasks]
+
+
+# -- what gathers over many calls --------------------------------------------------------------------------------------
+
+
+def _tags(first: int, count: int = MOST_TAGS) -> list[str]:
+    return [f"tag {n}" for n in range(first, first + count)]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_context_gathers_so_many_tags_and_no_more(stored: bool, tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path if stored else None)
+    context = engine.load(TEXT)
+    full = MOST_HOLDERS // MOST_TAGS
+    for n in range(full):
+        engine.load(TEXT, tags=_tags(n * MOST_TAGS))
+    if stored:  # another engine knows them from the folder
+        engine.registry.flush()
+        engine = tiny_engine(cache_dir=tmp_path)
+    with pytest.raises(InputError, match=r"has 9,984 tags of .* no room for 256 more; it may have 10,000 .*engine.forget"):
+        engine.load(TEXT, tags=_tags(MOST_HOLDERS))
+    engine.load(TEXT, tags=_tags(MOST_HOLDERS, 16))
+    engine.registry.join(context.key, ["a conversation's"])  # many others hold it
+    [entry] = engine.registry.find(context.key)
+    assert len(entry.tags) == MOST_HOLDERS
+    engine.forget("tag 7")
+    engine.load(TEXT, tags=["another"])
+
+
+def test_a_context_gathers_so_many_names_and_no_more(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "MOST_HOLDERS", 20)
+    context = engine.load(TEXT)
+    for n in range(20):
+        engine.load(TEXT, name=f"name {n}")
+    engine.load(TEXT, name="name 7")
+    with pytest.raises(InputError, match=r"has 20 names of 130 characters, .*kvzip-memory rm"):
+        engine.load(TEXT, name="name 20")
+    engine.load("Another text.", name="name 7")  # which is no longer the first one's
+    engine.load(TEXT, name="name 20")
+    assert engine.get("name 20").key == engine.get("name 0").key == context.key
+    engine.registry.remove("name 0")
+    engine.load(TEXT, name="name 21")
+
+
+def test_marks_of_more_conversations_than_a_context_has_room_for_are_left_out(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "MOST_HOLDERS", 3)
+    marked = [{"role": "user", "content": [{"type": "text", "text": TEXT, "cache_control": {"type": "ephemeral"}}]}]
+    contexts = {engine.load_marked(marked, tags=[f"thread: {n}"]).key for n in range(5)}  # type: ignore[union-attr]
+    [entry] = engine.registry.find(contexts.pop())
+    assert (contexts, entry.tags) == (set(), ("cache_control", "thread: 0", "thread: 1"))
+
+
+def test_large_names_and_metadata_of_documents_are_refused(engine: KVzipEngine, peak: Callable[[], int]) -> None:
+    with pytest.raises(InputError, match=r"name of document 1, .* has 40,960 characters; give one of at most 4,096"):
+        engine.load(Document(TEXT, LONG))
+    large = {"a": "b" * (LARGEST_METADATA // 3)}
+    first = engine.load([Document(TEXT, "a", large), Document(TEXT, "b", large)])
+    with pytest.raises(InputError, match=r"of the first 3 documents .* more than 8,388,608 characters"):
+        engine.extend(first, [Document(TEXT, "c", large)])
+    peak()
+    with pytest.raises(InputError, match="keep less in metadata"):
+        engine.load(Document(TEXT, "a", {"a": ["b" * LARGEST_METADATA] * 10}))
+    assert peak() < 6 * LARGEST_METADATA  # of ten times as much
+    with pytest.raises(InputError, match="metadata of document 'a' has more than 100,000 lists and mappings"):
+        engine.load(Document(TEXT, "a", {"a": [[]] * 10 * MOST_OF_METADATA}))
+
+
+def test_many_documents_messages_and_tools_are_refused_before_work(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = engine.load(["A page.", "Another page."])
+    monkeypatch.setattr("kvzip_memory.engine.calls_grammar", None)  # no grammar is made
+    with pytest.raises(WindowError, match=r"a text of .* has .* tokens and more"):
+        engine.generate(None, "Who?", tools=[tool(f"f{i}") for i in range(WINDOW // 2)])
+    monkeypatch.setattr(engine._prompts._template, "layout", None)  # nothing is rendered
+    for ask in (
+        lambda: engine.load(["a"] * 10 * WINDOW),
+        lambda: engine.extend(context, ["a"] * 10 * WINDOW),
+        lambda: engine.generate(None, [USER, SAID] * 10 * WINDOW + [USER]),
+    ):
+        with pytest.raises(WindowError, match=r"20,48\d texts have 20,48\d tokens and more, .* the model's window is 2,048"):
+            ask()
+    with pytest.raises(WindowError, match=r"a text of 36,000 characters"):
+        engine.load(["a" * 18] * 2000)
+
+
+# -- sessions of memory blocks -----------------------------------------------------------------------------------------
+
+
+def _block(engine: KVzipEngine) -> KVzipMemoryBlock:
+    return KVzipMemoryBlock(llm=KVzipLLM(engine=engine), ratio=1.0)
+
+
+async def _say(block: KVzipMemoryBlock, session_id: str, text: str = "My name is Ana.") -> None:
+    await block.aput([ChatMessage(text)], from_short_term_memory=True, session_id=session_id)
+
+
+async def test_sessions_make_way_for_others_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_SESSIONS", 4)
+    engine = tiny_engine(cache_dir=tmp_path)
+    block = _block(engine)
+    for n in range(8):
+        await _say(block, f"user {n}", f"I am number {n}.")
+    for n in range(500):
+        assert await block.aget([], session_id=f"nobody {n}") == []
+    open_sessions = engine.shared["llama_index.memory"]
+    assert len(open_sessions._kept) == len(open_sessions._used) == 4
+    built = engine.stats()["built"]
+    for n in range(8):
+        [handle] = await block.aget([], session_id=f"user {n}")
+        held = engine.get(handle.additional_kwargs["kvzip_context"])
+        assert f"I am number {n}." in engine.tokenizer.decode(held.token_ids)
+    assert engine.stats()["built"] == built
+    await _say(block, "user 0", "And I like tea.")
+    assert "number 0" in engine.tokenizer.decode(block.context("user 0").token_ids)  # type: ignore[union-attr]
+    assert {s.turns for s in sessions(tmp_path) if s.name.endswith("user 0")} == {2}
+
+
+async def test_a_session_that_somebody_uses_is_no_second_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_SESSIONS", 1)
+    block = _block(tiny_engine(cache_dir=tmp_path))
+    used = block._session("ana")
+    block._session("bob")
+    assert block._session("ana") is used
+
+
+async def test_sessions_that_are_in_memory_alone_stay_and_more_are_refused(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MOST_SESSIONS", 3)
+    block = _block(engine)
+    for n in range(3):
+        await _say(block, f"user {n}")
+        for other in range(10):
+            assert await block.aget([], session_id=f"nobody {other}") == []
+    with pytest.raises(InputError, match=r"3 sessions have [\d,]+ bytes of turns, in memory alone; at most 3 .* cache_dir, or forget some"):
+        await _say(block, "user 3")
+    assert all([await block.aget([], session_id=f"user {n}") for n in range(3)])
+    await _say(block, "user 1")
+    block.forget("user 2")
+    await _say(block, "user 3")
+    monkeypatch.setattr(memory, "MOST_IN_MEMORY", 100)
+    with pytest.raises(InputError, match="at most 3 with 100 may"):
+        await _say(block, "user 3")
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_a_session_has_so_many_bytes_of_turns(stored: bool, tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path if stored else None)
+    block = _block(engine)
+    await _say(block, "ana")
+    with pytest.raises(InputError, match=r"'memory history: ana' has \d+ bytes of turns, and 167,\d+,\d+ more .*at most 16,777,216.*rm"):
+        await _say(block, "ana", "a" * 10 * LARGEST_SESSION)
+    assert len(await block.aget([], session_id="ana")) == 1
+    await _say(block, "ana", "I like tea.")
+    assert "tea" in engine.tokenizer.decode(block.context("ana").token_ids)  # type: ignore[union-attr]
+    with pytest.raises(InputError, match=r"has 40,97\d characters"):
+        await _say(block, LONG)
+    assert engine.stats()["turns"]["sessions"] == int(stored)
+
+
+async def test_bytes_of_turns_are_counted_shown_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    block = _block(engine)
+    for name in ("ana", "bob"):
+        await _say(block, name)
+    engine.registry.flush()
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "memory").iterdir())
+    assert engine.stats()["turns"] == {"sessions": 2, "nbytes": nbytes}
+    assert sum(session.nbytes for session in sessions(tmp_path)) == nbytes
+    told = json.loads(run("stats", tmp_path, "--json"))
+    assert (told["turns_sessions"], told["turns_nbytes"]) == (2, nbytes)
+    assert "and 2 sessions" in run("ls", tmp_path)
+    assert f"2 with {nbytes:,} bytes of turns as text" in str(json.loads(run("doctor", tmp_path, "--json")))
+    monkeypatch.setattr(turns, "LARGEST_SESSION", 100)
+    assert "'memory history: ana'" in str(json.loads(run("doctor", tmp_path, "--json")))
+    run("rm", tmp_path, "memory history: ana")
+    engine.forget("memory history: bob")
+    assert engine.stats()["turns"] == {"sessions": 0, "nbytes": 0}
+
+
+def run(command: str, folder: Path, *arguments: str) -> str:
+    return CliRunner().invoke(app, [command, *arguments, "--cache-dir", str(folder)]).output
+
+
+def test_turns_in_memory_are_added_in_linear_time() -> None:
+    lines, record = Turns(), {"turns": [{"role": "user", "content": "a" * 50_000}]}
+    for _ in range(300):
+        lines.append(record, "ana", None)
+    content = lines._content
+    lines.append(record, "ana", None)
+    assert lines._content is content  # not copied
+
+
+def test_turns_that_are_too_many_for_the_context_are_not_all_counted(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, read = engine._prompts._encoder, list[int]()
+    encoded = encoder._encoded
+    monkeypatch.setattr(encoder, "_encoded", lambda text: (read.append(len(text)), encoded(text))[1])
+    assert engine.count_tokens([_huge()], most=100) > 100
+    assert sum(read) < 10_000
+    assert engine.count_tokens([USER], most=100) == engine.count_tokens([USER])
+
+
+# -- an agent's documents ----------------------------------------------------------------------------------------------
+
+
+def test_an_agent_keeps_so_many_documents_of_so_large_files(
+    tmp_path: Path, engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch, peak: Callable[[], int]
+) -> None:
+    with (tmp_path / "big.txt").open("wb") as file:
+        file.truncate(10 * LARGEST_FILE)
+    load, *_ = create_memory_tools(engine, folder=tmp_path)
+    peak()
+    assert "'big.txt' has more than 67,108,864 bytes, which is the limit" in load.invoke({"path": "big.txt"})
+    assert peak() < 1.5 * LARGEST_FILE
+    load, names, ask, forget = create_memory_tools(engine)
+    assert "has 2,560 characters; give one of at most 256" in load.invoke({"name": "a" * 10 * LONGEST_DOCUMENT_NAME, "text": TEXT})
+    monkeypatch.setattr(memory_tools, "MOST_DOCUMENTS", 12)
+    for n in range(12):
+        assert "is kept" in load.invoke({"name": f"{n}" * 100, "text": f"{TEXT} {n}"})
+    assert "12 documents are kept, at most 12 may be; forget one first" in load.invoke({"name": "one more", "text": TEXT})
+    assert "is kept" in load.invoke({"name": "3" * 100, "text": TEXT})
+    for told in (ask.invoke({"name": "none" * 10_000, "question": "?"}), forget.invoke({"name": "none"})):
+        assert "no document" in told
+        assert len(told) < 500
+    forget.invoke({"name": "3" * 100})
+    assert "is kept" in load.invoke({"name": "one more", "text": TEXT})
+    assert len(names.invoke({}).splitlines()) == 12
+
+
+def test_locks_of_namespaces_go_with_their_use(engine: KVzipEngine) -> None:
+    for n in range(50):
+        load, *_ = create_memory_tools(engine, namespace=f"user {n}")
+        load.invoke({"name": "page", "text": TEXT})
+    assert len(engine.shared["langchain.memory_tools"]._of) == 0
+
+
+# -- the limits themselves ---------------------------------------------------------------------------------------------
+
+LIMIT = re.compile(r"(MOST|LONGEST|LARGEST|DEEPEST)(_[A-Z_]+)?")
+#: Of their name, and of what nobody outside can fill.
+OURS = {"kvzip_memory.speculation.MOST", "kvzip_memory.graphs.MOST_TOKENS"}
+
+
+def limits_of_the_code() -> set[str]:
+    """Every constant of a module that says how much may be."""
+    found = set()
+    for package in (kvzip_memory, langchain_kvzip, llama_index_kvzip):
+        for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if info.name.rpartition(".")[2] in ("triton", "kernels", "flash"):
+                continue
+            module = importlib.import_module(info.name)
+            names = {target.id for node in ast.parse(inspect.getsource(module)).body for target in _targets(node)}
+            found |= {f"{info.name}.{name}" for name in names if LIMIT.fullmatch(name)}
+    return found - OURS
+
+
+def _targets(node: ast.stmt) -> list[ast.Name]:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    flat = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+    return [name for name in flat if isinstance(name, ast.Name)]
+
+
+def test_every_limit_is_measured() -> None:
+    """What it costs to be refused at ten times a limit is in docs/benchmarks.md, for every one there is."""
+    measured = json.loads((Path(__file__).parent.parent / "benchmarks/results/greed.json").read_text())["table"]
+    assert {name.rpartition(".")[2] for name in limits_of_the_code()} <= {row["limit"].partition(":")[0] for row in measured}
+    assert all(row["told"] < 500 for row in measured)
+    refused = [row for row in measured if row["error"] != "none"]
+    calls = {row["limit"]: 0.002 * row["given"] for row in refused if row["of"] == "calls"}  # each is a task of its own
+    slow = [row["limit"] for row in refused if row["s"] > 5 + 20 * row["reading_s"] + calls.get(row["limit"], 0)]
+    large = [row["limit"] for row in refused if row["mb"] > 200 + 4 * row["reading_mb"]]
+    assert (slow, large) == ([], [])

@@ -479,8 +479,10 @@ async def test_a_batch_larger_than_the_queue(loaded: bool, monkeypatch: pytest.M
     while engine.places.running:
         await asyncio.sleep(0.001)
     assert [reply.content for reply in await llm.abatch(["Who?"] * 12, {"max_concurrency": 5})] == [alone] * 12
-    with pytest.raises(QueueFullError, match=r"2 async calls are running and 3 wait"):
+    with pytest.raises(QueueFullError, match=r"12 calls .* the 2 that run and the 3 that may wait"):
         await llm.abatch(["Who?"] * 12)
+    replies = await llm.abatch(["Who?"] * 12, return_exceptions=True)
+    assert {type(reply) for reply in replies} == {AIMessage, QueueFullError}
 
 
 async def test_more_answers_at_once_than_the_loops_pool_has_threads(engine: KVzipEngine, context: CompressedContext) -> None:

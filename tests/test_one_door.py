@@ -183,6 +183,38 @@ def test_what_a_text_spells_is_read_as_it_is() -> None:
                 assert f"x{attack}y" in builder.tokenizer.decode(builder.question(None, said))
 
 
+def plain_json(text: str) -> str:
+    """A text without the escapes that JSON may have."""
+    return re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), text).replace("\\/", "/")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_any_field_spells_is_read_as_it_is(template: str) -> None:
+    """Of each field that a prompt shows at all: letter for letter, or as JSON has it."""
+    family, builder = FAMILIES[template], PromptBuilder(tokenizer_of("bytes", "none", template, True))
+    spelled = [one for token in (*family.special, *family.tags) for one in spellings(token)[:11] if "think" not in one.lower()]
+    attack, shown = f"x{'y'.join(spelled)}z", set()
+    for way in WAYS:
+        if "QUAINT" in builder.tokenizer.decode(prompt_of(builder, filled(WHOLE, [way], "QUAINT"))):
+            text = builder.tokenizer.decode(prompt_of(builder, filled(WHOLE, [way], attack)))
+            assert attack in text or plain_json(json.dumps(attack)[1:-1]) in plain_json(text), way
+            shown.add(way)
+    beside_a_call = ("messages", 2, "content")  # which some templates leave out
+    assert {way for way in WAYS if way[-1] == "content"} - shown <= {beside_a_call}
+    assert len(shown) >= 5
+
+
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_what_a_text_spells_is_changed_by_the_normaliser_alone(normaliser: str) -> None:
+    for template in TEMPLATES:
+        tokenizer = tokenizer_of("bytes", normaliser, template, True)
+        builder, change = PromptBuilder(tokenizer), NORMALISERS[normaliser]
+        for token in FAMILIES[template].special[:3]:
+            attack = f"x{'y'.join(spellings(token)[:11])}z"
+            expected = attack if change is None else change.normalize_str(attack).lstrip("\u2581")
+            assert expected in tokenizer.decode(builder.question(None, [{"role": "user", "content": attack}])), template
+
+
 def test_reasoning_that_was_said_spells_no_control_token() -> None:
     tokenizer = tokenizer_of("bytes", "none", "smollm3", False)
     builder = PromptBuilder(tokenizer)

@@ -23,7 +23,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables import Runnable, ensure_config
+from langchain_core.runnables import Runnable, RunnableConfig, ensure_config
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -448,6 +448,23 @@ class KVzipChatModel(BaseChatModel):
         async with aclosing(pieces_of(asked, places_of(self))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """:meth:`batch`. Of more questions than can run and wait none is asked, unless ``max_concurrency`` says how many at one time, or
+        ``return_exceptions`` that some may be refused.
+        """
+        first = config[0] if isinstance(config, list) and config else config
+        at_once = not (isinstance(first, dict) and first.get("max_concurrency"))
+        if self._ready is not None and at_once and not return_exceptions and not self._cached:
+            self._ready.places.check_takes(len(inputs))
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **kwargs)
 
     async def _agenerate(
         self,

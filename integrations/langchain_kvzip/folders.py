@@ -7,12 +7,15 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+#: A file may have so many bytes.
+LARGEST_FILE = 64 << 20
+
 # No part of a way is followed elsewhere, and a pipe keeps nobody waiting.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def read_below(folder: Path, name: str) -> bytes | None:
-    """What is in the file of a name below a folder, None if there is none that can be read.
+def read_below(folder: Path, name: str, most: int = LARGEST_FILE) -> bytes | None:
+    """What is in the file of a name below a folder, None if there is none that can be read; of a larger one ``most + 1`` bytes.
 
     Every folder on the way is opened below the one before it, and no link is followed, so that what is read is what was looked at
     and lies inside, whoever moves things about meanwhile.
@@ -30,5 +33,5 @@ def read_below(folder: Path, name: str) -> bytes | None:
             below = following
         with os.fdopen(below, "rb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file.read()
+                return file.read(most + 1)
     return None

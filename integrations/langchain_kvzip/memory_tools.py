@@ -11,6 +11,7 @@ from functools import wraps
 from operator import attrgetter
 from pathlib import Path
 from urllib.parse import quote
+from weakref import WeakValueDictionary
 
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
@@ -19,10 +20,14 @@ from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
 from kvzip_memory.calls import check
 from kvzip_memory.errors import KVzipError
+from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.registry import Entry
-from kvzip_memory.sources import as_path, clean
-from langchain_kvzip.folders import read_below
+from kvzip_memory.sources import as_path, brief, clean
+from langchain_kvzip.folders import LARGEST_FILE, read_below
+
+#: An agent's namespace may have so many documents, and their names so many characters.
+MOST_DOCUMENTS, LONGEST_DOCUMENT_NAME = 1000, 256
 
 
 def create_memory_tools(
@@ -33,7 +38,8 @@ def create_memory_tools(
     An agent sees and forgets only what it has loaded itself, in its namespace, under names of its own: they are tags
     ``memory:{namespace}:{name}`` of the contexts, not the names by which :meth:`KVzipEngine.get` finds them. The text loaded
     last under a name is the one that is asked. A text that others use, too, stays for them. What goes wrong is told to the
-    model as the tool's result.
+    model as the tool's result. It keeps at most 1,000 documents in a namespace, with names of 256 characters, and reads files of
+    at most 64 MiB.
 
     Args:
         engine: holds the documents and answers from them.
@@ -49,7 +55,7 @@ def create_memory_tools(
     @contextmanager
     def changing() -> Iterator[None]:
         """One tool at a time in all threads and processes: two that load under one name would each delete the other's text."""
-        in_process: threading.Lock = engine.shared.setdefault("langchain.memory_tools", {}).setdefault(prefix, threading.Lock())
+        in_process = engine.shared.setdefault("langchain.memory_tools", _Locks()).of(prefix)
         with in_process, held(lock_in(engine.cache_dir, lock), "changing an agent's documents") if engine.cache_dir else nullcontext():
             yield
             engine.registry.flush()  # it is on disk when the agent is told so
@@ -72,7 +78,7 @@ def create_memory_tools(
     def entry_of(name: str) -> Entry:
         found = mine()
         if name not in found:
-            raise ToolException(f"no document {name!r}; there are {sorted(found)}")
+            raise ToolException(f"no document {brief(name)}; there are {brief(sorted(found))}")
         return found[name]
 
     def load_document(name: str, text: str) -> str:
@@ -84,7 +90,9 @@ def create_memory_tools(
         assert root is not None
         found = read_below(root, path)
         if found is None:
-            raise ToolException(f"there is no file {path!r}")
+            raise ToolException(f"there is no file {brief(path)}")
+        if len(found) > LARGEST_FILE:
+            raise ToolException(f"{brief(path)} has more than {LARGEST_FILE:,} bytes, which is the limit; load a smaller file")
         try:
             return loaded(path, found.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
@@ -94,9 +102,13 @@ def create_memory_tools(
         name = clean(name, "name")
         if not name.strip():
             raise ToolException("the name is empty; give one to ask for the document by")
+        if len(name) > LONGEST_DOCUMENT_NAME:
+            raise ToolException(f"the name {brief(name)} has {len(name):,} characters; give one of at most {LONGEST_DOCUMENT_NAME}")
         with changing():
-            if name in mine():  # the text before will have to go
+            if name in (kept := mine()):  # the text before will have to go
                 engine.registry.check_changeable()
+            elif len(kept) >= MOST_DOCUMENTS:
+                raise ToolException(f"{len(kept):,} documents are kept, at most {MOST_DOCUMENTS:,} may be; forget one first")
             context = engine.load(Document(text, name, {"source": name}), tags=prefix + name)
             let_go(name, but=context.key)
         return f"{name!r} is kept: {context.n_tokens:,} tokens"
@@ -138,6 +150,19 @@ def create_memory_tools(
         tool("ask_document", ask_document, attrgetter("places")),
         tool("forget_document", forget_document),
     ]
+
+
+class _Locks:
+    """A lock for each namespace, for as long as somebody uses it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
+        self._of: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
+
+    def of(self, namespace: str) -> threading.Lock:
+        with self._lock:
+            return self._of.setdefault(namespace, threading.Lock())
 
 
 # A path by its root, up to what cannot be in one of ours.

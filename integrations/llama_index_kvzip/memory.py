@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from contextlib import suppress
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from llama_index.core.base.llms.types import ChatMessage, ContentBlock, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.memory import BaseMemoryBlock
@@ -17,6 +20,7 @@ from kvzip_memory.bridge import result_of
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.printable import logger_of
+from kvzip_memory.registry import check_text
 from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.sources import Message, clean
 from kvzip_memory.turns import Mark, Turns, TurnsFile
@@ -43,7 +47,8 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     the next ones.
 
     Raises:
-        InputError: by ``aput``: messages that are not text; the block does not take them.
+        InputError: by ``aput``: messages that are not text, more than a session may have (16 MiB), or, of an engine without a
+            ``cache_dir``, more sessions than may be in memory; the block does not take them.
         WindowError: by ``aput``: a turn is longer than the window.
         BudgetError, ModelError: by ``aput``, as for :meth:`KVzipEngine.extend`.
     """
@@ -91,11 +96,14 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     def _session(self, session_id: str) -> _Session:
         engine = self.llm.engine
-        of_engine: dict[tuple[str, str], _Session] = engine.shared.setdefault("llama_index.memory", {})
-        return of_engine.setdefault((self.name, session_id), _Session(engine, self.name, session_id))
+        of_engine: _Sessions = engine.shared.get("llama_index.memory") or engine.shared.setdefault("llama_index.memory", _Sessions(engine))
+        return of_engine.of(self.name, session_id)
 
 
 _LOOKED_FOR = 3  # contexts, the latest, of which the first that is still there is taken
+
+#: So many sessions are in memory at a time, with so many bytes of turns.
+MOST_SESSIONS, MOST_IN_MEMORY = 1024, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,10 @@ class _Session:
     "last": of its last one, "model": fingerprint}``. What is known is what the lines say, never what this process has written.
     """
 
-    def __init__(self, engine: KVzipEngine, name: str, session_id: str) -> None:
+    def __init__(self, engine: KVzipEngine, name: str, session_id: str, others: _Sessions) -> None:
         self._engine, self._tag = engine, clean(f"memory {escaped(name)}: {escaped(session_id)}", "session id")
+        check_text(self._tag)
+        self.key, self._others = (name, session_id), others
         names = engine.registry.tenant, name, session_id
         checksums = engine.registry.checksums
         self._lines = Turns() if engine.cache_dir is None else TurnsFile.of(engine.cache_dir, *names, checksums=checksums)
@@ -127,9 +137,19 @@ class _Session:
         self.known = _Known()
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the turns that are known."""
+        return self.known.mark.end
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there are turns that lie nowhere else."""
+        return self._engine.cache_dir is None and self._lines.nbytes() > 0
+
+    @property
     def is_current(self) -> bool:
         """Whether nobody has written since."""
-        self._expire()
+        self.expire()
         return self._lines.stamp() == self.known.mark.stamp
 
     def told(self) -> list[ChatMessage]:
@@ -157,8 +177,9 @@ class _Session:
         turns = [turn for turn in plain_messages(messages)[0] if turn["content"].strip() or turn.get("tool_calls")]
         if not turns:
             return
-        self._expire()
-        self._lines.append({"turns": turns}, self._tag, self._engine.registry.ttl)
+        self.expire()
+        with self._others.growing(self):
+            self._lines.append({"turns": turns}, self._tag, self._engine.registry.ttl)
         with self._building:
             self._look()
             self._build(ratio, limit)
@@ -194,9 +215,9 @@ class _Session:
         """The first turn that the context is to have: the one it has, or a later one of a user if there are too many tokens."""
         turns, first, count = known.turns, known.first, self._engine.count_tokens
         later = [i for i in range(first + 1, len(turns)) if turns[i]["role"] == "user"]
-        if not later or count(turns[first:]) <= limit:
+        if not later or count(turns[first:], most=limit) <= limit:
             return first
-        fitting = bisect_left(later, True, key=lambda i: count(turns[i:]) <= limit // 2)
+        fitting = bisect_left(later, True, key=lambda i: count(turns[i:], most=limit // 2) <= limit // 2)
         first = later[min(fitting, len(later) - 1)]
         logger.warning("%s: more than %s tokens; the oldest %d turns have left the context", self._tag, f"{limit:,}", first)
         return first
@@ -211,7 +232,7 @@ class _Session:
                 logger.debug("%s is read again: %s", self._tag, error)
         return self._engine.load(known.turns[first:], ratio=ratio, tags=self._tag)
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
         if (ttl := self._engine.registry.ttl) is not None:
             self._lines.remove(if_older=ttl)
 
@@ -241,6 +262,57 @@ class _Session:
                 return replace(known, context=context, first=bisect_left(known.places, record["first"]), count=count)
             first = max(first, bisect_left(known.places, record["first"]))
         return known if known.context is not None else replace(known, first=first, count=first)  # what has left stays away
+
+
+class _Sessions:
+    """The sessions of an engine's blocks that are in memory: the latest. Others are read again from their files when they are asked for;
+    without files the turns in memory are all there is, and stay.
+    """
+
+    def __init__(self, engine: KVzipEngine) -> None:
+        self._engine, self._lock = engine, threading.Lock()
+        refuse_after_fork(self, "_lock")
+        self._kept: OrderedDict[tuple[str, str], _Session] = OrderedDict()  # the last used is last
+        self._used: WeakValueDictionary[tuple[str, str], _Session] = WeakValueDictionary()  # and those that somebody still uses
+
+    def of(self, name: str, session_id: str) -> _Session:
+        with self._lock:
+            session = self._used.get((name, session_id)) or _Session(self._engine, name, session_id, self)
+            self._keep(session)
+            return session
+
+    @contextmanager
+    def growing(self, session: _Session) -> Iterator[None]:
+        """Around what gives a session turns.
+
+        Raises:
+            InputError: it would be one more than there may be.
+        """
+        with self._lock:
+            others = [other for other in self._kept.values() if other is not session]
+            for other in others if len(others) >= MOST_SESSIONS else ():
+                other.expire()
+            others = [other for other in others if other.is_kept]
+            nbytes = sum(other.nbytes for other in others)
+            if len(others) >= MOST_SESSIONS or nbytes >= MOST_IN_MEMORY:
+                raise InputError(
+                    f"{len(others):,} sessions have {nbytes:,} bytes of turns, in memory alone; at most {MOST_SESSIONS:,} with "
+                    f"{MOST_IN_MEMORY:,} may: give the engine a cache_dir, or forget some (block.forget)"
+                )
+        yield
+        with self._lock:
+            self._keep(session)  # it had nothing to lose before, and others may have taken its room
+
+    def _keep(self, session: _Session) -> None:
+        self._kept[session.key] = self._used[session.key] = session
+        self._kept.move_to_end(session.key)
+        nbytes = sum(kept.nbytes for kept in self._kept.values())
+        for key, kept in [*self._kept.items()][:-1]:
+            if len(self._kept) <= MOST_SESSIONS and nbytes <= MOST_IN_MEMORY:
+                return
+            if not kept.is_kept:
+                nbytes -= kept.nbytes
+                del self._kept[key]
 
 
 def _message(turn: Message) -> ChatMessage:

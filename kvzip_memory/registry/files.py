@@ -34,7 +34,7 @@ from torch import Tensor
 
 from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
-from kvzip_memory.errors import CorruptFileError
+from kvzip_memory.errors import CorruptFileError, InputError
 from kvzip_memory.modes import plain
 from kvzip_memory.registry.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
 from kvzip_memory.registry.identity import FORMAT, key_of, tokens_digest
@@ -43,7 +43,7 @@ from kvzip_memory.upload import upload
 #: Threads that read one file.
 READERS = min(4, os.cpu_count() or 1)
 _SMALL = 4 << 20  # bytes not worth a thread
-_HEADER = 1 << 26  # bytes of a header at most
+LARGEST_HEADER = 1 << 26  # bytes of a header at most
 _PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
 _DTYPES = {
     torch.float32: "F32",
@@ -184,8 +184,8 @@ def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 0 < length <= size - 8 - checksums.size:
         raise CorruptFileError(f"{path}: truncated, or not a context file (no safetensors header)")
-    if length > _HEADER:
-        raise CorruptFileError(f"{path}: a header of {length:,} bytes, more than the {_HEADER:,} of any file of ours")
+    if length > LARGEST_HEADER:
+        raise CorruptFileError(f"{path}: a header of {length:,} bytes, more than the {LARGEST_HEADER:,} of any file of ours")
     header = file.read(length)
     file.seek(size - checksums.size)
     sound = file.read(checksums.size) == _trailer(prefix + header, checksums)
@@ -252,6 +252,10 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: C
     table[f"header.{checksums.name}"] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
     facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
     header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
+    if len(header) > LARGEST_HEADER:
+        raise InputError(
+            f"the header of a file would have {len(header):,} bytes; at most {LARGEST_HEADER:,} are read: keep less in metadata"
+        )
     return header, [_bytes(t) for t in tensors.values()]
 
 

@@ -6,8 +6,13 @@ several things that only together have it, as the documents of one context: whoe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+
+from kvzip_memory.errors import InputError
+
+#: So many names may a context gather, and so many tags, with so many characters in all.
+MOST_HOLDERS, LARGEST_HOLDERS = 10_000, 1 << 20
 
 _JOINT = " | "
 
@@ -49,6 +54,23 @@ class Naming:
 def without(tags: Collection[str], key: str, let_go: LetGo) -> tuple[str, ...]:
     """The tags of a context by which it is not let go of."""
     return tuple(tag for tag in tags if not let_go(key, tag))
+
+
+def has_room(known: Collection[str], given: Collection[str]) -> bool:
+    """Whether a context can get names, or tags, beside those it has."""
+    new = set(given).difference(known)
+    return not new or (len(known) + len(new) <= MOST_HOLDERS and sum(map(len, known)) + sum(map(len, new)) <= LARGEST_HOLDERS)
+
+
+def check_room(what: str, known: Collection[str], given: Sequence[str], way_out: str) -> None:
+    """Raises:
+    InputError: a context would have too many names, or too many tags.
+    """
+    if not has_room(known, given):
+        raise InputError(
+            f"the context has {len(known):,} {what} of {sum(map(len, known)):,} characters, and there is no room for {len(given):,} more; "
+            f"it may have {MOST_HOLDERS:,} of {LARGEST_HOLDERS:,} characters: {way_out}"
+        )
 
 
 def thread_tag(thread_id: str = "") -> str:

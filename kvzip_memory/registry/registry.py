@@ -31,13 +31,14 @@ from kvzip_memory.printable import logger_of
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
-from kvzip_memory.registry.holders import LetGo, is_held, without
+from kvzip_memory.registry.holders import MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.layout import KEY
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
+from kvzip_memory.sources import LONGEST_NAME
 
 logger = logger_of(__name__)
 
@@ -47,8 +48,8 @@ Build = Callable[[Report], CompressedContext]
 
 _POLL_S = 0.05
 
-#: A name or a tag may have so many characters, and one call may give so many tags.
-LONGEST_NAME, MOST_TAGS = 4096, 256
+#: One call may give so many tags.
+MOST_TAGS = 256
 
 
 @dataclass(frozen=True)
@@ -601,6 +602,26 @@ class ContextRegistry(Shared):
                 f"the context takes about {nbytes:,} bytes; device_bytes is {budget:,}: raise it, keep a smaller ratio, or load less"
             )
 
+    def with_room(self, wanted: Wanted) -> Wanted:
+        """What is asked for, if the context can get its name and tags beside those it has; marks of conversations that it has no room for
+        are left out, as many others hold it then.
+
+        Raises:
+            InputError: too many, see :func:`~kvzip_memory.registry.holders.check_room`.
+        """
+        if wanted.name is None and not wanted.tags:
+            return wanted
+        here = self._in_memory([wanted.key])
+        known = _entry(here[0]) if here else self._try("read", lambda disk: disk.entry(wanted.key))
+        if known is None:
+            return wanted
+        if wanted.name is not None and not has_room(known.names, [wanted.name]):  # others may have some of these names now
+            check_room("names", self._told(known).names, [wanted.name], "load it without one, or take some away (kvzip-memory rm)")
+        if MARKED in wanted.tags and not has_room(known.tags, wanted.tags):
+            return replace(wanted, tags=(MARKED,))
+        check_room("tags", known.tags, wanted.tags, "load it without, or forget some (engine.forget)")
+        return wanted
+
     @contextmanager
     def _room(self, tier: MemoryTier) -> Iterator[Room]:
         """Room, none yet, for a move to a tier. When the block ends it is given back, unless the context has moved in.
@@ -1057,16 +1078,18 @@ class ContextRegistry(Shared):
         return Forgotten(tuple(gone.values()), tuple(stays.values()))
 
     def join(self, key: str, tags: Sequence[str]) -> None:
-        """Hold a context by further tags, if it has any. One without is whoever's has loaded it, and not to be forgotten by one that has
-        found it."""
+        """Hold a context by further tags, if it has any and has room for more. One without is whoever's has loaded it, and not to be
+        forgotten by one that has found it."""
         with self._changed:
             here = self._here(key)
-            for held in here:
-                if held.tags:
-                    held.tags |= dict.fromkeys(tags, time.time())
         entry = None if here else self._try("read", lambda disk: disk.entry(key))
-        if any(held.tags for held in here) or (entry is not None and entry.tags):
-            self._touch_behind(key, tags=tags)
+        known = {tag for held in [*here, *([entry] if entry else [])] for tag in held.tags}
+        if not known or not has_room(known, tags):
+            return
+        with self._changed:
+            for held in here:
+                held.tags |= dict.fromkeys(tags, time.time())
+        self._touch_behind(key, tags=tags)
 
     def _unname(self, entry: Entry, name: str) -> None:
         key = entry.key
