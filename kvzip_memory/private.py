@@ -99,10 +99,8 @@ def read_text(path: Path) -> str:
     ValueError: it is no UTF-8.
     """
     with os.fdopen(open_file(path), "rb") as file:
-        data = file.read(_LIMIT + 1)
-    if len(data) > _LIMIT:
-        raise StorageError(f"{path} has more than {_LIMIT:,} bytes, and is no file of ours; {_WAY_OUT}")
-    return data.decode()
+        check_size(path, os.fstat(file.fileno()).st_size)
+        return file.read().decode()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,9 +108,19 @@ def write_text(path: Path, text: str) -> None:
     StorageError: there is something that is no file of ours.
     OSError: it cannot be written.
     """
-    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
+    data = text.encode()
+    check_size(path, len(data))
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
         file.truncate()
-        file.write(text)
+        file.write(data)
+
+
+def check_size(path: Path, nbytes: int) -> None:
+    """Raises:
+    StorageError: more bytes than a text of ours is read with.
+    """
+    if nbytes > _LIMIT:
+        raise StorageError(f"{path} would take {nbytes:,} bytes, and a text of ours at most {_LIMIT:,}; {_WAY_OUT}")
 
 
 def delete(path: Path) -> None:

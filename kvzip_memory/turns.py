@@ -28,8 +28,9 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_folder, check_not_shared, delete, is_file, is_folder, make_folder, open_file
+from kvzip_memory.private import check_folder, check_not_shared, check_size, delete, is_file, is_folder, make_folder, open_file
 from kvzip_memory.registry import EVERYONE, ContextRegistry
+from kvzip_memory.registry.facts import is_line
 from kvzip_memory.registry.holders import unescaped
 
 logger = logger_of(__name__)
@@ -172,6 +173,7 @@ class TurnsFile(Turns):
         except FileNotFoundError:
             return (), b"", 0, b""
         with os.fdopen(descriptor, "rb") as file:
+            check_size(self.path, os.fstat(descriptor).st_size)
             stamp, line = _stamp(os.fstat(file.fileno())), file.readline()
             head = line if line.endswith(b"\n") else b""
             at = since.end if head == since.head else 0
@@ -182,6 +184,7 @@ class TurnsFile(Turns):
         make_folder(self.path.parent)
         descriptor = open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
+            check_size(self.path, os.fstat(descriptor).st_size + len(first) + len(line))
             begun, whole = _ends(descriptor)
             if not begun:  # or a first line that was not written whole, which no one has read
                 os.ftruncate(descriptor, 0)
@@ -227,7 +230,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """What a line says, None if it is not whole. One of an earlier version has no checksum."""
+    """What a line says, None if it is not whole or not one of ours. One of an earlier version has no checksum."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -236,7 +239,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     sum_ = record.pop("crc", None)
     text = b"{" + line.rstrip(b"\n")[len(_SUM % 0) :]
-    return record if sum_ is None or sum_ == f"{zlib.crc32(text):08x}" else None
+    return record if sum_ in (None, f"{zlib.crc32(text):08x}") and is_line(record) else None
 
 
 @dataclass(frozen=True)

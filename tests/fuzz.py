@@ -68,7 +68,9 @@ class Found:
             except Exception as error:
                 place = traceback.extract_tb(error.__traceback__)[-1]
                 self.ends["raised"] += 1
-                self.faults.setdefault(f"{type(error).__name__} in {place.name}:{place.lineno}", f"{error}"[:300] + f"; for {text[:3000]!r}")
+                self.faults.setdefault(
+                    f"{type(error).__name__} in {place.name}:{place.lineno}", f"{error}"[:300] + f"; for {text[:3000]!r}"
+                )
         if not lines <= self.lines:
             self.lines |= lines
             self.corpus.append(text)
@@ -171,7 +173,9 @@ def with_another_fact(value: Any, rng: random.Random) -> Any:
     elif kind < 0.5 and type(inside[last]) in (int, float):
         inside[last] = rng.choice((inside[last] + 1, inside[last] - 1, -inside[last], 2 * inside[last]))
     elif kind < 0.5 and isinstance(inside[last], str):
-        inside[last] = rng.choice((inside[last][:-1], inside[last] + "a", inside[last].upper(), inside[last] + "\ud800", inside[last] + "/.."))
+        inside[last] = rng.choice(
+            (inside[last][:-1], inside[last] + "a", inside[last].upper(), inside[last] + "\ud800", inside[last] + "/..")
+        )
     elif kind < 0.6 and isinstance(inside, dict):
         inside[rng.choice((*inside, "x", "\ud800", "kvzip", "__class__"))] = rng.choice(ODD)
     elif kind < 0.6:

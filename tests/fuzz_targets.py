@@ -220,7 +220,8 @@ def use_rows(disk: DiskTier) -> None:
 
     for entry in disk.entries():
         json.dumps(cli._facts(entry))
-        (entry.expired, entry.fineness, entry.name)
+        assert entry.fineness >= 0
+        assert entry.expired in (True, False)
         disk.lengths(family_of(entry.identity), [entry.beginning])
         disk.with_tokens(family_of(entry.identity), entry.identity.get("tokens", ""))
     for number in (1, 2, 3, 4):
@@ -298,8 +299,7 @@ def version(folder: Path) -> Target:
         (folder / "FORMAT").write_bytes(data)
         try:
             disk._check_layout()
-        except StorageError as error:
-            assert str(folder) in str(error)
+        except StorageError:
             return "refused"
         assert int(data) == 1
         return "served"
@@ -312,7 +312,9 @@ def turns(folder: Path) -> Target:
     file = TurnsFile.of(folder, None, block.name, "ana")
     first = {"turns": [{"role": "user", "content": "I am Ana."}, {"role": "assistant", "content": "Hello."}]}
     called = {"id": "1", "name": "look", "arguments": {"x": 1}}
-    second = {"turns": [{"role": "assistant", "content": "", "tool_calls": [called]}, {"role": "tool", "content": "3", "tool_call_id": "1"}]}
+    second = {
+        "turns": [{"role": "assistant", "content": "", "tool_calls": [called]}, {"role": "tool", "content": "3", "tool_call_id": "1"}]
+    }
     for record in (first, second, {"context": genuine().key, "first": [0, 0], "last": [0, 1], "model": engine().fingerprint}):
         file.append(record, "memory history: ana", 3600.0)
     seed = b"\n".join(b"{" + line[len(b'{"crc": "00000000", ') :] for line in file.path.read_bytes().splitlines()) + b"\n"
@@ -376,10 +378,10 @@ def whole_folder(folder: Path) -> Target:
 #: Each kind of file, and its part of all inputs.
 TARGETS: dict[Callable[[Path], Target], float] = {
     a_context_file: 0.3,
-    rows: 0.06,
+    rows: 0.05,
     names: 0.2,
-    progress: 0.2,
-    version: 0.1,
-    turns: 0.137,
+    progress: 0.25,
+    version: 0.15,
+    turns: 0.047,
     whole_folder: 0.003,
 }

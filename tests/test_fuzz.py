@@ -1,6 +1,7 @@
 """All that is read from a cache folder, with facts that are not ours under checksums that are right.
 
-Nothing is raised but what the API documents, nothing hangs or takes much memory, no other context is served, and the folder can be used afterwards.
+Nothing is raised but what the API documents, nothing hangs or takes much memory, no other context is served, and the folder can be used
+afterwards.
 """
 
 from collections.abc import Callable
@@ -20,5 +21,11 @@ def test_whatever_stands_in_a_file_is_used_or_refused_with_a_reason(tmp_path: Pa
     target = make(tmp_path / "target")
     count = int(INPUTS * TARGETS[make])
     found = fuzz.explore(target, count)
-    say(target=target.name.replace(" ", "_"), inputs=found.ends.total(), lines=len(found.lines), kept=len(found.corpus), **{k.replace(" ", "_"): n for k, n in found.ends.items()})
+    say(
+        target=target.name.replace(" ", "_"),
+        inputs=found.ends.total(),
+        lines=len(found.lines),
+        kept=len(found.corpus),
+        **{k.replace(" ", "_"): n for k, n in found.ends.items()},
+    )
     assert not found.faults, "\n".join(f"{place}: {what}" for place, what in found.faults.items())

@@ -25,7 +25,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
@@ -37,7 +37,7 @@ from weakref import WeakValueDictionary
 import torch
 from filelock import FileLock, Timeout
 
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, RaggedLayer
 from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
@@ -45,7 +45,7 @@ from kvzip_memory.printable import logger_of
 from kvzip_memory.private import check_file, check_folder, check_not_shared, delete, is_file, is_folder, make_folder, read_text, write_text
 from kvzip_memory.registry import layout
 from kvzip_memory.registry.beginnings import beginning
-from kvzip_memory.registry.facts import OddFactError, check_row, is_size
+from kvzip_memory.registry.facts import OddFactError, check_row, is_bad, is_forgotten, is_id, is_progress, is_size
 from kvzip_memory.registry.files import (
     PreparedFile,
     copy_with_catalog,
@@ -177,14 +177,15 @@ class DiskTier:
         root: the folder.
         budget: bytes that blobs, files being written and quarantined files may take together; None for no limit. The
             index itself (about 2 kB a context) is not counted.
+        check: looks at the layers of a context that was asked for, and raises a CorruptFileError if they are none of the model's.
 
     Raises:
-        OSError: the folder cannot be made or is of a newer version.
-        StorageError: others can write it, or something else is where a folder or file of ours belongs.
+        OSError: the folder cannot be made.
+        StorageError: it is of a newer version, others can write it, or something else is where a folder or file of ours belongs.
     """
 
-    def __init__(self, root: Path, budget: int | None = None) -> None:
-        self.root, self.budget = root, budget
+    def __init__(self, root: Path, budget: int | None = None, check: Callable[[Sequence[RaggedLayer], str], None] | None = None) -> None:
+        self.root, self.budget, self._check = root, budget, check
         self.quarantined = 0  # by this process
         self._mutex, self._putting = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_mutex", "_putting")
@@ -217,6 +218,8 @@ class DiskTier:
         path = self.root / "FORMAT"
         try:
             written = int(read_text(path))
+            if written < 1:
+                raise ValueError("no version")
         except FileNotFoundError:
             if self.read_only is not None:
                 return
@@ -225,9 +228,9 @@ class DiskTier:
             os.replace(temporary, path)
             return
         except ValueError:
-            raise OSError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
+            raise StorageError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
         if written > LAYOUT:
-            raise OSError(f"{self.root} has layout {written}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
+            raise StorageError(f"{self.root} has layout {written}, newer than the {LAYOUT} this version knows; upgrade kvzip-memory")
 
     def path(self, key: str) -> Path:
         """Raises:
@@ -262,9 +265,15 @@ class DiskTier:
             if admit is not None:
                 admit(facts["nbytes"])
 
-        return self._read(key, device, checked)
+        return self._read(key, device, checked, self._check)
 
-    def _read(self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None) -> CompressedContext:
+    def _read(
+        self,
+        key: str,
+        device: torch.device,
+        admit: Callable[[Mapping[str, Any]], None] | None = None,
+        check: Callable[[Sequence[RaggedLayer], str], None] | None = None,
+    ) -> CompressedContext:
         path = self.path(key)
         if not self._inside(path):
             raise NotStoredError(f"{path.parent} is no folder of ours; what it leads to is not read")
@@ -275,6 +284,8 @@ class DiskTier:
             context = read_context(path, device, follow_links=False, admit=admit)
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
+            if check is not None:
+                check(context.layers, str(path))
         except FileNotFoundError:
             raise NotStoredError("not stored") from None
         except OSError as error:
@@ -909,9 +920,8 @@ class DiskTier:
     def reported(self, key: str) -> dict[str, Any] | None:
         """What the process that builds ``key`` has last reported."""
         with suppress(OSError, ValueError, TypeError, RecursionError):  # the last: what is no note of ours
-            match json.loads(read_text(self._note_of(key))):
-                case {"key": str(of), "stage": str(), "done": int(), "total": int()} as note if of == key:
-                    return dict(note)
+            note = json.loads(read_text(self._note_of(key)))
+            return dict(note) if is_progress(note) and note["key"] == key else None
         return None
 
     def _note_of(self, key: str) -> Path:
@@ -1175,7 +1185,7 @@ def _bad(index: Index, name: str) -> dict[str, Any] | None:
         IndexDamagedError: it is not one of ours; its name becomes a file's.
     """
     row = index.get(_BAD + name)
-    if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_size(row.get("nbytes"))):
+    if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_bad(row)):
         raise IndexDamagedError(f"row {_BAD + name!r} is not one of ours")
     return None if row is None else {"key": name[:64], "reason": "unknown", "time": 0.0, **row}
 
@@ -1196,16 +1206,16 @@ def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, fl
 def _items(index: Index, key: str) -> list[str]:
     row = index.get(key)
     items = [] if row is None else row.get("keys")
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, list) or not all(map(is_id, items)):
         raise IndexDamagedError(f"row {key!r} is no list of ours")
     return items
 
 
 def _notes(index: Index) -> Notes:
-    try:
-        return Notes(index.get(_FORGOTTEN))
-    except (TypeError, ValueError):
-        raise IndexDamagedError("the row of what was forgotten is not one of ours") from None
+    row = index.get(_FORGOTTEN)
+    if row is not None and not is_forgotten(row):
+        raise IndexDamagedError("the row of what was forgotten is not one of ours")
+    return Notes(row)
 
 
 def _list_add(index: Index, key: str, item: str, size: int = _GROUP_SIZE) -> None:

@@ -36,7 +36,7 @@ from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Residen
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.modes import plain
 from kvzip_memory.registry.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
-from kvzip_memory.registry.identity import FORMAT, key_of, tokens_digest
+from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest, tokens_digest
 from kvzip_memory.upload import upload
 
 #: Threads that read one file.
@@ -179,6 +179,8 @@ def read_header(file: BinaryIO, path: Path) -> dict[str, Any]:
         raise CorruptFileError(f"{path}: the header's checksum is wrong, or the file is truncated")
     try:
         check_header(facts)
+        if facts["identity"].get("recipe", recipe_digest(_recipe(facts))) != recipe_digest(_recipe(facts)):
+            raise OddFactError("recipe is not that of its key")
     except (OddFactError, RecursionError) as error:
         raise CorruptFileError(f"{path}: {error}, which no version of ours has written") from None
     expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + 8
@@ -334,8 +336,9 @@ def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: t
             for i, layer in enumerate(facts["layers"]):
                 done[f"layer.{i}"]()
                 keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
-                _check_positions(positions, facts["n_tokens"], path)
-                yield RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                _check_positions(read, facts["n_tokens"], path)
+                yield read
 
         arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
         done[""]()
@@ -345,12 +348,16 @@ def _read_layers(file: BinaryIO, facts: Mapping[str, Any], path: Path, device: t
     return arrived, tensors["token_ids"]
 
 
-def _check_positions(positions: Tensor, n_tokens: int, path: Path) -> None:
+def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
     """Raises:
-    CorruptFileError: pairs of tokens that are not there.
+    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
     """
-    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+    positions = layer.positions.numpy()
+    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
         raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
+    falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
+    if not set(falling.tolist()) <= set(layer.offsets):
+        raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
 
 
 @plain()
@@ -379,8 +386,12 @@ def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: m
         raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
 
 
-def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_ids: Tensor) -> CompressedContext:
+def _recipe(facts: Mapping[str, Any]) -> Recipe:
     recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
+    return Recipe(**recipe)
+
+
+def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_ids: Tensor) -> CompressedContext:
     return CompressedContext(
         key=key_of(facts["identity"]),
         identity=facts["identity"],
@@ -389,7 +400,7 @@ def _context(facts: Mapping[str, Any], layers: tuple[RaggedLayer, ...], token_id
         protected=facts["protected"],
         ratio=facts["ratio"],
         dense_nbytes=facts["dense_nbytes"],
-        recipe=Recipe(**recipe),
+        recipe=_recipe(facts),
         sources=tuple(Source(**source) for source in facts["sources"]),
         name=facts["name"],
         created=facts["created"],

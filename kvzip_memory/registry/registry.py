@@ -22,7 +22,7 @@ import torch
 from kvzip_memory import calls
 from kvzip_memory.calls import Left
 from kvzip_memory.compression.shrink import shrink
-from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
+from kvzip_memory.context import CompressedContext, Lease, RaggedLayer, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
@@ -140,6 +140,7 @@ class ContextRegistry(Shared):
         ttl: seconds after its text was read after which a context is no longer used, whoever stored it; None for never.
         wait_s: seconds to wait for room while other answers use all of a tier.
         tenant: digest of the tenant whose contexts are listed and found by name; :data:`EVERYONE` for operators.
+        check: as for :class:`DiskTier`.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -155,6 +156,7 @@ class ContextRegistry(Shared):
         ttl: float | None = None,
         wait_s: float = 60.0,
         tenant: str | None = None,
+        check: Callable[[Sequence[RaggedLayer], str], None] | None = None,
     ) -> None:
         self.tenant = tenant
         self.device, self.ttl, self._wait_s = device, ttl, wait_s
@@ -174,7 +176,7 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget)
+                self._disk = DiskTier(folder.expanduser().absolute(), budget, check)
                 self._count("disk_errors", int(self._disk.read_only is not None))
             except OSError as error:
                 self.no_disk = str(error)
