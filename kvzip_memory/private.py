@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvzip_memory.errors import StorageError
 
-_LIMIT = 1 << 26  # bytes of a text of ours; far more than any has
+LIMIT = 1 << 26  # bytes of a text of ours; far more than any has
 _WAY_OUT = "remove it, or give another cache_dir"
 _SHARED = "who could have any text of theirs in your answers"
 
@@ -119,8 +119,8 @@ def check_size(path: Path, nbytes: int) -> None:
     """Raises:
     StorageError: more bytes than a text of ours is read with.
     """
-    if nbytes > _LIMIT:
-        raise StorageError(f"{path} would take {nbytes:,} bytes, and a text of ours at most {_LIMIT:,}; {_WAY_OUT}")
+    if nbytes > LIMIT:
+        raise StorageError(f"{path} would take {nbytes:,} bytes, and a text of ours at most {LIMIT:,}; {_WAY_OUT}")
 
 
 def delete(path: Path) -> None:

@@ -366,7 +366,7 @@ def whole_folder(folder: Path) -> Target:
         assert disk.usage() == disk.measured() <= BUDGET
         for number in (1, 2):
             assert disk.get(wanted(number).key, torch.device("cpu")).key == wanted(number).key
-        anew = disk.quarantined
+        anew = disk.made_anew
         use_rows(disk)
         disk.close()
         examine(folder / "contexts")

@@ -186,7 +186,8 @@ class DiskTier:
 
     def __init__(self, root: Path, budget: int | None = None, check: Callable[[Sequence[RaggedLayer], str], None] | None = None) -> None:
         self.root, self.budget, self._check = root, budget, check
-        self.quarantined = 0  # by this process
+        self.quarantined = 0  # files, by this process
+        self.made_anew = False  # whether this process has found the index damaged
         self._mutex, self._putting = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_mutex", "_putting")
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
@@ -425,15 +426,16 @@ class DiskTier:
         stored, writing = self._totals(index)
         usage = stored + sum(nbytes for key, nbytes in writing.items() if key != new.key) - replaced
         victims: list[Callable[[], None]] = []
-        for key in index.keys("") if usage + nbytes > self.budget else ():
-            if key.startswith(_BAD) and (bad := _bad(index, key.removeprefix(_BAD))) is not None:
+        for name in list(index.keys(_BAD)) if usage + nbytes > self.budget else ():  # what is in quarantine goes first
+            if usage + nbytes > self.budget and (bad := _bad(index, name)) is not None and bad["nbytes"]:
                 victims.append(partial(self._drop_bad, index, bad))
                 usage -= bad["nbytes"]
-            elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None:
-                if entry.pinned or entry.key == new.key:
-                    continue
-                victims.append(partial(self._drop, index, entry))
-                usage -= entry.file_nbytes
+        for key in index.keys(_CONTEXT) if usage + nbytes > self.budget else ():
+            entry = _entry(index, key)
+            if entry is None or entry.pinned or entry.key == new.key:
+                continue
+            victims.append(partial(self._drop, index, entry))
+            usage -= entry.file_nbytes
             if usage + nbytes <= self.budget:
                 break
         if usage + nbytes > self.budget:
@@ -511,31 +513,48 @@ class DiskTier:
             moved = self._set_aside(key, reason)
         except IndexUnavailableError:
             return
-        if moved:
-            self.quarantined += 1
-            logger.warning("%s; moved to quarantine", reason)
+        if not moved:
+            logger.debug("%s; another process has moved it", reason)
 
     @_needs_index
     def _set_aside(self, key: str, reason: str) -> bool:
-        path, name = self.path(key), f"{key}.{time.time_ns()}.safetensors"
+        path = self.path(key)
         with self._changing_files() as index:
+            stored, writing = self._totals(index)
+            entry = _entry(index, key)
+            counted = entry.file_nbytes if entry is not None else 0
             try:
-                size = nbytes = path.lstat().st_size
-                if not _moved(path, self.root / "quarantine" / name):
-                    nbytes = 0
+                size = path.lstat().st_size
+                nbytes = self._bury(index, path, reason, stored + sum(writing.values()) - counted)
             except OSError:  # another process has done it, or may not
                 return False
-            if (entry := _entry(index, key)) is not None:
+            if entry is not None:
                 self._doubtful |= entry.file_nbytes != size
                 self._drop(index, entry)
                 index.set(_LOST + key, asdict(entry))
             stored, writing = self._totals(index)
-            if self.budget is not None and stored + sum(writing.values()) + nbytes > self.budget:  # it has grown, or never had a row
-                (self.root / "quarantine" / name).unlink(missing_ok=True)
-                nbytes = 0
             self._set_totals(index, stored + nbytes, writing)
-            index.set(_BAD + name, {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time()})
         return True
+
+    def _bury(self, index: Index, path: Path, reason: str, usage: int) -> int:
+        """Move a file to quarantine and note the reason; it is deleted where it does not fit into the budget beside what is used.
+
+        Returns:
+            Bytes that it takes there.
+
+        Raises:
+            OSError: it cannot be moved, or is there no more.
+        """
+        name, nbytes = f"{path.stem}.{time.time_ns()}.safetensors", path.lstat().st_size
+        if self.budget is not None and usage + nbytes > self.budget:  # it has grown, or never had a row
+            path.unlink()
+            nbytes = 0
+        elif not _moved(path, self.root / "quarantine" / name):
+            nbytes = 0
+        index.set(_BAD + name, {"key": path.stem, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time()})
+        self.quarantined += 1
+        logger.warning("%s; moved to quarantine", reason)
+        return nbytes
 
     # -- the index -----------------------------------------------------------------------------------------------
 
@@ -825,8 +844,8 @@ class DiskTier:
         for entry in self.entries():
             if entry.expired:
                 found["expired"] += self.remove(entry.key)
-        found["quarantined"] = self._empty_quarantine()
         found["orphaned"] = self._reconcile()
+        found["quarantined"] = self._empty_quarantine()
         with suppress(OSError):  # others are writing
             self.names.gc(self.has)
         return {**found, "bytes": before - self.measured()}
@@ -850,7 +869,7 @@ class DiskTier:
     @_needs_index
     def _reconcile(self) -> int:
         """Make rows and files agree after a process was killed: a row whose file is gone goes too, a whole file without
-        a row gets one, a broken one is deleted, and bytes are counted anew from the files.
+        a row gets one, a broken one goes to quarantine, and bytes are counted anew from the files. What cannot be read now stays.
 
         Returns:
             Files deleted.
@@ -866,25 +885,54 @@ class DiskTier:
             stored = sum(row["nbytes"] for row in bad)
             stored += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
             for key in blobs.keys() - rows - writing.keys():
-                entry = self._entry_of_file(blobs[key])
                 usage = stored + sum(writing.values())
-                if entry is None or (self.budget is not None and usage + entry.file_nbytes > self.budget):
-                    delete(blobs[key])
-                    deleted += 1
-                else:
-                    self._add(index, entry)
-                    stored += entry.file_nbytes
+                with suppress(FileNotFoundError):
+                    entry, nbytes = self._entry_or_buried(index, blobs[key], usage)
+                    if entry is not None and self.budget is not None and usage + nbytes > self.budget:
+                        delete(blobs[key])
+                        deleted += 1
+                        continue
+                    if entry is not None:
+                        self._add(index, entry)
+                    stored += nbytes
             for path in self._temporaries():
                 if path.name[:64] not in writing and (".catalog." not in path.name or self._delete_dead(path)):
                     path.unlink(missing_ok=True)
                     deleted += 1
-            listed = {row["file"] for row in bad}
+            listed = {*index.keys(_BAD)}
             for path in self._quarantined():
                 if path.name not in listed:
-                    path.unlink(missing_ok=True)
-                    deleted += 1
+                    stored += self._listed_as_bad(index, path, stored + sum(writing.values()))
             self._set_totals(index, stored, writing)
         return deleted
+
+    def _entry_or_buried(self, index: Index, path: Path, usage: int) -> tuple[Entry | None, int]:
+        """The entry of a file without a row, None of one that is of no use, and its bytes; a broken one goes to quarantine.
+
+        Raises:
+            FileNotFoundError: it is there no more.
+        """
+        try:
+            entry = self._read_entry(path)
+            return entry, entry.file_nbytes
+        except FileNotFoundError:
+            raise
+        except CorruptFileError as error:
+            if "newer than" not in str(error):
+                with suppress(OSError):
+                    return None, self._bury(index, path, str(error), usage)
+        except OSError as error:
+            logger.warning("cannot read stored context %s: %s", path.stem[:12], error)
+        return None, path.lstat().st_size
+
+    def _listed_as_bad(self, index: Index, path: Path, usage: int) -> int:
+        """Give a file in quarantine a row, for whoever moved it was killed, or the index is new; its bytes, if there is room."""
+        nbytes = path.lstat().st_size
+        if self.budget is not None and usage + nbytes > self.budget:
+            path.unlink(missing_ok=True)
+            return 0
+        index.set(_BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0})
+        return nbytes
 
     def verify(self, key: str) -> str | None:
         """Check every byte of a stored context: None if it is sound, else what is wrong (it is in quarantine then)."""
@@ -1025,22 +1073,24 @@ class DiskTier:
             if next(index.keys(""), None) is not None:
                 raise IndexDamagedError("the row of totals is missing")
             stored = 0
-            found = [(path, self._entry_of_file(path)) for path in self._blobs()]
-            entries = [_completed(entry, (salvaged or {}).get(entry.key)) for _, entry in found if entry is not None]
+            found: list[Entry] = []
+            for path in [*self._blobs()]:
+                with suppress(FileNotFoundError):
+                    entry, nbytes = self._entry_or_buried(index, path, stored)
+                    found += [entry] if entry is not None else []
+                    stored += nbytes
+            entries = [_completed(entry, (salvaged or {}).get(entry.key)) for entry in found]
             given: dict[str, dict[str, float]] = {}
             for label in self.names.all():
                 given.setdefault(label.key, {})[label.name] = label.loaded
             entries = [replace(entry, names=latest(entry.names, given.get(entry.key, {}))) for entry in entries]
             for entry in sorted(entries, key=lambda entry: entry.used):
                 self._add(index, entry)
-                stored += entry.file_nbytes
-            for path in (path for path, entry in found if entry is None):
-                self._quarantine_unlisted(path)
+            listed = {*index.keys(_BAD)}
             writing = {path.name[:64]: path.lstat().st_size for path in self._temporaries() if not self._delete_dead(path)}
             for path in self._quarantined():
-                nbytes = path.lstat().st_size
-                index.set(_BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0})
-                stored += nbytes
+                if path.name not in listed:
+                    stored += self._listed_as_bad(index, path, stored + sum(writing.values()))
             self._set_totals(index, stored, writing)
 
     def _delete_dead(self, temporary: Path) -> bool:
@@ -1051,11 +1101,6 @@ class DiskTier:
                 return True
         except (Timeout, OSError):  # the latter: what is where its lock belongs cannot be locked
             return False
-
-    def _quarantine_unlisted(self, path: Path) -> None:
-        with suppress(OSError):
-            _moved(path, self.root / "quarantine" / f"{path.stem}.{time.time_ns()}.safetensors")
-            self.quarantined += 1
 
     def _replace_index(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
@@ -1076,7 +1121,7 @@ class DiskTier:
                 make_folder(self.root / "index")
                 for older in layout.old_indexes(self.root)[:-1]:
                     _remove_index(older)
-                self.quarantined += 1
+                self.made_anew = True
             self._opened_file = self._index_file()
             self._index = Index(self.root / "index")
             self._start_index(salvaged)
@@ -1134,16 +1179,21 @@ class DiskTier:
 
     def _entry_of_file(self, path: Path) -> Entry | None:
         """An entry from a file's header, None if there is no sound one."""
-        if not self._inside(path):
-            return None
         try:
-            with open_context(path, follow_links=False) as file:
-                facts = read_header(file, path)
-                status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
+            return self._read_entry(path) if self._inside(path) else None
         except (OSError, CorruptFileError):
             return None
-        if key_of(facts["identity"]) != path.stem:
-            return None
+
+    def _read_entry(self, path: Path) -> Entry:
+        """Raises:
+        CorruptFileError: it is no sound context of its name.
+        OSError: it cannot be read.
+        """
+        with open_context(path, follow_links=False) as file:
+            facts = read_header(file, path)
+            status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
+        if (key := key_of(facts["identity"])) != path.stem:
+            raise CorruptFileError(f"{path}: holds the context {key[:12]}")
         catalog = facts["catalog"]
         return Entry(
             key=path.stem,
@@ -1156,7 +1206,7 @@ class DiskTier:
             names=catalog.get("names", {}),
             tags=tuple(catalog.get("tags", ())),
             created=facts["created"],
-            used=status.st_mtime,
+            used=min(max(status.st_mtime, 0.0), time.time()),  # which anybody can set
             expires=facts["expires"],
             coarsest=facts["coarsest"],
             beginning=beginning(token_ids),

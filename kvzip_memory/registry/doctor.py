@@ -88,7 +88,7 @@ def _index(disk: DiskTier) -> Finding:
         return Finding("problem", "index", f"cannot be used: {error}", "contexts are served, but none is stored; make the folder writable")
     if disk.read_only is not None:
         return Finding("note", "index", disk.read_only, "contexts are used, and none is stored; make the folder writable to store more")
-    if disk.quarantined:
+    if disk.made_anew:
         return Finding("note", "index", "was damaged; made anew from the stored contexts just now", "pin again what you had pinned")
     if counted != measured:
         return Finding(

@@ -33,7 +33,7 @@ import xxhash
 from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
-from kvzip_memory.errors import CorruptFileError
+from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.modes import plain
 from kvzip_memory.registry.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
 from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest, tokens_digest
@@ -61,6 +61,9 @@ class PreparedFile:
     Args:
         context: one that holds its pairs itself.
         catalog: facts for the registry's index, kept in the header so that the index can be made anew from the files.
+
+    Raises:
+        StorageError: its header would be longer than any that is read.
     """
 
     def __init__(self, context: CompressedContext, catalog: Mapping[str, Any] | None = None) -> None:
@@ -230,9 +233,17 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any]) -> tuple[byt
 
 
 def _padded(table: Mapping[str, Any]) -> bytes:
-    """A header as it is written, behind its length."""
+    """A header as it is written, behind its length.
+
+    Raises:
+        StorageError: it would be longer than any that is read.
+    """
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    if len(header) > _HEADER:
+        raise StorageError(
+            f"a header of {len(header):,} bytes, more than the {_HEADER:,} that are read; use less metadata, and fewer names"
+        )
     return struct.pack("<Q", len(header)) + header
 
 

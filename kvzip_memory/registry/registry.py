@@ -178,6 +178,7 @@ class ContextRegistry(Shared):
             try:
                 self._disk = DiskTier(folder.expanduser().absolute(), budget, check)
                 self._count("disk_errors", int(self._disk.read_only is not None))
+                self._count("quarantined", self._disk.quarantined)
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
