@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from kvzip_memory.errors import StorageError
@@ -34,6 +34,25 @@ def _mode(path: Path) -> int:
         return 0
 
 
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Says of what the block is not let to do where that is, and the way out.
+
+    Raises:
+        StorageError: the system refuses.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise
+        raise StorageError(
+            f"{path} cannot be used by user {os.geteuid()} ({error.strerror}); chmod or chown it, or give another cache_dir"
+        ) from error
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 
@@ -42,7 +61,8 @@ def make_folder(path: Path) -> None:
         OSError: it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700)
+        with usable(path):
+            path.mkdir(mode=0o700)
     except FileNotFoundError:
         make_folder(path.parent)
         make_folder(path)
@@ -78,7 +98,8 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     made = bool(flags & os.O_CREAT) and not os.path.lexists(path)
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        with usable(path) if not os.path.lexists(path) or is_file(path) else nullcontext():
+            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise StorageError(f"{path} is {_kind(path)}, where a file of ours belongs; {_WAY_OUT}") from None
