@@ -141,3 +141,16 @@ def test_a_name_that_would_not_be_read_is_not_written(tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="1,000"):
         private.write_text(path, "x" * 1001)
     assert private.read_text(path) == "as it was"
+
+
+def test_a_file_that_grows_in_quarantine_takes_no_room(tmp_path: Path) -> None:
+    paths = filled(tmp_path, 1, 2)
+    size = paths[2].stat().st_size
+    disk = DiskTier(tmp_path, 2 * size)
+    disk._quarantine(wanted(1).key, "as damage does")
+    [bad] = disk.quarantine()
+    disk.close()
+    os.truncate(tmp_path / "quarantine" / bad["file"], 9 << 30)
+    disk = DiskTier(tmp_path, 2 * size)
+    assert disk.usage() == disk.measured() == size
+    assert [row["reason"] for row in disk.quarantine()] == ["as damage does"]

@@ -882,7 +882,7 @@ class DiskTier:
                 if (entry := _entry(index, key)) is not None:
                     self._drop(index, entry)
             bad = [row for name in list(index.keys(_BAD)) if (row := _bad(index, name)) is not None]
-            stored = sum(row["nbytes"] for row in bad)
+            stored = sum(self._measured_bad(index, row) for row in bad)
             stored += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
             for key in blobs.keys() - rows - writing.keys():
                 usage = stored + sum(writing.values())
@@ -924,6 +924,17 @@ class DiskTier:
         except OSError as error:
             logger.warning("cannot read stored context %s: %s", path.stem[:12], error)
         return None, path.lstat().st_size
+
+    def _measured_bad(self, index: Index, row: Mapping[str, Any]) -> int:
+        """Bytes that a file in quarantine takes; one that has grown there is deleted, and its reason stays."""
+        path = self.root / "quarantine" / row["file"]
+        nbytes = path.lstat().st_size if is_file(path) else 0
+        if nbytes > row["nbytes"]:
+            delete(path)
+            nbytes = 0
+        if nbytes != row["nbytes"]:
+            index.set(_BAD + row["file"], {**row, "nbytes": nbytes})
+        return nbytes
 
     def _listed_as_bad(self, index: Index, path: Path, usage: int) -> int:
         """Give a file in quarantine a row, for whoever moved it was killed, or the index is new; its bytes, if there is room."""
