@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from kvzip_memory.errors import InputError
 from kvzip_memory.locks import held
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, check_folder, check_not_shared, make_folder
+from kvzip_memory.private import check_file, check_folder, check_not_shared, make_folder, usable
 
 logger = logger_of(__name__)
 
@@ -74,7 +74,7 @@ def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
     folder = cache_dir / "gguf" / name
     check_not_shared(cache_dir, folder.parent)
     make_folder(folder.parent)
-    with held(FileLock(f"{folder}.lock", mode=0o600), f"converting {source.name}"):
+    with usable(folder), held(FileLock(f"{folder}.lock", mode=0o600), f"converting {source.name}"):
         check_folder(folder)
         if not folder.exists():
             logger.info("converting %s once into %s", source.name, folder)

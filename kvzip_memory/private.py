@@ -9,7 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvzip_memory.errors import StorageError
@@ -49,7 +49,7 @@ def usable(path: Path) -> Iterator[None]:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
             raise
         raise StorageError(
-            f"{path} cannot be used by user {os.geteuid()} ({error.strerror}); chmod or chown it, or give another cache_dir"
+            f"{error.filename or path} cannot be used by user {os.geteuid()}: {error.strerror}; chmod or chown it, or give another cache_dir"
         ) from error
 
 
@@ -98,12 +98,11 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     writes = flags & (os.O_WRONLY | os.O_RDWR)
     made = bool(flags & os.O_CREAT) and not os.path.lexists(path)
     try:
-        with usable(path) if not os.path.lexists(path) or is_file(path) else nullcontext():
-            descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise StorageError(f"{path} is {_kind(path)}, where a file of ours belongs; {_WAY_OUT}") from None
-        raise
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError:
+        check_file(path)
+        with usable(path):
+            raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or (writes and status.st_nlink > 1):
         os.close(descriptor)

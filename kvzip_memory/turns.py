@@ -28,7 +28,7 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_folder, check_not_shared, check_size, delete, is_file, is_folder, make_folder, open_file
+from kvzip_memory.private import check_folder, check_not_shared, check_size, delete, is_file, is_folder, make_folder, open_file, usable
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.facts import is_line
 from kvzip_memory.registry.holders import unescaped
@@ -143,7 +143,7 @@ class TurnsFile(Turns):
         return ()
 
     def remove(self, if_older: float = float("-inf")) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), usable(self.path):
             if self._is_older(if_older):
                 with self._locked():
                     if self._is_older(if_older):  # nor was anything added while we waited
@@ -280,7 +280,9 @@ def sessions(cache_dir: Path) -> Iterator[Session]:
     """All sessions with turns in a folder, the last one written first."""
     found = []
     folder = cache_dir / "memory"
-    for path in [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []:
+    with usable(folder):
+        paths = [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []
+    for path in paths:
         with suppress(FileNotFoundError):  # removed meanwhile
             file, written = TurnsFile(path), path.lstat().st_mtime
             records, nbytes = [record for _, record in file.read()[0]], path.lstat().st_size

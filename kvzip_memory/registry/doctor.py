@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from kvzip_memory.private import usable
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import HELD, IndexHeldError
 from kvzip_memory.registry.layout import strangers
@@ -41,11 +42,12 @@ def examine(root: Path) -> list[Finding]:
         return [Finding("note", "folder", f"{root} does not exist", "nothing was stored yet, or under another cache_dir")]
     findings = [_private(root), _file_system(root), _space(root)]
     try:
-        disk = DiskTier(root)
+        with usable(root):
+            disk = DiskTier(root)
+            findings += [_index(disk), *_contents(disk), *_strangers(root)]
+            disk.close()
     except OSError as error:
         return [Finding("problem", "folder", str(error), "nothing of it is read or written until then"), *findings]
-    findings += [_index(disk), *_contents(disk), *_strangers(root)]
-    disk.close()
     return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
 
 

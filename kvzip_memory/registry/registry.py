@@ -27,6 +27,7 @@ from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.printable import logger_of
+from kvzip_memory.private import usable
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
@@ -176,7 +177,8 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget, check)
+                with usable(folder):
+                    self._disk = DiskTier(folder.expanduser().absolute(), budget, check)
                 self._count("disk_errors", int(self._disk.read_only is not None))
                 self._count("quarantined", self._disk.quarantined)
             except OSError as error:
