@@ -48,9 +48,8 @@ def usable(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
             raise
-        raise StorageError(
-            f"{error.filename or path} cannot be used by user {os.geteuid()}: {error.strerror}; chmod or chown it, or give another cache_dir"
-        ) from error
+        where, why = error.filename or path, error.strerror
+        raise StorageError(f"{where} cannot be used by user {os.geteuid()}: {why}; chmod or chown it, or give another cache_dir") from error
 
 
 def make_folder(path: Path) -> None:
