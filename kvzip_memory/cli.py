@@ -189,7 +189,10 @@ def _sessions_of(cache_dir: Path, entry: Entry) -> list[turns.Session]:
 
 
 def _time(seconds: float | None) -> str | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    try:
+        return None if seconds is None else datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # further away than any calendar goes
+        return f"{seconds:g} s"
 
 
 def _called(entry: Entry) -> str:

@@ -31,6 +31,7 @@ from kvzip_memory.private import (
     make_folder,
     open_file,
     read_text,
+    usable,
     write_text,
 )
 
@@ -126,7 +127,8 @@ def converted(cache_dir: Path, name: str, convert: Callable[[Path], object]) -> 
     """
     folder = cache_dir / "gguf" / name
     check_not_shared(cache_dir, folder.parent)
-    make_folder(folder.parent)
+    with usable(folder):
+        make_folder(folder.parent)
     for _ in range(_TRIES):
         with held(SharedLock(f"{folder}.lock"), f"converting {name}"):
             if _is_whole(folder):

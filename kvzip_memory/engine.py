@@ -188,6 +188,7 @@ class KVzipEngine(Shared):
             ttl=ttl,
             tenant=self._tenant,
             secret=secret,
+            check=self._model.check_layers,
         )
         self._watch, self._weights = self._model.watch, Fingerprint(model)
         self._known_identity: tuple[Stamp | None, dict[str, Any]] = (None, {})
@@ -366,7 +367,7 @@ class KVzipEngine(Shared):
         self.registry.join(before.key, tags)
         if len(prompt.token_ids) - before.n_tokens < FREE_TOKENS:
             return before
-        left_behind = before.identity["parent"]
+        left_behind = before.identity.get("parent")
         try:
             context = self._load(language, replace(prompt, protected=before.protected), ratio, None, tags, began, before)
         except IdentityMismatchError:  # as in _load_text
@@ -379,7 +380,7 @@ class KVzipEngine(Shared):
         one it began with stays, and so does all that has no tag.
         """
         for entry in self.registry.find(key) if key and tags else []:
-            if set(tags) <= set(entry.tags) and entry.identity["parent"]:
+            if set(tags) <= set(entry.tags) and entry.identity.get("parent"):
                 try:
                     self.registry.leave(entry.key, tags)
                 except (InputError, OSError) as error:
@@ -654,6 +655,7 @@ class KVzipEngine(Shared):
 
         context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
         check_same_model(context.identity, self._identity, str(path))
+        self._model.check_layers(context.layers, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
@@ -745,7 +747,7 @@ class KVzipEngine(Shared):
                 bar.show(stage, done, total)
                 report(stage, done, total)
 
-            first = start if parent and parent.identity["scorer"] else step.protected
+            first = start if parent and parent.identity.get("scorer") else step.protected
             total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
             ms: Counter[str] = Counter()
             dense_nbytes = parent.dense_nbytes if parent else 0
@@ -1098,7 +1100,7 @@ class KVzipEngine(Shared):
 
     def _check_parent(self, language: Language, context: CompressedContext) -> None:
         self._check_context(language, checked_context(context))
-        scorer = context.identity["scorer"]
+        scorer = context.identity.get("scorer")
         if scorer not in (None, self._scorer.identity()):
             raise InputError(
                 f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._scorer.identity()} cannot be "

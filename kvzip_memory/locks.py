@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, make_folder, open_file
+from kvzip_memory.private import check_file, make_folder, open_file, usable
 
 logger = logger_of(__name__)
 
@@ -55,17 +55,18 @@ def held(lock: FileLock | SharedLock, doing: str, timeout: float = -1) -> Iterat
 
     Raises:
         Timeout: it is still held.
-        StorageError: what is in its place is no file of ours.
+        StorageError: what is in its place is no file of ours, or one that we may not lock.
     """
     check_file(Path(lock.lock_file))
     quiet = QUIET_S if timeout < 0 else min(QUIET_S, timeout)
-    try:
-        lock.acquire(timeout=quiet, poll_interval=_POLL_S)
-    except Timeout:
-        if quiet == timeout:
-            raise
-        logger.warning("waiting for another process, which is %s (it holds %s)", doing, lock.lock_file)
-        lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet, poll_interval=_POLL_S)
+    with usable(Path(lock.lock_file)):
+        try:
+            lock.acquire(timeout=quiet, poll_interval=_POLL_S)
+        except Timeout:
+            if quiet == timeout:
+                raise
+            logger.warning("waiting for another process, which is %s (it holds %s)", doing, lock.lock_file)
+            lock.acquire(timeout=timeout if timeout < 0 else timeout - quiet, poll_interval=_POLL_S)
     try:
         yield
     finally:

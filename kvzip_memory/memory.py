@@ -278,7 +278,7 @@ class _Talk:
         parent, more = found.context or self.base, self.messages[found.messages : count]
         if parent is None:
             return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio, tags=self.tags), count)
-        self.engine.leave_behind(parent.identity["parent"], self.tags)
+        self.engine.leave_behind(parent.identity.get("parent"), self.tags)
         return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True), count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:

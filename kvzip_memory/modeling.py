@@ -17,7 +17,8 @@ from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.batching import Admission, Batcher, Choose, Place, Places, Worker
 from kvzip_memory.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.calls import Gate, check, within
-from kvzip_memory.errors import IdentityMismatchError, ModelError, UnsupportedModelError
+from kvzip_memory.context import RaggedLayer
+from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.graphs import DecodeSteps
 from kvzip_memory.modes import as_written, evaluation_copy, in_evaluation
@@ -103,6 +104,23 @@ class LanguageModel:
         refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
         if config.model_type not in TESTED:
             self._compare_with_original()
+
+    def check_layers(self, layers: Sequence[RaggedLayer], where: str) -> None:
+        """Look whether layers are such as this model makes. Of an architecture that is not tested only the windows are known.
+
+        Raises:
+            CorruptFileError: they are not.
+        """
+        config = self.model.config
+        if tuple(layer.window for layer in layers) != self.windows:
+            raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
+        if config.model_type not in TESTED:
+            return
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        made = (config.num_key_value_heads, dim, dim, self.model.dtype, self.model.dtype)
+        for i, layer in enumerate(layers):
+            if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
+                raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
 
     @property
     def eos_ids(self) -> frozenset[int]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kvzip_memory.errors import StorageError
 
-_LIMIT = 1 << 26  # bytes of a text of ours; far more than any has
+LIMIT = 1 << 26  # bytes of a text of ours; far more than any has
 _WAY_OUT = "remove it, or give another cache_dir"
 _SHARED = "who could have any text of theirs in your answers"
 
@@ -34,6 +34,24 @@ def _mode(path: Path) -> int:
         return 0
 
 
+@contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Says of what the block is not let to do where that is, and the way out.
+
+    Raises:
+        StorageError: the system refuses.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise
+        where, why = error.filename or path, error.strerror
+        raise StorageError(f"{where} cannot be used by user {os.geteuid()}: {why}; chmod or chown it, or give another cache_dir") from error
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, unless it is there.
 
@@ -42,7 +60,8 @@ def make_folder(path: Path) -> None:
         OSError: it cannot be made.
     """
     try:
-        path.mkdir(mode=0o700)
+        with usable(path):
+            path.mkdir(mode=0o700)
     except FileNotFoundError:
         make_folder(path.parent)
         make_folder(path)
@@ -79,10 +98,10 @@ def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
     made = bool(flags & os.O_CREAT) and not os.path.lexists(path)
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise StorageError(f"{path} is {_kind(path)}, where a file of ours belongs; {_WAY_OUT}") from None
-        raise
+    except OSError:
+        check_file(path)
+        with usable(path):
+            raise
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or (writes and status.st_nlink > 1):
         os.close(descriptor)
@@ -99,10 +118,8 @@ def read_text(path: Path) -> str:
     ValueError: it is no UTF-8.
     """
     with os.fdopen(open_file(path), "rb") as file:
-        data = file.read(_LIMIT + 1)
-    if len(data) > _LIMIT:
-        raise StorageError(f"{path} has more than {_LIMIT:,} bytes, and is no file of ours; {_WAY_OUT}")
-    return data.decode()
+        check_size(path, os.fstat(file.fileno()).st_size)
+        return file.read().decode()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -110,9 +127,19 @@ def write_text(path: Path, text: str) -> None:
     StorageError: there is something that is no file of ours.
     OSError: it cannot be written.
     """
-    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT), "w", encoding="utf-8") as file:
+    data = text.encode()
+    check_size(path, len(data))
+    with os.fdopen(open_file(path, os.O_WRONLY | os.O_CREAT), "wb") as file:
         file.truncate()
-        file.write(text)
+        file.write(data)
+
+
+def check_size(path: Path, nbytes: int) -> None:
+    """Raises:
+    StorageError: more bytes than a text of ours is read with.
+    """
+    if nbytes > LIMIT:
+        raise StorageError(f"{path} would take {nbytes:,} bytes, and a text of ours at most {LIMIT:,}; {_WAY_OUT}")
 
 
 def delete(path: Path) -> None:

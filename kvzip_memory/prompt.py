@@ -291,7 +291,7 @@ class PromptBuilder:
     ) -> Prompt:
         """The prefix of a context and more ids behind it."""
         text = _digest([context.identity["text"], list(more)])
-        return Prompt((*context.token_ids.tolist(), *more), context.protected, recipe, sources, keep, text, context.identity["system"])
+        return Prompt((*context.token_ids.tolist(), *more), context.protected, recipe, sources, keep, text, context.identity.get("system"))
 
     def _kept_spans(
         self, keep: Sequence[str], texts: Sequence[str], shown: str, tokens: Tokens, start: int, first: int = 0

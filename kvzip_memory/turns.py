@@ -30,9 +30,10 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_folder, check_not_shared, delete, is_file, is_folder, make_folder, open_file
+from kvzip_memory.private import check_folder, check_not_shared, check_size, delete, is_file, is_folder, make_folder, open_file, usable
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.doctor import Finding
+from kvzip_memory.registry.facts import is_line
 from kvzip_memory.registry.holders import unescaped
 from kvzip_memory.sources import brief
 
@@ -156,7 +157,8 @@ class Turns:
             return None
         if not self._is_sound(line, head, at, record):
             return None
-        return {name: value for name, value in record.items() if name not in ("crc", "hmac")}
+        said = {name: value for name, value in record.items() if name not in ("crc", "hmac")}
+        return said if is_line(said) else None
 
     def _is_sound(self, line: bytes, head: bytes, at: int, record: Mapping[str, Any]) -> bool:
         length = len(self._sum(b"", b"", 0))
@@ -198,7 +200,7 @@ class TurnsFile(Turns):
         return 0
 
     def remove(self, if_older: float = float("-inf")) -> None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError), usable(self.path):
             if self._is_older(if_older):
                 with self._locked():
                     if self._is_older(if_older):  # nor was anything added while we waited
@@ -230,6 +232,7 @@ class TurnsFile(Turns):
         except FileNotFoundError:
             return (), b"", 0, b""
         with os.fdopen(descriptor, "rb") as file:
+            check_size(self.path, os.fstat(descriptor).st_size)
             stamp, line = _stamp(os.fstat(file.fileno())), file.readline()
             head = line if line.endswith(b"\n") else b""
             at = since.end if head == since.head else 0
@@ -243,8 +246,9 @@ class TurnsFile(Turns):
             head, whole = _ends(descriptor)
             if not head:  # or a first line that was not written whole, which no one has read
                 os.ftruncate(descriptor, 0)
-            end = b"" if whole or not head else b"\n"
-            lines = end + self._lines(head, os.lseek(descriptor, 0, os.SEEK_END) + len(end), first, record)
+            end, at = b"" if whole or not head else b"\n", os.lseek(descriptor, 0, os.SEEK_END)
+            lines = end + self._lines(head, at + len(end), first, record)
+            check_size(self.path, at + len(lines))
             while lines:
                 lines = lines[os.write(descriptor, lines) :]
             os.fsync(descriptor)
@@ -341,7 +345,8 @@ def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]
 
 def _files(cache_dir: Path) -> list[Path]:
     folder = cache_dir / "memory"
-    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []
+    with usable(folder):
+        return [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []
 
 
 def usage(cache_dir: Path | None) -> dict[str, int]:

@@ -281,7 +281,7 @@ def test_an_other_tenant_s_session_is_not_deleted(tmp_path: Path) -> None:
         engine = tiny_engine(cache_dir=tmp_path, tenant=tenant)
         engine.close()
         session = TurnsFile.of(tmp_path, engine.registry.tenant, "kvzip", "s1")
-        session.append({"turns": [{"role": "user"}]}, "memory kvzip: s1", None)
+        session.append({"turns": [{"role": "user", "content": "Hi."}]}, "memory kvzip: s1", None)
     assert isinstance(refer(tmp_path, "rm", "memory kvzip: s1").exception, InputError)
     assert isinstance(refer(tmp_path, "rm", "memory kvzip: s1", "--tenant", "eve").exception, InputError)
     assert len(run(tmp_path, "sessions")) == 2

@@ -1,10 +1,15 @@
 """Folders in which somebody has put links, pipes, folders and files: nothing outside is touched, and every engine opens or says why."""
 
 import os
+import random
 import re
 import shutil
 import signal
+import socket
 import stat
+import tempfile
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +27,7 @@ from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.layout import strangers
 from kvzip_memory.turns import TurnsFile, erase, remove_expired, sessions
 from synthetic import CPU, load, wanted
+from test_registry_stress import say
 
 FULL = os.environ.get("KVZIP_STRESS") == "1"  # all of what can lie in each place
 PRECIOUS = b"what somebody else has written"
@@ -145,11 +151,61 @@ HARMS: dict[str, Callable[[Path, Path], object]] = {
 }
 
 
+def a_socket(path: Path) -> None:
+    here = os.getcwd()
+    os.chdir(path.parent)  # a socket's path has 108 bytes at most
+    try:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(path.name)
+    finally:
+        os.chdir(here)
+
+
+def a_device(path: Path) -> None:
+    try:
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 7))  # what is written to it does not fit, and it is read for ever
+    except OSError:
+        os.mkfifo(path)
+
+
+def a_copy(path: Path) -> None:
+    copy = shutil.copytree if path.is_dir() else shutil.copy
+    copy(path, path.with_name(f"{path.stem} (copy){path.suffix}"))
+
+
+def sparse(path: Path) -> None:
+    """As it is, and zeros behind that of which the disk knows only the number."""
+    path.touch() if not path.is_dir() else None
+    os.truncate(path, 9 << 30)
+
+
+#: What takes the place of a file or folder.
+REPLACED: dict[str, Callable[[Path, Path], object]] = {
+    **HARMS,
+    "loop": lambda path, outside: path.symlink_to(path.name),
+    "link to the folder above": lambda path, outside: path.symlink_to(".."),
+    "socket": lambda path, outside: a_socket(path),
+    "device": lambda path, outside: a_device(path),
+}
+#: What is done to one that stays.
+CHANGED: dict[str, Callable[[Path], object]] = {
+    "of another user": lambda path: os.chown(path, 65533, 65533) if os.geteuid() == 0 else None,
+    "mode 0666": lambda path: path.chmod(0o666),
+    "mode 0777": lambda path: path.chmod(0o777),
+    "mode 0000": lambda path: path.chmod(0),
+    "sparse": lambda path: sparse(path) if path.is_file() else None,
+    "copy": a_copy,
+    "of long ago": lambda path: os.utime(path, (-1e9, -1e9)),
+    "of a time to come": lambda path: os.utime(path, (1e10, 1e10)),
+}
+
+
 def snapshot(folder: Path) -> list[tuple[Any, ...]]:
     found = []
     for path in [folder, *sorted(folder.rglob("*"))]:
         status = path.lstat()
-        found.append((str(path), status.st_mode, status.st_size, status.st_mtime_ns, path.read_bytes() if path.is_file() else b""))
+        facts = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_uid, status.st_ino)
+        found.append((str(path), *facts, path.read_bytes() if path.is_file() else b""))
     return found
 
 
@@ -215,6 +271,95 @@ def use(cache: Path) -> list[str]:
     return refused
 
 
+# -- many of them, each in a process of its own -----------------------------------------------------------------------------
+
+USER = 65534
+DEADLINE_S = 60
+
+
+def hostile(cache: Path, outside: Path, harms: list[tuple[str, str]]) -> None:
+    for kind, harm in harms:
+        for path in paths(cache, kind):
+            with suppress(FileNotFoundError, NotADirectoryError, OSError):  # another harm was there
+                if harm in REPLACED:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+                    REPLACED[harm](path, outside)
+                elif os.path.lexists(path) and not path.is_symlink():
+                    CHANGED[harm](path)
+
+
+def chosen(count: int) -> list[list[tuple[str, str]]]:
+    """Each harm to each kind of file, then two or three of them at once."""
+    rng, every = random.Random(17), [[(kind, harm)] for kind in kinds() for harm in (*REPLACED, *CHANGED)]
+    if count < len(every):
+        every = rng.sample(every, count // 2)
+    return every + [[each for one in rng.sample(every, rng.choice((2, 3))) for each in one] for _ in range(count - len(every))]
+
+
+def in_a_child(user: int, act: Callable[[], list[str]]) -> str:
+    """What went wrong, empty for nothing. The child has until the deadline."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        try:
+            if user:
+                os.setgroups([])
+                os.setresgid(user, user, user)
+                os.setresuid(user, user, user)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(DEADLINE_S)
+            wrong = "\n".join(act())
+        except BaseException:
+            wrong = traceback.format_exc()
+        os.write(write, wrong.encode(errors="replace")[-60_000:])
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        wrong = answer.read().decode()
+    status = os.waitpid(pid, 0)[1]
+    return wrong if status == 0 else f"{wrong} ended by signal {status}: hangs, or was killed"
+
+
+def raw(cache: Path) -> list[str]:
+    """Use a folder twice; what was raised that says neither where nor what to do."""
+    torch.set_num_threads(1)
+    told = [*use(cache), *use(cache)]
+    ways_out = re.compile(r"remove|give |chmod|chown|move it|make .* (readable|writable)")
+    return [text for text in told if str(cache) not in text or not ways_out.search(text)]
+
+
+def test_hostile_folders_in_any_combination(filled: Path) -> None:
+    top = Path(tempfile.mkdtemp(prefix="hostile"))
+    top.chmod(0o755)
+    wrong: dict[str, str] = {}
+    counts = Counter[str]()
+    try:
+        for number, harms in enumerate(chosen(2000 if FULL else 60)):
+            user = USER if os.geteuid() == 0 and number % 2 else 0
+            folder = top / str(number)
+            shutil.copytree(filled, folder)
+            for path in (folder, *folder.rglob("*")) if user else ():
+                os.chown(path, user, user)
+            hostile(folder / "cache", folder / "outside", harms)
+            before = snapshot(folder / "outside"), sum(map(is_precious, (folder / "cache").rglob("*")))
+            told = in_a_child(user, lambda folder=folder: raw(folder / "cache"))  # type: ignore[misc]
+            if snapshot(folder / "outside") != before[0]:
+                told += "; what is outside was changed"
+            if sum(map(is_precious, (folder / "cache").rglob("*"))) < before[1]:
+                told += "; what is another's was deleted"
+            if told:
+                wrong[f"{harms} as user {user}"] = told
+            counts["folders"] += 1
+            counts["as_another_user"] += bool(user)
+            counts["harms"] += len(harms)
+            shutil.rmtree(folder)
+        say(**counts, wrong=len(wrong))
+        assert not wrong, f"{len(wrong)} of {counts['folders']}:\n" + "\n".join(f"{k}: {v}" for k, v in [*wrong.items()][:40])
+    finally:
+        shutil.rmtree(top, ignore_errors=True)
+
+
 @pytest.mark.parametrize("harm", HARMS if FULL else [*HARMS][:6])
 @pytest.mark.parametrize("kind", kinds())
 def test_nothing_outside_is_touched_and_every_engine_opens_or_says_why(filled: Path, tmp_path: Path, kind: str, harm: str) -> None:
@@ -240,7 +385,7 @@ def test_nothing_outside_is_touched_and_every_engine_opens_or_says_why(filled: P
 def is_precious(path: Path) -> bool:
     """Whether it is a file of somebody else, and that its only name."""
     status = path.lstat()
-    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and path.read_bytes() == PRECIOUS
+    return stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_size < 10_000 and path.read_bytes() == PRECIOUS
 
 
 def test_what_does_not_look_like_ours_is_left_alone_counted_nowhere_and_named(filled: Path, tmp_path: Path) -> None:

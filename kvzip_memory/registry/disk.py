@@ -26,7 +26,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial, wraps
@@ -39,7 +39,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from kvzip_memory.checksums import PLAIN, Checksums, check_secret, mark_secret
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, RaggedLayer
 from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
@@ -47,7 +47,7 @@ from kvzip_memory.printable import logger_of
 from kvzip_memory.private import check_file, check_folder, check_not_shared, delete, is_file, is_folder, make_folder, read_text, write_text
 from kvzip_memory.registry import layout
 from kvzip_memory.registry.beginnings import beginning
-from kvzip_memory.registry.facts import OddFactError, check_row, is_size
+from kvzip_memory.registry.facts import OddFactError, check_row, is_bad, is_forgotten, is_id, is_progress, is_size
 from kvzip_memory.registry.files import (
     PreparedFile,
     UnreadableHereError,
@@ -73,6 +73,8 @@ _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tok
 _FORGOTTEN = "forgotten"  # the row of the notes of operators; those of a tenant have its digest behind it
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _CATALOG = "catalog:"  # of a context whose file names tags that its row has not
+#: Looks at layers that were read from a path, and raises a CorruptFileError.
+CheckLayers = Callable[[Sequence[RaggedLayer], str], None]
 P = ParamSpec("P")
 T = TypeVar("T")
 _GROUP_SIZE = 32  # contexts of one text that are remembered as such
@@ -182,15 +184,25 @@ class DiskTier:
             index itself (about 2 kB a context) is not counted.
         tenant: digest of whose contexts are read, listed and changed; room is made by those of all.
         checksums: with a secret, nothing is used that was not written with it; the folder may then be one that others can write.
+        check: looks at the layers of a context that was asked for, and raises a CorruptFileError if they are none of the model's.
 
     Raises:
-        OSError: the folder cannot be made or is of a newer version.
-        StorageError: others can write it, something else is where a folder or file of ours belongs, or it has another secret.
+        OSError: the folder cannot be made.
+        StorageError: it is of a newer version or has another secret, others can write it, or something else is where a folder or file of
+            ours belongs.
     """
 
-    def __init__(self, root: Path, budget: int | None = None, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> None:
-        self.root, self.budget, self.tenant, self._checksums = root, budget, tenant, checksums
-        self.quarantined = 0  # by this process
+    def __init__(
+        self,
+        root: Path,
+        budget: int | None = None,
+        tenant: str | None = EVERYONE,
+        checksums: Checksums = PLAIN,
+        check: CheckLayers | None = None,
+    ) -> None:
+        self.root, self.budget, self.tenant, self._checksums, self._check = root, budget, tenant, checksums, check
+        self.quarantined = 0  # files, by this process
+        self.made_anew = False  # whether this process has found the index damaged
         self._mutex, self._putting = threading.Lock(), threading.Lock()
         refuse_after_fork(self, "_mutex", "_putting")
         self._stripes: WeakValueDictionary[str, Together] = WeakValueDictionary()
@@ -223,6 +235,8 @@ class DiskTier:
         path = self.root / "FORMAT"
         try:
             written = int(read_text(path))
+            if written < 1:
+                raise ValueError("no version")
         except FileNotFoundError:
             check_secret(self.root, self._checksums)
             if self.read_only is not None:
@@ -233,9 +247,9 @@ class DiskTier:
             os.replace(temporary, path)
             return
         except ValueError:
-            raise OSError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
+            raise StorageError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
         if written > WITH_SECRET:
-            raise OSError(f"{self.root} has layout {written}, newer than the {WITH_SECRET} this version knows; upgrade kvzip-memory")
+            raise StorageError(f"{self.root} has layout {written}, newer than the {WITH_SECRET} this version knows; upgrade kvzip-memory")
         check_secret(self.root, self._checksums)
 
     def path(self, key: str) -> Path:
@@ -271,9 +285,11 @@ class DiskTier:
             if admit is not None:
                 admit(facts["nbytes"])
 
-        return self._read(key, device, checked)
+        return self._read(key, device, checked, self._check)
 
-    def _read(self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None) -> CompressedContext:
+    def _read(
+        self, key: str, device: torch.device, admit: Callable[[Mapping[str, Any]], None] | None = None, check: CheckLayers | None = None
+    ) -> CompressedContext:
         def checked(facts: Mapping[str, Any]) -> None:
             if not is_whose(facts["identity"], self.tenant):
                 raise NotStoredError("not stored")
@@ -290,6 +306,8 @@ class DiskTier:
             context = read_context(path, device, follow_links=False, admit=checked, checksums=self._checksums)
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
+            if check is not None:
+                check(context.layers, str(path))
         except FileNotFoundError:
             raise NotStoredError("not stored") from None
         except OSError as error:
@@ -438,15 +456,16 @@ class DiskTier:
         stored, writing = self._totals(index)
         usage = stored + sum(nbytes for key, nbytes in writing.items() if key != new.key) - replaced
         victims: list[Callable[[], None]] = []
-        for key in index.keys("") if usage + nbytes > self.budget else ():
-            if key.startswith(_BAD) and (bad := _bad(index, key.removeprefix(_BAD))) is not None:
+        for name in list(index.keys(_BAD)) if usage + nbytes > self.budget else ():  # what is in quarantine goes first
+            if usage + nbytes > self.budget and (bad := _bad(index, name)) is not None and bad["nbytes"]:
                 victims.append(partial(self._drop_bad, index, bad))
                 usage -= bad["nbytes"]
-            elif key.startswith(_CONTEXT) and (entry := _entry(index, key.removeprefix(_CONTEXT))) is not None:
-                if entry.pinned or entry.key == new.key:
-                    continue
-                victims.append(partial(self._drop, index, entry))
-                usage -= entry.file_nbytes
+        for key in index.keys(_CONTEXT) if usage + nbytes > self.budget else ():
+            entry = _entry(index, key)
+            if entry is None or entry.pinned or entry.key == new.key:
+                continue
+            victims.append(partial(self._drop, index, entry))
+            usage -= entry.file_nbytes
             if usage + nbytes <= self.budget:
                 break
         if usage + nbytes > self.budget:
@@ -524,33 +543,50 @@ class DiskTier:
             moved = self._set_aside(key, reason)
         except IndexUnavailableError:
             return
-        if moved:
-            self.quarantined += 1
-            logger.warning("%s; moved to quarantine", reason)
+        if not moved:
+            logger.debug("%s; another process has moved it", reason)
 
     @_needs_index
     def _set_aside(self, key: str, reason: str) -> bool:
-        path, name = self.path(key), f"{key}.{time.time_ns()}.safetensors"
+        path = self.path(key)
         with self._changing_files() as index:
+            stored, writing = self._totals(index)
+            entry = _entry(index, key)
+            counted = entry.file_nbytes if entry is not None else 0
             try:
-                size = nbytes = path.lstat().st_size
-                if not _moved(path, self.root / "quarantine" / name):
-                    nbytes = 0
+                size = path.lstat().st_size
+                nbytes = self._bury(
+                    index, path, reason, stored + sum(writing.values()) - counted, self.tenant if entry is None else entry.tenant
+                )
             except OSError:  # another process has done it, or may not
                 return False
-            if (entry := _entry(index, key)) is not None:
+            if entry is not None:
                 self._doubtful |= entry.file_nbytes != size
                 self._drop(index, entry)
                 index.set(_LOST + key, asdict(entry))
             stored, writing = self._totals(index)
-            if self.budget is not None and stored + sum(writing.values()) + nbytes > self.budget:  # it has grown, or never had a row
-                (self.root / "quarantine" / name).unlink(missing_ok=True)
-                nbytes = 0
             self._set_totals(index, stored + nbytes, writing)
-            tenant = self.tenant if entry is None else entry.tenant
-            row = {"key": key, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time(), "tenant": tenant}
-            index.set(_BAD + name, row)
         return True
+
+    def _bury(self, index: Index, path: Path, reason: str, usage: int, tenant: str | None) -> int:
+        """Move a file to quarantine and note the reason; it is deleted where it does not fit into the budget beside what is used.
+
+        Returns:
+            Bytes that it takes there.
+
+        Raises:
+            OSError: it cannot be moved, or is there no more.
+        """
+        name, nbytes = f"{path.stem}.{time.time_ns()}.safetensors", path.lstat().st_size
+        if self.budget is not None and usage + nbytes > self.budget:  # it has grown, or never had a row
+            path.unlink()
+            nbytes = 0
+        elif not _moved(path, self.root / "quarantine" / name):
+            nbytes = 0
+        index.set(_BAD + name, {"key": path.stem, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time(), "tenant": tenant})
+        self.quarantined += 1
+        logger.warning("%s; moved to quarantine", reason)
+        return nbytes
 
     # -- the index -----------------------------------------------------------------------------------------------
 
@@ -857,8 +893,8 @@ class DiskTier:
         for entry in self.entries():
             if entry.expired:
                 found["expired"] += self.remove(entry.key)
-        found["quarantined"] = self._empty_quarantine()
         found["orphaned"] = self._reconcile()
+        found["quarantined"] = self._empty_quarantine()
         with suppress(OSError):  # others are writing
             self.names.gc(self.has)
         return {**found, "bytes": before - self.measured()}
@@ -887,7 +923,7 @@ class DiskTier:
     @_needs_index
     def _reconcile(self) -> int:
         """Make rows and files agree after a process was killed: a row whose file is gone goes too, a whole file without
-        a row gets one, a broken one is deleted, and bytes are counted anew from the files.
+        a row gets one, a broken one goes to quarantine, and bytes are counted anew from the files. What cannot be read now stays.
 
         Returns:
             Files deleted.
@@ -900,28 +936,68 @@ class DiskTier:
                 if (entry := _entry(index, key)) is not None:
                     self._drop(index, entry)
             bad = [row for name in list(index.keys(_BAD)) if (row := _bad(index, name)) is not None]
-            stored = sum(row["nbytes"] for row in bad)
+            stored = sum(self._measured_bad(index, row) for row in bad)
             stored += sum(path.lstat().st_size for key, path in blobs.items() if key in rows and key not in writing)
             for key in blobs.keys() - rows - writing.keys():
-                entry = self._entry_of_file(blobs[key])
                 usage = stored + sum(writing.values())
-                if entry is None or (self.budget is not None and usage + entry.file_nbytes > self.budget):
-                    delete(blobs[key])
-                    deleted += 1
-                else:
-                    self._add(index, entry)
-                    stored += entry.file_nbytes
+                with suppress(FileNotFoundError):
+                    entry, nbytes = self._entry_or_buried(index, blobs[key], usage)
+                    if entry is not None and self.budget is not None and usage + nbytes > self.budget:
+                        delete(blobs[key])
+                        deleted += 1
+                        continue
+                    if entry is not None:
+                        self._add(index, entry)
+                    stored += nbytes
             for path in self._temporaries():
                 if path.name[:64] not in writing and (".catalog." not in path.name or self._delete_dead(path)):
                     path.unlink(missing_ok=True)
                     deleted += 1
-            listed = {row["file"] for row in bad}
+            listed = {*index.keys(_BAD)}
             for path in self._quarantined():
                 if path.name not in listed:
-                    path.unlink(missing_ok=True)
-                    deleted += 1
+                    stored += self._listed_as_bad(index, path, stored + sum(writing.values()))
             self._set_totals(index, stored, writing)
         return deleted
+
+    def _entry_or_buried(self, index: Index, path: Path, usage: int) -> tuple[Entry | None, int]:
+        """The entry of a file without a row, None of one that is of no use, and its bytes; a broken one goes to quarantine.
+
+        Raises:
+            FileNotFoundError: it is there no more.
+        """
+        try:
+            entry = self._read_entry(path)
+            return entry, entry.file_nbytes
+        except FileNotFoundError:
+            raise
+        except CorruptFileError as error:
+            if not isinstance(error, UnreadableHereError):
+                with suppress(OSError):
+                    return None, self._bury(index, path, str(error), usage, EVERYONE)
+        except OSError as error:
+            logger.warning("cannot read stored context %s: %s", path.stem[:12], error)
+        return None, path.lstat().st_size
+
+    def _measured_bad(self, index: Index, row: Mapping[str, Any]) -> int:
+        """Bytes that a file in quarantine takes; one that has grown there is deleted, and its reason stays."""
+        path = self.root / "quarantine" / row["file"]
+        nbytes = path.lstat().st_size if is_file(path) else 0
+        if nbytes > row["nbytes"]:
+            delete(path)
+            nbytes = 0
+        if nbytes != row["nbytes"]:
+            index.set(_BAD + row["file"], {**row, "nbytes": nbytes})
+        return nbytes
+
+    def _listed_as_bad(self, index: Index, path: Path, usage: int) -> int:
+        """Give a file in quarantine a row, for whoever moved it was killed, or the index is new; its bytes, if there is room."""
+        nbytes = path.lstat().st_size
+        if self.budget is not None and usage + nbytes > self.budget:
+            path.unlink(missing_ok=True)
+            return 0
+        index.set(_BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0})
+        return nbytes
 
     def verify(self, key: str) -> str | None:
         """Check every byte of a stored context: None if it is sound, else what is wrong (it is in quarantine then)."""
@@ -957,9 +1033,8 @@ class DiskTier:
     def reported(self, key: str) -> dict[str, Any] | None:
         """What the process that builds ``key`` has last reported."""
         with suppress(OSError, ValueError, TypeError, RecursionError):  # the last: what is no note of ours
-            match json.loads(self._checksums.unseal("progress", key, read_text(self._note_of(key)))):
-                case {"key": str(of), "stage": str(), "done": int(), "total": int()} as note if of == key:
-                    return dict(note)
+            note = json.loads(self._checksums.unseal("progress", key, read_text(self._note_of(key))))
+            return dict(note) if is_progress(note) and note["key"] == key else None
         return None
 
     def _note_of(self, key: str) -> Path:
@@ -1063,22 +1138,24 @@ class DiskTier:
             if next(index.keys(""), None) is not None:
                 raise IndexDamagedError("the row of totals is missing")
             stored = 0
-            found = [(path, self._entry_of_file(path)) for path in self._blobs()]
-            entries = [_completed(entry, (salvaged or {}).get(entry.key)) for _, entry in found if entry is not None]
+            found: list[Entry] = []
+            for path in [*self._blobs()]:
+                with suppress(FileNotFoundError):
+                    entry, nbytes = self._entry_or_buried(index, path, stored)
+                    found += [entry] if entry is not None else []
+                    stored += nbytes
+            entries = [_completed(entry, (salvaged or {}).get(entry.key)) for entry in found]
             given: dict[str, dict[str, float]] = {}
             for label in self.names.all():
                 given.setdefault(label.key, {})[label.name] = label.loaded
             entries = [replace(entry, names=latest(entry.names, given.get(entry.key, {}))) for entry in entries]
             for entry in sorted(entries, key=lambda entry: entry.used):
                 self._add(index, entry)
-                stored += entry.file_nbytes
-            for path in (path for path, entry in found if entry is None):
-                self._quarantine_unlisted(path)
+            listed = {*index.keys(_BAD)}
             writing = {path.name[:64]: path.lstat().st_size for path in self._temporaries() if not self._delete_dead(path)}
             for path in self._quarantined():
-                nbytes = path.lstat().st_size
-                index.set(_BAD + path.name, {"key": path.name[:64], "file": path.name, "nbytes": nbytes, "reason": "unknown", "time": 0.0})
-                stored += nbytes
+                if path.name not in listed:
+                    stored += self._listed_as_bad(index, path, stored + sum(writing.values()))
             self._set_totals(index, stored, writing)
 
     def _delete_dead(self, temporary: Path) -> bool:
@@ -1089,11 +1166,6 @@ class DiskTier:
                 return True
         except (Timeout, OSError):  # the latter: what is where its lock belongs cannot be locked
             return False
-
-    def _quarantine_unlisted(self, path: Path) -> None:
-        with suppress(OSError):
-            _moved(path, self.root / "quarantine" / f"{path.stem}.{time.time_ns()}.safetensors")
-            self.quarantined += 1
 
     def _replace_index(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
@@ -1114,7 +1186,7 @@ class DiskTier:
                 make_folder(self.root / "index")
                 for older in layout.old_indexes(self.root)[:-1]:
                     _remove_index(older)
-                self.quarantined += 1
+                self.made_anew = True
             self._opened_file = self._index_file()
             self._index = Index(self.root / "index", self._checksums)
             self._start_index(salvaged)
@@ -1172,16 +1244,21 @@ class DiskTier:
 
     def _entry_of_file(self, path: Path) -> Entry | None:
         """An entry from a file's header, None if there is no sound one."""
-        if not self._inside(path):
-            return None
         try:
-            with open_context(path, follow_links=False) as file:
-                facts = read_header(file, path, self._checksums)
-                status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
+            return self._read_entry(path) if self._inside(path) else None
         except (OSError, CorruptFileError):
             return None
-        if key_of(facts["identity"]) != path.stem:
-            return None
+
+    def _read_entry(self, path: Path) -> Entry:
+        """Raises:
+        CorruptFileError: it is no sound context of its name.
+        OSError: it cannot be read.
+        """
+        with open_context(path, follow_links=False) as file:
+            facts = read_header(file, path, self._checksums)
+            status, token_ids = os.fstat(file.fileno()), read_token_ids(file, facts)
+        if (key := key_of(facts["identity"])) != path.stem:
+            raise CorruptFileError(f"{path}: holds the context {key[:12]}")
         catalog = facts["catalog"]
         return Entry(
             key=path.stem,
@@ -1194,7 +1271,7 @@ class DiskTier:
             names=catalog.get("names", {}),
             tags=tuple(catalog.get("tags", ())),
             created=facts["created"],
-            used=status.st_mtime,
+            used=min(max(status.st_mtime, 0.0), time.time()),  # which anybody can set
             expires=facts["expires"],
             coarsest=facts["coarsest"],
             beginning=beginning(token_ids),
@@ -1223,7 +1300,7 @@ def _bad(index: Index, name: str) -> dict[str, Any] | None:
         IndexDamagedError: it is not one of ours; its name becomes a file's.
     """
     row = index.get(_BAD + name)
-    if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_size(row.get("nbytes"))):
+    if row is not None and not (layout.is_called("quarantine", name) and row.get("file") == name and is_bad(row)):
         raise IndexDamagedError(f"row {_BAD + name!r} is not one of ours")
     return None if row is None else {"key": name[:64], "reason": "unknown", "time": 0.0, "tenant": EVERYONE, **row}
 
@@ -1244,16 +1321,16 @@ def latest(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, fl
 def _items(index: Index, key: str) -> list[str]:
     row = index.get(key)
     items = [] if row is None else row.get("keys")
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+    if not isinstance(items, list) or not all(map(is_id, items)):
         raise IndexDamagedError(f"row {key!r} is no list of ours")
     return items
 
 
 def _notes(index: Index, row: str, operators: Notes | None = None) -> Notes:
-    try:
-        return Notes(index.get(row), operators)
-    except (TypeError, ValueError):
-        raise IndexDamagedError("the row of what was forgotten is not one of ours") from None
+    found = index.get(row)
+    if found is not None and not is_forgotten(found):
+        raise IndexDamagedError("the row of what was forgotten is not one of ours")
+    return Notes(found, operators)
 
 
 def _list_add(index: Index, key: str, item: str, size: int = _GROUP_SIZE) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvzip_memory.checksums import PLAIN, Checksums
+from kvzip_memory.private import usable
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import HELD, IndexHeldError
 from kvzip_memory.registry.layout import strangers
@@ -42,11 +43,12 @@ def examine(root: Path, checksums: Checksums = PLAIN) -> list[Finding]:
         return [Finding("note", "folder", f"{root} does not exist", "nothing was stored yet, or under another cache_dir")]
     findings = [_private(root, checksums), _file_system(root), _space(root)]
     try:
-        disk = DiskTier(root, None, checksums=checksums)
+        with usable(root):
+            disk = DiskTier(root, None, checksums=checksums)
+            findings += [_index(disk), *_contents(disk), *_strangers(root)]
+            disk.close()
     except OSError as error:
         return [Finding("problem", "folder", str(error), "nothing of it is read or written until then"), *findings]
-    findings += [_index(disk), *_contents(disk), *_strangers(root)]
-    disk.close()
     return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
 
 
@@ -89,7 +91,7 @@ def _index(disk: DiskTier) -> Finding:
         return Finding("problem", "index", f"cannot be used: {error}", "contexts are served, but none is stored; make the folder writable")
     if disk.read_only is not None:
         return Finding("note", "index", disk.read_only, "contexts are used, and none is stored; make the folder writable to store more")
-    if disk.quarantined:
+    if disk.made_anew:
         return Finding("note", "index", "was damaged; made anew from the stored contexts just now", "pin again what you had pinned")
     if counted != measured:
         return Finding(

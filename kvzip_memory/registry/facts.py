@@ -1,4 +1,4 @@
-"""One look at everything that a stored header or a row of the index says of a context, before any of it is used."""
+"""One look at everything that a stored header, a row of the index, a line of turns or a note says, before any of it is used."""
 
 from __future__ import annotations
 
@@ -31,8 +31,22 @@ def _number(least: float = -math.inf, most: float = math.inf) -> Check:
     return lambda value: type(value) in (int, float) and abs(value) < _MOST and least <= value <= most
 
 
-def _text(value: Any) -> bool:
+def _any_text(value: Any) -> bool:
+    """Also one with half a character, such as the name of a file that is not UTF-8."""
     return type(value) is str
+
+
+def _text(value: Any) -> bool:
+    """What a name, a tag or a prompt can have."""
+    try:
+        return type(value) is str and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def is_id(value: Any) -> bool:
+    """Whether it can be part of a row's key: a digest, or a number and a digest."""
+    return type(value) is str and value.isascii() and len(value) <= 256
 
 
 def _true_or_false(value: Any) -> bool:
@@ -48,7 +62,7 @@ def _list(check: Check) -> Check:
 
 
 def _mapping(check: Check) -> Check:
-    return lambda value: type(value) is dict and all(map(_text, value)) and all(map(check, value.values()))
+    return lambda value: type(value) is dict and all(map(_any_text, value)) and all(map(check, value.values()))
 
 
 def _fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
@@ -74,23 +88,43 @@ def _only(check: Check, kind: type) -> Check:
     return lambda value: check(value) and value.keys() <= known
 
 
-_IDENTITY = _fields({}, {"format": _whole(), "ratio": _number(0, 1), "tenant": _or_none(_text), "text": _text, "tokens": _text})
+_ANYTHING: Check = _mapping(lambda _: True)
+_IDENTITY = _fields(
+    {"format": _whole(), "ratio": _number(0, 1), "tenant": _or_none(is_id), "text": is_id},
+    {
+        "tokens": is_id,
+        "recipe": is_id,
+        "protected": _whole(),
+        "parent": _or_none(is_id),
+        "system": _or_none(is_id),
+        "scorer": _or_none(_ANYTHING),
+    },
+)
 _IDS = _list(_whole(2**31 - 1))
 _COMMON: dict[str, Check] = {
-    "identity": lambda value: _mapping(lambda _: True)(value) and _IDENTITY(value),
-    "n_tokens": _whole(_TOKENS),
+    "identity": lambda value: _ANYTHING(value) and _IDENTITY(value),
+    "n_tokens": _whole(_TOKENS, least=1),
     "nbytes": _whole(),
     "ratio": _number(0, 1),
 }
 _TIMES: dict[str, Check] = {"created": _number(), "expires": _or_none(_number()), "coarsest": _or_none(_number(0, 1))}
-_CATALOG: dict[str, Check] = {"group": _text, "names": _mapping(_number()), "tags": _list(_text)}
-_ROW: dict[str, Check] = {**_COMMON, **_CATALOG, "key": _text, "file_nbytes": _whole()}
-_ROW_MORE: dict[str, Check] = {**_TIMES, "pinned": _true_or_false, "used": _number(), "beginning": _text, "former": _list(_text)}
+_NAMES: Check = lambda value: _mapping(_number())(value) and all(map(_text, value))  # noqa: E731
+_CATALOG: dict[str, Check] = {"group": is_id, "names": _NAMES, "tags": _list(_text)}
+_ROW: dict[str, Check] = {**_COMMON, **_CATALOG, "key": is_id, "file_nbytes": _whole()}
+_ROW_MORE: dict[str, Check] = {**_TIMES, "pinned": _true_or_false, "used": _number(), "beginning": is_id, "former": _list(_text)}
+_BAD: dict[str, Check] = {"key": is_id, "reason": _any_text, "time": _number(), "tenant": _or_none(_text)}
+_FORGOTTEN: dict[str, Check] = {
+    "before": _number(),
+    "time": _number(),
+    "notes": _list(
+        lambda note: _list(lambda _: True)(note) and len(note) == 3 and _number()(note[0]) and is_id(note[1]) and _list(is_id)(note[2])
+    ),
+}
 _RECIPE = _fields(
     {"opening": _IDS, "separator": _text, "closing": _IDS, "next_turn": _IDS},
     {"role": _text, "tools": _or_none(_text), "tail": _text, "system": _text},
 )
-_SOURCE = _fields({"name": _text, "metadata": _mapping(lambda _: True), "start": _whole(), "end": _whole()}, {"shown": _true_or_false})
+_SOURCE = _fields({"name": _any_text, "metadata": _ANYTHING, "start": _whole(), "end": _whole()}, {"shown": _true_or_false})
 _SUMS: dict[str, Check] = {"xxh3": _text, "hmac": _text}
 _HEADER: dict[str, Check] = {
     **_COMMON,
@@ -107,7 +141,50 @@ _HEADER: dict[str, Check] = {
 }
 
 
+_LABEL: dict[str, Check] = {
+    **{"name": _text, "tenant": _or_none(is_id), "family": is_id, "key": is_id, "loaded": _number()},
+    "sources": _list(lambda source: _list(lambda _: True)(source) and len(source) == 2 and _any_text(source[0]) and _ANYTHING(source[1])),
+}
+_CALL = _fields({"id": _text, "name": _text, "arguments": _ANYTHING})
+_ROLES = {"system", "user", "assistant", "tool"}
+_TURN = _fields(
+    {"role": lambda value: _text(value) and value in _ROLES, "content": _text},
+    {"reasoning": _or_none(_text), "tool_call_id": _or_none(_text), "tool_calls": _or_none(_list(_CALL))},
+)
+_PLACE: Check = lambda value: _list(_whole())(value) and len(value) == 2  # noqa: E731
+_MADE: dict[str, Check] = {"context": is_id, "first": _PLACE, "last": _PLACE, "model": is_id}
+_LINE: dict[str, Check] = {"session": _text, "ttl": _or_none(_number(0)), "turns": _list(_TURN)}
+_PROGRESS: dict[str, Check] = {
+    **{"key": is_id, "done": _whole(), "total": _whole()},
+    "stage": lambda value: _text(value) and len(value) <= 100,
+}
+
 is_size: Check = _whole()
+
+
+def is_bad(row: Mapping[str, Any]) -> bool:
+    """Whether it can be the row of a file in quarantine."""
+    return not any(_odd(row, {"nbytes": is_size}, _BAD))
+
+
+def is_forgotten(row: Mapping[str, Any]) -> bool:
+    """Whether it can be the row of what was forgotten."""
+    return not any(_odd(row, {}, _FORGOTTEN))
+
+
+def is_label(row: Any) -> bool:
+    """Whether it can be what a name means."""
+    return type(row) is dict and row.keys() <= _LABEL.keys() and not any(_odd(row, _LABEL, {}))
+
+
+def is_line(record: Mapping[str, Any]) -> bool:
+    """Whether it can be a line of turns, or of what was made of them."""
+    return not any(_odd(record, _MADE if record.keys() & _MADE.keys() else {}, _LINE))
+
+
+def is_progress(note: Any) -> bool:
+    """Whether it can be how far a build is."""
+    return type(note) is dict and not any(_odd(note, _PROGRESS, {})) and note["done"] <= note["total"]
 
 
 def check_row(row: Mapping[str, Any]) -> None:
@@ -133,6 +210,13 @@ def check_header(facts: Any) -> None:
     n, expected = facts["n_tokens"], _tensors(facts)
     if facts["protected"] > n or any(not source["start"] <= source["end"] <= n for source in facts["sources"]):
         raise OddFactError("protected or sources go beyond the tokens")
+    if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
+        raise OddFactError("no layer has full attention")
+    if any(length > n for layer in facts["layers"] for length in layer["lengths"]):
+        raise OddFactError("a head has more pairs than there are tokens")
+    for name in ("ratio", "protected"):
+        if facts["identity"].get(name, facts[name]) != facts[name]:
+            raise OddFactError(f"{name} is not that of its key")
     if [extent["name"] for extent in facts["extents"]] != [name for name, _, _ in expected]:
         raise OddFactError("the extents are not those of the layers")
     for extent, (name, rows, types) in zip(facts["extents"], expected, strict=True):

@@ -34,10 +34,10 @@ from torch import Tensor
 
 from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
-from kvzip_memory.errors import CorruptFileError, InputError
+from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.modes import plain
 from kvzip_memory.registry.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
-from kvzip_memory.registry.identity import FORMAT, key_of, tokens_digest
+from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest, tokens_digest
 from kvzip_memory.upload import upload
 
 #: Threads that read one file.
@@ -67,6 +67,9 @@ class PreparedFile:
         context: one that holds its pairs itself.
         catalog: facts for the registry's index, kept in the header so that the index can be made anew from the files.
         checksums: how they are made.
+
+    Raises:
+        StorageError: its header would be longer than any that is read.
     """
 
     def __init__(self, context: CompressedContext, catalog: Mapping[str, Any] | None = None, checksums: Checksums = PLAIN) -> None:
@@ -206,6 +209,8 @@ def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict
         raise CorruptFileError(f"{path}: the header's checksum is wrong, or the file is truncated")
     try:
         check_header(facts)
+        if facts["identity"].get("recipe", recipe_digest(_recipe(facts))) != recipe_digest(_recipe(facts)):
+            raise OddFactError("recipe is not that of its key")
     except (OddFactError, RecursionError) as error:
         raise CorruptFileError(f"{path}: {error}, which no version of ours has written") from None
     expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + checksums.size
@@ -252,17 +257,21 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: C
     table[f"header.{checksums.name}"] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
     facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
     header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
-    if len(header) > LARGEST_HEADER:
-        raise InputError(
-            f"the header of a file would have {len(header):,} bytes; at most {LARGEST_HEADER:,} are read: keep less in metadata"
-        )
     return header, [_bytes(t) for t in tensors.values()]
 
 
 def _padded(table: Mapping[str, Any]) -> bytes:
-    """A header as it is written, behind its length."""
+    """A header as it is written, behind its length.
+
+    Raises:
+        StorageError: it would be longer than any that is read.
+    """
     header = json.dumps(table, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    if len(header) > LARGEST_HEADER:
+        raise StorageError(
+            f"a header of {len(header):,} bytes, more than the {LARGEST_HEADER:,} that are read; use less metadata, and fewer names"
+        )
     return struct.pack("<Q", len(header)) + header
 
 
@@ -373,8 +382,9 @@ def _read_layers(
             for i, layer in enumerate(facts["layers"]):
                 done[f"layer.{i}"]()
                 keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
-                _check_positions(positions, facts["n_tokens"], path)
-                yield RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                _check_positions(read, facts["n_tokens"], path)
+                yield read
 
         arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
         done[""]()
@@ -384,12 +394,16 @@ def _read_layers(
     return arrived, tensors["token_ids"]
 
 
-def _check_positions(positions: Tensor, n_tokens: int, path: Path) -> None:
+def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
     """Raises:
-    CorruptFileError: pairs of tokens that are not there.
+    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
     """
-    if len(positions) and not 0 <= int(positions.min()) <= int(positions.max()) < n_tokens:
+    positions = layer.positions.numpy()
+    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
         raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
+    falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
+    if not set(falling.tolist()) <= set(layer.offsets):
+        raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
 
 
 @plain()
@@ -418,8 +432,12 @@ def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: m
         raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
 
 
-def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> CompressedContext:
+def _recipe(facts: Mapping[str, Any]) -> Recipe:
     recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
+    return Recipe(**recipe)
+
+
+def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> CompressedContext:
     return CompressedContext(
         key=key_of(facts["identity"]),
         identity=facts["identity"],
@@ -428,7 +446,7 @@ def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> 
         protected=facts["protected"],
         ratio=facts["ratio"],
         dense_nbytes=facts["dense_nbytes"],
-        recipe=Recipe(**recipe),
+        recipe=_recipe(facts),
         sources=tuple(Source(**source) for source in facts["sources"]),
         name=facts["name"],
         created=facts["created"],

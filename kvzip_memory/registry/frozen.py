@@ -15,6 +15,7 @@ from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
 from kvzip_memory.registry.index import Index, IndexDamagedError, check_plain
+from kvzip_memory.registry.schema import oddity
 
 
 def why_read_only(root: Path) -> str | None:
@@ -61,6 +62,8 @@ def _sound_rows(database: Path, checksums: Checksums) -> dict[str, str]:
         return {}
     for how in ("mode=ro", "immutable=1"):
         with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(database))}?{how}", uri=True, timeout=QUIET_S)) as opened:
+            if oddity(opened) is not None:
+                return {}
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()
             return {key: value for key, value in found if _is_sound(key, value, checksums)}
     return {}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from kvzip_memory.context import Recipe
 from kvzip_memory.encoding import added_tokens, knows_mistral
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.prompt import Prompt
@@ -77,7 +78,7 @@ def context_identity(
         compress_every: size of the pieces it is built in, None if in one.
         parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
     """
-    scored = ratio < 1.0 or (parent is not None and parent["scorer"] is not None)
+    scored = ratio < 1.0 or (parent is not None and parent.get("scorer") is not None)
     return {
         **model_fields,
         "text": prompt.text_digest,
@@ -90,15 +91,15 @@ def context_identity(
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
         "protected": prompt.protected,
-        "recipe": digest(_recipe(prompt)),
+        "recipe": recipe_digest(prompt.recipe),
         "tools": prompt.recipe.tools,
         "parent": None if parent is None else key_of(parent),
     }
 
 
-def _recipe(prompt: Prompt) -> dict[str, Any]:
+def recipe_digest(recipe: Recipe) -> str:
     """What a recipe adds to a key. The system prompt is in it already, and recipes without a tail are as they always were."""
-    return {field: value for field, value in vars(prompt.recipe).items() if field != "system" and (field != "tail" or value)}
+    return digest({field: value for field, value in vars(recipe).items() if field != "system" and (field != "tail" or value)})
 
 
 def tenant_digest(tenant: str | None) -> str | None:

@@ -17,15 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-from diskcache.core import MODE_RAW, UNKNOWN
+from diskcache.core import DEFAULT_SETTINGS, MODE_RAW, UNKNOWN
 
 from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.errors import ForkedError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S
 from kvzip_memory.private import is_file, open_file
+from kvzip_memory.registry.schema import oddity
 
 Row = dict[str, Any]
+
+# All of them are given, or those that the database holds would be set.
+_SETTINGS: dict[str, Any] = {
+    **DEFAULT_SETTINGS,
+    "eviction_policy": "none",
+    "cull_limit": 0,
+    "statistics": 0,
+    "tag_index": 0,
+    "disk_min_file_size": 2**60,
+    "sqlite_secure_delete": 1,  # what is deleted is overwritten
+    "sqlite_mmap_size": 0,  # a file that is cut short while it is mapped ends the process
+}
 
 # SQLite's codes for a file that is not what it wrote. A truncated one shows as an input/output error too.
 _DAMAGE = {
@@ -105,17 +118,8 @@ class Index:
                     os.close(open_file(folder / "cache.db", os.O_RDWR | os.O_CREAT | os.O_EXCL))  # its other files get the same mode
             if not is_free(folder, QUIET_S):  # diskcache would try for a minute
                 raise IndexHeldError()
-            self._rows = diskcache.Cache(
-                str(folder),
-                timeout=QUIET_S,
-                disk=_Rows,
-                eviction_policy="none",
-                cull_limit=0,
-                statistics=0,
-                tag_index=0,
-                disk_min_file_size=2**60,
-                sqlite_secure_delete=1,  # what is deleted is overwritten
-            )
+            check_database(folder)
+            self._rows = diskcache.Cache(str(folder), timeout=QUIET_S, disk=_Rows, **_SETTINGS)
         refuse_after_fork(self, "_lock", "_rows")
 
     def get(self, key: str) -> Row | None:
@@ -229,6 +233,15 @@ def check_plain(folder: Path) -> None:
     for path in (folder / f"cache.db{suffix}" for suffix in ("", "-wal", "-shm", "-journal")):
         if os.path.lexists(path) and (not is_file(path) or path.lstat().st_nlink > 1):
             raise IndexDamagedError(f"{path.name} is no file of its own")
+
+
+def check_database(folder: Path) -> None:
+    """Raises:
+    IndexDamagedError: the database holds more than tables of ours.
+    """
+    with closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
+        if (odd := oddity(database)) is not None:
+            raise IndexDamagedError(odd)
 
 
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:

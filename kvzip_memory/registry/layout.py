@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvzip_memory.private import is_file, is_folder
+from kvzip_memory.private import is_file, is_folder, usable
 
 KEY = re.compile("[0-9a-f]{64}")
 #: Folders that are made.
@@ -70,11 +70,12 @@ def _blob_folders(root: Path) -> Iterator[Path]:
 def _named(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:
     if not is_folder(folder):
         return
-    with os.scandir(folder) as entries:
+    with usable(folder), os.scandir(folder) as entries:
         for entry in entries:
             if names.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                 yield Path(entry.path)
 
 
 def _in(folder: Path) -> list[Path]:
-    return [*folder.iterdir()] if is_folder(folder) else []
+    with usable(folder):
+        return [*folder.iterdir()] if is_folder(folder) else []

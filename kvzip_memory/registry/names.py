@@ -24,6 +24,7 @@ from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, held
 from kvzip_memory.private import delete, read_text, write_text
+from kvzip_memory.registry.facts import is_label
 from kvzip_memory.registry.identity import digest
 from kvzip_memory.registry.layout import KEY, files
 
@@ -90,7 +91,7 @@ class Names:
         file = _file_of(label.tenant, label.name)
         before = self._known(file).get(label.family)
         with self._lock:
-            label = replace(label, loaded=time.time() if before is None else max(time.time(), before.loaded + _TICK))
+            label = replace(label, loaded=time.time() if before is None else _after(before.loaded))
             self._new.setdefault(file, {})[label.family] = label
         return label
 
@@ -202,10 +203,9 @@ class Names:
         if self._root is None:
             return {}
         try:
-            text = self._checksums.unseal("names", file, read_text(self._path(file)))
-            rows = [{**row, "sources": tuple(map(tuple, row["sources"]))} for row in json.loads(text)]
-            return {row["family"]: _checked(Label(**row)) for row in rows}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):  # what cannot be read means nothing
+            labels = map(_label, json.loads(self._checksums.unseal("names", file, read_text(self._path(file)))))
+            return {label.family: label for label in labels}
+        except (OSError, ValueError, TypeError, RecursionError):  # what cannot be read means nothing
             return {}
 
     def _write(self, file: str, known: Mapping[str, Label]) -> None:
@@ -219,17 +219,17 @@ class Names:
         os.replace(temporary, path)
 
 
-def _checked(label: Label) -> Label:
+def _label(row: Any) -> Label:
     """Raises:
     ValueError: it is none of ours.
     """
-    texts = [label.name, label.family, label.key, *(name for name, _ in label.sources)]
-    texts += [label.tenant] if label.tenant is not None else []
-    if not all(isinstance(text, str) for text in texts) or not (label.key == "" or KEY.fullmatch(label.key)):
+    if not is_label(row) or not (row["key"] == "" or KEY.fullmatch(row["key"])):
         raise ValueError("a field of another kind")
-    if not all(isinstance(metadata, dict) for _, metadata in label.sources) or not math.isfinite(label.loaded):
-        raise ValueError("a field of another kind")
-    return label
+    return Label(**{**row, "sources": tuple(map(tuple, row["sources"]))})
+
+
+def _after(loaded: float) -> float:
+    return max(time.time(), loaded + _TICK, math.nextafter(loaded, math.inf))  # far in the future a tick is too little to tell apart
 
 
 def _file_of(tenant: str | None, name: str) -> str:

@@ -28,8 +28,9 @@ from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.printable import logger_of
+from kvzip_memory.private import usable
 from kvzip_memory.registry.beginnings import beginnings
-from kvzip_memory.registry.disk import DiskTier, Entry, NotStoredError, is_past, latest
+from kvzip_memory.registry.disk import CheckLayers, DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
@@ -144,6 +145,7 @@ class ContextRegistry(Shared):
             had never existed. :data:`EVERYONE` for operators. Of the whole folder are :meth:`stats` of the disk tier, :meth:`is_empty`, and
             room: it is made where it was used longest ago, whoever's.
         secret: what is on disk is used only if it was written with it; None for none.
+        check: as for :class:`DiskTier`.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -160,6 +162,7 @@ class ContextRegistry(Shared):
         wait_s: float = 60.0,
         tenant: str | None = None,
         secret: str | None = None,
+        check: CheckLayers | None = None,
     ) -> None:
         self.tenant, self.checksums = tenant, Checksums(secret)
         self.device, self.ttl, self._wait_s = device, ttl, wait_s
@@ -179,8 +182,10 @@ class ContextRegistry(Shared):
         budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
-                self._disk = DiskTier(folder.expanduser().absolute(), budget, tenant, self.checksums)
+                with usable(folder):
+                    self._disk = DiskTier(folder.expanduser().absolute(), budget, tenant, self.checksums, check)
                 self._count("disk_errors", int(self._disk.read_only is not None))
+                self._count("quarantined", self._disk.quarantined)
             except OSError as error:
                 self.no_disk = str(error)
                 self._disk_failed("open", error)
@@ -839,8 +844,8 @@ class ContextRegistry(Shared):
         for digest in reversed(found):
             entries = [entry for entry in held if entry.identity.get("tokens") == digest]
             entries += self._try("search", partial(DiskTier.with_tokens, family=family, tokens=digest)) or []
-            if usable := [e for e in entries if not is_past(e.created, e.expires, self.ttl) and fits(e)]:
-                return max(usable, key=lambda entry: entry.fineness)
+            if good := [e for e in entries if not is_past(e.created, e.expires, self.ttl) and fits(e)]:
+                return max(good, key=lambda entry: entry.fineness)
         return None
 
     def check_disk(self) -> None:

@@ -1,0 +1,387 @@
+"""What is fuzzed: each kind of file of a cache folder, read by all that reads it, and what must hold then. See :mod:`fuzz`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
+from contextlib import closing, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from conftest import tiny_engine
+from fuzz import Target
+from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError, cli
+from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.registry import disk as tier
+from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.facts import ALIGNMENT
+from kvzip_memory.registry.files import PreparedFile
+from kvzip_memory.registry.frozen import FrozenIndex, _Rows
+from kvzip_memory.registry.index import Index
+from kvzip_memory.registry.names import Label, Names, _checksum
+from kvzip_memory.turns import TurnsFile, find, remove_expired, sessions
+from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
+from synthetic import context, wanted
+
+BUDGET = 400_000
+TENANT = "tenant"
+
+
+def of_json(value: Any) -> bytes:
+    return json.dumps(value).encode()
+
+
+# -- a context's file --------------------------------------------------------------------------------------------------
+
+
+@cache
+def engine() -> KVzipEngine:
+    return tiny_engine("gemma3")
+
+
+@cache
+def genuine() -> CompressedContext:
+    return engine().load("The lamp is wound at dusk. " * 3, ratio=0.4, name="lamp", system="Be brief.")
+
+
+@cache
+def genuine_file(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The table of a header and the data behind it."""
+    catalog = {"group": wanted(1).group, "names": {"lamp": 1.0}, "tags": ["thread: ana"]}
+    with genuine().lease() as lease:
+        whole = CompressedContext.__new__(CompressedContext)
+        whole.__dict__.update({**genuine().__dict__, "storage": tier_storage(lease.layers)})
+        PreparedFile(whole, catalog).write(folder / "genuine", folder / "temporary")
+    data = (folder / "genuine").read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length : -8]
+
+
+def tier_storage(layers: Any) -> Any:
+    from kvzip_memory.context import Resident
+
+    return Resident(layers)
+
+
+def a_context_file(folder: Path) -> Target:
+    """A header with any facts over the genuine pairs. What is served under the key that was asked for answers as the genuine one."""
+    folder.mkdir()
+    table, body = genuine_file(folder)
+    path, looked_at, again = folder / f"{genuine().key}.safetensors", set[bytes](), DiskTier(folder / "contexts")
+    ids = engine().prompt_ids(genuine(), "Who?")
+    logits = engine().logits(genuine(), ids)
+
+    def signed(text: bytes) -> bytes:
+        whole = {**table, "__metadata__": {"kvzip_memory": text.decode("latin-1")}}
+        header = json.dumps(whole).encode()
+        header += b" " * (-(8 + len(header)) % ALIGNMENT)
+        header = struct.pack("<Q", len(header)) + header
+        return header + body + struct.pack("<Q", xxhash.xxh3_64_intdigest(header))
+
+    def read(data: bytes) -> str:
+        path.write_bytes(data)
+        try:
+            found = engine().open(path)
+        except (CorruptFileError, IdentityMismatchError) as error:
+            _look_as_an_index(again, path)
+            return "newer" if "newer than" in str(error) else f"refused: {type(error).__name__}"
+        if found.key == genuine().key:
+            assert torch.equal(found.token_ids, genuine().token_ids)
+        header = data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
+        if header in looked_at:
+            return "served"
+        looked_at.add(header)
+        repr(found)
+        _look_as_an_index(again, path)
+        if found.key == genuine().key:
+            assert torch.equal(engine().logits(found, engine().prompt_ids(found, "Who?")), logits), "another answer under the same key"
+        else:
+            with suppress(KVzipError):
+                engine().generate(found, "Who?", max_new_tokens=1)
+        with suppress(KVzipError):
+            engine().extend(found, [{"role": "assistant", "content": "I."}])
+        return "served"
+
+    return Target("context file", [of_json(json.loads(table["__metadata__"]["kvzip_memory"]))], signed, read)
+
+
+def _look_as_an_index(disk: DiskTier, path: Path) -> None:
+    """Make a row of a file, which must be one that is read again."""
+    entry = disk._entry_of_file(path)
+    if entry is None:
+        path_in = disk.path(path.stem)
+        path_in.parent.mkdir(exist_ok=True)
+        return
+    index = rows_in_memory({})
+    index.set("totals", {"usage": 0, "writing": {}})
+    disk._add(index, entry)
+    again = tier._entry(index, entry.key)
+    assert again is not None
+    json.dumps(cli._facts(again))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+class RowsInMemory(FrozenIndex):
+    """An index without SQLite."""
+
+    def rewrite(self) -> None: ...
+
+
+def rows_in_memory(rows: dict[str, str]) -> RowsInMemory:
+    import threading
+
+    index = RowsInMemory.__new__(RowsInMemory)
+    index._lock, index._open, index._rows = threading.RLock(), None, _Rows(rows)
+    return index
+
+
+class TierInMemory(DiskTier):
+    """A disk tier whose rows are given; where they are damaged it has none."""
+
+    rows: dict[str, str] | None = None
+
+    def _open_index(self) -> None:
+        if self.rows is None:
+            return super()._open_index()
+        self._index = rows_in_memory(self.rows)
+
+    def _replace_index(self, reason: str) -> None:
+        self._index, self.made_anew = rows_in_memory({}), reason
+        self._start_index()
+
+
+def small(number: int) -> CompressedContext:
+    return context(number, 8)
+
+
+def filled(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows of every kind; their contexts are in the folder."""
+    disk = DiskTier(folder, BUDGET)
+    for number in (1, 2, 3, 4):
+        disk.put(small(number), wanted(number).group, names={f"page {number}": 1.0}, tags=["thread: ana", f"red {number}"])
+    disk._quarantine(wanted(3).key, "as damage does")
+    disk.untag(wanted(4).key, "thread: ana")
+    disk.remove(wanted(4).key, for_good=True)
+    index = disk._opened()
+    index.set("catalog:" + wanted(2).key, {})
+    rows = {key: index.get(key) for key in index.keys("")}
+    disk.close()
+    return {key: row for key, row in rows.items() if row is not None}
+
+
+def rows(folder: Path) -> Target:
+    """Rows of an index, all of them in one text; used in every way a tier uses them."""
+    seed = [[key, row] for key, row in filled(folder / "pristine").items()]
+    shutil.copytree(folder / "pristine", folder / "contexts")
+    disk = TierInMemory(folder / "contexts", BUDGET)
+
+    def restore() -> None:
+        for name in ("blobs", "quarantine"):
+            for path in (path for path in (folder / "pristine" / name).rglob("*") if path.is_file()):
+                target = folder / "contexts" / path.relative_to(folder / "pristine")
+                if not target.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copy(path, target)
+
+    def read(data: bytes) -> str:
+        restore()
+        packed: dict[str, str] = {}
+        with suppress(ValueError, RecursionError, TypeError):
+            for key, row in json.loads(data):
+                with suppress(UnicodeEncodeError):
+                    if type(key) is str:
+                        key.encode()
+                        packed[key] = Index.packed(key, row)
+        disk.rows, disk._index, disk.made_anew, disk._doubtful, disk._owed = packed, None, "", False, set()
+        with suppress(StorageError):
+            use_rows(disk)
+            assert disk.usage() == disk.measured() <= BUDGET, (disk.usage(), disk.measured())
+        for number in (1, 2):
+            with suppress(tier.NotStoredError):
+                assert disk.get(wanted(number).key, torch.device("cpu")).key == wanted(number).key
+        return "damaged" if disk.made_anew else "served"
+
+    return Target("rows", [of_json(seed)], lambda text: text, read)
+
+
+def use_rows(disk: DiskTier) -> None:
+    from kvzip_memory.registry.doctor import _contents
+    from kvzip_memory.registry.identity import family_of
+
+    for entry in disk.entries():
+        json.dumps(cli._facts(entry))
+        assert entry.fineness >= 0
+        assert entry.expired in (True, False)
+        disk.lengths(family_of(entry.identity), [entry.beginning])
+        disk.with_tokens(family_of(entry.identity), entry.identity.get("tokens", ""))
+    for number in (1, 2, 3, 4):
+        disk.group(wanted(number).group)
+        disk.starting_with(wanted(number).key[:8])
+        disk.notes().taken(wanted(number).key, "thread: ana")
+        disk.notes().deleted(wanted(number).key)
+    disk.quarantine()
+    _contents(disk)
+    disk.touch(wanted(1).key, names={"page": 2.0}, tags=["blue"])
+    disk.pin(wanted(2).key, True)
+    disk.untag(wanted(1).key, "red 1")
+    disk.unname(wanted(1).key, "page")
+    disk._write_catalogs()
+    with suppress(BudgetError):
+        disk.put(small(6), wanted(6).group)
+    disk.forget(lambda key, tag: tag == "thread: ana", lambda entry: True)
+    disk.gc()
+
+
+# -- smaller files -----------------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> Target:
+    for name in ("names", "locks"):
+        (folder / name).mkdir(parents=True)
+    known = Names(folder)
+    family, other = "f" * 64, "e" * 64
+    for of, number in ((family, 1), (other, 2)):
+        known.write(known.give(Label("page", TENANT, of, wanted(number).key, sources=(("a.md", {"page": 1}), ("b.md", {})))))
+    [path] = (folder / "names").iterdir()
+    seed = path.read_text().partition("\n")[2].encode()
+
+    def read(data: bytes) -> str:
+        path.write_bytes(data)
+        found = known.of(TENANT, "page")
+        labels = [*known.all(), *known.everyones("page")]
+        for label in labels:
+            json.dumps(label.loaded)
+        known.still(TENANT, ["page"], family, wanted(1).key)
+        known.gc(lambda key: True)
+        given = Label("page", TENANT, family, wanted(5).key)
+        known.write(known.give(given))
+        assert wanted(5).key in {label.key for label in Names(folder).of(TENANT, "page")}, "a name that cannot be given"
+        known.take(TENANT, "page", family, wanted(5).key)
+        assert wanted(5).key not in {label.key for label in Names(folder).of(TENANT, "page")}, "a name that cannot be taken"
+        return "served" if found else "nothing"
+
+    return Target("names", [seed], lambda text: _checksum(path.stem, text.decode(errors="replace")).encode() + b"\n" + text, read)
+
+
+def progress(folder: Path) -> Target:
+    disk = DiskTier(folder)
+    key = wanted(1).key
+    disk.report(key, {"stage": "score", "done": 1, "total": 2})
+    path = disk._note_of(key)
+
+    def read(data: bytes) -> str:
+        path.write_bytes(data)
+        note = disk.reported(key)
+        if note is None:
+            return "nothing"
+        stage, done, total = str(note["stage"]), int(note["done"]), int(note["total"])
+        assert len(stage) < 100
+        assert 0 <= done <= total < 2**53
+        return "served"
+
+    return Target("progress", [path.read_bytes()], lambda text: text, read)
+
+
+def version(folder: Path) -> Target:
+    disk = DiskTier(folder)
+
+    def read(data: bytes) -> str:
+        (folder / "FORMAT").write_bytes(data)
+        try:
+            disk._check_layout()
+        except StorageError:
+            return "refused"
+        assert int(data) == 1
+        return "served"
+
+    return Target("FORMAT", [b"1\n"], lambda text: text, read)
+
+
+def turns(folder: Path) -> Target:
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine()))
+    file = TurnsFile.of(folder, None, block.name, "ana")
+    first = {"turns": [{"role": "user", "content": "I am Ana."}, {"role": "assistant", "content": "Hello."}]}
+    called = {"id": "1", "name": "look", "arguments": {"x": 1}}
+    second = {
+        "turns": [{"role": "assistant", "content": "", "tool_calls": [called]}, {"role": "tool", "content": "3", "tool_call_id": "1"}]
+    }
+    for record in (first, second, {"context": genuine().key, "first": [0, 0], "last": [0, 1], "model": engine().fingerprint}):
+        file.append(record, "memory history: ana", 3600.0)
+    seed = b"\n".join(b"{" + line[len(b'{"crc": "00000000", ') :] for line in file.path.read_bytes().splitlines()) + b"\n"
+
+    def signed(text: bytes) -> bytes:
+        lines = text.split(b"\n")
+        return b"\n".join(b'{"crc": "%08x", ' % zlib.crc32(line) + line[1:] if line[:1] == b"{" else line for line in lines)
+
+    def read(data: bytes) -> str:
+        from llama_index_kvzip.memory import _Session
+
+        file.path.write_bytes(data)
+        records, mark = file.read()
+        file.read(mark)
+        for session in sessions(folder):
+            json.dumps(cli._session(session))
+            (session.expired, session.keys, cli._ago(session.written))
+        find(folder, "memory history: ana")
+        find(folder, file.path.stem[:9])
+        history = _Session(engine(), block.name, "ana")
+        history._lines = file
+        history._look()
+        history.told()
+        if history.known.turns:
+            with suppress(InputError):
+                engine().count_tokens(history.known.turns)
+        file.append({"turns": []}, "memory history: ana", None)
+        assert file.read()[0][-1][1] == {"turns": []}
+        remove_expired(folder)
+        return "served" if any(record.get("turns") for _, record in records) else "nothing"
+
+    return Target("turns", [seed], signed, read)
+
+
+def whole_folder(folder: Path) -> Target:
+    """The bytes of a database, opened as an engine does."""
+    filled(folder / "pristine")
+    with closing(__import__("sqlite3").connect(folder / "pristine" / "index" / "cache.db")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        database.execute("PRAGMA journal_mode=DELETE")
+    seed = (folder / "pristine" / "index" / "cache.db").read_bytes()
+
+    def read(data: bytes) -> str:
+        shutil.rmtree(folder / "contexts", ignore_errors=True)
+        shutil.copytree(folder / "pristine", folder / "contexts")
+        (folder / "contexts" / "index" / "cache.db").write_bytes(data)
+        disk = DiskTier(folder / "contexts", BUDGET)
+        disk.entries()
+        assert disk.usage() == disk.measured() <= BUDGET
+        for number in (1, 2):
+            assert disk.get(wanted(number).key, torch.device("cpu")).key == wanted(number).key
+        anew = disk.made_anew
+        use_rows(disk)
+        disk.close()
+        examine(folder / "contexts")
+        return "damaged" if anew else "served"
+
+    return Target("database", [seed], lambda text: text, read)
+
+
+#: Each kind of file, and its part of all inputs.
+TARGETS: dict[Callable[[Path], Target], float] = {
+    a_context_file: 0.3,
+    rows: 0.05,
+    names: 0.2,
+    progress: 0.25,
+    version: 0.15,
+    turns: 0.047,
+    whole_folder: 0.003,
+}
