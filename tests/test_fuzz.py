@@ -16,7 +16,7 @@ import fuzz
 from fuzz_targets import TARGETS, a_context_file, names, progress, turns
 from test_registry_stress import FULL, say
 
-INPUTS = 100_000 if FULL else 1000
+INPUTS = 100_000 if FULL else 300
 
 
 @pytest.mark.parametrize("make", TARGETS, ids=lambda make: make.__name__)

@@ -335,7 +335,7 @@ def test_hostile_folders_in_any_combination(filled: Path) -> None:
     wrong: dict[str, str] = {}
     counts = Counter[str]()
     try:
-        for number, harms in enumerate(chosen(2000 if FULL else 60)):
+        for number, harms in enumerate(chosen(2000 if FULL else 12)):
             user = USER if os.geteuid() == 0 and number % 2 else 0
             folder = top / str(number)
             shutil.copytree(filled, folder)
