@@ -18,6 +18,7 @@ import xxhash
 from conftest import tiny_engine
 from fuzz import Target
 from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError, cli
+from kvzip_memory.checksums import PLAIN
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import disk as tier
 from kvzip_memory.registry.disk import DiskTier
@@ -26,7 +27,7 @@ from kvzip_memory.registry.facts import ALIGNMENT
 from kvzip_memory.registry.files import PreparedFile
 from kvzip_memory.registry.frozen import FrozenIndex, _Rows
 from kvzip_memory.registry.index import Index
-from kvzip_memory.registry.names import Label, Names, _checksum
+from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.turns import TurnsFile, find, remove_expired, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from synthetic import context, wanted
@@ -270,7 +271,7 @@ def names(folder: Path) -> Target:
         assert wanted(5).key not in {label.key for label in Names(folder).of(TENANT, "page")}, "a name that cannot be taken"
         return "served" if found else "nothing"
 
-    return Target("names", [seed], lambda text: _checksum(path.stem, text.decode(errors="replace")).encode() + b"\n" + text, read)
+    return Target("names", [seed], lambda text: PLAIN.of("names", path.stem, "\n", text).encode() + b"\n" + text, read)
 
 
 def progress(folder: Path) -> Target:
@@ -289,7 +290,8 @@ def progress(folder: Path) -> Target:
         assert 0 <= done <= total < 2**53
         return "served"
 
-    return Target("progress", [path.read_bytes()], lambda text: text, read)
+    seed = path.read_bytes().partition(b"\n")[2]
+    return Target("progress", [seed], lambda text: PLAIN.of("progress", key, "\n", text).encode() + b"\n" + text, read)
 
 
 def version(folder: Path) -> Target:

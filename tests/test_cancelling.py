@@ -103,6 +103,7 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
         "chat_models._agenerate chat_models._agenerate_with_cache chat_models._astream",
         lambda made: made.chat.with_context(made.context).ainvoke("Who?"),
     ),
+    "abatch": ("chat_models.abatch", lambda made: made.chat.with_context(made.context).abatch(["Who?"])),
     "ainvoke with a mark": ("", lambda made: made.chat.ainvoke(MARKED)),
     "astream": ("", lambda made: read(made.chat.astream("Who?"))),
     "structured": (

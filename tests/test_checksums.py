@@ -64,7 +64,12 @@ def fill(cache: Path, secret: str | None, evil: bool = False) -> None:
     for session in ("ana", "bob"):
         file = TurnsFile.of(cache, "memory", session, checksums=Checksums(secret))
         for turn in ("one", "two"):
-            file.append({"turns": [EVIL if evil else f"{session} {turn}"]}, session, None)
+            file.append(said(EVIL if evil else f"{session} {turn}"), session, None)
+
+
+def said(text: str) -> dict[str, Any]:
+    """A line of a session."""
+    return {"turns": [{"role": "user", "content": text}]}
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +134,8 @@ def plainly(kind: str, path: Path) -> None:
         planted.close()
     elif kind == "session":
         lines = path.read_bytes().splitlines()
-        said = json.dumps({"turns": [EVIL]}).encode()
-        path.write_bytes(b"\n".join([*lines[:-1], b'{"crc": "%08x", ' % zlib.crc32(said) + said[1:], b""]))
+        line = json.dumps(said(EVIL)).encode()
+        path.write_bytes(b"\n".join([*lines[:-1], b'{"crc": "%08x", ' % zlib.crc32(line) + line[1:], b""]))
     else:
         text = path.read_text().partition("\n")[2].replace(wanted(1).key, wanted(2).key).replace("score", EVIL)
         of = path.stem if kind == "name" else wanted(1).key
@@ -192,11 +197,11 @@ def test_nothing_is_used_that_was_not_written_with_the_secret(made: Path, tmp_pa
         assert re.search("checksum|without the secret|holds the context|damaged", bad["reason"]), bad["reason"]
     registry.close()
     file = TurnsFile(session(cache, 1), Checksums(SECRET))
-    said = [turn for _, record in file.read()[0] for turn in record.get("turns", ())]
-    assert said == (["ana one", "ana two"] if kind != "session" else [turn for turn in ("ana one", "ana two") if turn in said])
-    assert (len(said) < 2) == (kind == "session"), said
-    file.append({"turns": ["ana three"]}, "ana", None)
-    assert file.read()[0][-1][1] == {"turns": ["ana three"]}
+    told = [turn["content"] for _, record in file.read()[0] for turn in record.get("turns", ())]
+    assert told == (["ana one", "ana two"] if kind != "session" else [turn for turn in ("ana one", "ana two") if turn in told])
+    assert (len(told) < 2) == (kind == "session"), told
+    file.append(said("ana three"), "ana", None)
+    assert file.read()[0][-1][1] == said("ana three")
 
 
 def test_every_kind_of_file_that_is_read_is_among_these(made: Path) -> None:
@@ -221,10 +226,10 @@ def test_a_line_is_read_where_it_was_written_only(made: Path, tmp_path: Path, or
 
 def test_a_line_of_a_session_that_was_deleted_is_no_line_of_the_next(tmp_path: Path) -> None:
     file = TurnsFile.of(tmp_path, "ana", checksums=Checksums(SECRET))
-    file.append({"turns": ["old"]}, "ana", None)
+    file.append(said("old"), "ana", None)
     old = file.path.read_bytes().splitlines(keepends=True)[1]
     file.remove()
-    file.append({"turns": ["new"]}, "ana", None)
+    file.append(said("new"), "ana", None)
     new = file.path.read_bytes().splitlines(keepends=True)
     assert len(new[1]) == len(old)
     file.path.write_bytes(new[0] + old)

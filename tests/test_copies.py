@@ -76,7 +76,7 @@ def things(engine: KVzipEngine, context: CompressedContext) -> dict[str, tuple[A
         "chat engine": (index.as_chat_engine(), lambda chat: str(copy.deepcopy(chat).chat("Who?"))),
         "memory": (memory, lambda memory: memory.get()),
         "synthesizer": (KVzipSynthesizer(llm=llm), lambda synthesizer: str(synthesizer.get_response("Who?", [TEXT]))),
-        "memory tools": (create_memory_tools(chat), lambda tools: [tool.name for tool in tools]),
+        "memory tools": (create_memory_tools(engine), lambda tools: [tool.name for tool in tools]),
         "middleware": (
             [chat, KVzipMemoryMiddleware()],
             lambda made: create_agent(made[0], middleware=made[1:]).invoke({"messages": [("user", "Who?")]})["messages"][-1].content,

@@ -328,6 +328,7 @@ WAYS: dict[type, dict[str, Way]] = {
     ContextRegistry: {
         "check_changeable": NOTHING,
         "check_disk": NOTHING,
+        "checksums": NOTHING,
         "check_fits": NOTHING,
         "close": NOTHING,
         "contexts": lambda b, x: [entry.tenant for entry in b.registry.contexts()],
@@ -357,6 +358,9 @@ WAYS: dict[type, dict[str, Way]] = {
         "ttl": NOTHING,
         "untag": lambda b, x: each(lambda key: b.registry.untag(key, x.tag), [x.key, x.child.key]),
         "verify": lambda b, x: each(b.registry.verify, x.references),
+        "with_room": lambda b, x: b.registry.with_room(
+            Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,))
+        ) == Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,)),
     },
     # What the holder of an object reads of it is in his hands; given to an engine of another tenant it is of no use.
     CompressedContext: {
@@ -513,7 +517,7 @@ TOOLS: dict[str, Way] = {
 }
 
 #: Of the whole folder, for operators.
-FOLDER = {"gc", "stats", "doctor"}
+FOLDER = {"gc", "stats", "doctor", "conversions"}
 
 COMMANDS: dict[str, Way] = {
     "load": lambda b, x: b.command("load", str(b.model.parent / "page.txt"), "--model", str(b.model), "--name", x.name)[0],

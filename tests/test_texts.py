@@ -14,7 +14,7 @@ from llama_index.core.llms import ChatMessage
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import Document, InputError, KVzipEngine
-from kvzip_memory.sources import as_document, as_message, as_messages, clean
+from kvzip_memory.sources import as_document, as_message, as_messages, brief, clean
 from langchain_kvzip import KVzipChatModel, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
 
@@ -40,7 +40,7 @@ def test_a_text_need_not_be_a_possible_name(engine: KVzipEngine, text: str) -> N
 @pytest.mark.parametrize("path", [*NO_NAMES, "x" * 5000, "a/" + "x" * 300], ids=["long", "nul", "surrogate", "longer", "deep"])
 def test_a_path_that_no_file_can_have_is_a_file_that_is_not_there(engine: KVzipEngine, path: str, tmp_path: Path) -> None:
     load = create_memory_tools(engine, folder=tmp_path)[0]
-    assert load.invoke({"path": path}) == f"there is no file {path!r}"
+    assert load.invoke({"path": path}) == f"there is no file {brief(path)}"
     with pytest.raises(InputError, match="cannot read"):
         engine.load(Path(path))
     with pytest.raises(InputError, match="does not exist"):

@@ -61,6 +61,7 @@ CALLS: dict[str, Callable[[Made], Any]] = {
     "KVzipChatModel._generate": lambda m: m.chat.invoke("Who?", **X),
     "KVzipChatModel._astream": lambda m: m.chat.astream("Who?", **X),
     "KVzipChatModel._agenerate": lambda m: m.chat.ainvoke("Who?", **X),
+    "KVzipChatModel.abatch": lambda m: m.chat.abatch(["Who?"], **X),
     "KVzipChatModel.bind_tools": lambda m: m.chat.bind_tools([Out], **X).invoke("Who?"),
     "KVzipChatModel.with_structured_output": lambda m: m.chat.with_structured_output(Out, **X),
     "KVzipChatEngine.from_defaults": lambda m: KVzipChatEngine.from_defaults(**X),
