@@ -326,7 +326,7 @@ def turns(folder: Path) -> Target:
         return b"\n".join(b'{"crc": "%08x", ' % zlib.crc32(line) + line[1:] if line[:1] == b"{" else line for line in lines)
 
     def read(data: bytes) -> str:
-        from llama_index_kvzip.memory import _Session
+        from llama_index_kvzip.memory import _Session, _Sessions
 
         file.path.write_bytes(data)
         records, mark = file.read()
@@ -336,7 +336,7 @@ def turns(folder: Path) -> Target:
             (session.expired, session.keys, cli._ago(session.written))
         find(folder, "memory history: ana")
         find(folder, file.path.stem[:9])
-        history = _Session(engine(), block.name, "ana")
+        history = _Session(engine(), block.name, "ana", _Sessions(engine()))
         history._lines = file
         history._look()
         history.told()

@@ -31,7 +31,8 @@ def test_whatever_stands_in_a_file_is_used_or_refused_with_a_reason(tmp_path: Pa
         kept=len(found.corpus),
         **{k.replace(" ", "_"): n for k, n in found.ends.items()},
     )
-    assert not found.faults, "\n".join(f"{place}: {what}" for place, what in found.faults.items())
+    faults = "\n".join(f"{place}: {what}" for place, what in found.faults.items())
+    assert not faults
 
 
 ANYTHING = st.recursive(
