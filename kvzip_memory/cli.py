@@ -25,7 +25,7 @@ from kvzip_memory.checksums import Checksums
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
-from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.doctor import Finding, examine
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import tenant_digest
 
@@ -425,7 +425,11 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
     folder, checksums = cache_dir.expanduser(), _checksums()
-    findings = [*examine(folder / "contexts", checksums), *turns.examine(folder, checksums)]
+    findings = examine(folder / "contexts", checksums)
+    try:
+        findings += turns.examine(folder, checksums)
+    except OSError as error:  # the others say so, too
+        findings.append(Finding("problem", "sessions", str(error), "nothing of them is read or written until then"))
 
     def render() -> Table:
         table = Table("", "what", "found", "what to do")

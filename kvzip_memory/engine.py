@@ -46,7 +46,7 @@ from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_text, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import (
@@ -542,7 +542,7 @@ class KVzipEngine(Shared):
             StorageError: another process holds the index of the folder; nothing was deleted.
             OSError: a file cannot be deleted.
         """
-        check_text(tag)
+        check_tag(tag)
         self.registry.flush()
         check()  # from the first write on it is finished
         forgotten = self.registry.forget(Naming(tag))
@@ -1124,8 +1124,8 @@ def _labels(name: str | None, tags: str | Sequence[str] | None) -> list[str]:
     labels = as_texts(tags, "tags", MOST_TAGS)
     if name is not None:
         check_name(name)
-    for text in labels:
-        check_text(text)
+    for tag in labels:
+        check_tag(tag)
     return labels
 
 

@@ -19,18 +19,29 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvzip_memory.checksums import PLAIN, Checksums, check_secret
-from kvzip_memory.errors import InputError
+from kvzip_memory.errors import InputError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_folder, check_not_shared, check_size, delete, is_file, is_folder, make_folder, open_file, usable
+from kvzip_memory.private import (
+    LIMIT,
+    check_folder,
+    check_not_shared,
+    check_size,
+    delete,
+    is_file,
+    is_folder,
+    make_folder,
+    open_file,
+    usable,
+)
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.doctor import Finding
 from kvzip_memory.registry.facts import is_line
@@ -95,12 +106,15 @@ class Turns:
             still: asked when nobody else can add one; if it says no, nothing is added.
 
         Raises:
-            InputError: turns with which the session would have more than :data:`LARGEST_SESSION`.
+            InputError: turns that are none, or with which the session would have more than :data:`LARGEST_SESSION`.
             OSError: the disk's; no one reads what was written.
         """
+        text = json.dumps(record)
+        if not is_line(json.loads(text)):  # nobody would read it
+            raise InputError(f"{brief(session)}: {brief(text)} are no turns; give messages with a role and a text")
         with self._locked():
             if still():
-                if "turns" in record and (nbytes := self.nbytes()) + (more := len(json.dumps(record))) > LARGEST_SESSION:
+                if "turns" in record and (nbytes := self.nbytes()) + (more := len(text)) > LARGEST_SESSION:
                     raise InputError(
                         f"{brief(session)} has {nbytes:,} bytes of turns, and {more:,} more are to come; a session has at most "
                         f"{LARGEST_SESSION:,}: go on under another id, or delete its turns (block.forget, kvzip-memory rm)"
@@ -212,10 +226,10 @@ class TurnsFile(Turns):
 
     def _locked(self) -> AbstractContextManager[object]:
         """Not a lock of the file itself, which another process may delete meanwhile."""
-        self._check()
+        self.check()
         return held(lock_in(self.path.parent.parent, f"memory-{self.path.stem[:2]}"), "writing down a turn")
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises:
         StorageError: others can write the folder, it is none, or has another secret.
         """
@@ -226,13 +240,15 @@ class TurnsFile(Turns):
             check_not_shared(folder.parent, folder, [self.path])
 
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
-        self._check()
+        self.check()
         try:
             descriptor = open_file(self.path)
         except FileNotFoundError:
             return (), b"", 0, b""
         with os.fdopen(descriptor, "rb") as file:
-            check_size(self.path, os.fstat(descriptor).st_size)
+            if (nbytes := os.fstat(descriptor).st_size) > LIMIT:
+                way_out = f"go on under another id, or delete it (kvzip-memory rm {self.path.stem[:12]})"
+                raise StorageError(f"{self.path} has {nbytes:,} bytes of turns, and {LIMIT:,} at most are read; {way_out}")
             stamp, line = _stamp(os.fstat(file.fileno())), file.readline()
             head = line if line.endswith(b"\n") else b""
             at = since.end if head == since.head else 0
@@ -329,18 +345,30 @@ class Session:
 
 
 def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]:
-    """All sessions with turns in a folder, the last one written first."""
-    found = []
-    for path in _files(cache_dir):
+    """All sessions with turns in a folder, the last one written first. Of one that cannot be read a warning says why."""
+    found, paths = [], _files(cache_dir)
+    if paths:
+        TurnsFile.of(cache_dir, checksums=checksums).check()
+    for path in paths:
         with suppress(FileNotFoundError):  # removed meanwhile
-            file, written = TurnsFile(path, checksums), path.lstat().st_mtime
-            records, nbytes = [record for _, record in file.read()[0]], path.lstat().st_size
+            file, status = TurnsFile(path, checksums), path.lstat()
+            try:
+                records = [record for _, record in file.read()[0]]
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # the file's own: the others go on
+                logger.warning("%s", error)
+                records = []
             first = next((record for record in records if "session" in record), {})
-            turns = sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
             keys = frozenset(str(record["context"]) for record in records if "context" in record)
-            expires = written + ttl if isinstance(ttl := first.get("ttl"), int | float) else None
-            found.append(Session(file, str(first.get("session", path.stem)), turns, keys, nbytes, written, expires))
+            expires = status.st_mtime + ttl if isinstance(ttl := first.get("ttl"), int | float) else None
+            name = str(first.get("session", path.stem))
+            found.append(Session(file, name, _count(records), keys, status.st_size, status.st_mtime, expires))
     return iter(sorted(found, key=lambda session: -session.written))
+
+
+def _count(records: Iterable[Mapping[str, Any]]) -> int:
+    return sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
 
 
 def _files(cache_dir: Path) -> list[Path]:
@@ -405,10 +433,16 @@ def remove_expired(cache_dir: Path, checksums: Checksums = PLAIN) -> int:
 
 def erase(cache_dir: Path, tenant: str | None, name: str, checksums: Checksums = PLAIN) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
-    mine = [session for session in sessions(cache_dir, checksums) if session.name == name and is_of(cache_dir, session, tenant)]
-    for session in mine:
-        session.file.remove()
-    return sum(session.turns for session in mine)
+    if tenant == EVERYONE:
+        files = [session.file for session in sessions(cache_dir, checksums) if session.name == name]
+    else:  # whatever else lies there
+        files = [TurnsFile(path, checksums) for path in _files_of(cache_dir, tenant, name) if is_file(path)]
+    turns = 0
+    for file in files:
+        with suppress(OSError):  # it is deleted, whatever is in it
+            turns += _count(record for _, record in file.read()[0])
+        file.remove()
+    return turns
 
 
 def _files_of(cache_dir: Path, tenant: str | None, name: str) -> set[Path]:

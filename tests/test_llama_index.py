@@ -419,3 +419,15 @@ def test_documents_that_cannot_be_deleted_now_stay(tmp_path: Path) -> None:
     index.delete_ref_doc(DOCUMENTS[0].doc_id, delete_from_docstore=True)
     assert before[0] not in {entry.key for entry in engine.registry.contexts()}
     engine.close()
+
+
+def test_a_context_of_many_documents_is_let_go_with_each_of_them() -> None:
+    """Its tag is longer than one that a caller gives."""
+    llm = KVzipLLM(engine=KVzipEngine(tiny_model(max_position_embeddings=16384), tiny_tokenizer()), max_tokens=12)
+    documents = [Document(text=f"note {i}", metadata={"file_path": f"/home/ana/handbook/chapters/section-{i:04d}.md"}) for i in range(90)]
+    index = KVzipIndex.from_documents(documents, llm=llm)
+    index.as_query_engine().query("What?")
+    [context] = llm.engine.registry.contexts()
+    assert len(context.tags[0]) > 4096
+    llm.engine.forget("document: /home/ana/handbook/chapters/section-0007.md")
+    assert llm.engine.registry.contexts() == []

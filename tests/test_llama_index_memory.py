@@ -1,27 +1,31 @@
 """KVzipMemoryBlock: old turns that stay readable, whatever becomes of contexts, processes and builds."""
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 import sqlite3
 import stat
 import time
+from collections.abc import Callable
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import ImageBlock, TextBlock, ThinkingBlock, ToolCallBlock
+from llama_index.core.base.llms.types import ImageBlock, MessageRole, TextBlock, ThinkingBlock, ToolCallBlock
 from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import Memory
 from typer.testing import CliRunner
 
 from conftest import tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError, WindowError
+from kvzip_memory import turns as turns_of_sessions
 from kvzip_memory.cli import app
-from kvzip_memory.turns import sessions
+from kvzip_memory.private import open_file
+from kvzip_memory.turns import TurnsFile, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from llama_index_kvzip.llm import plain_messages
 from llama_index_kvzip.memory import _message
@@ -302,3 +306,80 @@ async def test_turns_that_cannot_be_forgotten_now_are_all_there(tmp_path: Path) 
     block.forget("ana")
     assert (file.exists(), await block.aget([], session_id="ana"), engine.registry.contexts()) == (False, [], [])
     engine.close()
+
+
+SID = {"session_id": "s"}
+CALLS: dict[str, dict[str, Any]] = {
+    "no id": {"blocks": [ToolCallBlock(tool_call_id=None, tool_name="t", tool_kwargs={"a": 1})], "additional_kwargs": SID},
+    "no mapping": {"blocks": [ToolCallBlock(tool_call_id="1", tool_name="t", tool_kwargs="[1]")], "additional_kwargs": SID},
+    "no number": {"blocks": [ToolCallBlock(tool_call_id="1", tool_name="t", tool_kwargs={"a": float("nan")})], "additional_kwargs": SID},
+    "half a character": {
+        "blocks": [ToolCallBlock(tool_call_id="\ud800", tool_name="t", tool_kwargs={"\ud800": "\ud800"})],
+        "additional_kwargs": SID,
+    },
+    "OpenAI's, no id": {
+        "content": "",
+        "additional_kwargs": {"tool_calls": [{"id": None, "type": "function", "function": {"name": "f", "arguments": "{}"}}], **SID},
+    },
+    **{f"role {role.value}": {"content": "Yes.", "role": role, "additional_kwargs": SID} for role in MessageRole},
+}
+
+
+@pytest.mark.parametrize("said", CALLS)
+async def test_every_turn_that_is_taken_is_read_again(tmp_path: Path, said: str) -> None:
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, ratio=1.0)))
+    ask, answer = ChatMessage("Who?", additional_kwargs=SID), ChatMessage(**{"role": "assistant", **CALLS[said]})
+    await block._aput([ask, answer, ChatMessage("3", role="tool", additional_kwargs=SID), ask])
+    known = block._session("s").known.turns
+    assert len(known) >= 2
+    block.llm.engine.close()
+    again = KVzipMemoryBlock(llm=KVzipLLM(engine=tiny_engine(cache_dir=tmp_path, ratio=1.0)))
+    await again._aget(session_id="s")
+    assert again._session("s").known.turns == known
+
+
+def test_what_nobody_would_read_is_not_written(tmp_path: Path) -> None:
+    file = TurnsFile.of(tmp_path, "ana")
+    with pytest.raises(InputError, match="are no turns"):
+        file.append({"turns": ["Hello."]}, "ana", None)
+    assert file.read()[0] == []
+
+
+@pytest.mark.parametrize("harm", ["another's", "too large"])
+async def test_a_file_that_cannot_be_read_is_in_the_way_of_no_other_session(
+    tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=1.0)
+    block = KVzipMemoryBlock(llm=KVzipLLM(engine=engine))
+    for name in ("ana", "bob"):
+        said = [ChatMessage("My secret.", role=role, additional_kwargs={"session_id": name}) for role in ("user", "assistant")]
+        await block._aput(said)
+    other = tmp_path / "memory" / f"{'0' * 64}.jsonl"
+    other.touch()
+    if harm == "another's":
+        monkeypatch.setattr(turns_of_sessions, "open_file", refusing(other))
+    else:
+        os.truncate(other, (1 << 26) + 1)
+    found = turns_of_sessions.sessions(tmp_path)
+    assert {session.name for session in found} == {"memory history: ana", "memory history: bob", "0" * 64}
+    assert other.name in caplog.text
+    engine.forget("memory history: ana")
+    engine.registry.flush()
+    assert block.context("ana") is None
+    left = {session.name for session in turns_of_sessions.sessions(tmp_path)}
+    assert left == {"memory history: bob", "0" * 64}
+    engine.close()
+    assert command(tmp_path, "doctor", code=0)
+    command(tmp_path, "rm", "0" * 12)
+    assert not other.exists()
+
+
+def refusing(path: Path) -> Callable[..., int]:
+    """Opens all files but one."""
+
+    def opened(file: Path, *args: Any) -> int:
+        if file == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return open_file(file, *args)
+
+    return opened

@@ -3,7 +3,7 @@
 from kvzip_memory.registry.disk import Entry
 from kvzip_memory.registry.identity import EVERYONE
 from kvzip_memory.registry.names import Label
-from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_text, parse_bytes
+from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_tag, check_text, parse_bytes
 
 __all__ = [
     "EVERYONE",
@@ -15,6 +15,7 @@ __all__ = [
     "Report",
     "Wanted",
     "check_name",
+    "check_tag",
     "check_text",
     "parse_bytes",
 ]

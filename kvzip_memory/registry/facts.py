@@ -145,7 +145,7 @@ _LABEL: dict[str, Check] = {
     **{"name": _text, "tenant": _or_none(is_id), "family": is_id, "key": is_id, "loaded": _number()},
     "sources": _list(lambda source: _list(lambda _: True)(source) and len(source) == 2 and _any_text(source[0]) and _ANYTHING(source[1])),
 }
-_CALL = _fields({"id": _text, "name": _text, "arguments": _ANYTHING})
+_CALL = _fields({"id": _or_none(_text), "name": _text, "arguments": lambda value: _text(value) or _ANYTHING(value)})
 _ROLES = {"system", "user", "assistant", "tool"}
 _TURN = _fields(
     {"role": lambda value: _text(value) and value in _ROLES, "content": _text},

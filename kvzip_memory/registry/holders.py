@@ -14,7 +14,8 @@ from kvzip_memory.errors import InputError
 #: So many names may a context gather, and so many tags, with so many characters in all.
 MOST_HOLDERS, LARGEST_HOLDERS = 10_000, 1 << 20
 
-_JOINT = " | "
+#: Stands between the parts of a tag.
+JOINT = " | "
 
 #: Says how a context was made; nobody's.
 MARKED = "cache_control"
@@ -25,7 +26,7 @@ LetGo = Callable[[str, str], bool]
 
 def together(*parts: str) -> str:
     """The tag of things that only together have a context."""
-    return _JOINT.join(sorted(set(parts)))
+    return JOINT.join(sorted(set(parts)))
 
 
 def escaped(id_: str) -> str:
@@ -38,7 +39,7 @@ def unescaped(id_: str) -> str:
 
 
 def parts(tag: str) -> set[str]:
-    return set(tag.split(_JOINT))
+    return set(tag.split(JOINT))
 
 
 @dataclass(frozen=True)

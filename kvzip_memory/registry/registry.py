@@ -32,7 +32,7 @@ from kvzip_memory.private import usable
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import CheckLayers, DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
-from kvzip_memory.registry.holders import MARKED, LetGo, check_room, has_room, is_held, without
+from kvzip_memory.registry.holders import JOINT, LARGEST_HOLDERS, MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
 from kvzip_memory.registry.layout import KEY
@@ -83,7 +83,7 @@ class Wanted:
     def __post_init__(self) -> None:
         check_name(self.name or "")
         for tag in self.tags:
-            check_text(tag)
+            check_tag(tag)
 
 
 @dataclass(frozen=True)
@@ -1294,6 +1294,18 @@ def check_text(name: str) -> None:
         name.encode()
     except (UnicodeEncodeError, AttributeError, TypeError):
         raise InputError(f"{name!r} is not text that can be stored; give another name") from None
+
+
+def check_tag(tag: str) -> None:
+    """Raises:
+    InputError: a tag that cannot be stored, or of which a part cannot, see :func:`check_text`; or one that is longer than all may be.
+    """
+    for part in tag.split(JOINT) if isinstance(tag, str) else [tag]:
+        check_text(part)
+    if len(tag) > LARGEST_HOLDERS:
+        raise InputError(
+            f"the tag {tag[:80]!r}... has {len(tag):,} characters; a context's may have {LARGEST_HOLDERS:,}: load fewer documents"
+        )
 
 
 def check_name(name: str) -> None:
