@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.doctor import Finding
 from kvzip_memory.registry.facts import is_line
 from kvzip_memory.registry.holders import unescaped
-from kvzip_memory.sources import brief
+from kvzip_memory.sources import as_folder, brief
 
 logger = logger_of(__name__)
 
@@ -199,9 +199,9 @@ class TurnsFile(Turns):
         return str(self.path)
 
     @classmethod
-    def of(cls, cache_dir: Path, *identity: str | None, checksums: Checksums = PLAIN) -> TurnsFile:
+    def of(cls, cache_dir: str | Path, *identity: str | None, checksums: Checksums = PLAIN) -> TurnsFile:
         """The file of what has these names, which cannot be told from the file's."""
-        return cls(cache_dir / "memory" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.jsonl", checksums)
+        return cls(_folder(cache_dir) / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.jsonl", checksums)
 
     def stamp(self) -> tuple[int, ...]:
         with suppress(OSError):
@@ -344,8 +344,16 @@ class Session:
         return len(forgotten.deleted)
 
 
-def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]:
-    """All sessions with turns in a folder, the last one written first. Of one that cannot be read a warning says why."""
+def sessions(cache_dir: str | Path, checksums: Checksums = PLAIN) -> list[Session]:
+    """All sessions with turns in a folder, the last one written first. Of one that cannot be read a warning says why.
+
+    Args:
+        cache_dir: as it was given to the engine.
+        checksums: ``Checksums(secret)`` of a folder that has a secret.
+
+    Raises:
+        StorageError: others can write the folder, or it has another secret.
+    """
     found, paths = [], _files(cache_dir)
     if paths:
         TurnsFile.of(cache_dir, checksums=checksums).check()
@@ -364,20 +372,24 @@ def sessions(cache_dir: Path, checksums: Checksums = PLAIN) -> Iterator[Session]
             expires = status.st_mtime + ttl if isinstance(ttl := first.get("ttl"), int | float) else None
             name = str(first.get("session", path.stem))
             found.append(Session(file, name, _count(records), keys, status.st_size, status.st_mtime, expires))
-    return iter(sorted(found, key=lambda session: -session.written))
+    return sorted(found, key=lambda session: -session.written)
 
 
 def _count(records: Iterable[Mapping[str, Any]]) -> int:
     return sum(len(said) for record in records if isinstance(said := record.get("turns"), list))
 
 
-def _files(cache_dir: Path) -> list[Path]:
-    folder = cache_dir / "memory"
+def _folder(cache_dir: str | Path) -> Path:
+    return as_folder(cache_dir, "cache_dir") / "memory"
+
+
+def _files(cache_dir: str | Path) -> list[Path]:
+    folder = _folder(cache_dir)
     with usable(folder):
         return [path for path in folder.iterdir() if _FILE.fullmatch(path.name) and is_file(path)] if is_folder(folder) else []
 
 
-def usage(cache_dir: Path | None) -> dict[str, int]:
+def usage(cache_dir: str | Path | None) -> dict[str, int]:
     """How many ``sessions`` there are in a folder, and the ``nbytes`` of their turns; none without a folder."""
     sizes = []
     for path in [] if cache_dir is None else _files(cache_dir):
@@ -386,7 +398,7 @@ def usage(cache_dir: Path | None) -> dict[str, int]:
     return {"sessions": len(sizes), "nbytes": sum(sizes)}
 
 
-def examine(cache_dir: Path, checksums: Checksums = PLAIN) -> list[Finding]:
+def examine(cache_dir: str | Path, checksums: Checksums = PLAIN) -> list[Finding]:
     """What is to be said of the sessions in a folder."""
     found, expired, full = usage(cache_dir), 0, list[str]()
     if not found["sessions"]:
@@ -404,7 +416,7 @@ def examine(cache_dir: Path, checksums: Checksums = PLAIN) -> list[Finding]:
     return findings
 
 
-def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> Session | None:
+def find(cache_dir: str | Path, reference: str, tenant: str | None = EVERYONE, checksums: Checksums = PLAIN) -> Session | None:
     """The session of a name, or of a file whose name begins so (8 digits at least); of a tenant, if its digest is given.
 
     Raises:
@@ -418,12 +430,12 @@ def find(cache_dir: Path, reference: str, tenant: str | None = EVERYONE, checksu
     return named[0] if named else None
 
 
-def is_of(cache_dir: Path, session: Session, tenant: str | None) -> bool:
+def is_of(cache_dir: str | Path, session: Session, tenant: str | None) -> bool:
     """Whether a session is a tenant's."""
     return tenant == EVERYONE or session.file.path in _files_of(cache_dir, tenant, session.name)
 
 
-def remove_expired(cache_dir: Path, checksums: Checksums = PLAIN) -> int:
+def remove_expired(cache_dir: str | Path, checksums: Checksums = PLAIN) -> int:
     """Delete the turns of expired sessions; their contexts expire by themselves."""
     expired = [(session, session.expires) for session in sessions(cache_dir, checksums) if session.expires is not None and session.expired]
     for session, expires in expired:
@@ -431,7 +443,7 @@ def remove_expired(cache_dir: Path, checksums: Checksums = PLAIN) -> int:
     return len(expired)
 
 
-def erase(cache_dir: Path, tenant: str | None, name: str, checksums: Checksums = PLAIN) -> int:
+def erase(cache_dir: str | Path, tenant: str | None, name: str, checksums: Checksums = PLAIN) -> int:
     """Delete the turns of a tenant's session, which its contexts are tagged with; how many there were."""
     if tenant == EVERYONE:
         files = [session.file for session in sessions(cache_dir, checksums) if session.name == name]
@@ -445,7 +457,7 @@ def erase(cache_dir: Path, tenant: str | None, name: str, checksums: Checksums =
     return turns
 
 
-def _files_of(cache_dir: Path, tenant: str | None, name: str) -> set[Path]:
+def _files_of(cache_dir: str | Path, tenant: str | None, name: str) -> set[Path]:
     """Where the turns of a tenant's session of a name may be."""
     names = [(unescaped(name[:at]), unescaped(name[at + 2 :])) for at in range(len(name)) if name.startswith(": ", at)]
     return {TurnsFile.of(cache_dir, tenant, block.removeprefix("memory "), session_id).path for block, session_id in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import importlib.metadata
 import inspect
 import re
 import textwrap
@@ -132,6 +133,13 @@ def test_the_snippets_of_a_module_run(path: Path, given: dict[str, Any], monkeyp
     monkeypatch.setattr(prometheus_client, "start_http_server", lambda port: None)
     for snippet in snippets(path):
         run(snippet, given)
+
+
+def test_the_packaged_model_that_the_readme_names_is_the_one_that_is_installed(smollm2_path: Path) -> None:
+    (line,) = re.findall(r"^# (model = .*)$", snippets(ROOT / "README.md")[0], re.MULTILINE)
+    names: dict[str, Any] = {"importlib": importlib}
+    run(line, names)
+    assert names["model"] == str(smollm2_path)
 
 
 def test_the_chat_model_has_the_sections_of_langchains_standard() -> None:

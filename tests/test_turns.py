@@ -7,6 +7,7 @@ import random
 import resource
 import threading
 import time
+from inspect import getmembers, isfunction, signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import killing
 import writers
 from killing import add, texts
+from kvzip_memory import turns
 from kvzip_memory.turns import Turns, TurnsFile, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from synthetic import in_a_process, processes
@@ -224,3 +226,24 @@ def test_agents_of_several_processes_share_what_is_folded_and_answer_as_if_they_
         assert said == writers.told_to_an_agent(tmp_path, who)[: len(said)]
     # Who was killed goes on from its last checkpoint.
     assert run([(writers.talk_to_an_agent, tmp_path, "w3", 6)]) == [0]
+
+
+def test_a_folder_is_given_as_to_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every function that takes one, as a text or a path, with ``~`` for the home folder, and relative."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for given in ("~/cache", Path("~/cache"), "cache", Path("cache"), str(tmp_path / "cache")):
+        file = TurnsFile.of(given, None, "history", "ana")
+        assert file.path.parent == tmp_path / "cache" / "memory"
+        file.append({"turns": [{"role": "user", "content": "Hi."}]}, "memory history: ana", 1e-9)
+        [session] = turns.sessions(given)
+        assert turns.is_of(given, session, None)
+        assert turns.find(given, session.name, None) is not None
+        assert turns.usage(given)["sessions"] == 1
+        assert any(finding.what == "sessions" for finding in turns.examine(given))
+        assert turns.erase(given, None, session.name) == 1
+        file.append({"turns": []}, session.name, 1e-9)
+        assert turns.remove_expired(given) == 1
+        assert turns.sessions(given) == []
+    taking = [signature(f).parameters for _, f in getmembers(turns, isfunction) if f.__module__ == turns.__name__]
+    assert {p["cache_dir"].annotation for p in taking if "cache_dir" in p} == {"str | Path", "str | Path | None"}
