@@ -143,6 +143,7 @@ def rows_in_memory(rows: dict[str, str]) -> RowsInMemory:
 
     index = RowsInMemory.__new__(RowsInMemory)
     index._lock, index._open, index._rows = threading.RLock(), None, _Rows(rows)
+    index._checksums = PLAIN
     return index
 
 
