@@ -415,9 +415,11 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
         "nbytes": tier["nbytes"],
         "quarantined": len(registry.quarantine()),
         **{f"turns_{name}": count for name, count in turns.usage(cache_dir.expanduser()).items()},
+        "conversions": len(made := conversions.conversions(cache_dir.expanduser())),
+        "conversions_nbytes": sum(conversion.nbytes for conversion in made),
         "free_nbytes": shutil.disk_usage(folder).free,
     }
-    sizes = ("nbytes", "turns_nbytes", "free_nbytes")
+    sizes = ("nbytes", "turns_nbytes", "conversions_nbytes", "free_nbytes")
     _show(facts, as_json, lambda: _pairs({**facts, **{name: decimal(facts[name] or 0) for name in sizes}}))
 
 
@@ -425,7 +427,7 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
     folder, checksums = cache_dir.expanduser(), _checksums()
-    findings = [*examine(folder / "contexts", checksums), *turns.examine(folder, checksums)]
+    findings = [*examine(folder / "contexts", checksums), *turns.examine(folder, checksums), *conversions.examine(folder)]
 
     def render() -> Table:
         table = Table("", "what", "found", "what to do")
