@@ -27,7 +27,7 @@ from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.holders import Naming, without
-from kvzip_memory.registry.identity import tenant_digest
+from kvzip_memory.registry.identity import NOBODY, tenant_digest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)
@@ -42,9 +42,6 @@ Tenant = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 CacheDir = Annotated[Path, typer.Option(envvar="KVZIP_MEMORY_CACHE_DIR", help="the folder given to the engine as cache_dir")]
 DEFAULT = Path("~/.cache/kvzip_memory")
-
-#: Given as the tenant of contexts without one.
-NOBODY = "-"
 
 
 def _tell_version(asked: bool) -> None:
@@ -237,7 +234,7 @@ def load(
     engine = KVzipEngine.from_pretrained(
         model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, secret=_secret(), progress=False if as_json else None
     )
-    context = engine.load(file, name=name or file.stem, system=system, keep=keep or (), tags=tag or ())
+    context = engine.load(file, name=file.stem if name is None else name, system=system, keep=keep or (), tags=tag or ())
     engine.close()
     receipt = context.receipt
     assert receipt is not None

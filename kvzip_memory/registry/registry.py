@@ -68,7 +68,7 @@ class Wanted:
         loaded: of one that is asked for again, when it was loaded, in seconds since the epoch; None while it is being loaded.
 
     Raises:
-        InputError: a name or tag that cannot be stored, or a name that is a key.
+        InputError: a name or tag that cannot be stored, or a name that is empty or a key.
     """
 
     key: str
@@ -81,7 +81,8 @@ class Wanted:
     loaded: float | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name or "")
+        if self.name is not None:
+            check_name(self.name)
         for tag in self.tags:
             check_text(tag)
 
@@ -1321,11 +1322,13 @@ def check_text(name: str) -> None:
 
 def check_name(name: str) -> None:
     """Raises:
-    InputError: a name that cannot be stored, see :func:`check_text`, or that is a whole key: it would be found in the place of a context
-        of that key.
+    InputError: a name that cannot be stored, see :func:`check_text`, that is empty, or that is a whole key, in whichever case: it would be
+        found in the place of a context of that key.
     """
     check_text(name)
-    if KEY.fullmatch(name):
+    if not name:
+        raise InputError("the name is empty; give a text, or None for none")
+    if KEY.fullmatch(name.lower()):
         raise InputError(f"the name {name!r} has the form of a key; put something before its 64 digits")
 
 
