@@ -27,7 +27,7 @@ from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import Finding, examine
 from kvzip_memory.registry.holders import Naming, without
-from kvzip_memory.registry.identity import tenant_digest
+from kvzip_memory.registry.identity import NOBODY, tenant_digest
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)
@@ -42,9 +42,6 @@ Tenant = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 CacheDir = Annotated[Path, typer.Option(envvar="KVZIP_MEMORY_CACHE_DIR", help="the folder given to the engine as cache_dir")]
 DEFAULT = Path("~/.cache/kvzip_memory")
-
-#: Given as the tenant of contexts without one.
-NOBODY = "-"
 
 
 def _tell_version(asked: bool) -> None:
@@ -237,7 +234,7 @@ def load(
     engine = KVzipEngine.from_pretrained(
         model, ratio=ratio, cache_dir=cache_dir, disk_bytes=disk_bytes, tenant=tenant, secret=_secret(), progress=False if as_json else None
     )
-    context = engine.load(file, name=name or file.stem, system=system, keep=keep or (), tags=tag or ())
+    context = engine.load(file, name=file.stem if name is None else name, system=system, keep=keep or (), tags=tag or ())
     engine.close()
     receipt = context.receipt
     assert receipt is not None
@@ -415,9 +412,11 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
         "nbytes": tier["nbytes"],
         "quarantined": len(registry.quarantine()),
         **{f"turns_{name}": count for name, count in turns.usage(cache_dir.expanduser()).items()},
+        "conversions": len(made := conversions.conversions(cache_dir.expanduser())),
+        "conversions_nbytes": sum(conversion.nbytes for conversion in made),
         "free_nbytes": shutil.disk_usage(folder).free,
     }
-    sizes = ("nbytes", "turns_nbytes", "free_nbytes")
+    sizes = ("nbytes", "turns_nbytes", "conversions_nbytes", "free_nbytes")
     _show(facts, as_json, lambda: _pairs({**facts, **{name: decimal(facts[name] or 0) for name in sizes}}))
 
 
@@ -425,7 +424,7 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
     folder, checksums = cache_dir.expanduser(), _checksums()
-    findings = examine(folder / "contexts", checksums)
+    findings = [*examine(folder / "contexts", checksums), *conversions.examine(folder)]
     try:
         findings += turns.examine(folder, checksums)
     except OSError as error:  # the others say so, too

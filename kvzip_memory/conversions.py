@@ -34,6 +34,7 @@ from kvzip_memory.private import (
     usable,
     write_text,
 )
+from kvzip_memory.registry.doctor import Finding, not_ours
 
 logger = logger_of(__name__)
 
@@ -65,7 +66,7 @@ class Conversion:
         """Delete it.
 
         Raises:
-            StorageError: a process makes or reads it, or there is something in it that is no file; nothing was deleted.
+            StorageError: a process makes or reads it, or there is something in it that is none of its files; nothing was deleted.
         """
         try:
             with held(_lock(self.folder), "making or reading it", 0.0):
@@ -99,7 +100,13 @@ def find(cache_dir: Path, reference: str) -> Conversion:
 
 
 def gc(cache_dir: Path) -> tuple[int, int]:
-    """Delete what was not read for :data:`UNUSED_DAYS`, and what killed processes have left; how many, and their bytes."""
+    """Delete what was not read for :data:`UNUSED_DAYS`, and what killed processes have left; how many, and their bytes.
+
+    Raises:
+        StorageError: the folder cannot be written; nothing was deleted.
+    """
+    if is_folder(top := cache_dir / "gguf") and (why := _why_read_only(top)):
+        raise StorageError(f"{why}: conversions in it are used, and cannot be deleted")
     count = freed = 0
     for staging in _named(cache_dir, _STAGING):
         with suppress(Timeout, OSError), held(_lock(staging.with_name(staging.name.removeprefix(_STAGING))), "making it", 0.0):
@@ -114,19 +121,40 @@ def gc(cache_dir: Path) -> tuple[int, int]:
     return count, freed
 
 
+def examine(cache_dir: Path) -> list[Finding]:
+    """What is to be said of a folder's conversions, and of what lies among them and is none."""
+    try:
+        found, strange = conversions(cache_dir), _strangers(cache_dir / "gguf")
+    except OSError as error:
+        return [Finding("problem", "conversions", str(error), "make the folder readable, or move it away")]
+    told = f"{len(found):,} of .gguf files, {sum(conversion.nbytes for conversion in found):,} bytes, beside disk_bytes"
+    return [*([Finding("ok", "conversions", told)] if found else []), *not_ours(path.relative_to(cache_dir) for path in strange)]
+
+
 @contextmanager
 def converted(cache_dir: Path, name: str, convert: Callable[[Path], object]) -> Iterator[Path]:
     """A conversion's folder, whole, and there for as long as the block runs; made if need be, by one process.
+
+    One in a folder that we can only read is read as it is, and there for as long as its owner leaves it there.
 
     Args:
         name: of the folder.
         convert: writes files into the folder that it is given.
 
     Raises:
-        StorageError: others can write the folder, or something in it is not ours.
+        StorageError: others can write the folder, something in it is not ours, or it cannot be written and the conversion is not in it.
     """
     folder = cache_dir / "gguf" / name
     check_not_shared(cache_dir, folder.parent)
+    if why := _why_read_only(folder.parent):
+        check_folder(folder.parent)
+        with usable(folder):
+            if not _is_whole(folder):
+                raise StorageError(
+                    f"{folder} is not there or damaged, and {why}; give a conversion's folder as model=, or another cache_dir"
+                )
+        yield folder
+        return
     with usable(folder):
         make_folder(folder.parent)
     for _ in range(_TRIES):
@@ -171,20 +199,68 @@ def _is_whole(folder: Path) -> bool:
     if not is_folder(folder):
         return False
     check_not_shared(folder.parent, folder, folder.iterdir())
-    for path in folder.iterdir():
-        check_file(path)
-    if not is_file(folder / _LIST):
-        raise StorageError(f"{folder} is no conversion of ours, for it has no file {_LIST}; move it away")
-    try:
-        files: dict[str, list[object]] = json.loads(PLAIN.unseal("conversion", folder.name, read_text(folder / _LIST)))
-    except (ValueError, RecursionError):
-        return False
-    if strange := sorted({path.name for path in folder.iterdir()} - files.keys() - {_LIST}):
-        raise StorageError(f"{folder / strange[0]} is no file of the conversion; move it away")
-    return all(
+    _check_ours(folder)
+    files = _listed(folder)
+    return files is not None and all(
         is_file(path := folder / name) and path.lstat().st_size == nbytes and _checksum(path) == checksum
         for name, (nbytes, checksum) in files.items()
     )
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises:
+    StorageError: there is something that is no file of the conversion, or nobody knows whose files they are.
+    """
+    for path in _strangers_in(folder):
+        if path == folder:
+            raise StorageError(f"{folder} is no conversion of ours, for it has no file {_LIST}; move it away")
+        check_file(path)
+        raise StorageError(f"{path} is no file of the conversion; move it away")
+
+
+def _strangers_in(folder: Path) -> list[Path]:
+    """What is none of a conversion's files, as far as is known: not where the list is damaged. The folder itself, if it has no list."""
+    found = sorted(folder.iterdir())
+    if not is_file(folder / _LIST):
+        links = [path for path in found if not is_file(path)]
+        return links if _is_earlier(folder) else [*links, folder]
+    files = _listed(folder)
+    return [path for path in found if not is_file(path) or (files is not None and path.name not in {_LIST, *files})]
+
+
+def _strangers(top: Path) -> list[Path]:
+    """The same of the folder of all conversions."""
+    if not is_folder(top):
+        return [top] if os.path.lexists(top) else []
+    found = list[Path]()
+    for path in sorted(top.iterdir()):
+        name = path.name.removeprefix(_STAGING)
+        if is_folder(path) and _NAME.fullmatch(name):
+            found += _strangers_in(path) if path.name == name else []
+        elif not (is_file(path) and path.suffix == ".lock" and _NAME.fullmatch(path.stem)):
+            found.append(path)
+    return found
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]] | None:
+    """Bytes and checksum of each file of a conversion, by their names; None if the list is damaged."""
+    try:
+        files = json.loads(PLAIN.unseal("conversion", folder.name, read_text(folder / _LIST)))
+        return {name: (nbytes, checksum) for name, (nbytes, checksum) in files.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _is_earlier(folder: Path) -> bool:
+    """Whether a conversion is of an earlier version, which had no lists."""
+    match = _NAME.fullmatch(folder.name)
+    return match is not None and len(match[1]) < 64
+
+
+def _why_read_only(folder: Path) -> str | None:
+    """Why nothing can be written in a folder, or it cannot be made; None if it can."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return None if os.access(there, os.W_OK) else f"{there} cannot be written by user {os.geteuid()}"
 
 
 def _checksum(path: Path) -> str:
@@ -197,10 +273,9 @@ def _checksum(path: Path) -> str:
 
 def _delete(folder: Path) -> None:
     """Raises:
-    StorageError: there is something that is no file; nothing was deleted.
+    StorageError: there is something that is no file of the conversion; nothing was deleted.
     """
-    for path in folder.iterdir():
-        check_file(path)
+    _check_ours(folder)
     os.replace(folder, gone := _emptied(folder))
     shutil.rmtree(gone)
 

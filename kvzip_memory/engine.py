@@ -539,7 +539,7 @@ class KVzipEngine(Shared):
 
         Raises:
             InputError: the tag is no text.
-            StorageError: another process holds the index of the folder; nothing was deleted.
+            StorageError: another process holds the index of the folder, or it cannot be written or used; nothing was deleted.
             OSError: a file cannot be deleted.
         """
         check_tag(tag)

@@ -337,7 +337,7 @@ class Session:
         """Delete the contexts that only this session has loaded, how many, and then its turns, of which they could be made again.
 
         Raises:
-            StorageError: another process holds the index of the folder; nothing was deleted.
+            StorageError: as for :meth:`ContextRegistry.check_changeable`; nothing was deleted.
         """
         forgotten = registry.forget(lambda key, tag: key in self.keys and tag == self.name)
         self.file.remove()

@@ -7,18 +7,22 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from kvzip_memory import StorageError, loading
 from kvzip_memory.cli import app
 from kvzip_memory.conversions import UNUSED_DAYS, conversions
+from kvzip_memory.conversions import gc as freed
+from kvzip_memory.registry import ContextRegistry
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 64}
 
@@ -176,3 +180,105 @@ def test_one_of_an_earlier_version_is_freed_like_any_other(source: Path, tmp_pat
     os.utime(earlier, (long_ago, long_ago))
     assert run(tmp_path, "gc")["conversions"] == 1
     assert [each.folder for each in conversions(tmp_path)] == [folder]
+
+
+def test_what_is_no_file_of_a_conversion_is_neither_deleted_nor_freed(source: Path, tmp_path: Path) -> None:
+    folder = loading._converted(source, "float32", tmp_path)
+    (folder / "extra.txt").write_text("mine")
+    long_ago = time.time() - (UNUSED_DAYS + 1) * 86400
+    os.utime(folder / "CONVERSION", (long_ago, long_ago))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    told = run(tmp_path, "rm", "--conversion", "model", code=1)
+    assert "extra.txt is no file of the conversion; move it away" in told
+    assert run(tmp_path, "gc")["conversions"] == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / "CONVERSION").rename(tmp_path / "list")
+    assert "is no conversion of ours" in run(tmp_path, "rm", "--conversion", "model", code=1)
+    os.utime(folder, (long_ago, long_ago))
+    assert run(tmp_path, "gc")["conversions"] == 0
+    (tmp_path / "list").rename(folder / "CONVERSION")
+    (folder / "extra.txt").unlink()
+    assert run(tmp_path, "gc")["conversions"] == 1
+
+
+def test_doctor_and_statistics_tell_of_conversions_and_of_what_is_none(source: Path, tmp_path: Path) -> None:
+    ContextRegistry(torch.device("cpu"), tmp_path / "contexts").close()
+    folder = loading._converted(source, "float32", tmp_path)
+    (only,) = conversions(tmp_path)
+    stats = run(tmp_path, "stats")
+    assert (stats["conversions"], stats["conversions_nbytes"]) == (1, only.nbytes)
+
+    def told(what: str) -> list[dict[str, Any]]:
+        return [finding for finding in run(tmp_path, "doctor") if finding["what"] == what]
+
+    (found,) = told("conversions")
+    assert f"{only.nbytes:,} bytes" in found["found"]
+    assert told("not ours") == []
+    strange = [tmp_path / "gguf" / "foo.txt", folder / "extra.txt", tmp_path / "gguf" / "mine"]
+    for path in strange[:2]:
+        path.write_text("mine")
+    strange[2].mkdir()
+    (unlisted := folder.with_name(folder.name + "-a")).mkdir()
+    (found,) = told("not ours")
+    assert found["level"] == "note"
+    assert all(repr(str(path.relative_to(tmp_path))) in found["found"] for path in [*strange, unlisted])
+
+
+def as_another_user(use: Callable[[], object]) -> str:
+    """What a user says who can only read: in a process that is theirs."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setresgid(65534, 65534, 65534)
+                os.setresuid(65534, 65534, 65534)
+            said = str(use())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        said = file.read()
+    os.waitpid(child, 0)
+    return said
+
+
+@pytest.fixture
+def baked(source: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """A ``.gguf`` file, a cache folder of another user's that can be read, and its one conversion."""
+    top = Path(tempfile.mkdtemp())
+    shutil.copy(source, file := top / source.name)
+    folder = loading._converted(file, "float32", top / "cache")
+    (folder.parent / f"{folder.name}.lock").unlink()
+    for path in (top, *top.rglob("*")):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield file, top / "cache", folder
+    for path in (top, *top.rglob("*")):
+        path.chmod(0o700)
+    shutil.rmtree(top)
+
+
+def test_one_that_can_only_be_read_is_read_as_it_is(baked: tuple[Path, Path, Path]) -> None:
+    source, cache, folder = baked
+    before = sorted((str(path), path.lstat().st_mtime_ns) for path in cache.rglob("*"))
+    assert as_another_user(lambda: loading._converted(source, "float32", cache)) == str(folder)
+    for ask in (
+        lambda: loading._converted(source, "bfloat16", cache),  # is not there
+        lambda: loading._converted(source, "float32", source.parent / "elsewhere"),  # nor is its folder
+    ):
+        said = as_another_user(ask)
+        assert said.startswith("StorageError")
+        assert "cannot be written by user" in said
+        assert "model=" in said
+        assert "another cache_dir" in said
+    assert sorted((str(path), path.lstat().st_mtime_ns) for path in cache.rglob("*")) == before
+    (folder / "config.json").chmod(0o644)
+    (folder / "config.json").write_bytes(b"[]")
+    (folder / "config.json").chmod(0o444)
+    assert "damaged" in as_another_user(lambda: loading._converted(source, "float32", cache))
+    said = as_another_user(lambda: freed(cache))
+    assert said.startswith("StorageError")
+    assert "cannot be written by user" in said
+    assert (folder / "config.json").exists()

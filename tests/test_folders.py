@@ -176,7 +176,8 @@ def test_a_read_only_folder_refuses_changes_and_says_why(baked: Path, monkeypatc
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     registry = ContextRegistry(CPU, baked)
     key = registry.one("later").key
-    for change in (lambda: registry.remove(key), lambda: registry.pin(key), lambda: registry.untag(key, "a"), registry.check_changeable):
+    changes = (lambda: registry.remove(key), lambda: registry.pin(key), lambda: registry.untag(key, "a"), registry.gc)
+    for change in (*changes, registry.check_changeable):
         with pytest.raises(StorageError, match="cannot be written by user"):
             change()
     assert load(registry, 1) == "disk"

@@ -470,3 +470,30 @@ def test_the_age_is_in_the_file_where_no_index_is_needed(tmp_path: Path, clock: 
     (entry,) = later.registry.contexts()
     assert time.time() - entry.created == pytest.approx(0.9 * 3600, abs=60)
     assert later.get(key).created == entry.created
+
+
+@pytest.mark.parametrize("name", ["", "A" * 64, "aB" * 32, "0" * 64])
+def test_no_way_in_takes_an_empty_name_or_one_of_the_form_of_a_key(name: str, tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    context = engine.load("A page. " * 9)
+    session = engine.session(context)
+    session.ask("Who?", max_new_tokens=2)
+    ways: dict[str, Callable[[], object]] = {
+        "load": lambda: engine.load("Another page. " * 9, name=name),
+        "load, found": lambda: engine.load("A page. " * 9, name=name),
+        "extend": lambda: engine.extend(context, "More. " * 9, name=name),
+        "fold": lambda: session.fold(keep=0, name=name),
+    }
+    for way, give in ways.items():
+        with pytest.raises(InputError, match="the form of a key" if name else "the name is empty; give a text, or None for none"):
+            give()
+        assert [entry.key for entry in engine.registry.contexts()] == [context.key], way
+    engine.close()
+
+
+@pytest.mark.parametrize("tenant", ["", "-"])
+def test_no_tenant_is_called_by_what_stands_for_none(tenant: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give None for none"):
+        tiny_engine(cache_dir=tmp_path, tenant=tenant)
+    with pytest.raises(InputError, match="give None for none"):
+        KVzipEngine.from_pretrained(tmp_path / "no model", tenant=tenant)

@@ -105,13 +105,13 @@ def create_memory_tools(
         if len(name) > LONGEST_DOCUMENT_NAME:
             raise ToolException(f"the name {brief(name)} has {len(name):,} characters; give one of at most {LONGEST_DOCUMENT_NAME}")
         with changing():
-            if name in (kept := mine()):  # the text before will have to go
-                engine.registry.check_changeable()
-            elif len(kept) >= MOST_DOCUMENTS:
+            engine.registry.check_changeable()  # the text before will have to go, and this one some day
+            if name not in (kept := mine()) and len(kept) >= MOST_DOCUMENTS:
                 raise ToolException(f"{len(kept):,} documents are kept, at most {MOST_DOCUMENTS:,} may be; forget one first")
             context = engine.load(Document(text, name, {"source": name}), tags=prefix + name)
             let_go(name, but=context.key)
-        return f"{name!r} is kept: {context.n_tokens:,} tokens"
+        on_disk = engine.cache_dir is None or "disk" in engine.registry.tiers(context.key)
+        return f"{name!r} is kept{'' if on_disk else ' in memory only, until this process ends'}: {context.n_tokens:,} tokens"
 
     def list_documents() -> str:
         """The names of all documents that are kept."""

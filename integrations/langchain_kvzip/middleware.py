@@ -118,12 +118,18 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
             InputError: it has been called with none yet, as after a restart.
             StorageError: as for :meth:`KVzipEngine.forget`.
         """
-        for engine in self._asked(model):
+        engines = self._asked(model)
+        for engine in engines:  # before the first deletes anything
+            engine.registry.check_changeable()
+        for engine in engines:
             engine.forget(thread_tag(clean(str(thread_id), "thread_id")))
 
     async def aforget(self, thread_id: str, model: KVzipChatModel | None = None) -> None:
         """:meth:`forget` in a thread."""
-        for engine in self._asked(model):
+        engines = self._asked(model)
+        for engine in engines:
+            await result_of(engine.loads, engine.registry.check_changeable)
+        for engine in engines:
             await engine.aforget(thread_tag(clean(str(thread_id), "thread_id")))
 
     def _asked(self, model: KVzipChatModel | None) -> list[KVzipEngine]:

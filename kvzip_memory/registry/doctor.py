@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def examine(root: Path, checksums: Checksums = PLAIN) -> list[Finding]:
     try:
         with usable(root):
             disk = DiskTier(root, None, checksums=checksums)
-            findings += [_index(disk), *_contents(disk), *_strangers(root)]
+            findings += [_index(disk), *_contents(disk), *not_ours(path.relative_to(root) for path in strangers(root))]
             disk.close()
     except OSError as error:
         return [Finding("problem", "folder", str(error), "nothing of it is read or written until then"), *findings]
@@ -118,8 +119,9 @@ def _contents(disk: DiskTier) -> list[Finding]:
     return findings
 
 
-def _strangers(root: Path) -> list[Finding]:
-    found = [str(path.relative_to(root)) for path in strangers(root)]
+def not_ours(paths: Iterable[Path]) -> list[Finding]:
+    """What is to be said of files and folders that are not ours, if there are any."""
+    found = [*map(str, paths)]
     if not found:
         return []
     shown = ", ".join(map(repr, found[:_SHOWN])) + (f" and {len(found) - _SHOWN} others" if len(found) > _SHOWN else "")

@@ -25,6 +25,9 @@ MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype
 #: The tenant of operators, whose contexts are those of all.
 EVERYONE = "*"
 
+#: What the command calls contexts that are no tenant's; no tenant is called so.
+NOBODY = "-"
+
 #: What to call the fields whose names do not say it.
 _LABELS = {
     "format": "version of files and keys",
@@ -106,10 +109,12 @@ def tenant_digest(tenant: str | None) -> str | None:
     """The salt a tenant's keys are made with; None without a tenant.
 
     Raises:
-        InputError: the tenant is no text. Those of a ``SecretStr`` would all have one digest.
+        InputError: the tenant is no text, as a ``SecretStr``, of which all would have one digest; or it is empty or ``-``.
     """
     if not isinstance(tenant, str | None):
         raise InputError(f"tenant is of type {type(tenant).__name__}; give a text, of a SecretStr what get_secret_value() returns")
+    if tenant in ("", NOBODY):
+        raise InputError(f"tenant is {tenant!r}, by which nobody can be told from no tenant; give None for none, or another text")
     return None if tenant is None else digest(["tenant", tenant])
 
 

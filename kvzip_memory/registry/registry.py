@@ -24,7 +24,7 @@ from kvzip_memory.calls import Left
 from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression.shrink import shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
-from kvzip_memory.errors import BudgetError, InputError
+from kvzip_memory.errors import BudgetError, InputError, StorageError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
 from kvzip_memory.printable import logger_of
@@ -68,7 +68,7 @@ class Wanted:
         loaded: of one that is asked for again, when it was loaded, in seconds since the epoch; None while it is being loaded.
 
     Raises:
-        InputError: a name or tag that cannot be stored, or a name that is a key.
+        InputError: a name or tag that cannot be stored, or a name that is empty or a key.
     """
 
     key: str
@@ -81,7 +81,8 @@ class Wanted:
     loaded: float | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name or "")
+        if self.name is not None:
+            check_name(self.name)
         for tag in self.tags:
             check_tag(tag)
 
@@ -177,9 +178,10 @@ class ContextRegistry(Shared):
         self._unstored: set[str] = set()  # keys of contexts that could not be stored when they were built
         self._untold: dict[str, tuple[dict[str, float], dict[str, float]]] = {}  # names and tags that could not be written to the index
         self._disk: DiskTier | None = None
+        self._folder = folder
         self.no_disk = None if folder else "no cache_dir was given"
         refuse_after_fork(self, "_changed", "_writer", "_disk")
-        budget = parse_bytes("disk_bytes", disk_bytes)
+        self._disk_bytes = budget = parse_bytes("disk_bytes", disk_bytes)
         if folder is not None:
             try:
                 with usable(folder):
@@ -850,8 +852,10 @@ class ContextRegistry(Shared):
 
     def check_disk(self) -> None:
         """Raises:
+        StorageError: the folder that was given cannot be used.
         OSError: what is on disk cannot be listed now.
         """
+        self._check_usable()
         if self._disk is not None:
             self._disk.usage()
 
@@ -859,10 +863,19 @@ class ContextRegistry(Shared):
         """To be called before several things are changed of which none may be left half done.
 
         Raises:
-            StorageError: what is on disk cannot be changed now, as another process holds the index.
+            StorageError: what is on disk cannot be changed now: another process holds the index, or the folder cannot be written or used.
         """
+        self._check_usable()
         if self._disk is not None:
             self._disk.check_changeable()
+
+    def _check_usable(self) -> None:
+        """Raises:
+        StorageError: a folder was given, and there is no disk tier: what is stored in it would stay as it is.
+        """
+        if self._folder is not None and self._disk is None:
+            why = f"what lies in {self._folder} cannot be deleted or changed, and nothing was: {self.no_disk}"
+            raise StorageError(f"{why}; then make the engine again")
 
     @property
     def is_held(self) -> bool:
@@ -900,6 +913,7 @@ class ContextRegistry(Shared):
             InputError: nothing is stored under the reference.
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
+        self._check_usable()
         self.flush()
         entry = self.one(reference)
 
@@ -931,6 +945,7 @@ class ContextRegistry(Shared):
         Raises:
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
+        self._check_usable()
         self.flush()
         with self._changing(key, lambda held: held.tags.pop(tag, None)):
             if self._disk is not None:
@@ -948,7 +963,7 @@ class ContextRegistry(Shared):
 
         Raises:
             InputError: nothing is stored under the reference; a name that is left of a context is deleted.
-            StorageError: another process holds the index of the folder; nothing was deleted.
+            StorageError: as for :meth:`check_changeable`; nothing was deleted.
             OSError: its file or that of its name cannot be deleted.
         """
         self.flush()
@@ -1043,7 +1058,7 @@ class ContextRegistry(Shared):
         one in its memory answers from it until it leaves that, and does not write it again.
 
         Raises:
-            StorageError: another process holds the index of the folder; nothing was deleted.
+            StorageError: as for :meth:`check_changeable`; nothing was deleted.
             OSError: a file cannot be deleted; those before it were.
         """
         self.flush()
@@ -1121,8 +1136,14 @@ class ContextRegistry(Shared):
         return self._disk.verify(entry.key) if self._disk is not None else None
 
     def gc(self) -> dict[str, int]:
-        """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes."""
-        return self._try("gc", lambda disk: disk.gc()) or {}
+        """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes.
+
+        Raises:
+            StorageError: as for :meth:`check_changeable`; nothing was deleted.
+            OSError: a file cannot be deleted; those before it were.
+        """
+        self.check_changeable()
+        return {} if self._disk is None else self._disk.gc()
 
     def quarantine(self) -> list[dict[str, Any]]:
         """Files that failed their checks: key, file, nbytes, reason, time, tenant. Whose is not known is told to operators only."""
@@ -1132,7 +1153,8 @@ class ContextRegistry(Shared):
         """Bytes, budgets and contexts of every tier, and what has happened since the registry was made.
 
         ``lookups`` is the sum of ``hits`` over the tiers and ``built``; ``misses`` counts builds by the first field
-        that differed. Bytes and contexts on disk are those of the folder, which all tenants share as they do its budget.
+        that differed. Bytes and contexts on disk are those of the folder, which all tenants share as they do its budget; where a folder
+        that was given cannot be used they are 0, and ``unusable`` says why.
         """
         with self._changed:
             counts = Counter(self._counts)
@@ -1142,6 +1164,8 @@ class ContextRegistry(Shared):
         if self._disk is not None:
             usage = self._try("measure", lambda disk: disk.usage())
             tiers["disk"] = {"nbytes": usage, "budget": self._disk.budget, "contexts": self._try("count", lambda disk: disk.count())}
+        elif self._folder is not None:
+            tiers["disk"] = {"nbytes": 0, "budget": self._disk_bytes, "contexts": 0, "unusable": self.no_disk}
         hits = {name: counts[f"hits.{name}"] for name in ("device", "host", "disk")}
         events = ("promotions", "evictions", "dropped", "shrunk", "stored", "quarantined", "disk_errors")
         return {
@@ -1310,11 +1334,13 @@ def check_tag(tag: str) -> None:
 
 def check_name(name: str) -> None:
     """Raises:
-    InputError: a name that cannot be stored, see :func:`check_text`, or that is a whole key: it would be found in the place of a context
-        of that key.
+    InputError: a name that cannot be stored, see :func:`check_text`, that is empty, or that is a whole key, in whichever case: it would be
+        found in the place of a context of that key.
     """
     check_text(name)
-    if KEY.fullmatch(name):
+    if not name:
+        raise InputError("the name is empty; give a text, or None for none")
+    if KEY.fullmatch(name.lower()):
         raise InputError(f"the name {name!r} has the form of a key; put something before its 64 digits")
 
 
