@@ -46,7 +46,7 @@ from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_text, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_text, check_ttl, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import (
@@ -104,8 +104,8 @@ class KVzipEngine(Shared):
         host_bytes: budget of the contexts moved from there to the host's memory. None: an eighth of it where the model
             is on a GPU, else 0.
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
-        ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
-            first of it if it was grown.
+        ttl: seconds after which a context is built anew, whoever stored it, above 0 and at most 100 years; None never. A context is as old
+            as the reading of its text, the first of it if it was grown.
         tenant: a salt for every key: an engine finds, uses and changes only what is its tenant's; the rest is as if it had never existed,
             but for contexts and files of no tenant that it is given. Only its digest is kept.
         secret: a text of 16 characters at least, given to all engines of ``cache_dir``: what is there is used only if it was written with
@@ -127,8 +127,8 @@ class KVzipEngine(Shared):
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, an attention that cannot compute on the
-            model's device.
+        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, a ``ttl`` that is no such number of seconds, an
+            attention that cannot compute on the model's device.
     """
 
     _way_out = "make one in each process, with the same cache_dir"
@@ -237,6 +237,7 @@ class KVzipEngine(Shared):
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
+        check_ttl(ttl)
         tenant_digest(tenant)  # tells what is wrong with it
         Checksums(secret)
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")

@@ -3,7 +3,7 @@
 from kvzip_memory.registry.disk import Entry
 from kvzip_memory.registry.identity import EVERYONE
 from kvzip_memory.registry.names import Label
-from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_text, parse_bytes
+from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_text, check_ttl, parse_bytes
 
 __all__ = [
     "EVERYONE",
@@ -16,5 +16,6 @@ __all__ = [
     "Wanted",
     "check_name",
     "check_text",
+    "check_ttl",
     "parse_bytes",
 ]
