@@ -36,7 +36,7 @@ from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
-from kvzip_memory.registry.layout import KEY
+from kvzip_memory.registry.layout import KEY, without_keys
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
@@ -192,7 +192,7 @@ class ContextRegistry(Shared):
                 self._count("disk_errors", int(self._disk.read_only is not None))
                 self._count("quarantined", self._disk.quarantined)
             except OSError as error:
-                self.no_disk = str(error)
+                self.no_disk = self._without_keys(error)
                 self._disk_failed("open", error)
         self._names = Names() if self._disk is None else self._disk.names
 
@@ -1262,7 +1262,11 @@ class ContextRegistry(Shared):
         reason = re.sub(r"[0-9a-f]{64}|\d+", "", str(error))
         if reason not in self._warned:  # once for each reason, not for each context
             self._warned.add(reason)
-            logger.warning("disk tier: cannot %s: %s; contexts are served from memory", what, error)
+            logger.warning("disk tier: cannot %s: %s; contexts are served from memory", what, self._without_keys(error))
+
+    def _without_keys(self, error: Exception) -> str:
+        """It may be of any tenant's file that lies in the folder."""
+        return str(error) if self.tenant == EVERYONE else without_keys(str(error))
 
     def _count(self, what: str, n: int = 1) -> None:
         with self._changed:
