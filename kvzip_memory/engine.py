@@ -34,7 +34,7 @@ from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, p
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
-from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
@@ -643,23 +643,32 @@ class KVzipEngine(Shared):
             IdentityMismatchError: written with another model, or for another tenant; names the fields.
             CorruptFileError: damaged, incomplete, of a newer format, or not a context file.
             InputError: a path that no file can have.
-            OSError: the file cannot be read; in ``cache_dir`` another tenant's is as one that is not there.
+            OSError: the file cannot be read; in ``cache_dir`` what does not soundly say it is the tenant's is as one that is not there.
         """
         began = time.perf_counter()
-        file = as_path(path, "path")
+        file, mine = as_path(path, "path"), False
 
         def admit(facts: Mapping[str, Any]) -> None:
-            if not self._is_mine(facts["identity"]):
-                if self.cache_dir is not None and file.resolve().is_relative_to(self.cache_dir.resolve()):
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))  # as for a key that is not stored
+            nonlocal mine
+            mine = self._is_mine(facts["identity"])
+            if not mine:
                 raise IdentityMismatchError(f"{file} was saved for another tenant; open it with an engine of that", fields=("tenant",))
 
-        context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
+        try:
+            context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
+        except (IdentityMismatchError, CorruptFileError, OSError):
+            if mine or not self._is_stored(file):
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None  # as for a key that is not stored
         check_same_model(context.identity, self._identity, str(path))
         self._model.check_layers(context.layers, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
+
+    def _is_stored(self, file: Path) -> bool:
+        """Whether a file lies in ``cache_dir``."""
+        return self.cache_dir is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.cache_dir))
 
     def _prompt(
         self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None

@@ -31,7 +31,7 @@ import langchain_kvzip
 import llama_index_kvzip
 import synthetic
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, Session, turns
+from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, Reply, Session, turns
 from kvzip_memory.cli import app
 from kvzip_memory.memory import Memory
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Wanted, forgotten
@@ -722,6 +722,47 @@ def test_what_is_damaged_of_another_is_told_without_its_key(
     operators.close()
     told += [record.getMessage() for record in caplog.records if "kvzip" in record.name]
     assert [line for line in told for key in keys if key in line]
+
+
+def test_what_is_in_the_folder_and_not_one_s_own_is_opened_like_what_is_not_there(damaged: tuple[Path, set[str]], tmp_path: Path) -> None:
+    """Of every file of every kind, sound, damaged at any place, of another tenant or of none's, by whatever path."""
+    cache = tmp_path / "cache"
+    shutil.copytree(damaged[0], cache)
+    ann, bob = (tiny_engine(cache_dir=cache, tenant=who) for who in ("ann", "bob"))
+    own = bob.load(TEXT, name="mine")
+    for engine in (ann, bob):
+        turns.TurnsFile.of(cache, engine.registry.tenant, "history", "s").append({"turns": []}, "memory history: s", None)
+        engine.registry.flush()
+    disk = bob.registry._disk
+    assert disk is not None
+    path = disk.path(own.key)
+    assert bob.open(path).key == own.key
+    everything = {each for each in cache.rglob("*") if each != path}
+    assert {each.parent.name for each in everything} >= {"contexts", "names", "memory", "locks", "index", "quarantine"}
+    (tmp_path / "link").symlink_to(cache)
+    for stored in sorted(everything):
+        for each in (stored, tmp_path / "link" / stored.relative_to(cache), cache / "memory" / ".." / stored.relative_to(cache)):
+            with pytest.raises(FileNotFoundError) as told:
+                bob.open(each)
+            assert type(told.value) is FileNotFoundError
+            assert str(told.value) == f"[Errno 2] No such file or directory: '{each}'"
+    body = path.read_bytes()
+    for damage in range(0, len(body), len(body) // 40):
+        for changed, errors in ((body[:damage], (FileNotFoundError,)), (flipped(body, damage), (FileNotFoundError, CorruptFileError))):
+            path.write_bytes(changed)
+            with pytest.raises(errors):
+                bob.open(path)
+    path.write_bytes(flipped(body, len(body) // 2))
+    with pytest.raises(CorruptFileError):  # whose header says whose it is
+        bob.open(path)
+    with pytest.raises(FileNotFoundError):
+        ann.open(path)
+    for engine in (ann, bob):
+        engine.close()
+
+
+def flipped(body: bytes, at: int) -> bytes:
+    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
 
 
 # -- one by one ----------------------------------------------------------------------------------------------------------
