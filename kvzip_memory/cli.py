@@ -38,7 +38,7 @@ Tenant = Annotated[
     str | None,
     typer.Option(
         envvar="KVZIP_MEMORY_TENANT",
-        help="whose: a tenant, the first 8 digits of its digest as ls shows it (all 64 if it has sessions alone), or - for what is nobody's",
+        help="whose: a tenant, the first 8 digits of its digest as ls shows it (all 64 if it has only sessions), or - for what is nobody's",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -350,13 +350,13 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
         whose = {entry.tenant for entry in tagged}
         _check_one(f"{tag!r} is a tag of contexts", whose)
         said = [session for session in turns.sessions(cache_dir, registry.checksums) if session.name == tag]
-        others = [session for session in said if not any(turns.is_of(cache_dir, session, tenant) for tenant in whose)]
-        if len(others) + len(whose) > 1:
+        unknown = [session for session in said if not any(turns.is_of(cache_dir, session, tenant) for tenant in whose)]
+        if len(unknown) + len(whose) > 1:
             files = ", ".join(session.file.path.stem[:12] for session in said)
             raise InputError(
                 f"{tag!r} is a session of several tenants; say whose with --tenant, or rm the turns of one by their file: {files}"
             )
-        if not others:  # else turns alone have the tag, and whose they are cannot be told from the folder
+        if not unknown:  # else turns alone have the tag, and whose they are cannot be told from the folder
             registry = _registry(cache_dir, whose.pop() if whose else None)
     forgotten = registry.forget(Naming(tag))
     count = turns.erase(cache_dir, registry.tenant, tag, registry.checksums)
