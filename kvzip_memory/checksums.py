@@ -100,8 +100,9 @@ def check_secret(folder: Path, checksums: Checksums) -> None:
         StorageError: with another one, with one and none is given, or without one. All of it is left as it is.
     """
     path, other = folder / "SECRET", "or give another cache_dir"
+    made = any(os.path.lexists(folder / name) for name in ("FORMAT", "blobs"))  # looked for first, as SECRET is written before them
     if not os.path.lexists(path):
-        if checksums.are_keyed and any(os.path.lexists(folder / made) for made in ("FORMAT", "blobs")):
+        if checksums.are_keyed and made:
             raise StorageError(f"{folder} was made without a secret, so that what is in it could be anybody's; give none, {other}")
     elif not checksums.are_keyed:
         raise StorageError(f"{folder} was made with a secret; give it (secret=, in the shell KVZIP_MEMORY_SECRET_FILE), {other}")

@@ -28,6 +28,7 @@ from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import Finding, examine
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import NOBODY, tenant_digest
+from kvzip_memory.registry.layout import KEY
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)
@@ -36,7 +37,8 @@ Reference = Annotated[str, typer.Argument(help="a name, a key, or the first 8 di
 Tenant = Annotated[
     str | None,
     typer.Option(
-        envvar="KVZIP_MEMORY_TENANT", help="whose: a tenant, the first 8 digits of its digest as ls shows it, or - for what is nobody's"
+        envvar="KVZIP_MEMORY_TENANT",
+        help="whose: a tenant, the first 8 digits of its digest as ls shows it (all 64 if it has only sessions), or - for what is nobody's",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
@@ -118,10 +120,18 @@ def _contexts(cache_dir: Path, tenant: str | None) -> ContextRegistry:
         return _registry(cache_dir, None)
     itself = str(tenant_digest(tenant))
     known = {entry.tenant for entry in registry.contexts() if entry.tenant is not None}
-    meant = {itself} & known or {digest for digest in known if len(tenant) >= 8 and digest.startswith(tenant)} or {itself}
+    meant = {itself} & known or {digest for digest in known if len(tenant) >= 8 and digest.startswith(tenant)}
     if len(meant) > 1:
         raise InputError(f"--tenant is the beginning of the digests of {len(meant)} tenants; give more digits")
-    return _registry(cache_dir, meant.pop())
+    if not meant and KEY.fullmatch(tenant) and _sessions(cache_dir, tenant) and not _sessions(cache_dir, itself):
+        meant = {tenant}
+    return _registry(cache_dir, meant.pop() if meant else itself)
+
+
+def _sessions(cache_dir: Path, tenant: str | None) -> list[turns.Session]:
+    """A tenant's, by its digest, which only the whole of it finds."""
+    folder = cache_dir.expanduser()
+    return [session for session in turns.sessions(folder, _checksums()) if turns.is_of(folder, session, tenant)]
 
 
 def _of(reference: str, tenant: str | None, cache_dir: Path) -> ContextRegistry:
@@ -334,9 +344,17 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
     registry = _contexts(cache_dir, tenant)
     if tenant is None:
         tagged = [entry for entry in registry.contexts() if without(entry.tags, entry.key, Naming(tag)) != entry.tags]
-        whose = {entry.tenant for entry in tagged} or {None}
+        whose = {entry.tenant for entry in tagged}
         _check_one(f"{tag!r} is a tag of contexts", whose)
-        registry = _registry(cache_dir, whose.pop())
+        said = [session for session in turns.sessions(cache_dir, registry.checksums) if session.name == tag]
+        unknown = [session for session in said if not any(turns.is_of(cache_dir, session, tenant) for tenant in whose)]
+        if len(unknown) + len(whose) > 1:
+            files = ", ".join(session.file.path.stem[:12] for session in said)
+            raise InputError(
+                f"{tag!r} is a session of several tenants; say whose with --tenant, or rm the turns of one by their file: {files}"
+            )
+        if not unknown:  # else turns alone have the tag, and whose they are cannot be told from the folder
+            registry = _registry(cache_dir, whose.pop() if whose else None)
     forgotten = registry.forget(Naming(tag))
     count = turns.erase(cache_dir, registry.tenant, tag, registry.checksums)
     if not (forgotten.deleted or forgotten.kept or count):
@@ -353,8 +371,7 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
 @app.command()
 def sessions(tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
     """Conversations whose turns lie in the folder as text, beside the contexts made of them."""
-    folder, whose = cache_dir.expanduser(), EVERYONE if tenant is None else _contexts(cache_dir, tenant).tenant
-    found = [session for session in turns.sessions(folder, _checksums()) if turns.is_of(folder, session, whose)]
+    found = _sessions(cache_dir, EVERYONE if tenant is None else _contexts(cache_dir, tenant).tenant)
 
     def render() -> Table:
         table = Table("session", "turns", "bytes", "written", "")

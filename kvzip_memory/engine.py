@@ -34,7 +34,7 @@ from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, p
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
-from kvzip_memory.errors import IdentityMismatchError, InputError, KVzipError, WindowError
+from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.fronts import Fronts, front
 from kvzip_memory.generation import GenerationParams
@@ -46,7 +46,7 @@ from kvzip_memory.modes import plain
 from kvzip_memory.options import checked_ratio
 from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, check_ttl, parse_bytes
 from kvzip_memory.registry.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import (
@@ -104,8 +104,8 @@ class KVzipEngine(Shared):
         host_bytes: budget of the contexts moved from there to the host's memory. None: an eighth of it where the model
             is on a GPU, else 0.
         disk_bytes: budget of the contexts in ``cache_dir``. None: no limit.
-        ttl: seconds after which a context is built anew, whoever stored it; None never. A context is as old as the reading of its text, the
-            first of it if it was grown.
+        ttl: seconds after which a context is built anew, whoever stored it, above 0 and at most 100 years; None never. A context is as old
+            as the reading of its text, the first of it if it was grown.
         tenant: a salt for every key: an engine finds, uses and changes only what is its tenant's; the rest is as if it had never existed,
             but for contexts and files of no tenant that it is given. Only its digest is kept.
         secret: a text of 16 characters at least, given to all engines of ``cache_dir``: what is there is used only if it was written with
@@ -127,8 +127,8 @@ class KVzipEngine(Shared):
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, an attention that cannot compute on the
-            model's device.
+        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, a ``ttl`` that is no such number of seconds, an
+            attention that cannot compute on the model's device.
     """
 
     _way_out = "make one in each process, with the same cache_dir"
@@ -237,6 +237,7 @@ class KVzipEngine(Shared):
         _check_every(compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
+        check_ttl(ttl)
         tenant_digest(tenant)  # tells what is wrong with it
         Checksums(secret)
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
@@ -642,23 +643,32 @@ class KVzipEngine(Shared):
             IdentityMismatchError: written with another model, or for another tenant; names the fields.
             CorruptFileError: damaged, incomplete, of a newer format, or not a context file.
             InputError: a path that no file can have.
-            OSError: the file cannot be read; in ``cache_dir`` another tenant's is as one that is not there.
+            OSError: the file cannot be read; in ``cache_dir`` what does not soundly say it is the tenant's is as one that is not there.
         """
         began = time.perf_counter()
-        file = as_path(path, "path")
+        file, mine = as_path(path, "path"), False
 
         def admit(facts: Mapping[str, Any]) -> None:
-            if not self._is_mine(facts["identity"]):
-                if self.cache_dir is not None and file.resolve().is_relative_to(self.cache_dir.resolve()):
-                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))  # as for a key that is not stored
+            nonlocal mine
+            mine = self._is_mine(facts["identity"])
+            if not mine:
                 raise IdentityMismatchError(f"{file} was saved for another tenant; open it with an engine of that", fields=("tenant",))
 
-        context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
+        try:
+            context = read_context(file, self._model.device, admit=admit, checksums=self.registry.checksums)
+        except (IdentityMismatchError, CorruptFileError, OSError):
+            if mine or not self._is_stored(file):
+                raise
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None  # as for a key that is not stored
         check_same_model(context.identity, self._identity, str(path))
         self._model.check_layers(context.layers, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
+
+    def _is_stored(self, file: Path) -> bool:
+        """Whether a file lies in ``cache_dir``."""
+        return self.cache_dir is not None and Path(os.path.realpath(file)).is_relative_to(os.path.realpath(self.cache_dir))
 
     def _prompt(
         self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None

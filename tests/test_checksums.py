@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -266,6 +267,26 @@ def test_another_secret_is_told_with_the_way_out_and_harms_nothing(
         with pytest.raises(StorageError, match=told):
             act()
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
+
+
+def test_processes_that_open_a_new_folder_with_one_secret_are_all_let_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one opens it before each look that is taken at it."""
+    look = os.path.lexists
+    for n in itertools.count():
+        folder, looks = tmp_path / str(n) / "contexts", iter(range(n + 1))
+
+        def lexists(path: Any, folder: Path = folder, looks: Any = looks, n: int = n) -> bool:
+            if next(looks, None) == n:
+                ContextRegistry(CPU, folder, secret=SECRET).close()
+            return look(path)
+
+        monkeypatch.setattr(os.path, "lexists", lexists)
+        registry = ContextRegistry(CPU, folder, secret=SECRET)
+        monkeypatch.undo()
+        assert registry.no_disk is None
+        registry.close()
+        if next(looks, None) is not None:
+            return
 
 
 def test_a_file_with_a_secret_among_others_stays_where_it_is(made: Path, tmp_path: Path) -> None:

@@ -290,6 +290,46 @@ def test_an_other_tenant_s_session_is_not_deleted(tmp_path: Path) -> None:
     assert left["file"] == str(session.path)
 
 
+def said(folder: Path, tenant: str, **options: Any) -> Path:
+    """The turns of a tenant who has no contexts, unless some are to be loaded."""
+    engine = tiny_engine(cache_dir=folder, tenant=tenant)
+    if options:
+        engine.load(TEXT, **options)
+    engine.close()
+    file = TurnsFile.of(folder, engine.registry.tenant, "kvzip", "s1")
+    file.append({"turns": [{"role": "user", "content": "Hi."}]}, "memory kvzip: s1", None)
+    return file.path
+
+
+def test_a_tenant_that_has_turns_alone_is_known_by_itself_and_by_its_whole_digest(tmp_path: Path) -> None:
+    for tenant in ("ana", str(tenant_digest("ana"))):
+        file = said(tmp_path, "ana")
+        other = said(tmp_path, "ben")
+        for whose in (tenant, str(tenant_digest("ben"))):
+            assert len(run(tmp_path, "sessions", "--tenant", whose)) == 1
+        assert run(tmp_path, "sessions", "--tenant", str(tenant_digest("eve"))) == []
+        assert run(tmp_path, "rm", "memory kvzip: s1", "--tenant", tenant)["turns"] == 1
+        assert (file.exists(), other.exists()) == (False, True)
+        said(tmp_path, "ana")
+        assert run(tmp_path, "rm", "--tag", "memory kvzip: s1", "--tenant", tenant)["turns"] == 1
+        assert (file.exists(), other.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("options", [{}, {"tags": "memory kvzip: s1"}])
+def test_turns_of_a_tag_are_deleted_by_operators_who_say_whose_if_they_are_several_s(tmp_path: Path, options: dict[str, str]) -> None:
+    file = said(tmp_path, "ana", **options)
+    other = said(tmp_path, "ben")
+    refused = refer(tmp_path, "rm", "--tag", "memory kvzip: s1").exception
+    assert isinstance(refused, InputError)
+    assert "say whose with --tenant" in str(refused)
+    assert file.exists() and other.exists()  # noqa: PT018
+    assert run(tmp_path, "rm", other.stem[:12])["turns"] == 1
+    forgotten = run(tmp_path, "rm", "--tag", "memory kvzip: s1")
+    assert (forgotten["turns"], len(forgotten["deleted"])) == (1, len(options))
+    assert not file.exists()
+    assert "nothing is tagged" in str(refer(tmp_path, "rm", "--tag", "memory kvzip: s1").exception)
+
+
 def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> None:
     with closing(sqlite3.connect(folder / "contexts" / "index" / "cache.db", isolation_level=None)) as holder:
         holder.execute("BEGIN IMMEDIATE")

@@ -2,7 +2,9 @@
 
 import gc
 import json
+import math
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -30,6 +32,7 @@ from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import Index, IndexDamagedError
 from kvzip_memory.registry.memory import packed
+from kvzip_memory.registry.registry import LONGEST_TTL
 
 ROOT = Path(__file__).parent.parent
 
@@ -265,6 +268,37 @@ def test_a_session_goes_on_after_its_context_was_moved_away(tmp_path: Path) -> N
         engine.load(TEXT[:-5])  # pushes the other out
         assert engine.registry.tiers(session.context.key) == ["disk"]  # type: ignore[union-attr]
     engine.close()
+
+
+@pytest.mark.parametrize("ttl", [math.inf, math.nan, 1e16, LONGEST_TTL + 1, 10**400, 0, -5, -math.inf, True, "60", b"60", [60]])
+def test_a_ttl_is_a_number_of_seconds(ttl: Any, tmp_path: Path) -> None:
+    for make in (
+        lambda: tiny_engine(cache_dir=tmp_path / "cache", ttl=ttl),
+        lambda: ContextRegistry(synthetic.CPU, tmp_path / "cache", ttl=ttl),
+        lambda: KVzipEngine.from_pretrained(tmp_path / "no model", cache_dir=tmp_path / "cache", ttl=ttl),
+    ):
+        with pytest.raises(InputError, match=r"^ttl is .*; give seconds above 0, at most 3,153,600,000 \(100 years\), or None for never$"):
+            make()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("created", [0.0, float(2**50 - 1), float(1 - 2**50)])
+@pytest.mark.parametrize("ttl", [5e-324, 1, 60.5, LONGEST_TTL])
+def test_what_a_ttl_stores_damages_no_index(ttl: float, created: float, tmp_path: Path) -> None:
+    first = ContextRegistry(synthetic.CPU, tmp_path, ttl=ttl)
+    with first.lease(synthetic.wanted(1), lambda report: replace(synthetic.context(1), created=created)):
+        pass
+    first.close()
+    for _ in range(2):
+        registry = ContextRegistry(synthetic.CPU, tmp_path)
+        (entry,) = registry.contexts()
+        assert entry.expires is not None
+        assert entry.names.keys() == {"page 1"}
+        assert registry._disk is not None
+        assert not registry._disk.made_anew
+        assert not registry.quarantine()
+        registry.close()
+        shutil.rmtree(tmp_path / "index")  # then its file's header tells as much
 
 
 def test_expired_contexts_are_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,10 @@ import inspect
 import json
 import logging
 import re
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -28,13 +31,14 @@ import langchain_kvzip
 import llama_index_kvzip
 import synthetic
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, Session, turns
+from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, Reply, Session, turns
 from kvzip_memory.cli import app
 from kvzip_memory.memory import Memory
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Wanted, forgotten
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.holders import Naming, document_tag, thread_tag
+from kvzip_memory.registry.layout import blobs
 from kvzip_memory.registry.names import Label
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
@@ -633,6 +637,132 @@ def test_all_is_there_and_answers_when_another_has_tried_everything(world: World
     assert later.get(a.name).key == later.get(a.key[:8]).key == a.key
     assert later.generate(later.get(a.key), QUESTION, **FEW).receipt.tier in ("device", "disk")
     assert a.engine.forget(a.tag).deleted
+
+
+# -- what is said of damage ----------------------------------------------------------------------------------------------
+
+
+def damage_a_row(prefix: str, contexts: Path) -> None:
+    with closing(sqlite3.connect(contexts / "index/cache.db")) as db, db:
+        db.execute("UPDATE Cache SET value = value || ' ' WHERE substr(key, 1, ?) = ?", (len(prefix), prefix))
+
+
+def break_a_file(contexts: Path, *, indexed: bool) -> None:
+    for path in blobs(contexts):
+        path.write_bytes(path.read_bytes()[:5000])
+    if not indexed:
+        shutil.rmtree(contexts / "index")
+
+
+def exchange_files(contexts: Path) -> None:
+    one, other = blobs(contexts)
+    shutil.copy(one, other)
+    shutil.rmtree(contexts / "index")
+
+
+def share_a_file(contexts: Path) -> None:
+    next(blobs(contexts)).chmod(0o666)
+
+
+ROWS = ["context:", "group:", "tokens:", "beginning:", "catalog:", "bad:", "lost:", "totals"]
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    **{f"row {prefix}": partial(damage_a_row, prefix) for prefix in ROWS},
+    "file": partial(break_a_file, indexed=True),
+    "file without a row": partial(break_a_file, indexed=False),
+    "files of each other's names": exchange_files,
+    "a file that others can write": share_a_file,
+}
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """A folder with a row of every kind, all of them a tenant's; and its keys."""
+    cache = tmp_path_factory.mktemp("ann's")
+    engine = tiny_engine(cache_dir=cache, tenant="ann")
+    keys = {engine.load(f"{number} {TEXT}", name=f"page {number}", tags="all").key for number in range(3)}
+    bad = min(keys)
+    disk = engine.registry._disk
+    assert disk is not None
+    engine.registry.flush()
+    disk.path(bad).write_bytes(b"nothing")
+    assert engine.registry.verify(bad)
+    with disk._opened().transaction():
+        disk._opened().set(f"catalog:{max(keys)}", {})
+    engine.close()
+    with closing(sqlite3.connect(cache / "contexts/index/cache.db")) as db:
+        there = [key for (key,) in db.execute("SELECT key FROM Cache")]
+    assert {key[: key.find(":") + 1] or key for key in there} == {*ROWS}
+    return cache, keys
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("tenant", ["bob", None])
+def test_what_is_damaged_of_another_is_told_without_its_key(
+    damaged: tuple[Path, set[str]], case: str, tenant: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is logged or answered, by any thread; operators hear of the key."""
+    (folder, keys), cache = damaged, tmp_path / "cache"
+    shutil.copytree(folder, cache)
+    DAMAGE[case](cache / "contexts")
+    shutil.copytree(cache, again := tmp_path / "again")
+    caplog.set_level(logging.DEBUG)
+    engine = tiny_engine(cache_dir=cache, tenant=tenant)
+    registry = engine.registry
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.load(TEXT, name="mine", tags="all").receipt,
+        *(registry.contexts, registry.flush, registry.quarantine, lambda: engine.forget("all"), registry.gc, engine.stats),
+        *(lambda: registry.no_disk, engine.close),
+    ]
+    said = [outcome(call) for call in calls]
+    said += [record.getMessage() for record in caplog.records if "kvzip" in record.name]
+    assert not [line for line in said for key in keys if key[:12] in line]
+    caplog.clear()
+    operators = ContextRegistry(torch.device("cpu"), again / "contexts", tenant=EVERYONE)
+    told = [str(operators.no_disk), *map(str, operators.quarantine())]
+    operators.close()
+    told += [record.getMessage() for record in caplog.records if "kvzip" in record.name]
+    assert [line for line in told for key in keys if key in line]
+
+
+def test_what_is_in_the_folder_and_not_one_s_own_is_opened_like_what_is_not_there(damaged: tuple[Path, set[str]], tmp_path: Path) -> None:
+    """Of every file of every kind, sound, damaged at any place, of another tenant or of none's, by whatever path."""
+    cache = tmp_path / "cache"
+    shutil.copytree(damaged[0], cache)
+    ann, bob = (tiny_engine(cache_dir=cache, tenant=who) for who in ("ann", "bob"))
+    own = bob.load(TEXT, name="mine")
+    for engine in (ann, bob):
+        turns.TurnsFile.of(cache, engine.registry.tenant, "history", "s").append({"turns": []}, "memory history: s", None)
+        engine.registry.flush()
+    disk = bob.registry._disk
+    assert disk is not None
+    path = disk.path(own.key)
+    assert bob.open(path).key == own.key
+    everything = {each for each in cache.rglob("*") if each != path}
+    assert {each.parent.name for each in everything} >= {"contexts", "names", "memory", "locks", "index", "quarantine"}
+    (tmp_path / "link").symlink_to(cache)
+    for stored in sorted(everything):
+        for each in (stored, tmp_path / "link" / stored.relative_to(cache), cache / "memory" / ".." / stored.relative_to(cache)):
+            with pytest.raises(FileNotFoundError) as told:
+                bob.open(each)
+            assert type(told.value) is FileNotFoundError
+            assert str(told.value) == f"[Errno 2] No such file or directory: '{each}'"
+    body = path.read_bytes()
+    for damage in range(0, len(body), len(body) // 40):
+        for changed, errors in ((body[:damage], (FileNotFoundError,)), (flipped(body, damage), (FileNotFoundError, CorruptFileError))):
+            path.write_bytes(changed)
+            with pytest.raises(errors):
+                bob.open(path)
+    path.write_bytes(flipped(body, len(body) // 2))
+    with pytest.raises(CorruptFileError):  # whose header says whose it is
+        bob.open(path)
+    with pytest.raises(FileNotFoundError):
+        ann.open(path)
+    for engine in (ann, bob):
+        engine.close()
+
+
+def flipped(body: bytes, at: int) -> bytes:
+    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
 
 
 # -- one by one ----------------------------------------------------------------------------------------------------------

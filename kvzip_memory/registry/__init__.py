@@ -3,7 +3,18 @@
 from kvzip_memory.registry.disk import Entry
 from kvzip_memory.registry.identity import EVERYONE
 from kvzip_memory.registry.names import Label
-from kvzip_memory.registry.registry import Build, ContextRegistry, Forgotten, Report, Wanted, check_name, check_tag, check_text, parse_bytes
+from kvzip_memory.registry.registry import (
+    Build,
+    ContextRegistry,
+    Forgotten,
+    Report,
+    Wanted,
+    check_name,
+    check_tag,
+    check_text,
+    check_ttl,
+    parse_bytes,
+)
 
 __all__ = [
     "EVERYONE",
@@ -17,5 +28,6 @@ __all__ = [
     "check_name",
     "check_tag",
     "check_text",
+    "check_ttl",
     "parse_bytes",
 ]

@@ -170,7 +170,7 @@ def _needs_index(method: Callable[Concatenate[DiskTier, P], T]) -> Callable[Conc
                 self._replace_index(str(error))
                 return method(self, *args, **kwargs)
             except IndexDamagedError as again:
-                raise IndexUnavailableError(f"the index cannot be made anew: {again}") from again
+                raise IndexUnavailableError(f"the index cannot be made anew: {self._told(str(again))}") from again
 
     return guarded
 
@@ -251,6 +251,10 @@ class DiskTier:
         if written > WITH_SECRET:
             raise StorageError(f"{self.root} has layout {written}, newer than the {WITH_SECRET} this version knows; upgrade kvzip-memory")
         check_secret(self.root, self._checksums)
+
+    def _told(self, message: str, whose: str | None = EVERYONE) -> str:
+        """A message as the tenant may hear it: it names no key of what is not known to be its own."""
+        return message if self.tenant in (EVERYONE, whose) else layout.without_keys(message)
 
     def path(self, key: str) -> Path:
         """Raises:
@@ -585,7 +589,7 @@ class DiskTier:
             nbytes = 0
         index.set(_BAD + name, {"key": path.stem, "file": name, "nbytes": nbytes, "reason": reason, "time": time.time(), "tenant": tenant})
         self.quarantined += 1
-        logger.warning("%s; moved to quarantine", reason)
+        logger.warning("%s; moved to quarantine", self._told(reason, tenant))
         return nbytes
 
     # -- the index -----------------------------------------------------------------------------------------------
@@ -820,7 +824,7 @@ class DiskTier:
                     self._write_catalog(key)
             except (OSError, Timeout, CorruptFileError) as error:
                 # no key: it may be another tenant's
-                logger.warning("the file of a context that others have still names a tag that was forgotten: %s", error)
+                logger.warning("the file of a context that others have still names a tag that was forgotten: %s", self._told(str(error)))
 
     @_needs_index
     def _write_catalog(self, key: str) -> None:
@@ -976,7 +980,7 @@ class DiskTier:
                 with suppress(OSError):
                     return None, self._bury(index, path, str(error), usage, EVERYONE)
         except OSError as error:
-            logger.warning("cannot read stored context %s: %s", path.stem[:12], error)
+            logger.warning("%s", self._told(f"cannot read stored context {path.stem[:12]}: {error}"))
         return None, path.lstat().st_size
 
     def _measured_bad(self, index: Index, row: Mapping[str, Any]) -> int:
@@ -1179,7 +1183,7 @@ class DiskTier:
                 logger.warning(
                     "the index of %s is damaged (%s); made anew from the stored contexts, with the pins and later names of %d",
                     self.root,
-                    reason,
+                    self._told(reason),
                     len(salvaged),
                 )
                 _moved(self.root / "index", self.root / "quarantine" / f"index.{time.time_ns()}")

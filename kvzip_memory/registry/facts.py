@@ -15,6 +15,8 @@ ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 _TOKENS = 1 << 26  # more than any model takes
 _MOST = 1 << 50
+#: The last time that a file or row may have, in seconds since the epoch.
+LATEST = float(_MOST - 1)
 
 Check = Callable[[Any], bool]
 

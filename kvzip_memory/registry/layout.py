@@ -26,6 +26,11 @@ _FILES = {
 }
 
 
+def without_keys(text: str) -> str:
+    """A message in which no context, name or group can be told by its digest, nor by the beginning of that."""
+    return re.sub("[0-9a-f]{12,}", "…", text)
+
+
 def files(root: Path, folder: str) -> Iterator[Path]:
     """Files of ours in a folder of the layout."""
     yield from _named(root / folder, _FILES[folder])

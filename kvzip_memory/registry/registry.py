@@ -27,15 +27,16 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError, StorageError
 from kvzip_memory.forks import is_parents, refuse_after_fork
 from kvzip_memory.locks import Hold, Notice
-from kvzip_memory.printable import logger_of
+from kvzip_memory.printable import logger_of, printable
 from kvzip_memory.private import usable
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.disk import CheckLayers, DiskTier, Entry, NotStoredError, is_past, latest
+from kvzip_memory.registry.facts import LATEST
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import JOINT, LARGEST_HOLDERS, MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.index import IndexHeldError
-from kvzip_memory.registry.layout import KEY
+from kvzip_memory.registry.layout import KEY, without_keys
 from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.registry.names import Label, Names
 from kvzip_memory.sharing import Shared
@@ -51,6 +52,9 @@ _POLL_S = 0.05
 
 #: One call may give so many tags.
 MOST_TAGS = 256
+
+#: Seconds that a ``ttl`` may be: a hundred years.
+LONGEST_TTL = 100 * 365 * 86400
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class ContextRegistry(Shared):
         device_bytes: budget of the device tier, such as ``"4GiB"``; None for no limit.
         host_bytes: budget of the host tier; 0 for none.
         disk_bytes: budget of the disk tier; None for no limit.
-        ttl: seconds after its text was read after which a context is no longer used, whoever stored it; None for never.
+        ttl: seconds after its text was read after which a context is no longer used, whoever stored it, at most :data:`LONGEST_TTL`;
+            None for never.
         wait_s: seconds to wait for room while other answers use all of a tier; and for another process of which nothing is heard.
         tenant: digest of the tenant whose contexts are found, listed and changed, by names, keys, tags or otherwise: another's is as if it
             had never existed. :data:`EVERYONE` for operators. Of the whole folder are :meth:`stats` of the disk tier, :meth:`is_empty`, and
@@ -166,7 +171,7 @@ class ContextRegistry(Shared):
         check: CheckLayers | None = None,
     ) -> None:
         self.tenant, self.checksums = tenant, Checksums(secret)
-        self.device, self.ttl, self._wait_s = device, ttl, wait_s
+        self.device, self.ttl, self._wait_s = device, check_ttl(ttl), wait_s
         self._device = MemoryTier("device", parse_bytes("device_bytes", device_bytes))
         self._host = MemoryTier("host", parse_bytes("host_bytes", host_bytes))
         self._changed = threading.Condition()
@@ -189,7 +194,7 @@ class ContextRegistry(Shared):
                 self._count("disk_errors", int(self._disk.read_only is not None))
                 self._count("quarantined", self._disk.quarantined)
             except OSError as error:
-                self.no_disk = str(error)
+                self.no_disk = self._without_keys(error)
                 self._disk_failed("open", error)
         self._names = Names() if self._disk is None else self._disk.names
 
@@ -334,7 +339,7 @@ class ContextRegistry(Shared):
         """Move a context that was just built or cut to the device. It is as old as its text's reading."""
         created = context.created or time.time()
         until = [context.expires] if context.expires is not None else []
-        expires = min([*until, created + self.ttl]) if self.ttl is not None else context.expires
+        expires = min([*until, created + self.ttl, LATEST]) if self.ttl is not None else context.expires
         context = replace(context, created=created, expires=expires)
         with self._room(self._device) as room:
             self._reserve(self._device, context.nbytes, room)
@@ -1281,7 +1286,11 @@ class ContextRegistry(Shared):
         reason = re.sub(r"[0-9a-f]{64}|\d+", "", str(error))
         if reason not in self._warned:  # once for each reason, not for each context
             self._warned.add(reason)
-            logger.warning("disk tier: cannot %s: %s; contexts are served from memory", what, error)
+            logger.warning("disk tier: cannot %s: %s; contexts are served from memory", what, self._without_keys(error))
+
+    def _without_keys(self, error: Exception) -> str:
+        """It may be of any tenant's file that lies in the folder."""
+        return str(error) if self.tenant == EVERYONE else without_keys(str(error))
 
     def _count(self, what: str, n: int = 1) -> None:
         with self._changed:
@@ -1342,6 +1351,21 @@ def check_name(name: str) -> None:
         raise InputError("the name is empty; give a text, or None for none")
     if KEY.fullmatch(name.lower()):
         raise InputError(f"the name {name!r} has the form of a key; put something before its 64 digits")
+
+
+def check_ttl(ttl: float | None) -> float | None:
+    """A ``ttl`` as it was given.
+
+    Raises:
+        InputError: no number of seconds above 0 and up to :data:`LONGEST_TTL`.
+    """
+    if ttl is None:
+        return None
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= LONGEST_TTL:
+        raise InputError(
+            f"ttl is {printable(repr(ttl)[:80])}; give seconds above 0, at most {LONGEST_TTL:,} (100 years), or None for never"
+        )
+    return ttl
 
 
 def _not_stored(reference: str) -> InputError:
