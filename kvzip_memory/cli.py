@@ -423,7 +423,10 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 
 @app.command()
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
+    """Look at a folder, its files and its index, and say what to do. The exit code is 1 if there is a problem, not for notes.
+
+    The pairs of contexts are not read: verify does that.
+    """
     folder, checksums = cache_dir.expanduser(), _checksums()
     findings = [*examine(folder / "contexts", checksums), *turns.examine(folder, checksums)]
 

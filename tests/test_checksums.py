@@ -27,6 +27,7 @@ from kvzip_memory.cli import app
 from kvzip_memory.context import Resident
 from kvzip_memory.registry import ContextRegistry, layout
 from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.files import PreparedFile, read_context
 from kvzip_memory.registry.holders import Naming
 from kvzip_memory.registry.index import Index
@@ -316,6 +317,19 @@ def test_a_folder_that_others_can_write_is_used_with_a_secret(made: Path, tmp_pa
         assert registry.find(NAME)[-1].key == wanted(1).key
         registry.close()
     assert {found.name: found.turns for found in sessions(cache, Checksums(SECRET))} == {"ana": 2, "bob": 2}
+
+
+@pytest.mark.parametrize("open_to_all", [".", "contexts"])
+def test_doctor_says_that_others_can_delete_and_fill_a_folder_with_a_secret(made: Path, tmp_path: Path, open_to_all: str) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(made / "ours", cache)
+    (cache / open_to_all).chmod(0o777)
+    found = {finding.what: finding for finding in examine(cache / "contexts", Checksums(SECRET))}
+    assert found["writable"].level == "note"
+    assert "delete what is in it, and fill it" in found["writable"].found
+    assert ("permissions" in found) == (open_to_all == "contexts")  # others can read the texts, too
+    (cache / open_to_all).chmod(0o700)
+    assert {finding.level for finding in examine(cache / "contexts", Checksums(SECRET))} == {"ok"}
 
 
 # -- everything that writes files anew -----------------------------------------------------------------------------------

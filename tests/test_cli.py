@@ -132,6 +132,11 @@ def test_damage_is_found_by_verify_explained_by_doctor_and_cleared_by_gc(folder:
     notes = [f for f in run(folder, "doctor") if f["level"] != "ok"]
     assert [f["what"] for f in notes] == ["quarantine"]
     assert "gc" in notes[0]["advice"]
+    (file,) = (folder / "contexts" / "quarantine").iterdir()
+    assert file.name.startswith(key)
+    assert f"{key[:12]}*" in notes[0]["found"]
+    assert str(file.parent) in notes[0]["found"]
+    assert "rebuilt" not in str(notes)  # nobody has asked for it
     assert run(folder, "gc")["quarantined"] == 1
     assert {f["level"] for f in run(folder, "doctor")} == {"ok"}
 
