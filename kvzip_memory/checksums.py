@@ -6,6 +6,7 @@ from __future__ import annotations
 import hmac
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import xxhash
 
 from kvzip_memory.errors import InputError, StorageError
-from kvzip_memory.private import read_text, write_text
+from kvzip_memory.private import check_not_shared, read_text, write_text
 
 #: Characters that a secret has at least.
 SHORTEST = 16
@@ -93,6 +94,10 @@ def checked_secret(secret: str) -> str:
     return secret
 
 
+#: How a secret is given.
+_GIVEN = "secret=, in the shell KVZIP_MEMORY_SECRET_FILE"
+
+
 def check_secret(folder: Path, checksums: Checksums) -> None:
     """Look whether what is in a disk tier's folder was stored with the secret that is given now, before any of it is taken for damaged.
 
@@ -101,16 +106,34 @@ def check_secret(folder: Path, checksums: Checksums) -> None:
     """
     path, other = folder / "SECRET", "or give another cache_dir"
     if not os.path.lexists(path):
-        if checksums.are_keyed and any(os.path.lexists(folder / made) for made in ("FORMAT", "blobs")):
+        if checksums.are_keyed and not _is_new(folder):
             raise StorageError(f"{folder} was made without a secret, so that what is in it could be anybody's; give none, {other}")
     elif not checksums.are_keyed:
-        raise StorageError(f"{folder} was made with a secret; give it (secret=, in the shell KVZIP_MEMORY_SECRET_FILE), {other}")
+        raise StorageError(f"{folder} was made with a secret; give it ({_GIVEN}), {other}")
     else:
         mark = ""
         with suppress(ValueError):  # as wrong as any
             mark = read_text(path).strip()
         if not checksums.same(mark, checksums.of("folder")):
             raise StorageError(f"{folder} was made with another secret; give that, {other}")
+
+
+def check_ours_alone(top: Path, folder: Path, within: Iterable[Path], contexts: Path, checksums: Checksums) -> None:
+    """Refuse what others can write, where no secret tells what they have written; see :func:`~kvzip_memory.private.check_not_shared`.
+
+    Args:
+        contexts: the disk tier's folder, which says whether a secret is missing or could still be given.
+
+    Raises:
+        StorageError: as for :func:`check_secret`; or names the path, who can write it, and the way out.
+    """
+    check_secret(contexts, checksums)
+    if not checksums.are_keyed:
+        check_not_shared(top, folder, within, f"; or, as it is new, a secret ({_GIVEN})" if _is_new(contexts) else "")
+
+
+def _is_new(folder: Path) -> bool:
+    return not any(os.path.lexists(folder / made) for made in ("FORMAT", "blobs"))
 
 
 def mark_secret(folder: Path, checksums: Checksums) -> None:

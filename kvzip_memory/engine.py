@@ -82,7 +82,7 @@ from kvzip_memory.weights import Fingerprint, Stamp
 
 logger = logger_of(__name__)
 
-_WHOLE_KEY = re.compile("[0-9a-f]{64}")
+_WHOLE_KEY, _SHORT_OF_A_KEY = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{1,7}")
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -587,7 +587,8 @@ class KVzipEngine(Shared):
                 if self.registry.is_held
                 else ""
             )
-            raise _not_stored(reference, other + held)
+            short = "; a key is known by its first 8 digits at least" if _SHORT_OF_A_KEY.fullmatch(reference) else ""
+            raise _not_stored(reference, other + held + short)
         return self._handle(usable[-1], labels.get(usable[-1].key))
 
     def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:

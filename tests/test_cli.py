@@ -306,3 +306,19 @@ def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> No
         assert [finding["found"] for finding in doctor if finding["what"] == "index"] == ["another process holds the index locked"]
         holder.execute("ROLLBACK")
     assert len(run(folder, "ls")) == 2
+
+
+def test_what_names_nothing_says_what_would(folder: Path) -> None:
+    key = run(folder, "show", "page")["key"]
+    assert "8 digits" in str(refer(folder, "rm", key[:7]).exception)
+    assert "kvzip-memory sessions" in str(refer(folder, "rm", "memory history: nope").exception)
+    assert "--conversion is empty" in str(refer(folder, "rm", "--conversion", "").exception)
+    assert "only one of them" in " ".join(refer(folder, "rm", "page", "--tag", "red").output.replace("│", " ").split())
+    engine = tiny_engine(cache_dir=folder, ratio=0.4)
+    with pytest.raises(InputError, match="first 8 digits at least"):
+        engine.get(key[:7])
+    assert engine.get(key[:8]).key == key
+    with pytest.raises(InputError) as error:
+        engine.get("another")
+    assert "digits" not in str(error.value)
+    engine.close()
