@@ -603,8 +603,9 @@ class KVzipEngine(Shared):
         for reference in references:
             if isinstance(reference, str) and not by_name and not _WHOLE_KEY.fullmatch(reference):
                 raise InputError(
-                    f"a message brings the context {reference[:80]!r}; messages bring contexts by their whole keys (context.as_block(), "
-                    "context.key), and by other names only for a model made with contexts_by_name=True"
+                    f"a message brings the context {reference[:80]!r} (a block's file_id is read as a context's key); messages bring "
+                    "contexts by their whole keys (context.as_block(), context.key), and by other names only for a model made with "
+                    "contexts_by_name=True"
                 )
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
         found = {self._mine(context).key: context for context in contexts}
