@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import stat
@@ -31,6 +30,7 @@ from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
 from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import tenant_digest
+from kvzip_memory.registry.registry import logger as registry_logger
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)
@@ -111,13 +111,11 @@ def _checksums() -> Checksums:
 @contextmanager
 def _errors_alone() -> Iterator[None]:
     """Nothing is logged of a folder that cannot be opened, which is the command's error. What else is to be said of one still is."""
-    logger = logging.getLogger(ContextRegistry.__module__)
-    before = logger.disabled
-    logger.disabled = True
+    before, registry_logger.disabled = registry_logger.disabled, True
     try:
         yield
     finally:
-        logger.disabled = before
+        registry_logger.disabled = before
 
 
 def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:
