@@ -165,7 +165,7 @@ class Admission:
     def _full(self, waits: int) -> QueueFullError:
         return QueueFullError(
             f"{self._running} {self._what} are running and {waits} wait, which is the limit; "
-            "ask again later, or make the engine with a larger max_waiting"
+            "ask again later, give a batch a max_concurrency, or make the engine with a larger max_waiting"
         )
 
     @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hmac
 import os
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import xxhash
 
 from kvzip_memory.errors import InputError, StorageError
-from kvzip_memory.private import read_text, write_text
+from kvzip_memory.private import check_not_shared, read_text, write_text
 
 #: Characters that a secret has at least.
 SHORTEST = 16
@@ -28,7 +29,7 @@ class Checksums:
     """Makes and checks them. Each is of one kind of thing, so that with a secret none can stand for another kind's.
 
     Args:
-        secret: a text that only those have whose files are to be used; None for none.
+        secret: a text that only those have whose files are to be used; None for none. White space around it does not count: files have a line's end.
 
     Attributes:
         name: what they are called in files.
@@ -39,7 +40,7 @@ class Checksums:
     """
 
     def __init__(self, secret: str | None = None) -> None:
-        self._secret = None if secret is None else checked_secret(secret).encode(errors="surrogatepass")
+        self._secret = None if secret is None else checked_secret(secret).strip().encode(errors="surrogatepass")
         self.name, self.size = ("xxh3", 8) if self._secret is None else ("hmac", 32)
 
     def __repr__(self) -> str:
@@ -88,9 +89,13 @@ def checked_secret(secret: str) -> str:
     """
     if not isinstance(secret, str):
         raise InputError(f"secret is of type {type(secret).__name__}; give a text, of a SecretStr what get_secret_value() returns")
-    if len(secret) < SHORTEST:
-        raise InputError(f"secret has {len(secret)} characters; give {SHORTEST} at least, such as secrets.token_hex() makes")
+    if len(secret.strip()) < SHORTEST:
+        raise InputError(f"secret has {len(secret.strip())} characters; give {SHORTEST} at least, such as secrets.token_hex() makes")
     return secret
+
+
+#: How a secret is given.
+_GIVEN = "secret=, in the shell KVZIP_MEMORY_SECRET_FILE"
 
 
 def check_secret(folder: Path, checksums: Checksums) -> None:
@@ -105,13 +110,31 @@ def check_secret(folder: Path, checksums: Checksums) -> None:
         if checksums.are_keyed and made:
             raise StorageError(f"{folder} was made without a secret, so that what is in it could be anybody's; give none, {other}")
     elif not checksums.are_keyed:
-        raise StorageError(f"{folder} was made with a secret; give it (secret=, in the shell KVZIP_MEMORY_SECRET_FILE), {other}")
+        raise StorageError(f"{folder} was made with a secret; give it ({_GIVEN}), {other}")
     else:
         mark = ""
         with suppress(ValueError):  # as wrong as any
             mark = read_text(path).strip()
         if not checksums.same(mark, checksums.of("folder")):
             raise StorageError(f"{folder} was made with another secret; give that, {other}")
+
+
+def check_ours_alone(top: Path, folder: Path, within: Iterable[Path], contexts: Path, checksums: Checksums) -> None:
+    """Refuse what others can write, where no secret tells what they have written; see :func:`~kvzip_memory.private.check_not_shared`.
+
+    Args:
+        contexts: the disk tier's folder, which says whether a secret is missing or could still be given.
+
+    Raises:
+        StorageError: as for :func:`check_secret`; or names the path, who can write it, and the way out.
+    """
+    check_secret(contexts, checksums)
+    if not checksums.are_keyed:
+        check_not_shared(top, folder, within, f"; or, as it is new, a secret ({_GIVEN})" if _is_new(contexts) else "")
+
+
+def _is_new(folder: Path) -> bool:
+    return not any(os.path.lexists(folder / made) for made in ("FORMAT", "blobs"))
 
 
 def mark_secret(folder: Path, checksums: Checksums) -> None:

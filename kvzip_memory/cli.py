@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from enum import StrEnum
@@ -21,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvzip_memory import __version__, conversions, turns
-from kvzip_memory.checksums import Checksums
+from kvzip_memory.checksums import SHORTEST, Checksums
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.printable import printable
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
@@ -29,6 +31,7 @@ from kvzip_memory.registry.doctor import Finding, examine
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import NOBODY, tenant_digest
 from kvzip_memory.registry.layout import KEY
+from kvzip_memory.registry.registry import logger as registry_logger
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)
@@ -77,30 +80,50 @@ def _secret() -> str | None:
     """The folder's secret, from the environment or from a file that only its owner can read: other users can see what a command was given.
 
     Raises:
-        InputError: both are given, or the file cannot be read or can be by others.
+        InputError: both are given, or the file cannot be read, can be by others, or holds too short a secret.
     """
     given, file = os.environ.get("KVZIP_MEMORY_SECRET"), os.environ.get("KVZIP_MEMORY_SECRET_FILE")
     if not file:
         return given or None
     if given:
         raise InputError("KVZIP_MEMORY_SECRET and KVZIP_MEMORY_SECRET_FILE are both set; one of them is enough")
+    called = f"KVZIP_MEMORY_SECRET_FILE {file!r}"
     try:
-        if os.stat(file).st_mode & 0o077:
-            raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} can be read by others; chmod 600 it")
-        return Path(file).read_text().strip()
+        mode = os.stat(file).st_mode
+        text = "" if stat.S_ISDIR(mode) or mode & 0o077 else Path(file).read_text().strip()
     except (OSError, ValueError) as error:
-        raise InputError(f"KVZIP_MEMORY_SECRET_FILE {file!r} cannot be read: {error}") from None
+        raise InputError(f"{called} cannot be read: {error}") from None
+    if stat.S_ISDIR(mode):
+        raise InputError(f"{called} is a folder; give a file of mode 0600 that holds the secret")
+    if mode & 0o077:
+        raise InputError(f"{called} can be read by others; chmod 600 it")
+    if len(text) < SHORTEST:
+        found = f"holds {len(text)} characters" if text else "is empty"
+        raise InputError(f"{called} {found}; give a secret of {SHORTEST} at least, such as secrets.token_hex() makes")
+    return text
 
 
 def _checksums() -> Checksums:
     return Checksums(_secret())
 
 
+@contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Nothing is logged of a folder that cannot be opened, which is the command's error. What else is to be said of one still is."""
+    before, registry_logger.disabled = registry_logger.disabled, True
+    try:
+        yield
+    finally:
+        registry_logger.disabled = before
+
+
 def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:
     folder = cache_dir.expanduser() / "contexts"
     if not folder.is_dir():
         raise typer.BadParameter(f"nothing is stored at {folder}; give another --cache-dir", param_hint="--cache-dir")
-    registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant, secret=_secret())
+    secret = _secret()
+    with _errors_alone():
+        registry = ContextRegistry(torch.device("cpu"), folder, tenant=tenant, secret=secret)
     if registry.no_disk is not None:
         raise typer.BadParameter(printable(registry.no_disk), param_hint="--cache-dir")
     registry.check_disk()
@@ -317,9 +340,13 @@ def rm(
 
     Older texts of a name stay, and are deleted by their keys.
     """
-    if sum(given is not None for given in (reference, tag, conversion)) != 1:
-        raise typer.BadParameter("give a name or key, or --tag, or --conversion", param_hint="REFERENCE")
+    given = [given for given in (reference, tag, conversion) if given is not None]
+    if len(given) != 1:
+        only = "; only one of them" if given else ""
+        raise typer.BadParameter(f"give a name or key, or --tag, or --conversion{only}", param_hint="REFERENCE")
     if conversion is not None:
+        if not conversion:
+            raise InputError("--conversion is empty; give the beginning of a conversion's name, as kvzip-memory conversions shows it")
         found = conversions.find(cache_dir.expanduser(), conversion)
         found.remove()
         return _show(_conversion(found), as_json, lambda: f"deleted {shown(found.name)}, {decimal(found.nbytes)}")
@@ -331,7 +358,10 @@ def rm(
         count = session.remove(registry)
         _show(_session(session), as_json, lambda: f"deleted {shown(session.name)}, {session.turns} turns and {count} contexts")
         return
-    entry = registry.remove(reference)
+    try:
+        entry = registry.remove(reference)
+    except InputError as error:
+        raise InputError(f"{error}; or a session, as kvzip-memory sessions shows it") from None
     older = [e for e in registry.contexts() if reference in e.former]
     kept = f"{called} is no longer a name of {_called(entry)}; give {entry.key[:12]} to delete it"
     lines = [kept if entry.names else f"deleted {called}, {entry.key[:12]}, {decimal(entry.file_nbytes)}"]
@@ -439,7 +469,10 @@ def stats(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
 
 @app.command()
 def doctor(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
-    """Look for everything that can be wrong with a folder, and say what to do. The exit code is 1 if there is a problem."""
+    """Look at a folder, its files and its index, and say what to do. The exit code is 1 if there is a problem, not for notes.
+
+    The pairs of contexts are not read: verify does that.
+    """
     folder, checksums = cache_dir.expanduser(), _checksums()
     findings = [*examine(folder / "contexts", checksums), *conversions.examine(folder)]
     try:

@@ -82,7 +82,7 @@ from kvzip_memory.weights import Fingerprint, Stamp
 
 logger = logger_of(__name__)
 
-_WHOLE_KEY = re.compile("[0-9a-f]{64}")
+_WHOLE_KEY, _SHORT_OF_A_KEY = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{1,7}")
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
@@ -588,7 +588,8 @@ class KVzipEngine(Shared):
                 if self.registry.is_held
                 else ""
             )
-            raise _not_stored(reference, other + held)
+            short = "; a key is known by its first 8 digits at least" if _SHORT_OF_A_KEY.fullmatch(reference) else ""
+            raise _not_stored(reference, other + held + short)
         return self._handle(usable[-1], labels.get(usable[-1].key))
 
     def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:
@@ -603,8 +604,9 @@ class KVzipEngine(Shared):
         for reference in references:
             if isinstance(reference, str) and not by_name and not _WHOLE_KEY.fullmatch(reference):
                 raise InputError(
-                    f"a message brings the context {reference[:80]!r}; messages bring contexts by their whole keys (context.as_block(), "
-                    "context.key), and by other names only for a model made with contexts_by_name=True"
+                    f"a message brings the context {reference[:80]!r} (a block's file_id is read as a context's key); messages bring "
+                    "contexts by their whole keys (context.as_block(), context.key), and by other names only for a model made with "
+                    "contexts_by_name=True"
                 )
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
         found = {self._mine(context).key: context for context in contexts}

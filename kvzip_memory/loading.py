@@ -71,7 +71,8 @@ def _conversion(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Abst
     """
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    name = f"{source.stem}-{digest}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
+    stem = source.stem.encode()[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
+    name = f"{stem}-{digest}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
     return conversions.converted(cache_dir, name, lambda folder: _convert(source, dtype, folder))
 
 

@@ -148,13 +148,14 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def check_not_shared(top: Path, folder: Path, within: Iterable[Path] = ()) -> None:
+def check_not_shared(top: Path, folder: Path, within: Iterable[Path] = (), or_else: str = "") -> None:
     """Refuse what others can write. What another owner has and we can only read is not refused.
 
     Args:
         top: the folder that a user has given; where others can write and not rename, it does if ``folder`` is ours.
         folder: ours in it. What is in one that only we can enter is not looked at.
         within: what is in the folder.
+        or_else: a further way out, for the message.
 
     Raises:
         StorageError: names the path, who can write it, and the way out.
@@ -162,26 +163,26 @@ def check_not_shared(top: Path, folder: Path, within: Iterable[Path] = ()) -> No
     ours = os.path.lexists(folder) and folder.lstat().st_uid in (0, os.geteuid())
     status = top.stat() if top.exists() else None
     if status is not None and not (status.st_mode & stat.S_ISVTX and (ours or not os.path.lexists(folder))):
-        _check_not_shared(top, status)
+        _check_not_shared(top, status, or_else)
     if os.path.lexists(folder):
         status = folder.lstat()
-        _check_not_shared(folder, status)
+        _check_not_shared(folder, status, or_else)
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             for path in within:
                 with suppress(FileNotFoundError):  # deleted meanwhile
-                    _check_not_shared(path, path.lstat())
+                    _check_not_shared(path, path.lstat(), or_else)
 
 
-def _check_not_shared(path: Path, status: os.stat_result) -> None:
+def _check_not_shared(path: Path, status: os.stat_result, or_else: str) -> None:
     if stat.S_ISLNK(status.st_mode):  # its mode says nothing, and it is not followed
         return
     if status.st_mode & 0o022:
         shown = stat.filemode(status.st_mode)
-        raise StorageError(f"{path} can be written by others ({shown}), {_SHARED}; chmod go-w it, or give a cache_dir of your own")
+        raise StorageError(f"{path} can be written by others ({shown}), {_SHARED}; chmod go-w it, or give a cache_dir of your own{or_else}")
     if status.st_uid not in (0, os.geteuid()) and os.access(path, os.W_OK):
         raise StorageError(
             f"{path} can be written by user {os.geteuid()}, and belongs to user {status.st_uid}, {_SHARED}; chown it, "
-            "take the right to write away, or give a cache_dir of your own"
+            f"take the right to write away, or give a cache_dir of your own{or_else}"
         )
 
 

@@ -25,23 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvzip_memory.checksums import PLAIN, Checksums, check_secret
+from kvzip_memory.checksums import PLAIN, Checksums, check_ours_alone
 from kvzip_memory.errors import InputError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import held, lock_in
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import (
-    LIMIT,
-    check_folder,
-    check_not_shared,
-    check_size,
-    delete,
-    is_file,
-    is_folder,
-    make_folder,
-    open_file,
-    usable,
-)
+from kvzip_memory.private import LIMIT, check_folder, check_size, delete, is_file, is_folder, make_folder, open_file, usable
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.doctor import Finding
 from kvzip_memory.registry.facts import is_line
@@ -235,9 +224,7 @@ class TurnsFile(Turns):
         """
         folder = self.path.parent
         check_folder(folder)
-        check_secret(folder.parent / "contexts", self._checksums)
-        if not self._checksums.are_keyed:
-            check_not_shared(folder.parent, folder, [self.path])
+        check_ours_alone(folder.parent, folder, [self.path], folder.parent / "contexts", self._checksums)
 
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
         self.check()

@@ -16,6 +16,7 @@ import torch
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
+from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.identity import digest, group_of, key_of
 from kvzip_memory.registry.index import Index
 
@@ -123,7 +124,8 @@ def kill(process: Any) -> None:
 
 
 def as_another_user(folders: list[Path], names: list[str], answers: Any) -> None:
-    """What a user finds in folders of somebody else: keys by name, tiers, how many contexts are listed, and changes refused."""
+    """What a user finds in folders of somebody else: keys by name, tiers, how many contexts are listed, changes refused, and what doctor
+    says that is not "ok"."""
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(65534, 65534, 65534)
@@ -139,7 +141,8 @@ def as_another_user(folders: list[Path], names: list[str], answers: Any) -> None
                 change(wanted(1).key)
             except StorageError as error:
                 refused += "cannot be written by user" in str(error)
-        answers.put((found, [*tiers, load(registry, 1)], len(registry.contexts()), refused))
+        told = [(finding.level, finding.what) for finding in examine(folder) if finding.level != "ok"]
+        answers.put((found, [*tiers, load(registry, 1)], len(registry.contexts()), refused, told))
         registry.close()
 
 

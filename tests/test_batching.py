@@ -236,7 +236,7 @@ def test_more_answers_than_may_wait_are_refused_with_a_clear_error() -> None:
     waiting.start()
     while not engine._model._admission._queue:
         time.sleep(0.001)
-    with pytest.raises(QueueFullError, match=r"1 answers are running and 1 wait.*max_waiting"):
+    with pytest.raises(QueueFullError, match=r"1 answers are running and 1 wait.*max_concurrency.*max_waiting"):
         engine.generate(None, "Too many?", max_new_tokens=2)
     running.close()
     waiting.join(timeout=30)

@@ -28,6 +28,7 @@ from kvzip_memory.cli import app
 from kvzip_memory.context import Resident
 from kvzip_memory.registry import ContextRegistry, layout
 from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.doctor import examine
 from kvzip_memory.registry.files import PreparedFile, read_context
 from kvzip_memory.registry.holders import Naming
 from kvzip_memory.registry.index import Index
@@ -339,6 +340,37 @@ def test_a_folder_that_others_can_write_is_used_with_a_secret(made: Path, tmp_pa
     assert {found.name: found.turns for found in sessions(cache, Checksums(SECRET))} == {"ana": 2, "bob": 2}
 
 
+@pytest.mark.parametrize("open_to_all", [".", "contexts"])
+def test_doctor_says_that_others_can_delete_and_fill_a_folder_with_a_secret(made: Path, tmp_path: Path, open_to_all: str) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(made / "ours", cache)
+    (cache / open_to_all).chmod(0o777)
+    found = {finding.what: finding for finding in examine(cache / "contexts", Checksums(SECRET))}
+    assert found["writable"].level == "note"
+    assert "delete what is in it, and fill it" in found["writable"].found
+    assert ("permissions" in found) == (open_to_all == "contexts")  # others can read the texts, too
+    (cache / open_to_all).chmod(0o700)
+    assert {finding.level for finding in examine(cache / "contexts", Checksums(SECRET))} == {"ok"}
+
+
+@pytest.mark.parametrize("what", ["contexts", "turns"])
+def test_a_folder_that_others_can_write_tells_of_its_secret_or_that_one_can_be_given(made: Path, tmp_path: Path, what: str) -> None:
+    def refused(cache: Path) -> str:
+        cache.chmod(0o777)
+        with pytest.raises(StorageError) as error:
+            DiskTier(cache / "contexts") if what == "contexts" else TurnsFile.of(cache, "memory", "ana").read()
+        return str(error.value)
+
+    for whose in ("ours", "without"):
+        shutil.copytree(made / whose, tmp_path / whose)
+    assert "was made with a secret; give it (secret=" in refused(tmp_path / "ours")
+    assert "chmod go-w" in refused(tmp_path / "without")
+    assert "secret" not in refused(tmp_path / "without")  # which has contexts without one
+    (tmp_path / "new").mkdir()
+    assert "chmod go-w" in refused(tmp_path / "new")
+    assert "as it is new, a secret (secret=" in refused(tmp_path / "new")
+
+
 # -- everything that writes files anew -----------------------------------------------------------------------------------
 
 
@@ -412,7 +444,27 @@ def test_the_command_takes_the_secret_from_the_environment_or_a_private_file(
     assert "both set" in ran("ls", SECRET=SECRET, SECRET_FILE=str(file))
     assert "cannot be read" in ran("ls", SECRET_FILE=str(tmp_path / "missing"))
     file.chmod(0o644)
+    assert ran("ls", SECRET_FILE=str(file)).count("KVZIP_MEMORY_SECRET_FILE") == 1
     assert "chmod 600" in ran("ls", SECRET_FILE=str(file))
+    assert "is a folder" in ran("ls", SECRET_FILE=str(tmp_path))
+    file.chmod(0o600)
+    for text, told in (("\n", "is empty"), ("short", "holds 5 characters")):
+        file.write_text(text)
+        assert f"{str(file)!r} {told}" in ran("ls", SECRET_FILE=str(file))
+
+
+@pytest.mark.parametrize("command", ["ls", "show page", "pin page", "rm page", "verify", "gc", "stats"])
+@pytest.mark.parametrize("secret", ["", "another secret than that"])
+def test_a_command_says_once_why_a_folder_is_refused(
+    made: Path, tmp_path: Path, command: str, secret: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(made / "ours", cache)
+    monkeypatch.setenv("KVZIP_MEMORY_SECRET", secret)
+    out = CliRunner().invoke(app, [*command.split(), "--cache-dir", str(cache)])
+    assert out.exit_code
+    assert "secret; give" in " ".join(out.output.replace("│", " ").split())
+    assert caplog.messages == []
 
 
 def test_a_forgotten_tag_is_gone_from_a_folder_with_a_secret(made: Path, tmp_path: Path) -> None:
@@ -425,3 +477,9 @@ def test_a_forgotten_tag_is_gone_from_a_folder_with_a_secret(made: Path, tmp_pat
     assert disk.verify(wanted(1).key) is None
     assert b"tag 1" not in blob(cache, 1).read_bytes()
     disk.close()
+
+
+def test_a_line_s_end_is_no_part_of_a_secret() -> None:
+    assert Checksums(f"{SECRET}\n").of("kind", "text") == Checksums(SECRET).of("kind", "text")
+    with pytest.raises(InputError, match="has 2 characters"):
+        Checksums("ab" + " " * 20)

@@ -132,6 +132,11 @@ def test_damage_is_found_by_verify_explained_by_doctor_and_cleared_by_gc(folder:
     notes = [f for f in run(folder, "doctor") if f["level"] != "ok"]
     assert [f["what"] for f in notes] == ["quarantine"]
     assert "gc" in notes[0]["advice"]
+    (file,) = (folder / "contexts" / "quarantine").iterdir()
+    assert file.name.startswith(key)
+    assert f"{key[:12]}*" in notes[0]["found"]
+    assert str(file.parent) in notes[0]["found"]
+    assert "rebuilt" not in str(notes)  # nobody has asked for it
     assert run(folder, "gc")["quarantined"] == 1
     assert {f["level"] for f in run(folder, "doctor")} == {"ok"}
 
@@ -341,3 +346,19 @@ def test_an_index_that_somebody_holds_is_not_an_empty_folder(folder: Path) -> No
         assert [finding["found"] for finding in doctor if finding["what"] == "index"] == ["another process holds the index locked"]
         holder.execute("ROLLBACK")
     assert len(run(folder, "ls")) == 2
+
+
+def test_what_names_nothing_says_what_would(folder: Path) -> None:
+    key = run(folder, "show", "page")["key"]
+    assert "8 digits" in str(refer(folder, "rm", key[:7]).exception)
+    assert "kvzip-memory sessions" in str(refer(folder, "rm", "memory history: nope").exception)
+    assert "--conversion is empty" in str(refer(folder, "rm", "--conversion", "").exception)
+    assert "only one of them" in " ".join(refer(folder, "rm", "page", "--tag", "red").output.replace("│", " ").split())
+    engine = tiny_engine(cache_dir=folder, ratio=0.4)
+    with pytest.raises(InputError, match="first 8 digits at least"):
+        engine.get(key[:7])
+    assert engine.get(key[:8]).key == key
+    with pytest.raises(InputError) as error:
+        engine.get("another")
+    assert "digits" not in str(error.value)
+    engine.close()

@@ -18,6 +18,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.memory import Memory
 
+import kvzip_memory.errors
 import kvzip_memory.metrics
 import langchain_kvzip
 import llama_index_kvzip
@@ -145,3 +146,10 @@ def test_the_packaged_model_that_the_readme_names_is_the_one_that_is_installed(s
 def test_the_chat_model_has_the_sections_of_langchains_standard() -> None:
     text = inspect.getdoc(langchain_kvzip.KVzipChatModel) or ""
     assert [section for section in SECTIONS if f"\n{section}:\n" not in text] == []
+
+
+def test_every_error_is_listed_and_imported_from_the_package() -> None:
+    errors = {name for name, value in vars(kvzip_memory.errors).items() if isinstance(value, type)}
+    listed = re.findall(r"^\| `(\w+Error)`", (ROOT / "docs/python.md").read_text(), re.MULTILINE)
+    assert {*listed} == errors - {"KVzipError"}
+    assert errors <= {*kvzip_memory.__all__}

@@ -55,9 +55,10 @@ def test_a_folder_of_another_user_is_found_listed_and_answered_from(baked: Path)
     worker = synthetic.processes.Process(target=synthetic.as_another_user, args=asked)
     worker.start()
     for _ in range(2):
-        found, tiers, listed, refused = answers.get(timeout=120)
+        found, tiers, listed, refused, told = answers.get(timeout=120)
         assert found == [wanted(1).key, wanted(1).key, wanted(2).key]
         assert (tiers, listed, refused) == (["disk", "disk", "built", "device"], 3, 2)
+        assert told == [("note", "owner"), ("note", "index")]
     worker.join()
     assert sorted((str(path), path.lstat().st_mtime_ns) for path in baked.parent.rglob("*")) == before
 

@@ -38,13 +38,13 @@ from weakref import WeakValueDictionary
 import torch
 from filelock import FileLock, Timeout
 
-from kvzip_memory.checksums import PLAIN, Checksums, check_secret, mark_secret
+from kvzip_memory.checksums import PLAIN, Checksums, check_ours_alone, check_secret, mark_secret
 from kvzip_memory.context import CompressedContext, RaggedLayer
 from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, check_folder, check_not_shared, delete, is_file, is_folder, make_folder, read_text, write_text
+from kvzip_memory.private import check_file, check_folder, delete, is_file, is_folder, make_folder, read_text, write_text
 from kvzip_memory.registry import layout
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.facts import OddFactError, check_row, is_bad, is_forgotten, is_id, is_progress, is_size
@@ -209,8 +209,7 @@ class DiskTier:
         folders = [root, *(root / name for name in layout.FOLDERS)]
         for folder in folders:
             check_folder(folder)
-        if not checksums.are_keyed:
-            check_not_shared(root.parent, root, (path for path in root.rglob("*")))
+        check_ours_alone(root.parent, root, (path for path in root.rglob("*")), root, checksums)
         #: Why nothing can be stored or changed in the folder; None if it can.
         self.read_only = why_read_only(root)
         self.names = Names(root, self.read_only is not None, checksums)

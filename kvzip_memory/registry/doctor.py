@@ -1,4 +1,7 @@
-"""What can be wrong with a cache folder, and what to do about it. Looks, and changes nothing but what opening repairs."""
+"""What can be wrong with a cache folder, and what to do about it. Looks, and changes nothing but what opening repairs.
+
+Of contexts it reads no pairs; :meth:`~kvzip_memory.registry.ContextRegistry.verify` does.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import HELD, IndexHeldError
 from kvzip_memory.registry.layout import strangers
 
-_SHOWN = 10  # names of files that are not ours
+_SHOWN = 10  # files that are not ours, or damaged
 _NETWORK = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"}
 
 
@@ -42,7 +45,7 @@ def examine(root: Path, checksums: Checksums = PLAIN) -> list[Finding]:
     """Findings about a disk tier's folder, the worst first."""
     if not root.is_dir():
         return [Finding("note", "folder", f"{root} does not exist", "nothing was stored yet, or under another cache_dir")]
-    findings = [_private(root, checksums), _file_system(root), _space(root)]
+    findings = [*_private(root, checksums), _file_system(root), _space(root)]
     try:
         with usable(root):
             disk = DiskTier(root, None, checksums=checksums)
@@ -53,13 +56,29 @@ def examine(root: Path, checksums: Checksums = PLAIN) -> list[Finding]:
     return sorted(findings, key=lambda finding: ("problem", "note", "ok").index(finding.level))
 
 
-def _private(root: Path, checksums: Checksums) -> Finding:
+def _private(root: Path, checksums: Checksums) -> list[Finding]:
+    """Who else can read and write the folder. Without a secret, opening it refuses what others can write, and says so."""
     status = root.stat()
-    if status.st_uid not in (0, os.geteuid()) and not checksums.are_keyed:
-        return Finding("problem", "owner", f"{root} belongs to user {status.st_uid}", "give every user a cache_dir of their own")
+    if status.st_uid != os.geteuid() and not os.access(root, os.W_OK):
+        return [Finding("note", "owner", f"{root} belongs to user {status.st_uid}, and can only be read: it is used as it is")]
+    findings = []
+    if checksums.are_keyed and (who := _who_else_writes(root) or _who_else_writes(root.parent)):
+        advice = "what others put there is not used; where they should not delete either, give a cache_dir of your own"
+        findings.append(Finding("note", "writable", f"{who}: they can delete what is in it, and fill it", advice))
+    elif status.st_uid not in (0, os.geteuid()):
+        return [Finding("problem", "owner", f"{root} belongs to user {status.st_uid}", "give every user a cache_dir of their own")]
     if stat.S_IMODE(status.st_mode) & 0o077:
-        return Finding("problem", "permissions", f"{stat.filemode(status.st_mode)}: others can read your texts", f"chmod 700 {root}")
-    return Finding("ok", "permissions", "readable by you only")
+        shown = stat.filemode(status.st_mode)
+        return [*findings, Finding("problem", "permissions", f"{shown}: others can read your texts", f"chmod 700 {root}")]
+    return findings or [Finding("ok", "permissions", "readable and writable by you only")]
+
+
+def _who_else_writes(folder: Path) -> str | None:
+    """Who can change a folder beside us, None if nobody; in one with the sticky bit others cannot touch what is ours."""
+    status = folder.stat()
+    if status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX:
+        return f"{folder} can be written by others ({stat.filemode(status.st_mode)})"
+    return f"{folder} belongs to user {status.st_uid}" if status.st_uid not in (0, os.geteuid()) else None
 
 
 def _file_system(root: Path) -> Finding:
@@ -110,10 +129,16 @@ def _contents(disk: DiskTier) -> list[Finding]:
         if expired:
             findings.append(Finding("note", "expired", f"{expired} contexts", "run gc to delete them"))
         if bad:
-            reasons = "; ".join(sorted({row["reason"].split(": ", 1)[-1] for row in bad})[:3])
+            # No whole key, by which a context is opened.
+            named = [f"{row['file'][:12]}* ({row['reason'].split(': ', 1)[-1]})" for row in bad[:_SHOWN]]
+            more = f" and {len(bad) - _SHOWN} others" if len(bad) > _SHOWN else ""
+            advice = "a context is built again when its text is loaded; look at the disk, then run gc to delete the files"
             findings.append(
                 Finding(
-                    "note", "quarantine", f"{len(bad)} files: {reasons}", "they were rebuilt when asked for; look at the disk, then run gc"
+                    "note",
+                    "quarantine",
+                    f"{len(bad)} files, named by their keys: {', '.join(named)}{more}; in {disk.root / 'quarantine'}",
+                    advice,
                 )
             )
     return findings

@@ -202,7 +202,7 @@ def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict
         raise UnreadableHereError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
     if f"header.{checksums.name}" not in table:
         if checksums.are_keyed:
-            raise CorruptFileError(f"{path}: written without the secret, by whomever; one that has none can read it")
+            raise CorruptFileError(f"{path}: written without the secret, so it could be anybody's; an engine without a secret can open it")
         if "header.hmac" in table:
             raise UnreadableHereError(f"{path}: written with a secret; give secret= to the engine that reads it")
     if not sound:
