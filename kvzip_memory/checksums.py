@@ -29,7 +29,7 @@ class Checksums:
     """Makes and checks them. Each is of one kind of thing, so that with a secret none can stand for another kind's.
 
     Args:
-        secret: a text that only those have whose files are to be used; None for none. White space around it does not count: files have a line's end.
+        secret: a text that only those have whose files are to be used; None for none. White space around it does not count.
 
     Attributes:
         name: what they are called in files.

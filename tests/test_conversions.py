@@ -56,6 +56,9 @@ def test_a_conversion_is_named_after_all_of_its_file(source: Path, tmp_path: Pat
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "CONVERSION"} == FILES
     source.write_bytes(b"other weights")
     assert loading._converted(source, "float32", tmp_path) != folder
+    long = source.with_name(f"{'ü' * 120}.gguf")
+    long.write_bytes(b"weights")
+    assert loading._converted(long, "float32", tmp_path).is_dir()
 
 
 def killed_within(source: Path, cache: Path) -> None:
