@@ -390,12 +390,13 @@ def test_what_is_written_anew_is_written_with_the_secret(tmp_path: Path) -> None
     opened = again.open(paths[0])
     resaved = opened.save(tmp_path / "resaved.safetensors")
     assert again.open(resaved).key == whole.key
-    plain = tiny_engine(ratio=0.5)
+    plain, elsewhere = tiny_engine(ratio=0.5), tmp_path.with_name(f"{tmp_path.name}-elsewhere")  # not in cache_dir
+    elsewhere.mkdir()
     for path in (*paths, resaved):
         with pytest.raises(CorruptFileError, match="written with a secret; give secret="):
             plain.open(path)
     with pytest.raises(CorruptFileError, match="written without the secret"):
-        again.open(plain.load(TEXT).save(tmp_path / "plain.safetensors"))
+        again.open(plain.load(TEXT).save(elsewhere / "plain.safetensors"))
     again.close()
 
 

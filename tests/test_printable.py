@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_index.core.base.llms.types import ChatMessage
 
 import kvzip_memory
 import kvzip_memory.engine
@@ -49,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
     engine.load(TEXT + "Again.", name=NAME + "2")
     engine.close()
     session = TurnsFile.of(tmp_path, None, "kvzip", NAME)
-    session.append({"turns": [ChatMessage("Who?").model_dump(mode="json")]}, f"memory kvzip: {NAME}", None)
+    session.append({"turns": [{"role": "user", "content": "Who?"}]}, f"memory kvzip: {NAME}", None)
     (tmp_path / "model").mkdir()
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")

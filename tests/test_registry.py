@@ -32,7 +32,7 @@ from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
 from kvzip_memory.registry.disk import DiskTier
 from kvzip_memory.registry.index import Index, IndexDamagedError
 from kvzip_memory.registry.memory import packed
-from kvzip_memory.registry.registry import LONGEST_TTL
+from kvzip_memory.registry.registry import TTL_LIMIT
 
 ROOT = Path(__file__).parent.parent
 
@@ -270,7 +270,7 @@ def test_a_session_goes_on_after_its_context_was_moved_away(tmp_path: Path) -> N
     engine.close()
 
 
-@pytest.mark.parametrize("ttl", [math.inf, math.nan, 1e16, LONGEST_TTL + 1, 10**400, 0, -5, -math.inf, True, "60", b"60", [60]])
+@pytest.mark.parametrize("ttl", [math.inf, math.nan, 1e16, TTL_LIMIT + 1, 10**400, 0, -5, -math.inf, True, "60", b"60", [60]])
 def test_a_ttl_is_a_number_of_seconds(ttl: Any, tmp_path: Path) -> None:
     for make in (
         lambda: tiny_engine(cache_dir=tmp_path / "cache", ttl=ttl),
@@ -283,7 +283,7 @@ def test_a_ttl_is_a_number_of_seconds(ttl: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("created", [0.0, float(2**50 - 1), float(1 - 2**50)])
-@pytest.mark.parametrize("ttl", [5e-324, 1, 60.5, LONGEST_TTL])
+@pytest.mark.parametrize("ttl", [5e-324, 1, 60.5, TTL_LIMIT])
 def test_what_a_ttl_stores_damages_no_index(ttl: float, created: float, tmp_path: Path) -> None:
     first = ContextRegistry(synthetic.CPU, tmp_path, ttl=ttl)
     with first.lease(synthetic.wanted(1), lambda report: replace(synthetic.context(1), created=created)):

@@ -54,7 +54,7 @@ _POLL_S = 0.05
 MOST_TAGS = 256
 
 #: Seconds that a ``ttl`` may be: a hundred years.
-LONGEST_TTL = 100 * 365 * 86400
+TTL_LIMIT = 100 * 365 * 86400
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class ContextRegistry(Shared):
         device_bytes: budget of the device tier, such as ``"4GiB"``; None for no limit.
         host_bytes: budget of the host tier; 0 for none.
         disk_bytes: budget of the disk tier; None for no limit.
-        ttl: seconds after its text was read after which a context is no longer used, whoever stored it, at most :data:`LONGEST_TTL`;
+        ttl: seconds after its text was read after which a context is no longer used, whoever stored it, at most :data:`TTL_LIMIT`;
             None for never.
         wait_s: seconds to wait for room while other answers use all of a tier; and for another process of which nothing is heard.
         tenant: digest of the tenant whose contexts are found, listed and changed, by names, keys, tags or otherwise: another's is as if it
@@ -1357,14 +1357,12 @@ def check_ttl(ttl: float | None) -> float | None:
     """A ``ttl`` as it was given.
 
     Raises:
-        InputError: no number of seconds above 0 and up to :data:`LONGEST_TTL`.
+        InputError: no number of seconds above 0 and up to :data:`TTL_LIMIT`.
     """
     if ttl is None:
         return None
-    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= LONGEST_TTL:
-        raise InputError(
-            f"ttl is {printable(repr(ttl)[:80])}; give seconds above 0, at most {LONGEST_TTL:,} (100 years), or None for never"
-        )
+    if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= TTL_LIMIT:
+        raise InputError(f"ttl is {printable(repr(ttl)[:80])}; give seconds above 0, at most {TTL_LIMIT:,} (100 years), or None for never")
     return ttl
 
 
