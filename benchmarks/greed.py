@@ -273,7 +273,7 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
             _given(lambda n: {str(i): 1 for i in range(n)}, lambda e, b: KVzipChatModel(engine=e).invoke("?", logit_bias=b)),
             True,
         ),
-        "an option of ours": ("characters", 0, huge, _text(lambda engine, text: GenerationParams(temperature=text)), True),
+        "an option of ours": ("characters", 0, huge, _text(lambda engine, text: GenerationParams(temperature=text)), True),  # type: ignore[arg-type]
         "tool_choice": (
             "characters",
             0,
