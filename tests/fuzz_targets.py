@@ -304,7 +304,7 @@ def version(folder: Path) -> Target:
             disk._check_layout()
         except StorageError:
             return "refused"
-        assert int(data) in (tier.LAYOUT, tier.WITH_SECRET)
+        assert int(data) == tier.LAYOUT
         return "served"
 
     return Target("FORMAT", [b"1\n"], lambda text: text, read)

@@ -484,3 +484,12 @@ def test_a_line_s_end_is_no_part_of_a_secret() -> None:
     assert Checksums(f"{SECRET}\n").of("kind", "text") == Checksums(SECRET).of("kind", "text")
     with pytest.raises(InputError, match="has 2 characters"):
         Checksums("ab" + " " * 20)
+
+
+@pytest.mark.parametrize("given", [None, SECRET, OTHER])
+def test_a_folder_whose_mark_of_a_secret_is_gone_is_refused(made: Path, tmp_path: Path, given: str | None) -> None:
+    shutil.copytree(made / "ours", tmp_path / "cache")
+    (mark,) = (tmp_path / "cache").rglob("SECRET")
+    mark.unlink()
+    with pytest.raises(StorageError, match="its file SECRET is gone" if given is None else "secret"):
+        DiskTier(mark.parent, checksums=Checksums(given))

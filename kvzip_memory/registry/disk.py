@@ -249,6 +249,8 @@ class DiskTier:
             raise StorageError(f"{path} does not hold a version number; remove the folder, or give another cache_dir") from None
         if written > WITH_SECRET:
             raise StorageError(f"{self.root} has layout {written}, newer than the {WITH_SECRET} this version knows; upgrade kvzip-memory")
+        if written == WITH_SECRET and not os.path.lexists(self.root / "SECRET"):  # which is there before FORMAT is
+            raise StorageError(f"{self.root} was made with a secret, and its file SECRET is gone; put that back, or give another cache_dir")
         check_secret(self.root, self._checksums)
 
     def _told(self, message: str, whose: str | None = EVERYONE) -> str:
