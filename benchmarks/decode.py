@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from common import articles, save, smollm2
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.cache import Row, Tail
+from kvzip_memory.inference.cache import Row, Tail
 
 RATIOS = (1.0, 0.5, 0.3, 0.1)
 

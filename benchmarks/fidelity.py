@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from common import PROBE, RESULTS, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.cache import Row, Tail
 from kvzip_memory.compression import Prefilled, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.evict import evict
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import CompressedContext, Resident
+from kvzip_memory.inference.cache import Row, Tail
 
 RATIOS = [0.5, 0.3, 0.2, 0.1]
 # aggregation/repeat/chunk_tokens

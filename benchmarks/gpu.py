@@ -29,12 +29,12 @@ from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedMod
 from common import save
 from kvzip_memory.attention import RowKV, attach, choose, flash, reference
 from kvzip_memory.attention import triton as kernels
-from kvzip_memory.cache import Row, Tail
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, storage_nbytes
-from kvzip_memory.graphs import Step
-from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.registry.memory import packed
-from kvzip_memory.upload import upload
+from kvzip_memory.context.upload import upload
+from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.inference.graphs import Step
+from kvzip_memory.inference.modeling import LanguageModel
+from kvzip_memory.registry.tier import packed
 
 RATIO = 0.3
 TAIL = 256

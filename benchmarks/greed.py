@@ -170,13 +170,14 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
     from llama_index.core.llms import ChatMessage
 
     from conftest import tiny_engine
-    from kvzip_memory import Document, WindowError, guidance, sources, turns
+    from kvzip_memory import Document, WindowError, turns
     from kvzip_memory import generation as answers
-    from kvzip_memory.generation import GenerationParams
-    from kvzip_memory.registry import files, holders
+    from kvzip_memory.inference.generation import GenerationParams
+    from kvzip_memory.prompting import guidance, sources
+    from kvzip_memory.prompting.sources import as_message
+    from kvzip_memory.prompting.tools import read_calls
     from kvzip_memory.registry import registry as registries
-    from kvzip_memory.sources import as_message
-    from kvzip_memory.tools import read_calls
+    from kvzip_memory.registry.disk import files, holders
     from langchain_kvzip import KVzipChatModel, folders, memory_tools
     from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
     from llama_index_kvzip import memory as blocks

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common import gemma3, save, smollm2
-from kvzip_memory.guidance import Guidance
+from kvzip_memory.prompting.guidance import Guidance
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 from schemas import random_schema, random_value

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from common import articles, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.attribution import blend, bm25
+from kvzip_memory.inference.attribution import blend, bm25
 from llama_index_kvzip.sources import TOKENS_KEY, Part, Ranking, whole
 
 DEV = 4

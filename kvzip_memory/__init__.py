@@ -18,8 +18,8 @@ from kvzip_memory.errors import (
     UnsupportedModelError,
     WindowError,
 )
+from kvzip_memory.prompting.sources import Document
 from kvzip_memory.session import Reply, Session, Stream, Usage
-from kvzip_memory.sources import Document
 
 __version__ = "0.1.0"
 

@@ -10,9 +10,9 @@ from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from kvzip_memory.batching import Place, Places
-from kvzip_memory.calls import within
+from kvzip_memory.inference.batching import Place, Places
 from kvzip_memory.session import Stream
+from kvzip_memory.system.calls import within
 
 T = TypeVar("T")
 

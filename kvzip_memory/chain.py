@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from kvzip_memory import calls
-from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, as_told
+from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, Writer, as_told
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.printable import logger_of
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
-from kvzip_memory.sharing import Shared
+from kvzip_memory.system import calls
+from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.sharing import Shared
 
 logger = logger_of(__name__)
 
@@ -64,7 +64,7 @@ class Managed(Shared):
         self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=(), loaded=time.time()))
         like = context.storage
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
-        self.checksums = step.registry.checksums
+        self.write: Writer | None = step.registry.write
         self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)
 
     def handle(self, **fields: Any) -> CompressedContext:

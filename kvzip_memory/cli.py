@@ -22,16 +22,18 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from kvzip_memory import __version__, conversions, turns
-from kvzip_memory.checksums import SHORTEST, Checksums
+from kvzip_memory import __version__, turns
 from kvzip_memory.errors import InputError, KVzipError
-from kvzip_memory.printable import printable
+from kvzip_memory.inference import conversions
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
-from kvzip_memory.registry.doctor import Finding, examine
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import NOBODY, tenant_digest
-from kvzip_memory.registry.layout import KEY
 from kvzip_memory.registry.registry import logger as registry_logger
+from kvzip_memory.system.checksums import SHORTEST, Checksums
+from kvzip_memory.system.findings import Finding
+from kvzip_memory.system.printable import printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(emoji=False)

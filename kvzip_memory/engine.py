@@ -22,63 +22,55 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from kvzip_memory import loading, turns
-from kvzip_memory.attribution import NEUTRAL, Span, attention_mass, compared
-from kvzip_memory.batching import Places
+from kvzip_memory import turns
 from kvzip_memory.bridge import result_of
-from kvzip_memory.cache import Row, Tail
-from kvzip_memory.calls import check
+from kvzip_memory.building import context_identity, model_identity
 from kvzip_memory.chain import Managed, Step, leased
-from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
-from kvzip_memory.forks import is_parents, refuse_after_fork
-from kvzip_memory.fronts import Fronts, front
-from kvzip_memory.generation import GenerationParams
-from kvzip_memory.guidance import Guidance
-from kvzip_memory.language import Language
-from kvzip_memory.limits import host_nbytes
-from kvzip_memory.modeling import LanguageModel, eos_ids
-from kvzip_memory.modes import plain
+from kvzip_memory.inference import loading
+from kvzip_memory.inference.attribution import NEUTRAL, Span, attention_mass, compared
+from kvzip_memory.inference.batching import Places
+from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.inference.generation import GenerationParams
+from kvzip_memory.inference.modeling import LanguageModel, eos_ids
+from kvzip_memory.inference.weights import Fingerprint, Stamp
 from kvzip_memory.options import checked_ratio
-from kvzip_memory.printable import logger_of, printable
-from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, check_ttl, parse_bytes
-from kvzip_memory.registry.files import read_context
-from kvzip_memory.registry.holders import MARKED, Naming
-from kvzip_memory.registry.identity import (
-    MODEL_FIELDS,
-    check_same_model,
-    context_identity,
-    digest,
-    group_of,
-    key_of,
-    label,
-    tenant_digest,
-    weights_identity,
-)
-from kvzip_memory.registry.registry import MOST_TAGS
-from kvzip_memory.session import Reply, Session, Stream
-from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import (
+from kvzip_memory.prompting.fronts import Fronts, front
+from kvzip_memory.prompting.guidance import Guidance
+from kvzip_memory.prompting.language import Language
+from kvzip_memory.prompting.prompts import Prompt, PromptBuilder
+from kvzip_memory.prompting.sources import (
     MOST_KEPT,
     MOST_OF_SCHEMA,
     Message,
-    as_folder,
     as_messages,
-    as_path,
     as_texts,
     check_metadata,
     clean,
     cleaned,
     read_source,
 )
-from kvzip_memory.threads import release
-from kvzip_memory.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
-from kvzip_memory.weights import Fingerprint, Stamp
+from kvzip_memory.prompting.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, check_ttl, parse_bytes
+from kvzip_memory.registry.disk.files import read_context
+from kvzip_memory.registry.holders import MARKED, Naming
+from kvzip_memory.registry.identity import MODEL_FIELDS, check_same_model, group_of, key_of, label, tenant_digest
+from kvzip_memory.registry.registry import MOST_TAGS
+from kvzip_memory.session import Reply, Session, Stream
+from kvzip_memory.system.calls import check
+from kvzip_memory.system.checksums import Checksums
+from kvzip_memory.system.digests import digest
+from kvzip_memory.system.forks import is_parents, refuse_after_fork
+from kvzip_memory.system.limits import host_nbytes
+from kvzip_memory.system.modes import plain
+from kvzip_memory.system.paths import as_folder, as_path
+from kvzip_memory.system.printable import logger_of, printable
+from kvzip_memory.system.sharing import Shared
+from kvzip_memory.system.threads import release
 
 logger = logger_of(__name__)
 
@@ -303,7 +295,7 @@ class KVzipEngine(Shared):
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
-                :class:`~kvzip_memory.sources.Document`), chat messages (mappings with ``role`` and ``content``, or the
+                :class:`~kvzip_memory.prompting.sources.Document`), chat messages (mappings with ``role`` and ``content``, or the
                 frameworks' own), or a list of documents or of messages.
             name: an alias, for :meth:`get` and the command line; not part of the key, nor one itself.
             ratio: kept fraction, the engine's if None.
@@ -836,7 +828,7 @@ class KVzipEngine(Shared):
         if now != known:
             self._model.changed(moved=known is not None and now.places != known.places)
             others = known is None or -1 in now.written(known)  # not only buffers, which the model's own forward may write to
-            fields = weights_identity(self.model, self._weights.get(anew=others))
+            fields = model_identity(self.model, self._weights.get(anew=others))
             self._known_identity = (now, fields)
         return {**fields, **language.identity}
 
@@ -844,7 +836,7 @@ class KVzipEngine(Shared):
         """:meth:`_identity_of` with all weights read, also if none seems to have changed."""
         self._identity_of(language)
         known, _ = self._known_identity
-        fields = weights_identity(self.model, self._weights.get())
+        fields = model_identity(self.model, self._weights.get())
         self._known_identity = (known, fields)
         return {**fields, **language.identity}
 
@@ -928,7 +920,7 @@ class KVzipEngine(Shared):
             reuse: without a context, whether the longest stored one that the prompt begins with is answered from, if it keeps as much as
                 the engine's ``ratio``, or as another ratio that is given; the receipt names it. False reads the whole prompt.
             params: ``max_new_tokens=256, temperature=0.0, top_p=None, top_k=None, seed=None, stop=None, repetition_penalty=None,
-                no_repeat_ngram_size=None``, see :class:`~kvzip_memory.generation.GenerationParams`.
+                no_repeat_ngram_size=None``, see :class:`~kvzip_memory.inference.generation.GenerationParams`.
 
         Raises:
             InputError: an empty question, a parameter outside its range, a schema with a keyword that cannot be kept to, or JSON or a call
@@ -1047,8 +1039,8 @@ class KVzipEngine(Shared):
     ) -> list[Tensor]:
         """How much a question is about spans of contexts, by the attention it pays them.
 
-        Reads the question, and :data:`~kvzip_memory.attribution.NEUTRAL` to compare with, over each context; nothing is generated. Of a
-        list of messages only the last one counts.
+        Reads the question, and :data:`~kvzip_memory.inference.attribution.NEUTRAL` to compare with, over each context; nothing is
+        generated. Of a list of messages only the last one counts.
 
         Args:
             parts: contexts, and ``[start, end)`` of tokens of each; they are compared with one another, over all contexts.

@@ -12,13 +12,13 @@ from typing import Any, SupportsIndex
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
-from kvzip_memory.batching import Places
 from kvzip_memory.engine import KVzipEngine
-from kvzip_memory.forks import after_fork
 from kvzip_memory.hidden import told
-from kvzip_memory.registry.identity import digest
-from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import as_folder
+from kvzip_memory.inference.batching import Places
+from kvzip_memory.system.digests import digest
+from kvzip_memory.system.forks import after_fork
+from kvzip_memory.system.paths import as_folder
+from kvzip_memory.system.sharing import Shared
 
 
 class LazyEngine(Shared):

@@ -16,12 +16,12 @@ from typing import Any
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
-from kvzip_memory.fronts import front, said_first
 from kvzip_memory.options import checked_ratio
-from kvzip_memory.printable import logger_of
-from kvzip_memory.prompt import Prompt
-from kvzip_memory.sources import Message
-from kvzip_memory.tools import Tool
+from kvzip_memory.prompting.fronts import front, said_first
+from kvzip_memory.prompting.prompts import Prompt
+from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.tools import Tool
+from kvzip_memory.system.printable import logger_of
 
 logger = logger_of(__name__)
 

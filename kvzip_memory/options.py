@@ -10,10 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.generation import GenerationParams
-from kvzip_memory.sources import brief
+from kvzip_memory.inference.generation import GenerationParams
+from kvzip_memory.system.printable import brief
 
-#: How an answer is generated; ``max_tokens`` is ``max_new_tokens`` of :class:`~kvzip_memory.generation.GenerationParams`.
+#: How an answer is generated; ``max_tokens`` is ``max_new_tokens`` of :class:`~kvzip_memory.inference.generation.GenerationParams`.
 CALL_OPTIONS = ("temperature", "max_tokens", "top_p", "top_k", "seed", "stop", "repetition_penalty", "no_repeat_ngram_size")
 
 _ALIASES = {
@@ -103,7 +103,7 @@ def checked_ratio(ratio: Any, name: str = "ratio") -> float:
 
 
 def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of :class:`~kvzip_memory.generation.GenerationParams`: of each option what is given first.
+    """Arguments of :class:`~kvzip_memory.inference.generation.GenerationParams`: of each option what is given first.
 
     Raises:
         InputError: a value outside its range.

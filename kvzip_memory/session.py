@@ -19,27 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from kvzip_memory import calls
-from kvzip_memory.batching import Place
-from kvzip_memory.cache import Row, Tail
-from kvzip_memory.calls import Cancelled, Gate
 from kvzip_memory.compression import DensePairs
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import IdentityMismatchError, InputError, SessionBusyError, WindowError
-from kvzip_memory.forks import is_parents, refuse_after_fork
-from kvzip_memory.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
-from kvzip_memory.modeling import LanguageModel, eos_ids
-from kvzip_memory.processors import own_settings
-from kvzip_memory.prompt import Prompt, PromptBuilder
-from kvzip_memory.reasoning import Reasoning, ReasoningReader
+from kvzip_memory.inference.batching import Place
+from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.inference.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
+from kvzip_memory.inference.modeling import LanguageModel, eos_ids
+from kvzip_memory.inference.processors import own_settings
+from kvzip_memory.inference.speculation import PromptLookup
+from kvzip_memory.inference.weights import Stamp
+from kvzip_memory.prompting.prompts import Prompt, PromptBuilder
+from kvzip_memory.prompting.reasoning import Reasoning, ReasoningReader
+from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.talk import Asked, Talk
+from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.registry.identity import check_same_model
-from kvzip_memory.sharing import NotPickled
-from kvzip_memory.sources import Message
-from kvzip_memory.speculation import PromptLookup
-from kvzip_memory.talk import Asked, Talk
-from kvzip_memory.threads import release
-from kvzip_memory.tools import Tool
-from kvzip_memory.weights import Stamp
+from kvzip_memory.system import calls
+from kvzip_memory.system.calls import Cancelled, Gate
+from kvzip_memory.system.forks import is_parents, refuse_after_fork
+from kvzip_memory.system.sharing import NotPickled
+from kvzip_memory.system.threads import release
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class Stream(NotPickled, Iterator[str]):
         self.close()
 
     def with_reasoning(self) -> Stream:
-        """Give pieces of what the model thinks, too; they are :class:`~kvzip_memory.reasoning.Reasoning`, a kind of string."""
+        """Give pieces of what the model thinks, too; they are :class:`~kvzip_memory.prompting.reasoning.Reasoning`, a kind of string."""
         self._thinks = True
         return self
 
@@ -267,7 +267,7 @@ class Session(NotPickled):
         refuse_after_fork(self, "_lock")
 
     def ask(self, question: str | Sequence[Message], tools: Sequence[Tool] | None = None, behind: bool = False, **params: Any) -> Reply:
-        """Answer the next question. ``params`` are those of :class:`~kvzip_memory.generation.GenerationParams`.
+        """Answer the next question. ``params`` are those of :class:`~kvzip_memory.inference.generation.GenerationParams`.
 
         The first question may be a list of messages with ``tools``. If they repeat the conversation that the context was made of,
         what comes after that is asked, unless all of them come ``behind`` it.

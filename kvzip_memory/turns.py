@@ -25,17 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvzip_memory.checksums import PLAIN, Checksums, check_ours_alone
 from kvzip_memory.errors import InputError, StorageError
-from kvzip_memory.forks import refuse_after_fork
-from kvzip_memory.locks import held, lock_in
-from kvzip_memory.printable import logger_of
-from kvzip_memory.private import LIMIT, check_folder, check_size, delete, is_file, is_folder, make_folder, open_file, usable
 from kvzip_memory.registry import EVERYONE, ContextRegistry
-from kvzip_memory.registry.doctor import Finding
-from kvzip_memory.registry.facts import is_line
+from kvzip_memory.registry.disk.facts import is_line
 from kvzip_memory.registry.holders import unescaped
-from kvzip_memory.sources import as_folder, brief
+from kvzip_memory.system.checksums import PLAIN, Checksums, check_ours_alone
+from kvzip_memory.system.findings import Finding
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.locks import held, lock_in
+from kvzip_memory.system.paths import as_folder
+from kvzip_memory.system.printable import brief, logger_of
+from kvzip_memory.system.private import LIMIT, check_folder, check_size, delete, is_file, is_folder, make_folder, open_file, usable
 
 logger = logger_of(__name__)
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.cache import Row, Tail
+from kvzip_memory.inference.cache import Row, Tail
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"

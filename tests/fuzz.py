@@ -21,7 +21,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from kvzip_memory import turns
-from kvzip_memory.registry import facts, files, index, layout, names
+from kvzip_memory.registry.disk import facts, files, index, layout, names
 
 LOOKED_AT = {module.__file__ for module in (facts, files, index, layout, names, turns)}
 SECONDS = 30

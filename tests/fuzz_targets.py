@@ -18,16 +18,16 @@ import xxhash
 from conftest import tiny_engine
 from fuzz import Target
 from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError, cli
-from kvzip_memory.checksums import PLAIN
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.registry import disk as tier
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.facts import ALIGNMENT
-from kvzip_memory.registry.files import PreparedFile
-from kvzip_memory.registry.frozen import FrozenIndex, _Rows
-from kvzip_memory.registry.index import Index
-from kvzip_memory.registry.names import Label, Names
+from kvzip_memory.registry.disk import store as tier
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.facts import ALIGNMENT
+from kvzip_memory.registry.disk.files import PreparedFile
+from kvzip_memory.registry.disk.frozen import FrozenIndex, _Rows
+from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.disk.names import Label, Names
+from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.system.checksums import PLAIN
 from kvzip_memory.turns import TurnsFile, find, remove_expired, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from synthetic import context, wanted
@@ -217,7 +217,7 @@ def rows(folder: Path) -> Target:
 
 
 def use_rows(disk: DiskTier) -> None:
-    from kvzip_memory.registry.doctor import _contents
+    from kvzip_memory.registry.disk.doctor import _contents
     from kvzip_memory.registry.identity import family_of
 
     for entry in disk.entries():

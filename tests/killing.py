@@ -37,7 +37,7 @@ def killed_at(step: int, act: Callable[[], object]) -> bool:
 
 def killer(step: int) -> Callable[[FrameType, str, object], None]:
     """A profiler that kills its process at a step: a call or a return, of the system too, in modules that keep turns."""
-    modules, left = {"kvzip_memory.turns", "kvzip_memory.locks", "filelock._unix", "llama_index_kvzip.memory"}, step
+    modules, left = {"kvzip_memory.turns", "kvzip_memory.system.locks", "filelock._unix", "llama_index_kvzip.memory"}, step
 
     def look(frame: FrameType, event: str, arg: object) -> None:
         nonlocal left

@@ -16,9 +16,10 @@ import torch
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.identity import digest, group_of, key_of
-from kvzip_memory.registry.index import Index
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.identity import group_of, key_of
+from kvzip_memory.system.digests import digest
 
 CPU = torch.device("cpu")
 IDENTITY: dict[str, Any] = {"format": 1, "ratio": 0.5, "tenant": None, "allocator": "global"}

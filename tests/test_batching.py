@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError, KVzipEngine, QueueFullError, threads
-from kvzip_memory.batching import Admission, Gate, Worker
+from kvzip_memory import InputError, KVzipEngine, QueueFullError
 from kvzip_memory.bridge import pieces_of
-from kvzip_memory.cache import Row
+from kvzip_memory.inference.batching import Admission, Gate, Worker
+from kvzip_memory.inference.cache import Row
+from kvzip_memory.system import threads
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
 
@@ -126,7 +127,7 @@ def test_a_row_that_fails_fails_alone() -> None:
 
 
 def test_a_long_question_is_fed_in_chunks_between_the_steps_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvzip_memory.modeling.CHUNK_TOKENS", 64)
+    monkeypatch.setattr("kvzip_memory.inference.modeling.CHUNK_TOKENS", 64)
     engine = tiny_engine()
     lengths: list[int] = []
     forward = engine._model._batcher._forward
@@ -347,7 +348,7 @@ IDLE = """
 import time
 from pathlib import Path
 import torch
-from kvzip_memory.batching import Worker
+from kvzip_memory.inference.batching import Worker
 
 def native_threads(worker):
     worker.run(lambda: torch.ones(1 << 20).exp())

@@ -12,7 +12,8 @@ import synthetic
 from kvzip_memory import CompressedContext
 from kvzip_memory.registry import ContextRegistry, Wanted
 from kvzip_memory.registry.beginnings import beginning, beginnings
-from kvzip_memory.registry.identity import MODEL_FIELDS, digest, group_of, key_of, tokens_digest
+from kvzip_memory.registry.identity import MODEL_FIELDS, group_of, key_of, tokens_digest
+from kvzip_memory.system.digests import digest
 from synthetic import CPU
 
 MODEL = {**dict.fromkeys(MODEL_FIELDS, "x"), "format": 1}

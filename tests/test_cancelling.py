@@ -23,8 +23,8 @@ from pydantic import BaseModel
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.calls import LOOK_S
 from kvzip_memory.registry import ContextRegistry
+from kvzip_memory.system.calls import LOOK_S
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 
@@ -231,7 +231,7 @@ async def cancelled_at(made: Made, way: Callable[[Made], Awaitable[Any]], number
 
 @pytest.mark.parametrize("name", WAYS)
 async def test_what_is_cancelled_ends_within_a_forward_at_every_moment(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvzip_memory.modeling.CHUNK_TOKENS", 128)  # so that questions and builds take several
+    monkeypatch.setattr("kvzip_memory.inference.modeling.CHUNK_TOKENS", 128)  # so that questions and builds take several
     _, way = WAYS[name]
     made = Made(way)
     expected = made.engine.generate(made.context, "Who?", max_new_tokens=6).text

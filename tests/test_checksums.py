@@ -23,16 +23,16 @@ from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CorruptFileError, InputError, KVzipEngine, StorageError
-from kvzip_memory.checksums import PLAIN, Checksums
 from kvzip_memory.cli import app
 from kvzip_memory.context import Resident
 from kvzip_memory.registry import ContextRegistry, layout
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.files import PreparedFile, read_context
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.files import PreparedFile, read_context
+from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.disk.names import _file_of
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import Naming
-from kvzip_memory.registry.index import Index
-from kvzip_memory.registry.names import _file_of
+from kvzip_memory.system.checksums import PLAIN, Checksums
 from kvzip_memory.turns import Mark, TurnsFile, sessions
 from synthetic import CPU, context, load, wanted
 

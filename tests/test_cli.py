@@ -21,7 +21,7 @@ from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, StorageError, __version__
 from kvzip_memory.cli import app, console
 from kvzip_memory.registry import EVERYONE, ContextRegistry
-from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.identity import tenant_digest
 from kvzip_memory.turns import TurnsFile
 

@@ -18,10 +18,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvzip_memory import StorageError, loading
+from kvzip_memory import StorageError
 from kvzip_memory.cli import app
-from kvzip_memory.conversions import UNUSED_DAYS, conversions
-from kvzip_memory.conversions import gc as freed
+from kvzip_memory.inference import loading
+from kvzip_memory.inference.conversions import UNUSED_DAYS, conversions
+from kvzip_memory.inference.conversions import gc as freed
 from kvzip_memory.registry import ContextRegistry
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 64}

@@ -11,8 +11,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from conftest import tiny_engine, tiny_tokenizer
 from kinds import KINDS, tiny
-from kvzip_memory.generation import Answer, Detokenizer, decode
-from kvzip_memory.reasoning import ReasoningReader
+from kvzip_memory.inference.generation import Answer, Detokenizer, decode
+from kvzip_memory.prompting.reasoning import ReasoningReader
 from makers import maker, mistral
 
 BROKEN = 0xFF

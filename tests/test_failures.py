@@ -28,7 +28,7 @@ import synthetic
 from kvzip_memory.context import storage_nbytes
 from kvzip_memory.registry import ContextRegistry, registry
 from kvzip_memory.registry.holders import Naming
-from kvzip_memory.registry.memory import packed
+from kvzip_memory.registry.tier import packed
 from synthetic import CPU, context, load, wanted
 
 FULL = os.environ.get("KVZIP_STRESS") == "1"

@@ -14,7 +14,10 @@ from safetensors import safe_open
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CorruptFileError, IdentityMismatchError, KVzipEngine
-from kvzip_memory.registry.identity import digest, key_of, tokenizer_fingerprint, weights_identity
+from kvzip_memory.building import model_identity
+from kvzip_memory.prompting.language import tokenizer_fingerprint
+from kvzip_memory.registry.identity import key_of
+from kvzip_memory.system.digests import digest
 
 
 def test_a_reopened_context_gives_identical_logits(architecture: str, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_the_identity_of_a_model_does_not_depend_on_where_it_came_from(tmp_path:
     tokenizer.save_pretrained(tmp_path)
     engine = KVzipEngine.from_pretrained(tmp_path)
     language = {"tokenizer": tokenizer_fingerprint(tokenizer), "template": digest(tokenizer.chat_template)}
-    assert engine._identity == {**weights_identity(model), **language}
+    assert engine._identity == {**model_identity(model), **language}
 
 
 def test_a_failed_write_leaves_the_older_file_and_no_other(engine: KVzipEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

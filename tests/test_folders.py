@@ -16,9 +16,9 @@ import pytest
 import synthetic
 from kvzip_memory import BudgetError, CompressedContext, StorageError
 from kvzip_memory.registry import ContextRegistry, Report
-from kvzip_memory.registry.disk import DiskTier, Entry
-from kvzip_memory.registry.files import PreparedFile
-from kvzip_memory.registry.index import Index
+from kvzip_memory.registry.disk.files import PreparedFile
+from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.disk.store import DiskTier, Entry
 from synthetic import CPU, load, processes, wanted
 
 SIZE = synthetic.context(0).nbytes

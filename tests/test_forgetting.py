@@ -29,8 +29,8 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
-from kvzip_memory.registry import disk
-from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.disk import store as disk
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
@@ -707,7 +707,7 @@ def test_a_pinned_context_that_could_not_be_stored_is_stored_at_the_end(tmp_path
     def full(*given: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvzip_memory.registry.files.PreparedFile.write", full)
+    monkeypatch.setattr("kvzip_memory.registry.disk.files.PreparedFile.write", full)
     context = engine.load(FILLER)
     engine.registry.pin(context.key)
     monkeypatch.undo()

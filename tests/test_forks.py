@@ -17,7 +17,7 @@ import torch
 
 import kvzip_memory
 from kvzip_memory import KVzipEngine
-from kvzip_memory.guidance import Guidance
+from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.session import Session, Stream
 from synthetic import in_a_process
@@ -30,9 +30,10 @@ BEGIN = """
 import asyncio, json, os, signal, sys, tempfile, threading, time
 from pathlib import Path
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import CompressedContext, KVzipEngine, KVzipError, forks
+from kvzip_memory import CompressedContext, KVzipEngine, KVzipError
+from kvzip_memory.system import forks
 from kvzip_memory.errors import ForkedError
-from kvzip_memory.generation import GenerationParams
+from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.registry import Wanted
 
 MARKED = [{"role": "user", "content": [{"type": "text", "text": TEXT, "cache_control": {"type": "ephemeral"}}]}]

@@ -11,8 +11,8 @@ import torch
 
 from conftest import TEXT, tiny_engine, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine
-from kvzip_memory.generation import Detokenizer, GenerationParams, Sampler, StopMatcher
-from kvzip_memory.speculation import COST, GPU_COST, PromptLookup
+from kvzip_memory.inference.generation import Detokenizer, GenerationParams, Sampler, StopMatcher
+from kvzip_memory.inference.speculation import COST, GPU_COST, PromptLookup
 
 
 def test_pieces_join_to_the_text_and_never_split_a_character() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from conftest import TEXT, row_over, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.cache import Row, Tail
-from kvzip_memory.graphs import CaptureError, DecodeSteps, Step
+from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.inference.graphs import CaptureError, DecodeSteps, Step
 
 pytest.importorskip("triton", reason="triton has no wheel for this platform")
 import tables

@@ -26,25 +26,25 @@ import llama_index_kvzip
 from conftest import TEXT, tiny_engine
 from kvzip_memory import Document, InputError, KVzipEngine, QueueFullError, WindowError, turns
 from kvzip_memory.cli import app
-from kvzip_memory.generation import LONGEST_STOP, MOST_STOPS, GenerationParams, StopMatcher
-from kvzip_memory.guidance import MOST_OF_GRAMMAR
-from kvzip_memory.registry import holders
-from kvzip_memory.registry.holders import MOST_HOLDERS
-from kvzip_memory.registry.registry import LONGEST_NAME, MOST_TAGS
-from kvzip_memory.schemas import json_rule
-from kvzip_memory.session import Session
-from kvzip_memory.sources import (
+from kvzip_memory.inference.generation import LONGEST_STOP, MOST_STOPS, GenerationParams, StopMatcher
+from kvzip_memory.prompting.guidance import MOST_OF_GRAMMAR
+from kvzip_memory.prompting.schemas import json_rule
+from kvzip_memory.prompting.sources import (
     DEEPEST,
     LARGEST_METADATA,
     MOST_KEPT,
     MOST_OF_METADATA,
     MOST_OF_SCHEMA,
     as_message,
-    brief,
     check_nesting,
     read_source,
 )
-from kvzip_memory.tools import FORMS, CallReader, read_calls
+from kvzip_memory.prompting.tools import FORMS, CallReader, read_calls
+from kvzip_memory.registry import holders
+from kvzip_memory.registry.holders import MOST_HOLDERS
+from kvzip_memory.registry.registry import LONGEST_NAME, MOST_TAGS
+from kvzip_memory.session import Session
+from kvzip_memory.system.printable import brief
 from kvzip_memory.turns import LARGEST_SESSION, Turns, sessions
 from langchain_kvzip import create_memory_tools, memory_tools
 from langchain_kvzip.folders import LARGEST_FILE
@@ -710,7 +710,7 @@ def test_locks_of_namespaces_go_with_their_use(engine: KVzipEngine) -> None:
 
 LIMIT = re.compile(r"(MOST|LONGEST|LARGEST|DEEPEST)(_[A-Z_]+)?")
 #: Of their name, and of what nobody outside can fill.
-OURS = {"kvzip_memory.speculation.MOST", "kvzip_memory.graphs.MOST_TOKENS"}
+OURS = {"kvzip_memory.inference.speculation.MOST", "kvzip_memory.inference.graphs.MOST_TOKENS"}
 
 
 def limits_of_the_code() -> set[str]:

@@ -16,8 +16,8 @@ from conftest import TEXT, kept_positions, masked_logits, own_logits, row_over, 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.sources import Document
+from kvzip_memory.prompting.sources import Document
+from kvzip_memory.registry.disk.doctor import examine
 
 FIRST = [
     {"role": "system", "content": "Be brief."},
@@ -227,7 +227,7 @@ def test_a_child_that_was_lost_with_its_ancestors_is_built_again(monkeypatch: py
 
 def test_a_lost_parent_is_built_before_the_lock_of_its_child_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some keys share a lock file; here all do."""
-    from kvzip_memory.registry.disk import DiskTier
+    from kvzip_memory.registry.disk.store import DiskTier
 
     lock = DiskTier.lock
     monkeypatch.setattr(DiskTier, "lock", lambda self, key: lock(self, "000"))

@@ -18,12 +18,13 @@ import torch
 from jsonschema import Draft202012Validator
 
 from conftest import tiny_engine
-from kvzip_memory import InputError, KVzipEngine, UnfinishedError, WindowError, endings
-from kvzip_memory.endings import goes_round
-from kvzip_memory.generation import Answer, GenerationParams, Sampler, decode
-from kvzip_memory.guidance import Grammar
-from kvzip_memory.schemas import NARROWING, closed
-from kvzip_memory.tools import FORMS, ToolForm, calls_grammar
+from kvzip_memory import InputError, KVzipEngine, UnfinishedError, WindowError
+from kvzip_memory.inference.generation import Answer, GenerationParams, Sampler, decode
+from kvzip_memory.prompting import endings
+from kvzip_memory.prompting.endings import goes_round
+from kvzip_memory.prompting.guidance import Grammar
+from kvzip_memory.prompting.schemas import NARROWING, closed
+from kvzip_memory.prompting.tools import FORMS, ToolForm, calls_grammar
 from schemas import random_schema
 
 SCHEMAS = 200

@@ -9,9 +9,9 @@ import pytest
 
 from kvzip_memory import StorageError
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.index import Index
-from kvzip_memory.registry.schema import KNOWN, SETTINGS, digest_of
+from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.disk.schema import KNOWN, SETTINGS, digest_of
+from kvzip_memory.registry.disk.store import DiskTier
 from synthetic import CPU, load, wanted
 from test_hostile_folders import within
 

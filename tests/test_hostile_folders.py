@@ -19,12 +19,13 @@ import pytest
 import torch
 
 import synthetic
-from kvzip_memory import StorageError, loading
+from kvzip_memory import StorageError
+from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.registry import layout as layout_of
-from kvzip_memory.registry.disk import DiskTier, Index
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.layout import strangers
+from kvzip_memory.registry.disk import layout as layout_of
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.layout import strangers
+from kvzip_memory.registry.disk.store import DiskTier, Index
 from kvzip_memory.turns import TurnsFile, erase, remove_expired, sessions
 from synthetic import CPU, load, wanted
 from test_registry_stress import say

@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kvzip_memory.limits import host_nbytes
+from kvzip_memory.system.limits import host_nbytes
 
 TOTAL = psutil.virtual_memory().total
 V1_NONE = str(0x7FFFFFFFFFFFF000)

@@ -24,7 +24,7 @@ from conftest import tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError, WindowError
 from kvzip_memory import turns as turns_of_sessions
 from kvzip_memory.cli import app
-from kvzip_memory.private import open_file
+from kvzip_memory.system.private import open_file
 from kvzip_memory.turns import TurnsFile, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
 from llama_index_kvzip.llm import plain_messages

@@ -22,7 +22,7 @@ from transformers import (
 from conftest import TEXT, masked_logits, own_logits, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
 from kvzip_memory.attention import NAMES, choose
-from kvzip_memory.generation import GenerationParams
+from kvzip_memory.inference.generation import GenerationParams
 
 _TINY = {
     "vocab_size": 300,
@@ -77,7 +77,7 @@ def test_an_untested_architecture_is_compared_with_itself_once() -> None:
 
 
 def test_an_untested_architecture_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvzip_memory import modeling
+    from kvzip_memory.inference import modeling
 
     monkeypatch.setattr(modeling, "TESTED", frozenset())
     model = tiny_model()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, Document, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
-from kvzip_memory.registry.names import Names
+from kvzip_memory.registry.disk.names import Names
 
 OLD, NEW, OTHER = TEXT, "New. " + TEXT, "Other. " + TEXT
 

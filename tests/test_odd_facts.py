@@ -14,8 +14,8 @@ import xxhash
 
 from kvzip_memory import CorruptFileError
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.registry.facts import ALIGNMENT
-from kvzip_memory.registry.files import PreparedFile, read_context
+from kvzip_memory.registry.disk.facts import ALIGNMENT
+from kvzip_memory.registry.disk.files import PreparedFile, read_context
 from kvzip_memory.registry.identity import tokens_digest
 from synthetic import CPU, context, load, same, wanted
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHATML, tiny_engine, tiny_tokenizer
 from kinds import _byte_level, _sentencepiece, _unigram
 from kvzip_memory import Document
-from kvzip_memory.prompt import PromptBuilder
-from kvzip_memory.sources import as_message, header_word, response
-from kvzip_memory.tools import describe
+from kvzip_memory.prompting.prompts import PromptBuilder
+from kvzip_memory.prompting.sources import as_message, header_word, response
+from kvzip_memory.prompting.tools import describe
 from templates import FAMILIES, HERMES
 
 STRESS = bool(os.environ.get("KVZIP_STRESS"))

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
-from kvzip_memory.generation import GenerationParams
+from kvzip_memory.inference.generation import GenerationParams
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 from test_llama_index import DOCUMENTS

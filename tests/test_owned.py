@@ -11,8 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from conftest import CHATML, TEXT, tiny_model, tiny_tokenizer
 from kinds import KINDS, tiny
 from kvzip_memory import IdentityMismatchError, KVzipEngine
-from kvzip_memory.owned import FEW
-from kvzip_memory.registry.identity import digest
+from kvzip_memory.prompting.owned import FEW
+from kvzip_memory.system.digests import digest
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipIndex, KVzipLLM
 from llama_index_kvzip.packing import room

@@ -23,8 +23,8 @@ import llama_index_kvzip
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, cli
 from kvzip_memory.engine import _Bar
-from kvzip_memory.printable import printable
-from kvzip_memory.sources import Document
+from kvzip_memory.prompting.sources import Document
+from kvzip_memory.system.printable import printable
 from kvzip_memory.turns import TurnsFile
 
 # A cleared screen, a title, a link, a carriage return, a line of its own, text that runs backwards, half a pair, a C1 control, an emoji by
@@ -190,7 +190,7 @@ def test_all_log_lines_are_printable(caplog: pytest.LogCaptureFixture) -> None:
     assert not any(ODD.search(text) or "\n" in text for text in caplog.messages)
     assert " of 3: " in caplog.messages[0]
     for module in modules():
-        if module.__name__ != "kvzip_memory.printable":
+        if module.__name__ != "kvzip_memory.system.printable":
             assert "getLogger" not in Path(str(module.__file__)).read_text(), f"{module.__name__}: take logger_of"
 
 

@@ -10,8 +10,8 @@ from transformers import GenerationConfig, WatermarkingConfig
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
-from kvzip_memory.generation import GenerationParams, Sampler
-from kvzip_memory.processors import _REFUSED
+from kvzip_memory.inference.generation import GenerationParams, Sampler
+from kvzip_memory.inference.processors import _REFUSED
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipLLM
 

@@ -10,10 +10,10 @@ import torch
 
 from kvzip_memory import StorageError
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.registry import files as context_files
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.doctor import examine
-from kvzip_memory.registry.files import PreparedFile
+from kvzip_memory.registry.disk import files as context_files
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.files import PreparedFile
+from kvzip_memory.registry.disk.store import DiskTier
 from synthetic import CPU, context, load, wanted
 from test_odd_facts import FORGERIES, forge
 
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path: Path, how: str, 
         raise OSError(24, "Too many open files", str(path_))
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvzip_memory.registry.disk.open_context", fails)
+        patch.setattr("kvzip_memory.registry.disk.store.open_context", fails)
         disk = DiskTier(tmp_path)
         assert disk.quarantine() == []
         disk.close()
@@ -133,7 +133,7 @@ def test_a_header_that_would_not_be_read_is_not_written(tmp_path: Path, monkeypa
 
 
 def test_a_name_that_would_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvzip_memory import private
+    from kvzip_memory.system import private
 
     monkeypatch.setattr(private, "LIMIT", 1000)
     path = tmp_path / "file"

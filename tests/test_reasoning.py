@@ -15,7 +15,7 @@ from llama_index.core.llms import ChatMessage
 from conftest import tiny_model
 from kinds import tiny
 from kvzip_memory import KVzipEngine
-from kvzip_memory.reasoning import Reasoning, ReasoningReader
+from kvzip_memory.prompting.reasoning import Reasoning, ReasoningReader
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipLLM
 from templates import FAMILIES

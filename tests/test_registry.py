@@ -24,15 +24,16 @@ from safetensors.torch import load_file, save_file
 
 import synthetic
 from conftest import CHATML, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, StorageError, loading
+from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMismatchError, InputError, KVzipEngine, StorageError
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
-from kvzip_memory.locks import held
+from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.index import Index, IndexDamagedError
-from kvzip_memory.registry.memory import packed
+from kvzip_memory.registry.disk.index import Index, IndexDamagedError
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.registry import TTL_LIMIT
+from kvzip_memory.registry.tier import packed
+from kvzip_memory.system.locks import held
 
 ROOT = Path(__file__).parent.parent
 

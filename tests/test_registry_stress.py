@@ -16,7 +16,7 @@ import synthetic
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.registry.disk import DiskTier
+from kvzip_memory.registry.disk.store import DiskTier
 from synthetic import CPU, ask_together, churn, kill, load, processes, wanted
 
 FULL = os.environ.get("KVZIP_STRESS") == "1"

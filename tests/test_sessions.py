@@ -11,7 +11,7 @@ import torch
 
 from conftest import TEXT, row_over, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, SessionBusyError, WindowError
-from kvzip_memory.cache import Row
+from kvzip_memory.inference.cache import Row
 
 QUESTIONS = ["Who carries oil?", "When?", "And what is the code of the door?"]
 

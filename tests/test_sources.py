@@ -15,8 +15,8 @@ from llama_index.core.schema import NodeWithScore
 
 from conftest import TEXT, masked_attention, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, WindowError
-from kvzip_memory.attribution import NEUTRAL, attention_mass, blend, bm25, compared
-from kvzip_memory.cache import Row, Tail
+from kvzip_memory.inference.attribution import NEUTRAL, attention_mass, blend, bm25, compared
+from kvzip_memory.inference.cache import Row, Tail
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipQueryEngine
 from llama_index_kvzip.sources import TOKENS_KEY, Paragraphs, Part, Ranking, whole
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import tiny_model
 from kinds import tiny
 from kvzip_memory import KVzipEngine, Reply
-from kvzip_memory.generation import Sampler
+from kvzip_memory.inference.generation import Sampler
+from kvzip_memory.prompting.sources import Message
 from kvzip_memory.session import Session
-from kvzip_memory.sources import Message
 from templates import FAMILIES
 
 TOOL = {

@@ -35,11 +35,11 @@ from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipE
 from kvzip_memory.cli import app
 from kvzip_memory.memory import Memory
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Wanted, forgotten
-from kvzip_memory.registry.disk import DiskTier
-from kvzip_memory.registry.doctor import examine
+from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.layout import blobs
+from kvzip_memory.registry.disk.names import Label
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import Naming, document_tag, thread_tag
-from kvzip_memory.registry.layout import blobs
-from kvzip_memory.registry.names import Label
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 from llama_index_kvzip.llm import CONTEXT_KEY

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvzip_memory.context import RaggedLayer
-from kvzip_memory.upload import Stage, upload
+from kvzip_memory.context.upload import Stage, upload
 
 
 @pytest.mark.parametrize("pairs", [1, 63, 64, 200])

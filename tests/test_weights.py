@@ -22,9 +22,9 @@ from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, K
 from kvzip_memory.attention import Chosen, cpu
 from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.generation import GenerationParams
-from kvzip_memory.modeling import LanguageModel
-from kvzip_memory.weights import Watch, checksum, fingerprint
+from kvzip_memory.inference.generation import GenerationParams
+from kvzip_memory.inference.modeling import LanguageModel
+from kvzip_memory.inference.weights import Watch, checksum, fingerprint
 
 # -- what changes weights ---------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def test_which_tensor_another_name_stands_for_is_in_the_fingerprint() -> None:
 def test_a_fingerprint_is_taken_once_and_by_bytes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny_engine()
     taken = []
-    monkeypatch.setattr("kvzip_memory.weights.fingerprint", lambda model: taken.append(fingerprint(model)) or taken[-1])
+    monkeypatch.setattr("kvzip_memory.inference.weights.fingerprint", lambda model: taken.append(fingerprint(model)) or taken[-1])
     for text in ("One. ", "Two. "):
         engine.load(text + TEXT)
     assert len(taken) == 1  # their checksum is looked at behind each build
@@ -536,7 +536,7 @@ def test_an_attention_that_cannot_compute_with_another_dtype_says_so(monkeypatch
             raise InputError("needs float32")
         return Chosen("another", cpu.attention)
 
-    monkeypatch.setattr("kvzip_memory.modeling.choose", library)
+    monkeypatch.setattr("kvzip_memory.inference.modeling.choose", library)
     engine.model.to(torch.bfloat16)
     for _ in range(2):
         with pytest.raises(InputError, match="needs float32"):

@@ -34,11 +34,11 @@ from kvzip_memory.context import checked_context
 from kvzip_memory.hidden import Options, revealed, told
 from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
 from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
-from kvzip_memory.reasoning import Reasoning
+from kvzip_memory.prompting.reasoning import Reasoning
+from kvzip_memory.prompting.sources import as_message, clean, may_bring_contexts
+from kvzip_memory.prompting.tools import FORMS, CallReader
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.registry.identity import tenant_digest
-from kvzip_memory.sources import as_message, clean, may_bring_contexts
-from kvzip_memory.tools import FORMS, CallReader
 from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 

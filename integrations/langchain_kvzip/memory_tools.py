@@ -16,14 +16,16 @@ from weakref import WeakValueDictionary
 from langchain_core.tools import BaseTool, StructuredTool, ToolException
 
 from kvzip_memory import Document, KVzipEngine
-from kvzip_memory.batching import Places
 from kvzip_memory.bridge import result_of
-from kvzip_memory.calls import check
 from kvzip_memory.errors import KVzipError
-from kvzip_memory.forks import refuse_after_fork
-from kvzip_memory.locks import held, lock_in
+from kvzip_memory.inference.batching import Places
+from kvzip_memory.prompting.sources import clean
 from kvzip_memory.registry import Entry
-from kvzip_memory.sources import as_path, brief, clean
+from kvzip_memory.system.calls import check
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.locks import held, lock_in
+from kvzip_memory.system.paths import as_path
+from kvzip_memory.system.printable import brief
 from langchain_kvzip.folders import LARGEST_FILE, read_below
 
 #: An agent's namespace may have so many documents, and their names so many characters.

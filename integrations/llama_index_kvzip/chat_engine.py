@@ -26,11 +26,11 @@ from llama_index.core.types import Thread
 
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.bridge import finished, result_of
-from kvzip_memory.calls import Cancelled, check, within
 from kvzip_memory.context import checked_context
-from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
 from kvzip_memory.session import Stream
+from kvzip_memory.system.calls import Cancelled, check, within
+from kvzip_memory.system.forks import refuse_after_fork
 from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip, plain_messages
 from llama_index_kvzip.memory import KVzipMemoryBlock
 from llama_index_kvzip.sources import Part, Ranking, whole

@@ -24,10 +24,10 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import result_of
-from kvzip_memory.calls import check
-from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.registry.holders import document_tag, escaped, parts
-from kvzip_memory.sharing import Shared
+from kvzip_memory.system.calls import check
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.filters import Choice
 from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip

@@ -17,12 +17,12 @@ from pydantic import Field
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
 from kvzip_memory.bridge import result_of
-from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.integration import loads_of
-from kvzip_memory.printable import logger_of
+from kvzip_memory.prompting.sources import Message, clean
 from kvzip_memory.registry import check_text
 from kvzip_memory.registry.holders import Naming, escaped
-from kvzip_memory.sources import Message, clean
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.printable import logger_of
 from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
 

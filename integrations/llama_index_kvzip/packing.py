@@ -11,9 +11,9 @@ from llama_index.core.schema import BaseNode
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.engine import FREE_TOKENS
 from kvzip_memory.options import is_whole
-from kvzip_memory.printable import logger_of
+from kvzip_memory.prompting.sources import as_document, clean, cleaned, header
 from kvzip_memory.registry.holders import document_tag, together
-from kvzip_memory.sources import as_document, clean, cleaned, header
+from kvzip_memory.system.printable import logger_of
 from llama_index_kvzip.llm import KVzipLLM
 
 logger = logger_of(__name__)

@@ -12,9 +12,9 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
-from kvzip_memory.cache import LastLayerSeen, Row, Tail
 from kvzip_memory.context import RaggedLayer
-from kvzip_memory.modeling import LanguageModel
+from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
+from kvzip_memory.inference.modeling import LanguageModel
 
 Progress = Callable[[str, int], None]
 #: Keys and values ``[H, m, D]`` of every layer (a sliding layer: of its last ``window - 1`` tokens at least).

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
-from kvzip_memory.modes import plain
+from kvzip_memory.system.modes import plain
 
 
 @plain()

@@ -1,8 +1,8 @@
 """Contexts by key: built once, placed in tiers, found again."""
 
-from kvzip_memory.registry.disk import Entry
+from kvzip_memory.registry.disk.names import Label
+from kvzip_memory.registry.disk.store import Entry
 from kvzip_memory.registry.identity import EVERYONE
-from kvzip_memory.registry.names import Label
 from kvzip_memory.registry.registry import (
     Build,
     ContextRegistry,

@@ -8,13 +8,9 @@ tokens with it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from kvzip_memory.registry.memory import Held
 
 
 def beginning(ids: Sequence[int] | np.ndarray) -> str:
@@ -29,35 +25,3 @@ def beginnings(ids: Sequence[int] | np.ndarray) -> list[str]:
         hasher.update(data[1 << power >> 1 if power else 0 : 1 << power].tobytes())
         found.append(f"{1 << power}:{hasher.hexdigest()[:16]}")
     return found
-
-
-class Catalogue:
-    """The contexts of a tier of memory."""
-
-    def __init__(self, held: Iterable[Held] = ()) -> None:
-        self._files: dict[tuple[str, ...], dict[str, Held]] = {}
-        for each in held:
-            self.add(each)
-
-    def add(self, held: Held) -> None:
-        for place in self._places(held):
-            self._files.setdefault(place, {})[held.key] = held
-
-    def discard(self, held: Held) -> None:
-        for place in self._places(held):
-            file = self._files.get(place, {})
-            file.pop(held.key, None)
-            if not file:
-                self._files.pop(place, None)
-
-    def of_text(self, group: str) -> list[Held]:
-        """Contexts of one text and tenant."""
-        return list(self._files.get((group,), {}).values())
-
-    def begun_with(self, family: str, begun: Iterable[str]) -> Iterator[Held]:
-        """Contexts of one model and tenant that are filed under one of these beginnings."""
-        for each in begun:
-            yield from self._files.get((family, each), {}).values()
-
-    def _places(self, held: Held) -> tuple[tuple[str, ...], ...]:
-        return (held.group,), (held.family, held.beginning)

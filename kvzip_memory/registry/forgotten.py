@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvzip_memory.registry.holders import parts
-from kvzip_memory.registry.identity import digest
+from kvzip_memory.system.digests import digest
 
 _LIMIT = 1000  # notes that are kept, the latest
 _DIGITS = 16

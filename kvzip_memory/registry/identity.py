@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from kvzip_memory.context import Recipe
-from kvzip_memory.encoding import added_tokens, knows_mistral
 from kvzip_memory.errors import IdentityMismatchError, InputError
-from kvzip_memory.prompt import Prompt
-from kvzip_memory.weights import adapter_state, fingerprint
+from kvzip_memory.system.digests import digest
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
 FORMAT = 3
@@ -40,64 +36,6 @@ _LABELS = {
     "parent": "the context it was grown from",
 }
 _DERIVED = ("tokens", "protected", "recipe")
-
-# Parts of a configuration that change neither a key nor a value.
-_NEUTRAL = {"_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype", "dtype", "name_or_path"}
-
-
-def weights_identity(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
-    """Those of :data:`MODEL_FIELDS` that a model in memory decides.
-
-    Args:
-        weights: their fingerprint; None has them read (measured: about 0.6 s a GB on one CPU core).
-    """
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _NEUTRAL}
-    quantization = config.pop("quantization_config", None)
-    return {
-        "format": FORMAT,
-        "architecture": model.config.model_type,
-        "config": digest(config),
-        "weights": weights or fingerprint(model),
-        "adapter": adapter_state(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": None if quantization is None else digest(quantization),
-    }
-
-
-def context_identity(
-    model_fields: Mapping[str, Any],
-    prompt: Prompt,
-    ratio: float,
-    scorer: Mapping[str, Any],
-    allocator: str,
-    tenant: str | None = None,
-    parent: Mapping[str, Any] | None = None,
-    compress_every: int | None = None,
-) -> dict[str, Any]:
-    """All fields that determine a context's bytes, what may follow it, and who may use it.
-
-    Args:
-        tenant: a digest, see :func:`tenant_digest`.
-        compress_every: size of the pieces it is built in, None if in one.
-        parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
-    """
-    scored = ratio < 1.0 or (parent is not None and parent.get("scorer") is not None)
-    return {
-        **model_fields,
-        "text": prompt.text_digest,
-        "system": prompt.system_digest,
-        "keep": digest(prompt.keep) if prompt.keep and scored else None,
-        "ratio": ratio,
-        "scorer": dict(scorer) if scored else None,
-        "allocator": allocator if scored else None,
-        "compress_every": compress_every,
-        "tenant": tenant,
-        "tokens": tokens_digest(prompt.token_ids),
-        "protected": prompt.protected,
-        "recipe": recipe_digest(prompt.recipe),
-        "tools": prompt.recipe.tools,
-        "parent": None if parent is None else key_of(parent),
-    }
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -187,12 +125,6 @@ def key_of(identity: Mapping[str, Any]) -> str:
     return digest(identity)
 
 
-def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def check_same_model(
     identity: Mapping[str, Any],
     model_fields: Mapping[str, Any],
@@ -214,26 +146,3 @@ def check_same_model(
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 16 else text[:12] + "..."
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash of vocabulary, merges, added tokens and every setting that changes the ids of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Truncation and padding are written into the backend by calls that use them; ours never do.
-        state = json.loads(backend.to_str())
-        state.pop("truncation", None)
-        state.pop("padding", None)
-    else:
-        state = {"vocab": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
-        if knows_mistral(tokenizer):  # whose vocabulary has one name for all tokens that end within a character
-            state = {"model": _mistral_model(tokenizer.tokenizer.instruct_tokenizer.tokenizer), "class": type(tokenizer).__name__}
-    return digest([state, sorted((i, str(t.content), t.special) for i, t in added_tokens(tokenizer).items())])
-
-
-def _mistral_model(tokenizer: Any) -> str:
-    """Hash of what turns texts into ids in one of mistral-common's, SentencePiece's or tekken."""
-    model = tokenizer._model
-    if hasattr(model, "serialized_model_proto"):
-        return hashlib.sha256(model.serialized_model_proto()).hexdigest()
-    return digest([model._pat_str, [tokenizer.id_to_byte_piece(i).hex() for i in range(tokenizer.n_words)]])

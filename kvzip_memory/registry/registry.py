@@ -19,28 +19,28 @@ from weakref import WeakSet, WeakValueDictionary
 import numpy as np
 import torch
 
-from kvzip_memory import calls
-from kvzip_memory.calls import Left
-from kvzip_memory.checksums import Checksums
 from kvzip_memory.compression.shrink import shrink
-from kvzip_memory.context import CompressedContext, Lease, Receipt, Source
+from kvzip_memory.context import LONGEST_NAME, CompressedContext, Lease, Receipt, Source
 from kvzip_memory.errors import BudgetError, InputError, StorageError
-from kvzip_memory.forks import is_parents, refuse_after_fork
-from kvzip_memory.locks import Hold, Notice
-from kvzip_memory.printable import logger_of, printable
-from kvzip_memory.private import usable
 from kvzip_memory.registry.beginnings import beginnings
-from kvzip_memory.registry.disk import CheckLayers, DiskTier, Entry, NotStoredError, is_past, latest
-from kvzip_memory.registry.facts import LATEST
+from kvzip_memory.registry.disk.facts import LATEST
+from kvzip_memory.registry.disk.files import write_context
+from kvzip_memory.registry.disk.index import IndexHeldError
+from kvzip_memory.registry.disk.layout import KEY, without_keys
+from kvzip_memory.registry.disk.names import Label, Names
+from kvzip_memory.registry.disk.store import CheckLayers, DiskTier, Entry, NotStoredError, is_past, latest
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import JOINT, LARGEST_HOLDERS, MARKED, LetGo, check_room, has_room, is_held, without
 from kvzip_memory.registry.identity import EVERYONE, explain, family_of, is_whose, only_ratio_differs
-from kvzip_memory.registry.index import IndexHeldError
-from kvzip_memory.registry.layout import KEY, without_keys
-from kvzip_memory.registry.memory import Held, MemoryTier, Room, Use, settle, to_device, to_host
-from kvzip_memory.registry.names import Label, Names
-from kvzip_memory.sharing import Shared
-from kvzip_memory.sources import LONGEST_NAME
+from kvzip_memory.registry.tier import Held, MemoryTier, Room, Use, settle, to_device, to_host
+from kvzip_memory.system import calls
+from kvzip_memory.system.calls import Left
+from kvzip_memory.system.checksums import Checksums
+from kvzip_memory.system.forks import is_parents, refuse_after_fork
+from kvzip_memory.system.locks import Hold, Notice
+from kvzip_memory.system.printable import logger_of, printable
+from kvzip_memory.system.private import usable
+from kvzip_memory.system.sharing import Shared
 
 logger = logger_of(__name__)
 
@@ -1149,6 +1149,14 @@ class ContextRegistry(Shared):
         """
         self.check_changeable()
         return {} if self._disk is None else self._disk.gc()
+
+    def write(self, context: CompressedContext, path: Path) -> Path:
+        """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.
+
+        Raises:
+            OSError: as for :func:`~kvzip_memory.registry.disk.files.write_context`.
+        """
+        return write_context(context, path, self.checksums)
 
     def quarantine(self) -> list[dict[str, Any]]:
         """Files that failed their checks: key, file, nbytes, reason, time, tenant. Whose is not known is told to operators only."""

@@ -20,8 +20,8 @@ from transformers import Cache
 
 from kvzip_memory.attention import BACKENDS
 from kvzip_memory.attention.cpu import causal
-from kvzip_memory.cache import LastLayerSeen
 from kvzip_memory.compression.prefill import Prefilled, Progress
+from kvzip_memory.inference.cache import LastLayerSeen
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"

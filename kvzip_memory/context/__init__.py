@@ -1,0 +1,21 @@
+"""The values that flow through everything: a compressed context, its layers and facts. No behaviour beyond reading them."""
+
+from kvzip_memory.context.context import CompressedContext, Lease, Resident, Storage, Writer, checked_context
+from kvzip_memory.context.facts import LONGEST_NAME, Receipt, Recipe, Source, as_told
+from kvzip_memory.context.layers import RaggedLayer, storage_nbytes
+
+__all__ = [
+    "LONGEST_NAME",
+    "CompressedContext",
+    "Lease",
+    "RaggedLayer",
+    "Receipt",
+    "Recipe",
+    "Resident",
+    "Source",
+    "Storage",
+    "Writer",
+    "as_told",
+    "checked_context",
+    "storage_nbytes",
+]

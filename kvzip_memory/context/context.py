@@ -1,0 +1,185 @@
+"""A compressed context, and where its pairs are."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from kvzip_memory.context.facts import Receipt, Recipe, Source
+from kvzip_memory.context.layers import RaggedLayer, storage_nbytes
+from kvzip_memory.errors import InputError
+from kvzip_memory.system.paths import as_path
+from kvzip_memory.system.sharing import Shared
+
+Writer = Callable[["CompressedContext", Path], Path]
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A context's layers on the model's device, there for as long as the lease is held.
+
+    Attributes:
+        layers: one :class:`RaggedLayer` a layer.
+        receipt: where they came from.
+    """
+
+    layers: tuple[RaggedLayer, ...]
+    receipt: Receipt
+
+
+@runtime_checkable  # pydantic models hold contexts
+class Storage(Protocol):
+    """Where a context's layers are: in its own hands (:class:`Resident`), or in a registry's.
+
+    Attributes:
+        nbytes: bytes of the layers' storages, each counted once.
+        kept_pairs: pairs in the layers with full attention, over all their heads.
+        full_heads: KV heads of the layers with full attention, over all of them.
+        write: writes a context that holds its pairs itself to a file, atomically; None where there is nobody who does.
+    """
+
+    nbytes: int
+    kept_pairs: int
+    full_heads: int
+    write: Writer | None
+
+    def lease(self, key: str) -> AbstractContextManager[Lease]: ...
+
+
+class Resident(Shared):
+    """Layers that stay where they are for as long as the object lives."""
+
+    _way_out = "save() the context that they belong to and open() the file"
+
+    def __init__(self, layers: tuple[RaggedLayer, ...], write: Writer | None = None) -> None:
+        self.layers, self.write = layers, write
+        full = [layer for layer in layers if layer.window is None]
+        self.nbytes = storage_nbytes([t for layer in layers for t in layer.tensors()])
+        self.kept_pairs = sum(sum(layer.lengths) for layer in full)
+        self.full_heads = sum(layer.n_heads for layer in full)
+
+    def lease(self, key: str) -> AbstractContextManager[Lease]:
+        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes)))
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CompressedContext(Shared):
+    """A token prefix and what is left of its KV cache. Immutable: any number of sessions read one context at a time.
+
+    A context loaded by an engine is a light handle: its pairs lie in the engine's registry, which may move them from
+    the device to the host's memory and to disk between two answers, and brings them back for the next one. A context
+    opened from a file by hand holds its pairs itself. A copy, deep or not, is the context itself.
+
+    Attributes:
+        key: content hash of everything that determines the bytes (see :mod:`kvzip_memory.registry.identity`).
+        identity: the fields the key was made of.
+        token_ids: ``[n]`` int32 on the host, the prefix the context stands for.
+        storage: where the layers are.
+        protected: the first so many positions are never evicted (template head and system prompt).
+        ratio: the fraction of pairs that was asked for.
+        dense_nbytes: storage of the uncompressed cache, measured while building.
+        recipe: the ids that follow.
+        sources: the loaded documents and the tokens each covers, with the names and metadata that this object was loaded with.
+        name: the name given by the user; not part of the key.
+        receipt: how this object came to be.
+        created: when its text was read, seconds since the epoch; of one that was grown, the first of it. 0.0: not known.
+        expires: when whoever stored it wanted it built anew, seconds since the epoch; None for never.
+        coarsest: the smallest ratio at which it, or a context it was grown from, was compressed; 0.0: not known.
+    """
+
+    key: str
+    identity: Mapping[str, Any]
+    token_ids: Tensor
+    storage: Storage
+    protected: int
+    ratio: float
+    dense_nbytes: int
+    recipe: Recipe
+    sources: tuple[Source, ...] = ()
+    name: str | None = None
+    receipt: Receipt | None = None
+    created: float = 0.0
+    expires: float | None = None
+    coarsest: float = 0.0
+
+    _way_out = "give its key, which engine.get() finds in the same cache_dir, or save() it and open() the file"
+
+    def lease(self) -> AbstractContextManager[Lease]:
+        """The layers on the model's device, not moved or freed while the ``with`` block runs.
+
+        Raises:
+            BudgetError: no room for them on the device, since other answers use all of it.
+        """
+        return self.storage.lease(self.key)
+
+    @property
+    def layers(self) -> tuple[RaggedLayer, ...]:
+        """The layers, brought to the device if they are not there. For looking at them; answers take a :meth:`lease`."""
+        with self.lease() as lease:
+            return lease.layers
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens the context stands for; a session's positions go on from here."""
+        return int(self.token_ids.numel())
+
+    @property
+    def kept_pairs(self) -> int:
+        """Pairs kept in the layers with full attention, over all their heads."""
+        return self.storage.kept_pairs
+
+    @property
+    def total_pairs(self) -> int:
+        """Pairs the same layers held before eviction."""
+        return self.storage.full_heads * self.n_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storages of the context, measured when it was built or read, each counted once."""
+        return self.storage.nbytes + storage_nbytes([self.token_ids])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the context to one safetensors file, atomically; an older file there is replaced only when done. If its engine has a
+        secret, only one that has it can open the file.
+
+        Raises:
+            InputError: a path that no file can have.
+            OSError: the file cannot be written; whatever was at ``path`` is still there.
+        """
+        file = as_path(path, "path")
+        if not file.name:
+            raise InputError(f"path is {str(path)!r}, which names no file; give a file's")
+        write = self.storage.write
+        if write is None:
+            raise InputError(f"{self!r} was made by hand, and nothing is known of how to write it; load its text with an engine")
+        with self.lease() as lease:
+            return write(replace(self, storage=Resident(lease.layers)), file)
+
+    def as_block(self) -> dict[str, str]:
+        """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""
+        return {"type": "file", "file_id": self.key}
+
+    def __repr__(self) -> str:
+        kept = 100 * self.kept_pairs / self.total_pairs
+        return (
+            f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {kept:.1f} % kept, "
+            f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
+        )
+
+
+def checked_context(context: Any) -> CompressedContext:
+    """Raises:
+    InputError: it is no context.
+    """
+    if not isinstance(context, CompressedContext):
+        raise InputError(
+            f"{reprlib.repr(context)} is no context, but of type {type(context).__name__}; give what load(), get() or open() of the engine "
+            "has returned"
+        )
+    return context

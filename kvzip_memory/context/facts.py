@@ -1,0 +1,87 @@
+"""What is known of a context beside its pairs: what was loaded, what follows, and how it came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+#: A name or a tag may have so many characters.
+LONGEST_NAME = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """One loaded document: its name, its metadata and the tokens it covers, ``[start, end)`` of the context.
+
+    The name and the metadata are those of whoever loaded it. The text itself has no more than a name that is ``shown`` in a header.
+    """
+
+    name: str
+    metadata: Mapping[str, Any]
+    start: int
+    end: int
+    shown: bool = False
+
+
+def as_told(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """Sources as the text itself tells them, for those who share it: without what only their loader knows."""
+    told = enumerate(sources, 1)
+    return tuple(replace(source, name=source.name if source.shown else f"document {number}", metadata={}) for number, source in told)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What follows a context's tokens, cut from the chat template once and never rendered again.
+
+    A first question is ``opening + tokens(separator + question) + closing``; every later one starts with
+    ``next_turn`` in the place of opening and separator.
+
+    Attributes:
+        opening: ids between the context and the first question (a user header after a conversation, else empty).
+        separator: plain text put before the first question.
+        closing: ids that end a user's turn and open the assistant's.
+        next_turn: ids that end an assistant's turn and open the user's.
+        role: whose turn the context ends in.
+        tools: digest of the tools that are described in the context, None without any.
+        tail: the text's last characters, if their tokens depend on what follows: they are not in the context and are read with
+            that. Mostly none, or a full stop.
+        system: the system prompt in the context, which some templates look at to write what follows.
+    """
+
+    opening: tuple[int, ...]
+    separator: str
+    closing: tuple[int, ...]
+    next_turn: tuple[int, ...]
+    role: str = "user"
+    tools: str | None = None
+    tail: str = ""
+    system: str = ""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one call reused or built.
+
+    Attributes:
+        key: the context's key, None for an answer without a context.
+        hit: whether a stored context was used.
+        tier: where it lay: ``"device"``, ``"host"``, ``"disk"``, ``"built"`` when it had to be computed, or ``"none"``
+            when the call used no context.
+        reason: why there was no hit, None on a hit.
+        differs: on a miss, the fields of the identity in which the nearest stored context of the same text differs.
+        shrunk_from: the ratio of the stored context this one was cut from, None if it was stored as it is.
+        nbytes: bytes of the context in memory.
+        ms: milliseconds by stage (``wait``, ``load``, ``prefill``, ``score``, ``evict``, ``decode``, ...).
+        read: tokens that this call read to build it: all of them, or those behind the context that it goes on from.
+    """
+
+    key: str | None
+    hit: bool
+    tier: str
+    reason: str | None = None
+    differs: tuple[str, ...] = ()
+    shrunk_from: float | None = None
+    nbytes: int = 0
+    ms: Mapping[str, float] = field(default_factory=dict)
+    read: int = 0

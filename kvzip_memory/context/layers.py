@@ -1,0 +1,67 @@
+"""The pairs that one layer has kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RaggedLayer:
+    """The kept pairs of one layer, heads one after another, each head's pairs in the order of their positions.
+
+    Attributes:
+        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, dtype of the model.
+        values: ``[sum(lengths), D]``, dtype of the model.
+        lengths: pairs kept by each KV head.
+        positions: ``[sum(lengths)]`` int32, position of each pair in the context.
+        scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
+        window: the layer's sliding window in tokens, None for full attention. A sliding layer keeps exactly the
+            pairs the next token can still see and is never compressed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    scores: Tensor | None = None
+    window: int | None = None
+    offsets: tuple[int, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "offsets", tuple(accumulate(self.lengths, initial=0)))
+
+    @property
+    def n_heads(self) -> int:
+        return len(self.lengths)
+
+    def head(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one KV head, each ``[lengths[index], D]``: views, nothing is copied."""
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        return self.keys[rows], self.values[rows]
+
+    def heads(self) -> Tensor:
+        """``[sum(lengths)]``, the KV head of each pair."""
+        lengths = torch.tensor(self.lengths, device=self.positions.device)
+        return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
+
+    def dense_scores(self, n: int) -> Tensor:
+        """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone. The layer has scores."""
+        assert self.scores is not None
+        scores = torch.full((self.n_heads, n), float("-inf"), dtype=self.scores.dtype)
+        scores[self.heads().cpu(), self.positions.long().cpu()] = self.scores.cpu()
+        return scores
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors this layer owns."""
+        scores = () if self.scores is None else (self.scores,)
+        return (self.keys, self.values, self.positions, *scores)
+
+
+def storage_nbytes(tensors: list[Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, each storage counted once, whole."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

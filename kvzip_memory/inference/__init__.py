@@ -1,0 +1,1 @@
+"""The one door to a transformers model: loading, forwards, batches of steps, sampling."""

@@ -1,0 +1,260 @@
+"""Decode steps over tensors that stay where they are, so that a GPU can replay one as a CUDA graph.
+
+A graph is captured once for every number of rows and of tokens a row, rounded up to powers of two. What it must not bake
+in, which contexts and tails the rows have, is in tables its kernels read (:mod:`kvzip_memory.attention.triton`). Rows come
+and go, contexts change and tails grow by rewriting the tables; lengths, positions and token ids are written before every
+step.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvzip_memory.attention.base import rows_by_context
+from kvzip_memory.inference.cache import Row
+from kvzip_memory.system.modes import evaluation_copy, in_evaluation
+from kvzip_memory.system.printable import logger_of
+
+logger = logger_of(__name__)
+
+#: Rows times tokens of a step in which rows have several.
+MOST_TOKENS = 64
+
+
+class CaptureError(RuntimeError):
+    """A function that cannot be captured as a CUDA graph."""
+
+
+class Step:
+    """A function of no arguments over static tensors: called, or on a GPU captured the first time and replayed ever after.
+
+    Args:
+        function: reads and writes tensors that stay where they are. It may run more than once for one step.
+        device: where.
+        pool: memory shared with other steps, of which one runs at a time (``torch.cuda.graph_pool_handle()``); its own if None.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device, pool: Any = None) -> None:
+        self._function, self._device, self._pool = function, device, pool
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self) -> Tensor:
+        """What the function returns. The next run overwrites it.
+
+        Raises:
+            CaptureError: the function cannot be captured.
+        """
+        if self._device.type != "cuda":
+            return self._function()
+        with torch.cuda.device(self._device):
+            if self._graph is None:
+                self._capture()
+            assert self._graph is not None
+            self._graph.replay()
+            return self._output
+
+    def _capture(self) -> None:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(2):  # kernels are compiled and workspaces made outside of the graph
+                self._function()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may allocate and copy meanwhile: contexts that are loaded.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._output = self._function()
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
+        self._graph = graph
+
+
+class DecodeSteps:
+    """Runs decode steps: one token a row, or some, where guesses are checked. Not locked.
+
+    Args:
+        model: with our attention attached.
+        windows: sliding window of each layer, None for full attention.
+        kernels: :mod:`kvzip_memory.attention.triton`.
+
+    Attributes:
+        captured: rows and tokens a row there are steps for; each has been captured once.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Sequence[int | None], kernels: ModuleType) -> None:
+        self._model, self._windows, self._kernels = model, windows, kernels
+        self._batches: dict[tuple[int, int], _Batch] = {}
+        self._weights: list[int] = []
+        self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self._usable = len(set(getattr(model, "hf_device_map", {}).values())) < 2
+
+    @property
+    def captured(self) -> list[tuple[int, int]]:
+        return sorted(self._batches)
+
+    def forget(self) -> None:
+        """Let go of all graphs: weights lie elsewhere, or another adapter is active."""
+        self._batches.clear()
+
+    def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor | None:
+        """Feed each row its tokens and append their pairs to its tail, uncounted; logits ``[B, n_logits, vocab]`` fp32 after the last.
+
+        None if that has to be done without graphs: many tokens, a tail that has never been written, adapters, whose
+        switches a graph would miss, or a model that cannot be captured.
+        """
+        width = max(map(len, ids))
+        shape = _power(len(rows)), _power(width)
+        if not self._usable or (width > 1 and shape[0] * shape[1] > MOST_TOKENS) or getattr(self._model, "_hf_peft_config_loaded", False):
+            return None
+        for row, row_ids in zip(rows, ids, strict=True):
+            row.tail.reserve(row.tail.length + len(row_ids))
+        batch = self._batches.get(shape)
+        if batch is None or not batch.holds(rows):
+            if any(len(row.tail.pairs(row.tail.capacity)) != len(self._windows) for row in rows):
+                return None
+            weights = [parameter.data_ptr() for parameter in self._model.parameters()]
+            if weights != self._weights:  # replaced, or moved: graphs read the old ones
+                self._batches.clear()
+                self._weights, batch = weights, None
+            if batch is None:
+                like = rows[0].tail.pairs(1)[0][0]
+                batch = self._batches[shape] = _Batch(self._model, self._windows, self._kernels, *shape, like, self._pool)
+            batch.place(rows)
+        try:
+            return batch.run(rows, ids, n_logits)
+        except CaptureError as error:
+            logger.warning("decode steps of this model run without CUDA graphs: %s", error)
+            self._batches.clear()
+            self._usable = False
+            return None
+
+
+class _Batch:
+    """The step of up to ``size`` rows of up to ``width`` tokens, and its tables. The rest of it is padding, never written to a tail."""
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Sequence[int | None], kernels: ModuleType, size: int, width: int, like: Tensor, pool: Any
+    ) -> None:
+        n_heads, _, dim = like.shape
+        self._kernels, self._windows, self._size, self._width = kernels, windows, size, width
+        self._pair_nbytes = dim * like.element_size()
+        self._blocks = kernels.blocks(size * width, model.config.num_attention_heads // n_heads, dim, like.element_size())
+        self._programs = kernels.programs(like.device)
+        # A row has at most a context and a tail of its own.
+        n_items = kernels.fitting_width(2 * size * -(-width // self._blocks.entries) * n_heads, self._programs)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=like.device)
+
+        self._inputs = zeros(size * (2 * width + 3))  # written as a whole before every step
+        tokens, positions, self._lengths, self._last, self._counts = self._inputs.split([size * width] * 2 + [size] * 3)
+        self._tokens, self._positions = tokens.view(size, width), positions.view(size, width)
+        self._tails = zeros(len(windows), size, 3)
+        self._items = zeros(len(windows), n_items, 9)
+        self._parts = zeros(len(windows), size * width, n_heads, 4, dtype=torch.int32)
+        self._entries = zeros(size * width, 2, dtype=torch.int32)
+        self._placed: list[tuple[weakref.ref[object], int, weakref.ref[object] | None]] = []
+        self._step = Step(lambda: self._forward(model), like.device, pool)
+
+    def holds(self, rows: Sequence[Row]) -> bool:
+        """Whether the tables are those of these rows, and no tail has grown."""
+        return len(rows) == len(self._placed) and all(
+            tail() is row.tail and capacity == row.tail.capacity and (context is None if not row.layers else _is(context, row.layers[0]))
+            for row, (tail, capacity, context) in zip(rows, self._placed, strict=True)
+        )
+
+    def place(self, rows: Sequence[Row]) -> None:
+        """Write the tables for these rows."""
+        kernels, width = self._kernels, self._width
+        self._placed = []  # until all is written
+        order: list[int] = []
+        contexts, tails = [], []
+        for members in rows_by_context([_context(row) for row in rows]):
+            first, layers = len(order) * width, rows[members[0]].layers
+            for b in members:
+                tail, start = rows[b].tail, len(order) * width
+                tails.append(kernels.tail_owner(tail.pairs(tail.capacity), tail.capacity, (start, start + width)))
+                order.append(b)
+            if layers:
+                contexts.append(kernels.context_owner(layers, (first, len(order) * width)))
+        n_items = self._items.shape[1]
+        made = kernels.plan([*contexts, *tails], self._size * width, self._blocks.entries, self._pair_nbytes, self._programs, n_items)
+        self._items.copy_(torch.from_numpy(made.items))
+        self._parts.copy_(torch.from_numpy(made.parts))
+        order += range(len(rows), self._size)
+        self._entries.copy_(torch.tensor([(b, behind) for b in order for behind in reversed(range(width))], dtype=torch.int32))
+        tables = torch.zeros_like(self._tails, device="cpu")
+        for b, row in enumerate(rows):
+            capacity = row.tail.capacity
+            tables[:, b] = torch.tensor([(keys.data_ptr(), values.data_ptr(), capacity) for keys, values in row.tail.pairs(capacity)])
+        self._tails.copy_(tables)
+        self._placed = [(weakref.ref(row.tail), row.tail.capacity, weakref.ref(row.layers[0]) if row.layers else None) for row in rows]
+
+    def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor:
+        tokens, positions = torch.zeros(2, self._size, self._width, dtype=torch.int64)
+        lengths, last, counts = torch.zeros(3, self._size, dtype=torch.int64)
+        for b, (row, row_ids) in enumerate(zip(rows, ids, strict=True)):
+            count = len(row_ids)
+            tokens[b, -count:] = torch.as_tensor(row_ids)
+            positions[b, -count:] = torch.arange(row.length, row.length + count)
+            lengths[b], last[b], counts[b] = row.tail.length + count, row.length + count - 1, count
+        self._inputs.copy_(torch.cat([tokens.flatten(), positions.flatten(), lengths, last, counts]))
+        return self._step.run()[: len(rows), -n_logits:].to(torch.float32, copy=True)
+
+    def _forward(self, model: PreTrainedModel) -> Tensor:
+        call = _Call(self)
+        evaluating = model if in_evaluation(model) else evaluation_copy(model)
+        output = evaluating(
+            input_ids=self._tokens,
+            position_ids=self._positions,
+            attention_mask=torch.empty(1, 1, 0, 0),  # four-dimensional masks are handed through; ours is in the tables
+            past_key_values=call,
+            use_cache=True,
+            logits_to_keep=self._width,
+            kvzip=call,
+        )
+        logits: Tensor = output.logits
+        return logits
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        kernels = self._kernels
+        kernels.append(key, value, self._tails[layer], self._lengths, self._counts)
+        out = query.new_empty(self._size, self._width, *query.shape[1::2])
+        tables = self._items[layer], self._parts[layer], self._entries
+        attended: Tensor = kernels.attend(query, *tables, self._lengths, self._last, scaling, self._windows[layer], self._blocks, out)
+        return attended
+
+
+class _Call(Cache):
+    """Cache and attention of a step; see :class:`~kvzip_memory.inference.cache.SessionCache`."""
+
+    def __init__(self, batch: _Batch) -> None:
+        super().__init__(layers=[])
+        self.attend = batch.attend
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # of no use: positions are given
+
+
+def _context(row: Row) -> object:
+    return row.layers[0] if row.layers else None
+
+
+def _is(reference: weakref.ref[object] | None, thing: object) -> bool:
+    return reference is not None and reference() is thing
+
+
+def _power(n: int) -> int:
+    """The power of two from ``n`` on."""
+    return 1 << (n - 1).bit_length()

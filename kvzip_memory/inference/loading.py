@@ -1,0 +1,95 @@
+"""Weights and tokenizer from a hub id, a local folder or a ``.gguf`` file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from kvzip_memory.errors import InputError
+from kvzip_memory.inference import conversions
+from kvzip_memory.system.printable import logger_of
+
+logger = logger_of(__name__)
+
+DEFAULT_CACHE = Path("~/.cache/kvzip_memory").expanduser().absolute()
+
+# A tokenizer converted from GGUF and saved has been seen to come back as another class that splits text into garbage.
+_TOKENIZER_PROBE = (
+    "The quick brown fox jumps over 13 lazy dogs; naïve café, 東京, emoji 🙂.\n\n\tdef f(x):\n        return x**2  # don't\n"
+    "Unverhältnismäßigkeit https://example.org/a?b=c&d=%20 [1, 2.5e-3]   trailing "
+)
+
+
+def load_model(
+    model: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, cache_dir: Path | None, **model_kwargs: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer, on ``device``, in evaluation mode.
+
+    A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
+
+    Raises:
+        InputError: a ``.gguf`` file that does not exist.
+        OSError: what transformers raises for an unknown hub id or folder.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if dtype == "auto" and device.type == "cpu":
+        dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
+    shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
+    source = Path(model)
+    is_gguf = source.suffix == ".gguf"
+    if is_gguf and not os.path.isfile(source):
+        raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
+    with _conversion(source, dtype, (cache_dir or DEFAULT_CACHE).absolute()) if is_gguf else nullcontext(model) as model:
+        if is_gguf and not Path(model, "tokenizer.json").exists():
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(model, **shared)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_kwargs)
+        if "device_map" not in model_kwargs:
+            loaded = loaded.to(device)
+    return loaded.eval(), tokenizer
+
+
+def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:
+    """The folder of :func:`_conversion`, which may be deleted meanwhile."""
+    with _conversion(source, dtype, cache_dir) as folder:
+        return folder
+
+
+def _conversion(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> AbstractContextManager[Path]:
+    """The folder a ``.gguf`` file was converted into; converts it if need be.
+
+    Raises:
+        StorageError: others can write ``cache_dir``, or something else is where a folder or file of ours belongs.
+    """
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stem = source.stem.encode()[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
+    name = f"{stem}-{digest}-{str(dtype).removeprefix('torch.')}-transformers-{transformers.__version__}"
+    return conversions.converted(cache_dir, name, lambda folder: _convert(source, dtype, folder))
+
+
+def _convert(source: Path, dtype: str | torch.dtype, folder: Path) -> None:
+    dequantised = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=dtype)
+    config = dequantised.config
+    if hasattr(config, "quantization_config"):  # the weights are plain now, and only plain models can be saved
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=dequantised.dtype)
+    plain.load_state_dict(dequantised.state_dict())
+    plain.generation_config = dequantised.generation_config
+    plain.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.save_pretrained(folder)
+    again = AutoTokenizer.from_pretrained(folder)
+    probe = _TOKENIZER_PROBE + " ".join(tokenizer.all_special_tokens)
+    if again(probe).input_ids != tokenizer(probe).input_ids or again.chat_template != tokenizer.chat_template:
+        logger.warning("the tokenizer of %s does not survive being saved; it will be read from the file each time", source.name)
+        for file in folder.glob("token*"):
+            file.unlink()

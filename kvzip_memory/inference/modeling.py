@@ -1,0 +1,414 @@
+"""A transformers model behind the one door the rest of the package uses. What cannot work is refused here, before any work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from kvzip_memory.attention import AttentionCall, attach, choose
+from kvzip_memory.context import RaggedLayer
+from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
+from kvzip_memory.inference.batching import Admission, Batcher, Choose, Place, Places, Worker
+from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
+from kvzip_memory.inference.graphs import DecodeSteps
+from kvzip_memory.inference.weights import Stamp, Watch
+from kvzip_memory.system.calls import Gate, check, within
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.modes import as_written, evaluation_copy, in_evaluation
+from kvzip_memory.system.printable import logger_of
+
+logger = logger_of(__name__)
+
+#: Architectures compared with transformers' own output in our tests. Others are compared once, when they are loaded.
+TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"})
+
+
+#: Tokens of one forward of a question, a prefill or a repeat. It bounds the memory of activations and how long running
+#: answers wait: while answers run chunks of builds are half as long. Larger chunks were no faster there.
+CHUNK_TOKENS = 256
+#: The same on a GPU, which small chunks would leave idle.
+GPU_CHUNK_TOKENS = 2048
+
+#: Loads that event loops wait for at one time: threads of asyncio's own pool, at most.
+LOADS = 32
+
+# Our calls mask by position. A mask that is four-dimensional already is handed through as it is, so none is made.
+_NO_MASK = torch.empty(1, 1, 0, 0)
+
+
+class LanguageModel:
+    """A decoder-only model with our attention attached, run by one thread of its own for any number of others.
+
+    Answers of several threads are decoded together, a row each; answers and builds take turns step by step and chunk
+    by chunk.
+
+    Args:
+        model: a transformers causal language model; it goes on working for others. A compiled one is run as it was written.
+        tokenizer: its tokenizer.
+        backend: attention, one of :data:`~kvzip_memory.attention.NAMES`.
+        max_running: answers decoded together.
+        max_waiting: answers that may wait for their turn.
+
+    Attributes:
+        window: tokens the model can hold: context, questions and answers together.
+        windows: sliding window of each layer, None for full attention.
+        tokenizer: the engine's copy.
+        chunk_tokens: tokens of one forward at most.
+        backend: the attention that was chosen.
+        watch: gives stamps of what the model computes with.
+        places: threads for answers that an event loop waits for.
+        loads: threads for everything else that one waits for.
+
+    Raises:
+        UnsupportedModelError: naming the property of the model that stands in the way.
+        InputError: an attention that is unknown or cannot compute on the model's device.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
+    ) -> None:
+        model = as_written(model)
+        config = model.config
+        layer_types = _check(model)
+        self.model = model
+        self.window = _window(config)
+        self.windows = tuple(
+            config.sliding_window if layer == "sliding_attention" and config.sliding_window < self.window else None for layer in layer_types
+        )
+        if all(self.windows):
+            raise UnsupportedModelError(
+                f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
+                "full-attention cache to compress"
+            )
+        self.tokenizer = tokenizer
+        self.watch = Watch(model)
+        self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
+        self._attention, self._made_on = backend, self.device
+        self._choose()
+        self._worker = Worker()
+        self._warned = False
+        self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
+        self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
+        self._admission = Admission(max_running, max_waiting)
+        self._builders = Admission(max_running)  # each holds dense pairs
+        self.places = Places(max_running, max_waiting, away=max_waiting, admission=self._admission)
+        self.loads = Places(LOADS, max_waiting)
+        refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
+        if config.model_type not in TESTED:
+            self._compare_with_original()
+
+    def check_layers(self, layers: Sequence[RaggedLayer], where: str) -> None:
+        """Look whether layers are such as this model makes. Of an architecture that is not tested only the windows are known.
+
+        Raises:
+            CorruptFileError: they are not.
+        """
+        config = self.model.config
+        if tuple(layer.window for layer in layers) != self.windows:
+            raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
+        if config.model_type not in TESTED:
+            return
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        made = (config.num_key_value_heads, dim, dim, self.model.dtype, self.model.dtype)
+        for i, layer in enumerate(layers):
+            if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
+                raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Ids that end an answer."""
+        return eos_ids(self.model, self.tokenizer)
+
+    @property
+    def alone(self) -> bool:
+        """Whether at most one answer is running."""
+        return self._admission.running <= 1
+
+    def load(self) -> dict[str, int | float]:
+        """How many answers run, how many wait for their turn, and for how many seconds the oldest has waited."""
+        waiting = [*self._admission.waiting, *self.places.waiting]
+        return {
+            "running": self._admission.running,
+            "waiting": len(waiting),
+            "oldest_wait_s": time.monotonic() - min(waiting) if waiting else 0.0,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def _choose(self) -> None:
+        chosen, self._dtype = choose(self._attention, self.device, self.model.dtype), self.model.dtype
+        self.backend, self._backend = chosen.name, chosen.attend
+        self._steps = None if chosen.kernels is None else DecodeSteps(self.model, self.windows, chosen.kernels)
+
+    def changed(self, moved: bool) -> None:
+        """Go on with weights that were changed: with what can attend in their dtype, and without old graphs if they have ``moved``.
+
+        Raises:
+            IdentityMismatchError: they are on another device.
+            InputError: the attention cannot compute with their dtype.
+        """
+        if self.device != self._made_on:
+            raise IdentityMismatchError(
+                f"the engine was made for its model on {self._made_on}, where its contexts are, and that is on {self.device} now; move it "
+                "back, or make another engine for it: with the same cache_dir that finds the contexts",
+                fields=("device",),
+            )
+        if self.model.dtype != self._dtype:
+            self._worker.check()
+            self._worker.run(self._choose)
+        elif moved and self._steps is not None:
+            self._worker.submit(self._steps.forget)
+
+    def untouched(self, since: Stamp, until: Stamp) -> bool:
+        """Whether nobody has written to what the model computes with between two stamps, but its own forwards to buffers.
+
+        What they write to is seen by one over a single token; few models have such buffers.
+        """
+        written = until.written(since)
+        if not written or -1 in written:
+            return not written
+        before = self.watch.stamp()
+        self.forward([Row((), 0, Tail())], [[0]])
+        return written <= self.watch.stamp().written(before)
+
+    def forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int = 1) -> list[Tensor]:
+        """Feed each row its new tokens and append their pairs to its tail.
+
+        Args:
+            rows: sessions; their tails are distinct, their contexts may repeat.
+            ids: new tokens of each row, at least one, any number a row.
+            n_logits: so many of each row's last tokens get logits, fewer if it has fewer.
+
+        Returns:
+            Logits of each row, ``[min(n_logits, len(ids[row])), vocab]`` fp32.
+        """
+        check()
+        return self._worker.run(partial(self._forward, rows, ids, n_logits))
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
+        attach(self.model)  # again, should somebody have switched the model's attention since
+        counts = [len(row_ids) for row_ids in ids]
+        logits = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
+        if logits is None:
+            logits = self._eager(rows, ids, counts, n_logits)
+        for row, count in zip(rows, counts, strict=True):
+            row.tail.advance(count)
+        return [row_logits[-min(n_logits, count) :].float() for row_logits, count in zip(logits, counts, strict=True)]
+
+    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], counts: list[int], n_logits: int) -> Tensor:
+        width = max(counts)
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            input_ids[b, width - count :] = torch.as_tensor(ids[b])
+            positions[b, width - count :] = torch.arange(row.length, row.length + count)
+        while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self._backend)
+            try:
+                logits: Tensor = model(
+                    input_ids=input_ids.to(self.device),
+                    position_ids=positions.to(self.device),
+                    attention_mask=_NO_MASK,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=n_logits,
+                    kvzip=cache,
+                ).logits
+            except Exception:
+                if not self._switched(model):
+                    raise
+                continue
+            if not self._switched(model):
+                return logits
+
+    def _evaluating(self) -> PreTrainedModel:
+        """The model in evaluation mode, itself or a copy."""
+        if in_evaluation(self.model):
+            return self.model
+        if not self._warned and any(module.training for module in self.model.modules()):
+            self._warned = True
+            logger.warning(
+                "the model is in training mode: contexts and answers are computed without dropout, by a copy of its modules that is made "
+                "for every forward; call model.eval() to save that"
+            )
+        return evaluation_copy(self.model)
+
+    def _switched(self, model: PreTrainedModel) -> bool:
+        """Whether the model itself has just computed, and somebody has meanwhile put it into training mode."""
+        return model is self.model and not in_evaluation(model)
+
+    def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
+        """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
+        for chunk in self._chunks(ids):
+            cache = SessionCache([row], [len(chunk)], self.windows, self._backend, pairs_only=True)
+            self._fill(chunk, row.length, cache, cache)
+            row.tail.advance(len(chunk))
+            yield len(chunk)
+
+    def feed(self, row: Row, ids: Sequence[int], choose: Choose, n_logits: int = 1, cancelled: threading.Event | None = None) -> list[int]:
+        """Append tokens to one row, in chunks, together with the rows of other threads.
+
+        Returns:
+            What ``choose`` makes of the logits ``[n_logits, vocab]`` fp32 after the last tokens, on the model's thread;
+            nothing if it was ``cancelled`` between two chunks.
+        """
+        *chunks, last = [ids[start : start + self.chunk_tokens] for start in range(0, len(ids), self.chunk_tokens)]
+        for chunk in chunks:
+            self._batcher.step(row, chunk, 1, _nothing)
+            if cancelled is not None and cancelled.is_set():
+                return []
+        return self._batcher.step(row, last, n_logits, choose)
+
+    @contextmanager
+    def answering(self, tail: Tail, entry: Gate | None = None) -> Iterator[Place]:
+        """Around an answer into a tail, from its question to its last token; it does not wait for its turn once its ``entry`` is open.
+
+        Raises:
+            QueueFullError: more answers run and wait than the engine allows.
+            ForkedError: the process was forked since the engine was made.
+        """
+        self._worker.check()
+        with self._admission.admitted(entry) as place:
+            try:
+                yield place
+            finally:
+                self._batcher.leave(tail)
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Around a build: no more of them at a time than answers. Who waits for a context in it is not one of them meanwhile.
+
+        Raises:
+            ForkedError: the process was forked since the engine was made.
+        """
+        self._worker.check()
+        with self._builders.admitted() as place, within(place=place):
+            yield
+
+    def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> Iterator[int]:
+        """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.
+
+        With a ``call`` attention is what that object says, else it is the model's own. No logits are computed, and
+        nothing of the last layer once ``cache`` or ``call`` has seen its pairs and raised
+        :class:`~kvzip_memory.inference.cache.LastLayerSeen`.
+        """
+        for chunk in self._chunks(ids):
+            self._fill(chunk, position, cache, call)
+            position += len(chunk)
+            yield len(chunk)
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Pieces of ``ids`` for one forward each, half as long while answers run, which wait for them."""
+        start = 0
+        while start < len(ids):
+            size = self.chunk_tokens // (2 if self._admission.running else 1)
+            yield ids[start : start + size]
+            start += size
+
+    def _fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None) -> None:
+        extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
+        positions = torch.arange(position, position + len(ids), device=self.device)[None]
+        input_ids = torch.tensor([ids], device=self.device)
+
+        @torch.inference_mode()
+        def forward() -> None:
+            attach(self.model)
+            model = self._evaluating()
+            try:
+                with suppress(LastLayerSeen):
+                    model.base_model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            finally:
+                if self._switched(model):  # the cache may hold what it has computed
+                    raise ModelError("the model was put into training mode while it read a text; do that again, or train a copy of it")
+
+        check()
+        with self._building:
+            self._worker.run(forward)
+
+    def _compare_with_original(self) -> None:
+        """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
+        kind, original = self.model.config.model_type, self.model.config._attn_implementation
+        ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
+        with torch.inference_mode():
+            theirs: Tensor = self._evaluating()(input_ids=ids[None]).logits[0, 40:].float()
+        row = Row((), 0, Tail())
+        self.forward([row], [ids[:40].tolist()])
+        ours = self.forward([row], [ids[40:].tolist()], n_logits=8)[0]
+        difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        if not difference <= 0.02 * largest:
+            self.model.set_attn_implementation(original)
+            raise UnsupportedModelError(
+                f"{kind!r} computes something our attention does not: on a test forward logits differ by {difference:.3g} "
+                f"(largest logit {largest:.3g})"
+            )
+        logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)
+
+
+def _nothing(logits: Tensor) -> list[int]:
+    return []
+
+
+def _check(model: PreTrainedModel) -> list[str]:
+    """The model's layer types, if all of them cache pairs we can evict."""
+    config = model.config
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder; kvzip_memory needs a decoder-only language model")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{kind!r} caches latents shared by all heads (multi-head latent attention); there are no pairs a head to evict"
+        )
+    if not hasattr(config, "num_key_value_heads"):
+        raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
+    layer_types = _layer_types(config)
+    foreign = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    if foreign:
+        raise UnsupportedModelError(f"{kind!r} has layers of type {foreign}; only full and sliding-window attention keep pairs to evict")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
+    for name in ("attn_logit_softcapping", "num_kv_shared_layers"):
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"{kind!r} uses {name}={getattr(config, name)}, which our attention does not compute")
+    return layer_types
+
+
+def _layer_types(config: Any) -> list[str]:
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        sliding = getattr(config, "sliding_window", None) is not None
+        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
+    return list(types)
+
+
+def _window(config: Any) -> int:
+    """The configured window, cut where the rotation of earlier keys would have to change.
+
+    "dynamic" and "longrope" models rotate all keys anew once a text passes their original length; stored keys cannot.
+    """
+    window = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for rotation in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):  # one for all layers, or for each type of them
+        kind = str(rotation.get("rope_type") or rotation.get("type"))
+        if "dynamic" in kind or kind == "longrope":
+            originals = (rotation.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
+            window = min(window, *(int(original) for original in originals if original))
+    return window
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer, as model and tokenizer say now."""
+    ids: set[int] = set()
+    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
+        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
+    return frozenset(ids)

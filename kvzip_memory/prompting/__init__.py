@@ -1,0 +1,1 @@
+"""Text to ids and back: what users hand in, chat templates, tools, guided answers."""

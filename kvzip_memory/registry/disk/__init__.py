@@ -1,0 +1,1 @@
+"""The disk tier: contexts in a folder that any number of processes share."""

@@ -1,0 +1,455 @@
+"""One context, one safetensors file. Written whole or not at all, checked whole before it is used. No pickle.
+
+Layout, readable by any safetensors reader::
+
+    8 bytes   length of the header
+    header    JSON, padded with spaces so that the data starts at a multiple of 4 KiB
+    data      per layer: K, V, positions, scores, each an extent padded to 4 KiB; then the token ids;
+              last, 8 bytes: xxh3-64 of everything up to the start of the data
+
+The header's metadata holds the identity, the lengths of the heads and an xxh3-64 of every extent, padding included,
+so that every byte of the file is covered by one checksum. With a secret all of them are HMAC-SHA256, of 32 bytes, see
+:mod:`~kvzip_memory.system.checksums`: who has not got it can change nothing, nor give a file the key of another.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+import struct
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
+from kvzip_memory.context.upload import upload
+from kvzip_memory.errors import CorruptFileError, StorageError
+from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
+from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest, tokens_digest
+from kvzip_memory.system.checksums import PLAIN, Checksums
+from kvzip_memory.system.modes import plain
+
+#: Threads that read one file.
+READERS = min(4, os.cpu_count() or 1)
+_SMALL = 4 << 20  # bytes not worth a thread
+LARGEST_HEADER = 1 << 26  # bytes of a header at most
+_PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+class UnreadableHereError(CorruptFileError):
+    """Of a newer format, or of a secret that is not given: nothing is known to be wrong with the file."""
+
+
+class PreparedFile:
+    """A context as the bytes of a file, checksums computed; nothing is written yet.
+
+    Args:
+        context: one that holds its pairs itself.
+        catalog: facts for the registry's index, kept in the header so that the index can be made anew from the files.
+        checksums: how they are made.
+
+    Raises:
+        StorageError: its header would be longer than any that is read.
+    """
+
+    def __init__(self, context: CompressedContext, catalog: Mapping[str, Any] | None = None, checksums: Checksums = PLAIN) -> None:
+        self._checksums = checksums
+        self._header, self._extents = _header(context, catalog or {}, checksums)
+        self.nbytes = len(self._header) + sum(len(data) + -len(data) % ALIGNMENT for data in self._extents) + checksums.size
+
+    def write(self, path: Path, temporary: Path) -> None:
+        """Write ``temporary``, fsync it and rename it to ``path``; mode 0600.
+
+        Raises:
+            OSError: it cannot be written; the temporary file is gone and ``path`` is as it was.
+        """
+        pieces = (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT)))
+        _write(temporary, self._header, pieces, self._checksums)
+        replace_with(path, temporary)
+
+
+def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any], checksums: Checksums = PLAIN) -> int:
+    """Copy a file with another catalog; its data is as it is. Returns the copy's bytes.
+
+    Raises:
+        CorruptFileError: as for :func:`read_header`.
+        OSError: it cannot be read or written; there is no copy.
+    """
+    with open_context(path, follow_links=False) as source:
+        facts, table = _read_header(source, path, checksums)
+        table["__metadata__"]["kvzip_memory"] = json.dumps({**facts, "catalog": dict(catalog)})
+        header = _padded(table)
+        data = sum(extent["padded"] for extent in facts["extents"])
+
+        def body() -> Iterator[bytes]:
+            left = data
+            while left and (piece := source.read(min(left, _PIECE))):
+                left -= len(piece)
+                yield piece
+
+        _write(copy, header, body(), checksums)
+    return len(header) + data + checksums.size
+
+
+def write_context(context: CompressedContext, path: Path, checksums: Checksums = PLAIN) -> Path:
+    """Write ``context`` to ``path`` through a temporary file beside it.
+
+    Raises:
+        OSError: it cannot be written; whatever was at ``path`` is still there.
+    """
+    PreparedFile(context, None, checksums).write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"))
+    return path
+
+
+def read_context(
+    path: Path,
+    device: torch.device,
+    *,
+    follow_links: bool = True,
+    admit: Callable[[Mapping[str, Any]], None] | None = None,
+    checksums: Checksums = PLAIN,
+) -> CompressedContext:
+    """Read a context and check every byte of it.
+
+    Args:
+        follow_links: whether ``path`` may be a symbolic link.
+        admit: told the facts of the header, such as the bytes ``nbytes`` that it takes in memory, before the pairs are read.
+        checksums: how they were made.
+
+    Raises:
+        CorruptFileError: damaged, incomplete, or not a context file; says what is wrong.
+        UnreadableHereError: of a newer format, or written with a secret that is not given.
+        OSError: the file cannot be read.
+    """
+    with open_context(path, follow_links) as file:
+        facts = read_header(file, path, checksums)
+        if admit is not None:
+            admit(facts)
+        layers, token_ids = _read_layers(file, facts, path, device, checksums)
+    return _context(facts, Resident(layers, partial(write_context, checksums=checksums)), token_ids)
+
+
+def open_context(path: Path, follow_links: bool) -> BinaryIO:
+    """Open a file for reading; one that is a link or no plain file only if links may be followed.
+
+    Raises:
+        CorruptFileError: a symbolic link, a device or a pipe where a stored file should be.
+        OSError: it cannot be opened.
+    """
+    if follow_links:
+        return path.open("rb")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptFileError(f"{path}: a symbolic link, not a file of ours") from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CorruptFileError(f"{path}: not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_header(file: BinaryIO, path: Path, checksums: Checksums = PLAIN) -> dict[str, Any]:
+    """Check a file's header and size and give the facts stored in it; the file stands at the start of the data then.
+
+    Raises:
+        CorruptFileError: not a context file, a damaged header, or a wrong size.
+        UnreadableHereError: as for :func:`read_context`.
+    """
+    return _read_header(file, path, checksums)[0]
+
+
+def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts, and the table of tensors that they stand in."""
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 0 < length <= size - 8 - checksums.size:
+        raise CorruptFileError(f"{path}: truncated, or not a context file (no safetensors header)")
+    if length > LARGEST_HEADER:
+        raise CorruptFileError(f"{path}: a header of {length:,} bytes, more than the {LARGEST_HEADER:,} of any file of ours")
+    header = file.read(length)
+    file.seek(size - checksums.size)
+    sound = file.read(checksums.size) == _trailer(prefix + header, checksums)
+    try:
+        table: dict[str, Any] = json.loads(header)
+        facts: dict[str, Any] = json.loads(table["__metadata__"]["kvzip_memory"])
+        written = int(facts["identity"]["format"])
+    except (OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not a context file, or its header is damaged ({type(error).__name__})") from None
+    if written > FORMAT:
+        raise UnreadableHereError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
+    if f"header.{checksums.name}" not in table:
+        if checksums.are_keyed:
+            raise CorruptFileError(f"{path}: written without the secret, so it could be anybody's; an engine without a secret can open it")
+        if "header.hmac" in table:
+            raise UnreadableHereError(f"{path}: written with a secret; give secret= to the engine that reads it")
+    if not sound:
+        raise CorruptFileError(f"{path}: the header's checksum is wrong, or the file is truncated")
+    try:
+        check_header(facts)
+        if facts["identity"].get("recipe", recipe_digest(_recipe(facts))) != recipe_digest(_recipe(facts)):
+            raise OddFactError("recipe is not that of its key")
+    except (OddFactError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: {error}, which no version of ours has written") from None
+    expected = 8 + length + sum(extent["padded"] for extent in facts["extents"]) + checksums.size
+    if size != expected:
+        raise CorruptFileError(f"{path}: {size} bytes instead of {expected}")
+    file.seek(8 + length)
+    nbytes = sum(math.prod(extent["shape"]) * ELEMENT[extent["dtype"]] for extent in facts["extents"][:-1])  # what they will take here
+    return {**_of_older_files(facts), **facts, "nbytes": nbytes}, table
+
+
+def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What files of an earlier version do not say, or say elsewhere."""
+    catalog = facts["catalog"]
+    coarsest = facts["ratio"] if facts["identity"].get("parent") is None else 0.0
+    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest}
+
+
+def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
+    """``[n]`` int32, the ids of a file that stands at the start of its data; their checksum is not looked at."""
+    *before, last = facts["extents"]
+    file.seek(sum(extent["padded"] for extent in before), os.SEEK_CUR)
+    return np.frombuffer(file.read(4 * math.prod(last["shape"])), dtype=np.int32)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: Checksums) -> tuple[bytes, list[memoryview]]:
+    tensors = dict(_named_tensors(context))
+    extents, table, offset = [], {}, 0
+    for name, tensor in tensors.items():
+        data = _bytes(tensor)
+        padded = len(data) + -len(data) % ALIGNMENT
+        checksum = checksums.begin("extent")
+        checksum.update(data)
+        checksum.update(bytes(padded - len(data)))
+        extent = {"name": name, "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "padded": padded}
+        extents.append({**extent, checksums.name: checksum.hexdigest()})
+        table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
+        if padded > len(data):  # safetensors allows no holes: padding is a tensor of its own
+            table[f"{name}.padding"] = {"dtype": "U8", "shape": [padded - len(data)], "data_offsets": [offset + len(data), offset + padded]}
+        offset += padded
+    size = checksums.size
+    table[f"header.{checksums.name}"] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
+    facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
+    header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
+    return header, [_bytes(t) for t in tensors.values()]
+
+
+def _padded(table: Mapping[str, Any]) -> bytes:
+    """A header as it is written, behind its length.
+
+    Raises:
+        StorageError: it would be longer than any that is read.
+    """
+    header = json.dumps(table, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % ALIGNMENT)
+    if len(header) > LARGEST_HEADER:
+        raise StorageError(
+            f"a header of {len(header):,} bytes, more than the {LARGEST_HEADER:,} that are read; use less metadata, and fewer names"
+        )
+    return struct.pack("<Q", len(header)) + header
+
+
+def _trailer(header: bytes, checksums: Checksums) -> bytes:
+    """The checksum of a header as it stands at a file's end: a number, the lowest byte first."""
+    return bytes.fromhex(checksums.of("header", header))[::-1]
+
+
+def replace_with(path: Path, temporary: Path) -> None:
+    """Rename a file that was written to ``path``.
+
+    Raises:
+        OSError: it cannot be renamed; it is gone.
+    """
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview], checksums: Checksums) -> None:
+    """Write a file and fsync it; mode 0600. After an error it is gone."""
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)  # a umask may have taken some of it
+            file.write(header)
+            for piece in body:
+                file.write(piece)
+            file.write(_trailer(header, checksums))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(context.layers):
+        yield f"layer.{i}.key", layer.keys
+        yield f"layer.{i}.value", layer.values
+        yield f"layer.{i}.position", layer.positions
+        if layer.scores is not None:
+            yield f"layer.{i}.score", layer.scores
+    yield "token_ids", context.token_ids
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def _facts(context: CompressedContext) -> dict[str, Any]:
+    return {
+        "identity": dict(context.identity),
+        "name": context.name,
+        "n_tokens": context.n_tokens,
+        "nbytes": context.nbytes,
+        "ratio": context.ratio,
+        "coarsest": context.coarsest,
+        "created": context.created,
+        "expires": context.expires,
+        "protected": context.protected,
+        "dense_nbytes": context.dense_nbytes,
+        "recipe": vars(context.recipe),
+        "sources": [vars(source) for source in context.sources],
+        "layers": [{"lengths": layer.lengths, "window": layer.window} for layer in context.layers],
+    }
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def _read_layers(
+    file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
+) -> tuple[tuple[RaggedLayer, ...], Tensor]:
+    """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
+
+    Layers go on to the device as they come, while the next ones are read. The token ids come last.
+    """
+    extents = facts["extents"]
+    tensors = _laid_out(extents)
+    starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
+    parts: dict[str, list[int]] = {}
+    for i, extent in enumerate(extents):
+        parts.setdefault(extent["name"].rpartition(".")[0], []).append(i)
+
+    def read(part: list[int]) -> None:
+        for i in part:
+            _read_extent(file.fileno(), extents[i], starts[i], _bytes(tensors[extents[i]["name"]]), path, checksums)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        small = starts[-1] - starts[0] < _SMALL
+        done: dict[str, Callable[[], None]] = {
+            name: partial(read, part) if small else pool.submit(read, part).result for name, part in parts.items()
+        }
+
+        def layers() -> Iterator[RaggedLayer]:
+            for i, layer in enumerate(facts["layers"]):
+                done[f"layer.{i}"]()
+                keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                _check_positions(read, facts["n_tokens"], path)
+                yield read
+
+        arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
+        done[""]()
+    wanted = facts["identity"].get("tokens")
+    if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
+        raise CorruptFileError(f"{path}: its token ids are not those of its key")
+    return arrived, tensors["token_ids"]
+
+
+def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
+    """Raises:
+    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
+    """
+    positions = layer.positions.numpy()
+    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
+        raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
+    falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
+    if not set(falling.tolist()) <= set(layer.offsets):
+        raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
+
+
+@plain()
+def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Empty tensors for the extents, one behind another in one buffer: the types with the longest elements first, so
+    that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
+    shapes = {extent["name"]: (tuple(extent["shape"]), _TORCH[extent["dtype"]]) for extent in extents}
+    nbytes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    tensors = {"token_ids": torch.empty(*shapes["token_ids"][0], dtype=shapes["token_ids"][1])}
+    names = sorted(shapes.keys() - {"token_ids"}, key=lambda name: -shapes[name][1].itemsize)
+    buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in names), dtype=np.uint8)), 0
+    for name in names:
+        shape, dtype = shapes[name]
+        tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)
+        start += nbytes[name]
+    return tensors
+
+
+def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: memoryview, path: Path, checksums: Checksums) -> None:
+    checksum, done = checksums.begin("extent"), 0
+    while done < len(data) and (count := os.preadv(descriptor, [data[done : done + _PIECE]], start + done)):
+        checksum.update(data[done : done + count])  # while it is in the processor's cache
+        done += count
+    checksum.update(os.pread(descriptor, extent["padded"] - len(data), start + len(data)))
+    if not checksums.same(checksum.hexdigest(), extent.get(checksums.name, "")):
+        raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
+
+
+def _recipe(facts: Mapping[str, Any]) -> Recipe:
+    recipe: dict[str, Any] = {field: tuple(v) if isinstance(v, list) else v for field, v in facts["recipe"].items()}
+    return Recipe(**recipe)
+
+
+def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> CompressedContext:
+    return CompressedContext(
+        key=key_of(facts["identity"]),
+        identity=facts["identity"],
+        token_ids=token_ids,
+        storage=storage,
+        protected=facts["protected"],
+        ratio=facts["ratio"],
+        dense_nbytes=facts["dense_nbytes"],
+        recipe=_recipe(facts),
+        sources=tuple(Source(**source) for source in facts["sources"]),
+        name=facts["name"],
+        created=facts["created"],
+        expires=facts["expires"],
+        coarsest=facts["coarsest"],
+    )

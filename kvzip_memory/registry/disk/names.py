@@ -1,0 +1,240 @@
+"""What names mean: for every tenant and model one context each, the one that was last loaded under the name.
+
+A file a name, written whole and renamed into place, beside the contexts and not in them or in the index. So what is left of an older text
+cannot take its name back: not its file when the index is made anew, nor the memory of another process. A name whose context is no longer
+stored finds nothing. One that was taken away leaves a note of when, under a digest and without the name itself: what another process is
+still writing comes too late.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from kvzip_memory.registry.disk.facts import is_label
+from kvzip_memory.registry.disk.layout import KEY, files
+from kvzip_memory.system.checksums import PLAIN, Checksums
+from kvzip_memory.system.digests import digest
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.locks import QUIET_S, held
+from kvzip_memory.system.private import delete, read_text, write_text
+
+_TICK = 1e-6  # seconds between two that are told apart
+_DAY = 86400.0
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a name means.
+
+    Attributes:
+        name: empty in the note of one that was taken away.
+        tenant: digest of the tenant whose name it is.
+        family: digest of the model and the tenant that can use the context.
+        key: the context's; empty once the name was taken away.
+        loaded: when it was loaded under the name: seconds since the epoch, but always later than what the name meant before.
+        sources: name and metadata of each document, as whoever gave the name loaded them.
+    """
+
+    name: str
+    tenant: str | None
+    family: str
+    key: str
+    loaded: float = 0.0
+    sources: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+class Names:
+    """Safe for threads, and for processes over one folder. What could not be written is known to this process alone.
+
+    Args:
+        root: of the disk tier, which has folders ``names`` and ``locks``; None keeps names in memory.
+        read_only: names are read, and what is given is known to this process alone.
+        checksums: how those of files are made.
+    """
+
+    def __init__(self, root: Path | None = None, read_only: bool = False, checksums: Checksums = PLAIN) -> None:
+        self._root, self._read_only, self._checksums = root, read_only, checksums
+        self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
+        self._lock = threading.Lock()
+        refuse_after_fork(self, "_lock")
+
+    def of(self, tenant: str | None, name: str) -> list[Label]:
+        """What a tenant's name means, one label for each model, the last loaded last."""
+        return _in_order(self._known(_file_of(tenant, name)).values())
+
+    def still(self, tenant: str | None, names: Iterable[str], family: str, key: str) -> dict[str, float]:
+        """Those of ``names`` that mean the context still, and when each was given."""
+        labels = (label for name in names for label in self.of(tenant, name))
+        return {label.name: label.loaded for label in labels if (label.key, label.family) == (key, family)}
+
+    def everyones(self, name: str) -> list[Label]:
+        """What a name means to all tenants, the last loaded last."""
+        return _in_order(label for label in self.all() if label.name == name)
+
+    def all(self) -> Iterator[Label]:
+        """What every name means."""
+        for file in {*self._files(), *self._new}:
+            yield from _in_order(self._known(file).values())
+
+    def give(self, label: Label) -> Label:
+        """Give a name to a context, for this process; with its time set. :meth:`write` tells the others."""
+        file = _file_of(label.tenant, label.name)
+        before = self._known(file).get(label.family)
+        with self._lock:
+            label = replace(label, loaded=time.time() if before is None else _after(before.loaded))
+            self._new.setdefault(file, {})[label.family] = label
+        return label
+
+    def write_all(self) -> None:
+        """Write down what could not be written before.
+
+        Raises:
+            OSError: see :meth:`write`.
+        """
+        with self._lock:
+            labels = [label for new in self._new.values() for label in new.values() if label.key]
+        for label in labels:
+            self.write(label)
+
+    def write(self, label: Label, over: str | None = None) -> None:
+        """Write down what was given, unless the name was given to another context since.
+
+        Args:
+            over: the context that the name must have, as far as is written; None for any.
+
+        Raises:
+            OSError: it cannot be written now, or another process has been writing for a second.
+        """
+        if self._root is None or self._read_only:
+            return
+        file = _file_of(label.tenant, label.name)
+        written = label if label.key else replace(label, name="", sources=())
+        with self._writing():
+            known = self._read(file)
+            now = known.get(label.family)
+            if now is None or (now.loaded < label.loaded and over in (None, now.key)):
+                self._write(file, {**known, label.family: written})
+        self._forget(file, label)
+
+    def take(self, tenant: str | None, name: str, family: str, key: str) -> None:
+        """Take a name away from a context, unless another one has got it meanwhile.
+
+        Raises:
+            OSError: see :meth:`write`.
+        """
+        now = self._known(_file_of(tenant, name)).get(family)
+        if now is not None and now.key not in ("", key):
+            return
+        file = _file_of(tenant, name)
+        before = self._new.get(file, {}).get(family)
+        label = self.give(Label(name, tenant, family, ""))
+        try:
+            self.write(label, key)
+            before = None
+        finally:
+            self._forget(file, label)
+            if before is not None:
+                with self._lock:
+                    self._new.setdefault(file, {}).setdefault(family, before)
+
+    def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
+        """A context has left the memory: with it goes its name, if that is written nowhere."""
+        file = _file_of(tenant, name)
+        label = self._new.get(file, {}).get(family)
+        if label is not None and label.key == key:
+            self._forget(file, label)
+
+    def gc(self, is_stored: Callable[[str], bool]) -> None:
+        """Delete what has meant nothing for a day: names of contexts that are not stored, and notes of those that were taken away."""
+        for file in self._files():
+            with self._writing():
+                delete(self._path(file).with_name(f".{file}"))  # of a writer that was killed
+                known = self._read(file)
+                kept = {f: label for f, label in known.items() if is_stored(label.key) or abs(time.time() - label.loaded) < _DAY}
+                if kept != known:
+                    self._write(file, kept)
+
+    def _known(self, file: str) -> dict[str, Label]:
+        """By family what the file says, or what was given later."""
+        with self._lock:
+            new = dict(self._new.get(file, {}))
+        known = self._read(file)  # after: what is written meanwhile leaves the memory when it is in the file
+        for family, label in new.items():
+            if family not in known or known[family].loaded < label.loaded:
+                known[family] = label
+        return known
+
+    def _forget(self, file: str, label: Label) -> None:
+        """Leave to the file what was given here, unless something else was given since."""
+        with self._lock:
+            new = self._new.get(file, {})
+            if new.get(label.family) is label:
+                del new[label.family]
+                if not new:
+                    del self._new[file]
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _files(self) -> list[str]:
+        if self._root is None:
+            return []
+        return [path.stem for path in files(self._root, "names") if path.suffix == ".json"]
+
+    def _path(self, file: str) -> Path:
+        assert self._root is not None
+        return self._root / "names" / f"{file}.json"
+
+    def _writing(self) -> Any:
+        assert self._root is not None
+        return held(FileLock(self._root / "locks" / "names.lock", thread_local=False, mode=0o600), "writing names", QUIET_S)
+
+    def _read(self, file: str) -> dict[str, Label]:
+        """By family; nothing if it is not there, or not what we wrote."""
+        if self._root is None:
+            return {}
+        try:
+            labels = map(_label, json.loads(self._checksums.unseal("names", file, read_text(self._path(file)))))
+            return {label.family: label for label in labels}
+        except (OSError, ValueError, TypeError, RecursionError):  # what cannot be read means nothing
+            return {}
+
+    def _write(self, file: str, known: Mapping[str, Label]) -> None:
+        path = self._path(file)
+        if not known:
+            delete(path)
+            return
+        text = json.dumps([asdict(label) for label in known.values()], default=str)
+        temporary = path.with_name(f".{file}")  # one writer at a time
+        write_text(temporary, self._checksums.seal("names", file, text))
+        os.replace(temporary, path)
+
+
+def _label(row: Any) -> Label:
+    """Raises:
+    ValueError: it is none of ours.
+    """
+    if not is_label(row) or not (row["key"] == "" or KEY.fullmatch(row["key"])):
+        raise ValueError("a field of another kind")
+    return Label(**{**row, "sources": tuple(map(tuple, row["sources"]))})
+
+
+def _after(loaded: float) -> float:
+    return max(time.time(), loaded + _TICK, math.nextafter(loaded, math.inf))  # far in the future a tick is too little to tell apart
+
+
+def _file_of(tenant: str | None, name: str) -> str:
+    return digest(["name", tenant, name])
+
+
+def _in_order(labels: Iterable[Label]) -> list[Label]:
+    return sorted((label for label in labels if label.key), key=lambda label: label.loaded)
