@@ -171,13 +171,15 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
 
     from conftest import tiny_engine
     from kvzip_memory import Document, WindowError, turns
-    from kvzip_memory import generation as answers
+    from kvzip_memory.context import LONGEST_NAME
+    from kvzip_memory.inference import generation as answers
     from kvzip_memory.inference.generation import GenerationParams
     from kvzip_memory.prompting import guidance, sources
     from kvzip_memory.prompting.sources import as_message
     from kvzip_memory.prompting.tools import read_calls
+    from kvzip_memory.registry import holders
     from kvzip_memory.registry import registry as registries
-    from kvzip_memory.registry.disk import files, holders
+    from kvzip_memory.registry.disk import files
     from langchain_kvzip import KVzipChatModel, folders, memory_tools
     from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
     from llama_index_kvzip import memory as blocks
@@ -303,11 +305,11 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
             _given(lambda n: ["A"] * n, lambda e, k: e.load(page, keep=k)),
             True,
         ),
-        "LONGEST_NAME": ("characters", sources.LONGEST_NAME, times(sources.LONGEST_NAME), _text(lambda e, n: e.load(page, name=n)), True),
+        "LONGEST_NAME": ("characters", LONGEST_NAME, times(LONGEST_NAME), _text(lambda e, n: e.load(page, name=n)), True),
         "LONGEST_NAME: a document's": (
             "characters",
-            sources.LONGEST_NAME,
-            times(sources.LONGEST_NAME),
+            LONGEST_NAME,
+            times(LONGEST_NAME),
             _text(lambda e, n: e.load(Document(page, n))),
             True,
         ),

@@ -25,7 +25,8 @@ from conftest import TEXT, tiny_engine
 from kvzip_memory import CorruptFileError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
 from kvzip_memory.context import Resident
-from kvzip_memory.registry import ContextRegistry, layout
+from kvzip_memory.registry import ContextRegistry
+from kvzip_memory.registry.disk import layout
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.files import PreparedFile, read_context
 from kvzip_memory.registry.disk.index import Index
