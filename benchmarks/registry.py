@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from common import articles, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.registry import ContextRegistry, files
+from kvzip_memory.registry import ContextRegistry
+from kvzip_memory.registry.disk import files
 from kvzip_memory.registry.disk.store import DiskTier
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
