@@ -28,6 +28,7 @@ from kvzip_memory.building import context_identity, model_identity
 from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
 from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.compression.scorers import KVzipScorer, Scorer
 from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
@@ -38,7 +39,6 @@ from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.inference.modeling import LanguageModel, eos_ids
 from kvzip_memory.inference.weights import Fingerprint, Stamp
-from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompting.fronts import Fronts, front
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.prompting.language import Language

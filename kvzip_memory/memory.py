@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
-from kvzip_memory.options import checked_ratio
 from kvzip_memory.prompting.fronts import front, said_first
 from kvzip_memory.prompting.prompts import Prompt
 from kvzip_memory.prompting.sources import Message

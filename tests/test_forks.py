@@ -314,7 +314,7 @@ def test_frameworks_objects_refuse_as_well(tmp_path: Path) -> None:
 
 OWN = f"""{BEGIN}
 import multiprocessing
-from kvzip_memory.integration import LazyEngine
+from kvzip_memory.frameworks.engines import LazyEngine
 from filelock import FileLock
 from tqdm import tqdm
 

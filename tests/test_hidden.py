@@ -24,7 +24,7 @@ from rich.console import Console
 
 from conftest import tiny_engine
 from kvzip_memory import InputError, KVzipEngine, NotPicklableError
-from kvzip_memory.hidden import hidden, revealed
+from kvzip_memory.frameworks.hidden import hidden, revealed
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipLLM
 from test_travel import things

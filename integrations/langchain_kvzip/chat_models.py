@@ -31,15 +31,15 @@ from pydantic import ConfigDict, Field, PrivateAttr, SerializerFunctionWrapHandl
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply, UnfinishedError, WindowError, __version__
 from kvzip_memory.bridge import pieces_of, result_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.hidden import Options, revealed, told
-from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
-from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
+from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_window, fixed_folder, loads_of, located, places_of
+from kvzip_memory.frameworks.hidden import Options, revealed, told
+from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
+from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
 from kvzip_memory.prompting.reasoning import Reasoning
 from kvzip_memory.prompting.sources import as_message, clean, may_bring_contexts
 from kvzip_memory.prompting.tools import FORMS, CallReader
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.registry.identity import tenant_digest
-from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema
 
 # A model that is guided but not told of the schema answers badly: a small one repeats itself to the end.

@@ -27,7 +27,7 @@ from llama_index.core.types import Thread
 from kvzip_memory import CompressedContext, InputError, NotPicklableError, SessionBusyError
 from kvzip_memory.bridge import finished, result_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.integration import loads_of
+from kvzip_memory.frameworks.engines import loads_of
 from kvzip_memory.session import Stream
 from kvzip_memory.system.calls import Cancelled, check, within
 from kvzip_memory.system.forks import refuse_after_fork

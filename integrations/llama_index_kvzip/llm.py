@@ -50,14 +50,14 @@ from pydantic import (
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
 from kvzip_memory.bridge import pieces_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.hidden import Options, revealed
-from kvzip_memory.integration import LazyEngine, LazyEngines, configured_window, fixed_folder, located, places_of
-from kvzip_memory.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
+from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_window, fixed_folder, located, places_of
+from kvzip_memory.frameworks.hidden import Options, revealed
+from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
+from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
 from kvzip_memory.prompting.reasoning import Reasoning
 from kvzip_memory.prompting.sources import Message, as_message, may_bring_contexts
 from kvzip_memory.prompting.tools import CallReader
 from kvzip_memory.system.sharing import is_only_tried
-from kvzip_memory.travel import cannot_travel, check_arrived, still_held, written_down
 
 #: In ``additional_kwargs`` of a system's or user's message: the key of a context that the message stands for.
 CONTEXT_KEY = "kvzip_context"

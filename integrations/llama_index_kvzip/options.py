@@ -15,7 +15,7 @@ from llama_index.core.chat_engine import (
 from llama_index.core.chat_engine.types import ChatMode
 
 from kvzip_memory import InputError
-from kvzip_memory.options import CALL_OPTIONS, renamed
+from kvzip_memory.frameworks.options import CALL_OPTIONS, renamed
 from llama_index_kvzip.filters import Choice
 
 INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.options import checked_flag
+from kvzip_memory.frameworks.options import checked_flag
 from llama_index_kvzip.llm import KVzipLLM, given_or_set
 from llama_index_kvzip.options import ANSWER_OPTIONS, known_options
 from llama_index_kvzip.packing import encodable, readable, tag_of

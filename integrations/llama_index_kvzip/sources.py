@@ -13,8 +13,8 @@ from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, T
 from torch import Tensor
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.inference.attribution import Span, blend, bm25
-from kvzip_memory.options import is_whole
 from kvzip_memory.prompting.sources import Message
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.

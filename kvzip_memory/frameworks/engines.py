@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
 from kvzip_memory.engine import KVzipEngine
-from kvzip_memory.hidden import told
+from kvzip_memory.frameworks.hidden import told
 from kvzip_memory.inference.batching import Places
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import after_fork
@@ -44,7 +44,7 @@ class LazyEngines(Shared, dict[str, LazyEngine]):
     """Those of one model object and its copies, by what they are made of: copies of other options have other engines."""
 
     def of(self, model: str, cache_dir: str | None, options: dict[str, Any]) -> LazyEngine:
-        """The engine of a model and these options, which :mod:`~kvzip_memory.hidden` may hide; nothing of them can be read here."""
+        """The engine of a model and these options, which :mod:`~kvzip_memory.frameworks.hidden` may hide; nothing of them can be read here."""
         return self.setdefault(digest([model, cache_dir, told(options)]), LazyEngine())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:

@@ -6,9 +6,9 @@ A value comes from the call, or else from the object that is called, or else fro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
+from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.system.printable import brief
@@ -88,18 +88,6 @@ def checked_flag(name: str, value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """Whether it is a whole number, which True and 1.0 are not."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def checked_ratio(ratio: Any, name: str = "ratio") -> float:
-    """The fraction of pairs to keep, which was given under a name; a text that spells a number is that number.
-
-    Raises:
-        InputError: it is none, or outside (0, 1].
-    """
-    with suppress(TypeError, ValueError, OverflowError):
-        if not isinstance(ratio, bool | bytes | bytearray) and 0 < (number := float(ratio)) <= 1:
-            return number
-    raise InputError(f"{name} is {brief(ratio)}; it is the fraction of pairs kept and must lie in (0, 1]")
 
 
 def sampling(call: Mapping[str, Any], of_object: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
