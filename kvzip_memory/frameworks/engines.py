@@ -44,7 +44,9 @@ class LazyEngines(Shared, dict[str, LazyEngine]):
     """Those of one model object and its copies, by what they are made of: copies of other options have other engines."""
 
     def of(self, model: str, cache_dir: str | None, options: dict[str, Any]) -> LazyEngine:
-        """The engine of a model and these options, which :mod:`~kvzip_memory.frameworks.hidden` may hide; nothing of them can be read here."""
+        """The engine of a model and these options, which :mod:`~kvzip_memory.frameworks.hidden` may hide; nothing of them can be read
+        here.
+        """
         return self.setdefault(digest([model, cache_dir, told(options)]), LazyEngine())
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[type[object], tuple[()]]:
