@@ -8,19 +8,31 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.compression.prefill import Prefilled
+from kvzip_memory.compression.refit.base import LayerPairs, Refit
 from kvzip_memory.context import RaggedLayer
 
 
-def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[RaggedLayer]:
+def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None, refit: Refit | None = None, ratio: float = 1.0) -> list[RaggedLayer]:
     """Ragged layers of the kept pairs. The dense ones are freed on the way: at most one layer exists twice.
 
     Args:
         prefilled: its ``dense`` and ``parent`` are empty afterwards.
         keep: ``[L, H, n]`` bool, over the layers with full attention; false where the parent's pair is gone.
         scores: ``[L, H, n]`` fp16 to be stored beside the pairs, or None.
+        refit: gives the kept pairs their values; None for those the model computed.
+        ratio: as of the refit's pairs.
     """
-    layers, full = [], 0
-    for window in prefilled.model.windows:
+    layers, full, first = [], 0, prefilled.first
+    pinned = torch.zeros(keep.shape[2], dtype=torch.bool)
+    for start, end in ((0, prefilled.protected), *prefilled.keep):
+        pinned[start:end] = True
+    for number, window in enumerate(prefilled.model.windows):
+        blocks = prefilled.rows.pop(number) if prefilled.rows else []
+        fitted: Tensor | None = None
+        if refit is not None and blocks:
+            head, own = prefilled.pairs(0, 0, prefilled.protected), prefilled.pairs(0, first, keep.shape[2])
+            kept = keep[full, :, first:].to(own[0].device)
+            fitted = refit.values(LayerPairs(head, first, *own, kept, pinned[first:].to(kept.device), blocks, ratio))
         keys, values = prefilled.dense.pop(0)
         parent = prefilled.parent.pop(0) if prefilled.parent else None
         if window is not None:
@@ -30,9 +42,13 @@ def evict(prefilled: Prefilled, keep: Tensor, scores: Tensor | None) -> list[Rag
             if parent is None and bool(keep[full].all()):
                 layers.append(_whole(keys, values, layer_scores))
             else:
-                layers.append(_gathered(parent, keys, values, keep[full].to(keys.device), layer_scores))
+                layer = _gathered(parent, keys, values, keep[full].to(keys.device), layer_scores)
+                if fitted is not None:
+                    new = layer.positions >= first
+                    layer.values[new] = fitted[layer.heads()[new], layer.positions[new].long() - first]
+                layers.append(layer)
             full += 1
-        del keys, values, parent
+        del keys, values, parent, fitted
         _return_freed_pages()
     return layers
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
+from kvzip_memory.compression.rows import Rows
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
@@ -36,6 +37,7 @@ class Prefilled:
         keep: spans ``[start, end)`` that are never evicted either.
         parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
         start: tokens the parent stands for.
+        rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
     """
 
     model: LanguageModel
@@ -48,6 +50,7 @@ class Prefilled:
     keep: tuple[tuple[int, int], ...] = ()
     parent: list[RaggedLayer] = field(default_factory=list)
     start: int = 0
+    rows: Rows | None = None
 
     @property
     def full_layers(self) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class KVzipScorer:
 
         The probabilities are normalised over the first ``head`` pairs, the chunk's, and the repeat's own so far.
         """
-        call = _RepeatCall(prefilled, self, head, start, end)
+        call = _RepeatCall(prefilled, self, head, start, end, len(repeat_ids) - (end - start))
         deque(prefilled.model.fill(repeat_ids, len(prefilled.token_ids), call, call), maxlen=0)
         return call.scores()
 
@@ -101,8 +101,9 @@ class KVzipScorer:
 class _RepeatCall(Cache):
     """Cache and attention of one repeat, fed in pieces: reads the dense cache, adds nothing to it, collects scores."""
 
-    def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int) -> None:
+    def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int, opening: int) -> None:
         super().__init__(layers=[])
+        self._opening = opening  # tokens before those that are repeated
         self._prefilled, self._scorer = prefilled, scorer
         self._head, self._start, self._end = head, start, end
         self._own: dict[int, tuple[Tensor, Tensor]] = {}  # [H, T, D], the repeat's pairs so far
@@ -131,6 +132,10 @@ class _RepeatCall(Cache):
             if last:
                 raise LastLayerSeen
             return BACKENDS["cpu"](query, [row()], scaling, window)
+        if prefilled.rows is not None:
+            grouped = query[0].unflatten(0, (len(own_keys), -1))
+            first = own_keys.shape[1] - query.shape[2] - self._opening
+            prefilled.rows.take(layer, self._start, self._end, grouped, scaling, first)
         head_keys, head_values = prefilled.pairs(layer, 0, self._head)
         chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
         near_keys = torch.cat([head_keys, chunk_keys, own_keys], 1)

@@ -1,0 +1,17 @@
+"""Values as the model computed them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvzip_memory.compression.refit.base import LayerPairs
+
+
+class NoRefit:
+    every = 0
+
+    def identity(self) -> None:
+        return None
+
+    def values(self, pairs: LayerPairs) -> Tensor:
+        return pairs.values
