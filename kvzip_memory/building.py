@@ -1,26 +1,32 @@
-"""Building: what a context is made of, and the key of that."""
+"""Building: prompt and parent become a compressed context, and what it is the context of becomes its key."""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+import torch
 
-from kvzip_memory.inference.weights import weights_identity
+from kvzip_memory.chain import Step
+from kvzip_memory.compression import DensePairs, Prefilled, Progress, compress, prefill, prefill_behind
+from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.scorers import KVzipScorer, Scorer
+from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
+from kvzip_memory.errors import InputError
+from kvzip_memory.inference.modeling import LanguageModel
+from kvzip_memory.inference.weights import Stamp
+from kvzip_memory.model_identity import ModelIdentity
+from kvzip_memory.progress import Bar, Tally
+from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompts import Prompt
-from kvzip_memory.registry import identity
+from kvzip_memory.registry import Report
 from kvzip_memory.registry.identity import key_of, recipe_digest, tokens_digest
 from kvzip_memory.system.digests import digest
-
-
-def model_identity(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
-    """Those of :data:`~kvzip_memory.registry.identity.MODEL_FIELDS` that a model in memory decides.
-
-    Args:
-        weights: their fingerprint; None has them read (measured: about 0.6 s a GB on one CPU core).
-    """
-    return {"format": identity.FORMAT, **weights_identity(model, weights)}
+from kvzip_memory.system.modes import plain
 
 
 def context_identity(
@@ -57,3 +63,210 @@ def context_identity(
         "tools": prompt.recipe.tools,
         "parent": None if parent is None else key_of(parent),
     }
+
+
+class Computed(NamedTuple):
+    """Pairs that are there already, such as those of a session's turns.
+
+    Attributes:
+        pairs: of all tokens behind the parent. Building empties it.
+        since: stamp of the model from when it was known to be the one they are of.
+    """
+
+    pairs: DensePairs
+    since: Stamp
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """As much of a context as is compressed already.
+
+    Attributes:
+        n_tokens: its tokens.
+        layers: their pairs, none of no tokens. Compressing what follows empties it, so that layers nobody else has are freed on the way.
+        dense_nbytes: storage of all its pairs before eviction.
+        ms: milliseconds of each stage, over all pieces.
+    """
+
+    n_tokens: int = 0
+    layers: list[RaggedLayer] = field(default_factory=list)
+    dense_nbytes: int = 0
+    ms: dict[str, float] = field(default_factory=dict)
+
+
+class Builder:
+    """Builds contexts of one model, one way.
+
+    Args:
+        model: computes them.
+        identity: tells which model that is.
+        scorer: how pairs are ranked; None is KVzip's way.
+        allocator: one of :data:`~kvzip_memory.compression.allocators.ALLOCATORS`.
+        compress_every: compress after so many tokens, before more are read; None reads everything first.
+        progress: whether bars are shown, see :class:`~kvzip_memory.progress.Bar`.
+        tenant: digest of whose contexts they are, None of nobody's.
+
+    Raises:
+        InputError: see :meth:`check_options`.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        identity: ModelIdentity,
+        scorer: Scorer | None = None,
+        allocator: str = "global",
+        compress_every: int | None = None,
+        progress: bool | None = None,
+        tenant: str | None = None,
+    ) -> None:
+        self.check_options(allocator, compress_every)
+        self._model, self._identity, self._tenant = model, identity, tenant
+        self._scorer: Scorer = scorer or KVzipScorer()
+        self._allocator, self._compress_every, self._progress = allocator, compress_every, progress
+
+    @staticmethod
+    def check_options(allocator: str, compress_every: int | None) -> None:
+        """Raises:
+        InputError: no such allocator, or pieces too small to rank pairs in.
+        """
+        if allocator not in ALLOCATORS:
+            raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
+        if compress_every is not None and compress_every < 64:
+            raise InputError(f"compress_every is {compress_every} tokens; pairs cannot be ranked among fewer than 64")
+
+    @property
+    def scorer(self) -> dict[str, Any]:
+        """How pairs are ranked, as it is in keys."""
+        return self._scorer.identity()
+
+    @property
+    def way(self) -> tuple[dict[str, Any], str]:
+        """How pairs are ranked and chosen, as it is in keys."""
+        return self.scorer, self._allocator
+
+    def identity(
+        self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
+    ) -> dict[str, Any]:
+        """What the context of a prompt is the context of; all of its pairs are read in one piece if they are ``computed``."""
+        behind = max(prompt.protected, parent.n_tokens if parent else 0)
+        whole = computed or ratio == 1.0 or len(prompt.token_ids) - behind <= (self._compress_every or math.inf)
+        return context_identity(
+            self._identity.of(language),
+            prompt,
+            ratio,
+            *self.way,
+            self._tenant,
+            parent.identity if parent else None,
+            None if whole else self._compress_every,
+        )
+
+    def estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
+        """Bytes the context will take, from the model's shape."""
+        config, n = self._model.model.config, len(prompt.token_ids)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        pair = 2 * dim * self._model.model.dtype.itemsize + 4
+        heads = config.num_key_value_heads
+        full = sum(window is None for window in self._model.windows) * heads * n
+        sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
+        return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
+
+    def bar(self, name: str | None) -> Bar:
+        """For the progress of a context of this name, from now on until it is there."""
+        return Bar(name or "context", self._progress)
+
+    def build(
+        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, computed: Computed | None = None
+    ) -> CompressedContext:
+        """A context of the weights that its key names and of no others: all of them are read once it is built, and nobody has written to
+        them meanwhile, or since the stamp of the model that ``computed`` pairs are of.
+
+        Raises:
+            IdentityMismatchError: they are others, or were for a while.
+            ModelError: the model gave scores that are not finite.
+        """
+        wanted, since = step.wanted, computed.since if computed else self._identity.stamp()
+        where = f"context {wanted.key[:12]!r}"
+        self._identity.check(wanted.identity, language, where)  # a handle may outlive the weights
+        context, ms = self._built(language, step, parent, report, computed)
+        began = time.perf_counter()
+        self._identity.prove(wanted.identity, language, where, since)
+        ms["verify"] = 1e3 * (time.perf_counter() - began)
+        return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
+
+    @plain()
+    def _built(
+        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, computed: Computed | None
+    ) -> tuple[CompressedContext, dict[str, float]]:
+        wanted, recipe = step.wanted, step.recipe
+        assert step.ids is not None
+        assert recipe is not None
+        token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
+        ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
+        known = parent.n_tokens if parent else 0
+        first = known if parent and parent.identity.get("scorer") else step.protected
+        total = len(ids) - known + (self._scorer.cost(len(ids) - first) if scored else 0)
+        with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
+            progress = Tally(total, bar.show, report)
+            beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes) if parent and lease else _Beginning()
+            for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
+                beginning = self._grown(beginning, ids[:end], language, step, progress, computed)
+        ratio = wanted.identity["ratio"]
+        context = CompressedContext(
+            key=wanted.key,
+            identity=wanted.identity,
+            token_ids=token_ids,
+            storage=Resident(tuple(beginning.layers)),
+            protected=step.protected,
+            ratio=ratio,
+            dense_nbytes=beginning.dense_nbytes,
+            recipe=recipe,
+            sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
+            created=parent.created if parent else 0.0,
+            expires=parent.expires if parent else None,
+            coarsest=min(ratio, parent.coarsest) if parent else ratio,
+        )
+        return context, beginning.ms
+
+    def _grown(
+        self,
+        beginning: _Beginning,
+        ids: tuple[int, ...],
+        language: Language,
+        step: Step,
+        progress: Progress,
+        computed: Computed | None,
+    ) -> _Beginning:
+        """A beginning that goes on to the end of ``ids``: the piece between is read, unless it is computed, and all are compressed."""
+        assert step.recipe is not None
+        start, layers, n = beginning.n_tokens, beginning.layers, len(ids)
+        began = time.perf_counter()
+        if computed is not None:
+            pairs = computed.pairs
+            progress("prefill", n - start)
+        elif layers:
+            pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
+        else:
+            pairs = prefill(self._model, ids, progress)
+        prefilled = 1e3 * (time.perf_counter() - began)
+        piece = Prefilled(
+            self._model,
+            pairs,
+            ids,
+            step.protected,
+            step.recipe.opening,
+            step.recipe.closing,
+            language.prompts.text_ids,
+            tuple((first, min(last, n)) for first, last in step.keep if first < n),
+            layers,
+            start,
+        )
+        compressed = compress(piece, step.wanted.identity["ratio"], self._scorer, self._allocator, progress)
+        ms = {stage: beginning.ms.get(stage, 0.0) + took for stage, took in {"prefill": prefilled, **compressed.ms}.items()}
+        return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms)
+
+
+def _ends(first: int, n: int, every: int | None) -> list[int]:
+    """Ends of the equal pieces, of at most ``every`` tokens, in which ``[first, n)`` is read and compressed."""
+    count = 1 if every is None else max(1, math.ceil((n - first) / every))
+    return [first + round((i + 1) * (n - first) / count) for i in range(count)]

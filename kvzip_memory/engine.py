@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import math
 import os
 import re
-import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -19,18 +16,15 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from kvzip_memory import turns
 from kvzip_memory.bridge import result_of
-from kvzip_memory.building import context_identity, model_identity
+from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Managed, Step, leased
-from kvzip_memory.compression import DensePairs, Prefilled, compress, prefill, prefill_behind
-from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.ratios import checked_ratio
-from kvzip_memory.compression.scorers import KVzipScorer, Scorer
-from kvzip_memory.context import CompressedContext, Receipt, Resident, as_told, checked_context
+from kvzip_memory.compression.scorers import Scorer
+from kvzip_memory.context import CompressedContext, Receipt, as_told, checked_context
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
 from kvzip_memory.inference import loading
 from kvzip_memory.inference.attribution import NEUTRAL, Span, attention_mass, compared
@@ -38,7 +32,7 @@ from kvzip_memory.inference.batching import Places
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.inference.modeling import LanguageModel, eos_ids
-from kvzip_memory.inference.weights import Fingerprint, Stamp
+from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.fronts import Fronts, front
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.prompting.language import Language
@@ -55,7 +49,7 @@ from kvzip_memory.prompting.sources import (
     read_source,
 )
 from kvzip_memory.prompting.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
-from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Report, Wanted, check_name, check_tag, check_ttl, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Wanted, check_name, check_tag, check_ttl, parse_bytes
 from kvzip_memory.registry.disk.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import MODEL_FIELDS, check_same_model, group_of, key_of, label, tenant_digest
@@ -66,9 +60,8 @@ from kvzip_memory.system.checksums import Checksums
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
 from kvzip_memory.system.limits import host_nbytes
-from kvzip_memory.system.modes import plain
 from kvzip_memory.system.paths import as_folder, as_path
-from kvzip_memory.system.printable import logger_of, printable
+from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.sharing import Shared
 from kvzip_memory.system.threads import release
 
@@ -148,18 +141,15 @@ class KVzipEngine(Shared):
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = checked_ratio(ratio)
-        _check_allocator(allocator)
-        _check_every(compress_every)
+        Builder.check_options(allocator, compress_every)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
         self._spoken = Language(tokenizer, self._template_kwargs, self.window)
         self._model.tokenizer = self._spoken.tokenizer
-        self._scorer: Scorer = scorer or KVzipScorer()
-        self._allocator = allocator
-        self._compress_every = compress_every
-        self._progress = progress
         self._tenant = tenant_digest(tenant)
+        self._identities = ModelIdentity(self._model)
+        self._builder = Builder(self._model, self._identities, scorer, allocator, compress_every, progress, self._tenant)
         device = self._model.device
         if device_bytes is None:
             device_bytes = _memory_nbytes(device) // 4
@@ -182,8 +172,6 @@ class KVzipEngine(Shared):
             secret=secret,
             check=self._model.check_layers,
         )
-        self._watch, self._weights = self._model.watch, Fingerprint(model)
-        self._known_identity: tuple[Stamp | None, dict[str, Any]] = (None, {})
         self._loaded: WeakValueDictionary[str, Managed] = WeakValueDictionary()
         self._fronts = Fronts()
         release()
@@ -225,8 +213,7 @@ class KVzipEngine(Shared):
             InputError, UnsupportedModelError: see the class. Ratio and allocator are checked before anything is loaded.
         """
         checked_ratio(ratio)
-        _check_allocator(allocator)
-        _check_every(compress_every)
+        Builder.check_options(allocator, compress_every)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         check_ttl(ttl)
@@ -440,15 +427,14 @@ class KVzipEngine(Shared):
         language: Language,
         context: CompressedContext | None,
         prompt: Prompt,
-        pairs: DensePairs,
-        since: Stamp,
+        computed: Computed,
         ratio: float | None,
         name: str | None,
         tags: str | Sequence[str] | None,
     ) -> CompressedContext:
-        """The context of another one, or of none, and of turns whose pairs are there already, from a model of the stamp ``since``."""
+        """The context of another one, or of none, and of turns whose pairs are there already."""
         began, tags = time.perf_counter(), _labels(name, tags)
-        now, then = self._identity, self._identity_of(language)
+        now, then = self._identity, self._identities.of(language)
         if differing := tuple(field for field in ("tokenizer", "template") if now[field] != then[field]):
             raise IdentityMismatchError(
                 f"the session began with another {' and another '.join(map(label, differing))} than the tokenizer has now; set that one "
@@ -458,7 +444,7 @@ class KVzipEngine(Shared):
         if context is not None:
             self._check_parent(language, context)
         self._check_window(prompt)
-        return self._load(language, prompt, ratio, name, tags, began, context, pairs, since)
+        return self._load(language, prompt, ratio, name, tags, began, context, computed)
 
     def _load_text(
         self, language: Language, prompt: Prompt, ratio: float | None, name: str | None, tags: Sequence[str], began: float
@@ -477,33 +463,20 @@ class KVzipEngine(Shared):
         tags: Sequence[str],
         began: float,
         parent: CompressedContext | None = None,
-        pairs: DensePairs | None = None,
-        since: Stamp | None = None,
+        computed: Computed | None = None,
     ) -> CompressedContext:
-        """A prompt's context out of the registry, built if need be, from ``pairs`` if they are given, and their model's stamp."""
+        """A prompt's context out of the registry, built if need be, of pairs that are ``computed`` already if they are given."""
         ratio = checked_ratio((parent.ratio if parent else self.ratio) if ratio is None else ratio)
         tokenized = time.perf_counter()
-        every = self._compress_every if pairs is None and ratio < 1.0 else None
-        if every is not None and len(prompt.token_ids) - max(prompt.protected, parent.n_tokens if parent else 0) <= every:
-            every = None  # all in one piece
-        identity = context_identity(
-            self._identity_of(language),
-            prompt,
-            ratio,
-            self._scorer.identity(),
-            self._allocator,
-            self._tenant,
-            parent.identity if parent else None,
-            every,
-        )
+        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         check_metadata(prompt.sources)
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
         wanted = self.registry.with_room(wanted)
-        self.registry.check_fits(self._estimated_nbytes(prompt, ratio))
+        self.registry.check_fits(self._builder.estimated_nbytes(prompt, ratio))
         self.registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
-        build = partial(self._build, language)
+        build = partial(self._builder.build, language)
         step = Step(
             self.registry,
             wanted,
@@ -515,8 +488,8 @@ class KVzipEngine(Shared):
             prompt.recipe,
             as_told(prompt.sources)[known:],
         )
-        now = step if pairs is None else replace(step, make=partial(build, pairs=pairs, since=since))
-        with self._bar(name) as bar, leased(now, bar.show) as (context, lease):
+        now = step if computed is None else replace(step, make=partial(build, computed=computed))
+        with self._builder.bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
             self._loaded[wanted.key] = storage = Managed(step, context)
@@ -687,110 +660,6 @@ class KVzipEngine(Shared):
                 window=self.window,
             )
 
-    def _estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
-        """Bytes the context will take, from the model's shape."""
-        config, n = self.model.config, len(prompt.token_ids)
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pair = 2 * dim * self.model.dtype.itemsize + 4
-        heads = config.num_key_value_heads
-        full = sum(window is None for window in self._model.windows) * heads * n
-        sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
-        return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
-
-    def _build(
-        self,
-        language: Language,
-        step: Step,
-        parent: CompressedContext | None,
-        report: Report,
-        pairs: DensePairs | None = None,
-        since: Stamp | None = None,
-    ) -> CompressedContext:
-        """A context of the weights that its key names and of no others: all of them are read once it is built, and nobody has written to
-        them meanwhile, or since the stamp of the model that ``pairs`` are of.
-
-        Raises:
-            IdentityMismatchError: they are others, or were for a while.
-        """
-        wanted, since = step.wanted, since or self._watch.stamp()
-        where = f"context {wanted.key[:12]!r}"
-        check_same_model(wanted.identity, self._identity_of(language), where)  # a handle may outlive the weights
-        context, ms = self._build_now(language, step, parent, report, pairs)
-        began = time.perf_counter()
-        until = self._watch.stamp()
-        way_out = "nothing is stored. Load it again, and change no weights meanwhile"
-        check_same_model(
-            wanted.identity,
-            self._proven_identity(language),
-            where,
-            f"the model was changed, perhaps while it was built, and {way_out}",
-        )
-        if not self._model.untouched(since, until):
-            raise IdentityMismatchError(
-                f"the model was changed and changed back while {where} was built from it, and {way_out}", fields=("weights",)
-            )
-        ms["verify"] = 1e3 * (time.perf_counter() - began)
-        return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
-
-    @plain()
-    def _build_now(
-        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, pairs: DensePairs | None
-    ) -> tuple[CompressedContext, dict[str, float]]:
-        wanted, recipe = step.wanted, step.recipe
-        assert step.ids is not None
-        assert recipe is not None
-        token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
-        ids, start, ratio = tuple(token_ids.tolist()), parent.n_tokens if parent else 0, wanted.identity["ratio"]
-        done = total = 0
-        with self._model.building(), self._bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
-            layers = list(lease.layers) if lease else []
-
-            def progress(stage: str, tokens: int) -> None:
-                nonlocal done
-                done += tokens
-                bar.show(stage, done, total)
-                report(stage, done, total)
-
-            first = start if parent and parent.identity.get("scorer") else step.protected
-            total = len(ids) - start + (self._scorer.cost(len(ids) - first) if wanted.identity["scorer"] else 0)
-            ms: Counter[str] = Counter()
-            dense_nbytes = parent.dense_nbytes if parent else 0
-            for end in _ends(max(start, step.protected), len(ids), wanted.identity["compress_every"]):
-                began = time.perf_counter()
-                if pairs is not None:
-                    progress("prefill", end - start)
-                elif layers:
-                    pairs = prefill_behind(self._model, layers, start, ids[start:end], progress)
-                else:
-                    pairs = prefill(self._model, ids[:end], progress)
-                ms["prefill"] += 1e3 * (time.perf_counter() - began)  # type: ignore[assignment]
-                keep = tuple((first, min(last, end)) for first, last in step.keep if first < end)
-                opening, closing, encode = recipe.opening, recipe.closing, language.prompts.text_ids
-                prefilled = Prefilled(self._model, pairs, ids[:end], step.protected, opening, closing, encode, keep, layers, start)
-                compressed = compress(prefilled, ratio, self._scorer, self._allocator, progress)
-                ms.update(compressed.ms)
-                dense_nbytes += compressed.dense_nbytes
-                layers, start, pairs = list(compressed.layers), end, None
-                del compressed, prefilled  # they hold on to what the next piece frees
-        context = CompressedContext(
-            key=wanted.key,
-            identity=wanted.identity,
-            token_ids=token_ids,
-            storage=Resident(tuple(layers)),
-            protected=step.protected,
-            ratio=ratio,
-            dense_nbytes=dense_nbytes,
-            recipe=recipe,
-            sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
-            created=parent.created if parent else 0.0,
-            expires=parent.expires if parent else None,
-            coarsest=min(ratio, parent.coarsest) if parent else ratio,
-        )
-        return context, dict(ms)
-
-    def _bar(self, name: str | None) -> _Bar:
-        return _Bar(name or "context", self._progress)
-
     @property
     def _language(self) -> Language:
         """What is made of the tokenizer as it is now. Sessions keep the one they began with."""
@@ -814,31 +683,7 @@ class KVzipEngine(Shared):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return self._identity_of(self._language)
-
-    def _identity_of(self, language: Language) -> dict[str, Any]:
-        """The model's fields of a key; those of its weights are computed again when one, or an adapter, has changed.
-
-        Raises:
-            IdentityMismatchError: the model was moved to another device.
-            InputError: it has a dtype now that the engine's attention cannot compute with.
-        """
-        now = self._watch.stamp()
-        known, fields = self._known_identity
-        if now != known:
-            self._model.changed(moved=known is not None and now.places != known.places)
-            others = known is None or -1 in now.written(known)  # not only buffers, which the model's own forward may write to
-            fields = model_identity(self.model, self._weights.get(anew=others))
-            self._known_identity = (now, fields)
-        return {**fields, **language.identity}
-
-    def _proven_identity(self, language: Language) -> dict[str, Any]:
-        """:meth:`_identity_of` with all weights read, also if none seems to have changed."""
-        self._identity_of(language)
-        known, _ = self._known_identity
-        fields = model_identity(self.model, self._weights.get())
-        self._known_identity = (known, fields)
-        return {**fields, **language.identity}
+        return self._identities.of(self._language)
 
     @property
     def fingerprint(self) -> str:
@@ -872,13 +717,13 @@ class KVzipEngine(Shared):
         return self._stored_prefix(self._language, ids, ratio)
 
     def _stored_prefix(self, language: Language, ids: Sequence[int], ratio: float | None = None) -> CompressedContext | None:
-        least, made = self.ratio if ratio is None else ratio, (self._scorer.identity(), self._allocator)
+        least, way = self.ratio if ratio is None else ratio, self._builder.way
 
         def fits(entry: Entry) -> bool:
             scorer, allocator = entry.identity.get("scorer"), entry.identity.get("allocator")
-            return entry.fineness >= least and (scorer is None or (scorer, allocator) == made)
+            return entry.fineness >= least and (scorer is None or (scorer, allocator) == way)
 
-        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identity_of(language), ids, fits)) is None:
+        if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identities.of(language), ids, fits)) is None:
             return None
         try:
             context = self._handle(entry)
@@ -902,7 +747,7 @@ class KVzipEngine(Shared):
     def _session(self, language: Language, context: CompressedContext | None) -> Session:
         context = None if context is None else self._mine(context)
         fold = partial(self._folded, language)
-        return Session(self._model, language.prompts, context, fold, partial(self._identity_of, language))
+        return Session(self._model, language.prompts, context, fold, partial(self._identities.of, language))
 
     def generate(self, context: CompressedContext | None, question: str | Sequence[Message], **params: Any) -> Reply:
         """Answer one question from a context; the question is forgotten afterwards.
@@ -1100,14 +945,14 @@ class KVzipEngine(Shared):
 
     def _check_context(self, language: Language, context: CompressedContext | None) -> None:
         if context is not None:
-            check_same_model(self._mine(context).identity, self._identity_of(language), repr(context))
+            check_same_model(self._mine(context).identity, self._identities.of(language), repr(context))
 
     def _check_parent(self, language: Language, context: CompressedContext) -> None:
         self._check_context(language, checked_context(context))
         scorer = context.identity.get("scorer")
-        if scorer not in (None, self._scorer.identity()):
+        if scorer not in (None, self._builder.scorer):
             raise InputError(
-                f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._scorer.identity()} cannot be "
+                f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._builder.scorer} cannot be "
                 "compared; extend it with an engine of that scorer, or load the text again"
             )
 
@@ -1137,56 +982,8 @@ def _not_stored(reference: str, but: str = "") -> InputError:
     return InputError(f"no context {reference!r} of this model is stored{but}: load the text")
 
 
-_BAR_NAME = 40  # characters of a name that a progress bar shows
-
-
-class _Bar:
-    """A progress bar that appears with the first progress, where it is shown.
-
-    Where it is not there is none: tqdm's lock, of all threads and forked processes, would hang a child that is forked while another
-    thread has it, and all the others once such a child is killed.
-    """
-
-    def __init__(self, name: str, progress: bool | None) -> None:
-        self._name, self._shown = printable(name)[:_BAR_NAME], sys.stderr.isatty() if progress is None else progress
-        self._bar: Any = None
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def show(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` tokens, in the given stage; 0 of 0 while nothing is known."""
-        if not self._shown:
-            return
-        if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._name, unit="tok", leave=False)
-        self._bar.total = total or None
-        self._bar.set_postfix_str(printable(stage)[:_BAR_NAME], refresh=False)  # another process' may have told it
-        self._bar.update(done - self._bar.n)
-
-
-def _ends(first: int, n: int, every: int | None) -> list[int]:
-    """Ends of the equal pieces, of at most ``every`` tokens, in which ``[first, n)`` is read and compressed."""
-    count = 1 if every is None else max(1, math.ceil((n - first) / every))
-    return [first + round((i + 1) * (n - first) / count) for i in range(count)]
-
-
 def _memory_nbytes(device: torch.device) -> int:
     """Memory of a device; what this process may use of the host's for one that shares it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return host_nbytes()
-
-
-def _check_allocator(allocator: str) -> None:
-    if allocator not in ALLOCATORS:
-        raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
-
-
-def _check_every(compress_every: int | None) -> None:
-    if compress_every is not None and compress_every < 64:
-        raise InputError(f"compress_every is {compress_every} tokens; pairs cannot be ranked among fewer than 64")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import GenerationConfig
 
-from kvzip_memory.compression import DensePairs
+from kvzip_memory.building import Computed
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import IdentityMismatchError, InputError, SessionBusyError, WindowError
 from kvzip_memory.inference.batching import Place
@@ -85,8 +85,8 @@ class Reply:
 
 
 Tags = str | Sequence[str] | None
-#: Builds the context of a parent, if any, and of a prompt behind it: pairs, their model's stamp, ratio, name and tags follow.
-Fold = Callable[[CompressedContext | None, Prompt, DensePairs, Stamp, float | None, str | None, Tags], CompressedContext]
+#: Builds the context of a parent, if any, and of a prompt behind it, whose pairs are computed; ratio, name and tags follow.
+Fold = Callable[[CompressedContext | None, Prompt, Computed, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -371,7 +371,7 @@ class Session(NotPickled):
                     self._computed(since, self._model.watch.stamp())
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, pairs, since, ratio, name, tags)
+            context = self._fold(self.context, prompt, Computed(pairs, since), ratio, name, tags)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk, self._stamps = Tail(), talk, None

@@ -192,7 +192,7 @@ def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_mas
         pieces.append((len(prefilled.token_ids), compress(prefilled, *args)))
         return pieces[-1][1]
 
-    monkeypatch.setattr("kvzip_memory.engine.compress", noted)
+    monkeypatch.setattr("kvzip_memory.building.compress", noted)
     context = engine.load(TEXT, ratio=0.4, keep="8306")
     assert [b - a for (a, _), (b, _) in pairwise(pieces)] == [96, 96]  # 312 tokens, 24 of them head
     assert context.kept_pairs == round(0.4 * context.total_pairs)

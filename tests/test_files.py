@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CorruptFileError, IdentityMismatchError, KVzipEngine
-from kvzip_memory.building import model_identity
+from kvzip_memory.model_identity import model_identity
 from kvzip_memory.prompting.language import tokenizer_fingerprint
 from kvzip_memory.registry.identity import key_of
 from kvzip_memory.system.digests import digest

@@ -18,10 +18,10 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 from pydantic import BaseModel
 
-import kvzip_memory.engine
+import kvzip_memory.model_identity
 from conftest import CHATML, TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
-from kvzip_memory.building import model_identity
+from kvzip_memory.model_identity import model_identity
 from kvzip_memory.prompting.sources import as_message
 from langchain_kvzip import ChatKVzip, KVzipChatModel
 from templates import GEMMA2, LLAMA31, MISTRAL_V01
@@ -121,7 +121,7 @@ def test_copies_share_one_engine_and_weights_load_on_first_use(smollm2_path, mon
 async def test_weights_are_hashed_for_a_cache_of_answers_only(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
     monkeypatch.setattr(
-        kvzip_memory.engine, "model_identity", lambda *args: hashed.append(threading.current_thread()) or model_identity(*args)
+        kvzip_memory.model_identity, "model_identity", lambda *args: hashed.append(threading.current_thread()) or model_identity(*args)
     )
     llm = KVzipChatModel(engine=tiny_engine(), max_tokens=3)
     await llm.ainvoke("Who?")

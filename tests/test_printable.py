@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 import kvzip_memory
-import kvzip_memory.engine
+import kvzip_memory.progress
 import langchain_kvzip
 import llama_index_kvzip
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, cli
-from kvzip_memory.engine import _Bar
+from kvzip_memory.progress import Bar
 from kvzip_memory.prompting.sources import Document
 from kvzip_memory.system.printable import printable
 from kvzip_memory.turns import TurnsFile
@@ -167,8 +167,8 @@ def test_progress_bars_show_names_and_what_others_tell_as_escapes(monkeypatch: p
         def update(self, n: int) -> None: ...
         def close(self) -> None: ...
 
-    monkeypatch.setattr(kvzip_memory.engine, "tqdm", Tqdm)
-    with _Bar(HOSTILE + "x" * 1000, True) as bar:
+    monkeypatch.setattr(kvzip_memory.progress, "tqdm", Tqdm)
+    with Bar(HOSTILE + "x" * 1000, True) as bar:
         bar.show(HOSTILE + "x" * 1000, 0, 0)
     assert len(made) == 2
     assert not any(ODD.search(text) or "\n" in text or len(text) > 40 for text in made)

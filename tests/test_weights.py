@@ -221,9 +221,9 @@ def test_a_fingerprint_is_taken_once_and_by_bytes_alone(monkeypatch: pytest.Monk
 
 def unseen(engine: KVzipEngine) -> None:
     """A write that no stamp can tell."""
-    before = engine._watch.stamp()
+    before = engine._model.watch.stamp()
     inner(engine.model).up_proj.weight.data[0, 1] += 4
-    assert engine._watch.stamp() == before
+    assert engine._model.watch.stamp() == before
 
 
 MORE = [{"role": "user", "content": "And who winds the lamp? " * 12}]
@@ -392,14 +392,14 @@ def test_no_model_has_another_stamp_after_it_was_run(make: Callable[[], Any]) ->
     with torch.inference_mode():  # another user's long text
         (model._orig_mod if hasattr(model, "_orig_mod") else model).eval()(input_ids=torch.arange(2100)[None] % 250)
     model.train("training" in str(make))
-    before = engine._watch.stamp()
+    before = engine._model.watch.stamp()
     session = engine.session(engine.load(TEXT[:200]))
-    assert engine._watch.stamp() == before
+    assert engine._model.watch.stamp() == before
     for question in ("Who?", "When?"):
         session.ask(question, max_new_tokens=3)
     session.fold(1)
     session.ask("Why?", max_new_tokens=3)
-    assert engine._watch.stamp() == before
+    assert engine._model.watch.stamp() == before
     assert engine.stats()["built"] == 2
 
 
@@ -427,9 +427,9 @@ def counting() -> tuple[KVzipEngine, Any]:
 
 def test_a_model_that_writes_to_its_own_buffers_is_always_the_same() -> None:
     engine, _ = counting()
-    before = engine._watch.stamp()
+    before = engine._model.watch.stamp()
     context = engine.load(TEXT)
-    assert engine._watch.stamp() != before
+    assert engine._model.watch.stamp() != before
     session = engine.session(engine.extend(context, "More of it."))
     for question in ("Who?", "When?"):
         session.ask(question, max_new_tokens=3)
