@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from kvzip_memory.inference.weights import weights_identity
-from kvzip_memory.prompting.prompts import Prompt
+from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import identity
 from kvzip_memory.registry.identity import key_of, recipe_digest, tokens_digest
 from kvzip_memory.system.digests import digest
