@@ -174,9 +174,10 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
     from kvzip_memory.context import LONGEST_NAME
     from kvzip_memory.inference import generation as answers
     from kvzip_memory.inference.generation import GenerationParams
-    from kvzip_memory.prompting import guidance, sources
-    from kvzip_memory.prompting.sources import as_message
-    from kvzip_memory.prompting.tools import read_calls
+    from kvzip_memory.prompting import cleaning, guidance
+    from kvzip_memory.prompting.call_reader import read_calls
+    from kvzip_memory.prompting.documents import LARGEST_METADATA, MOST_OF_METADATA
+    from kvzip_memory.prompting.messages import as_message
     from kvzip_memory.registry import holders
     from kvzip_memory.registry import registry as registries
     from kvzip_memory.registry.disk import files
@@ -300,8 +301,8 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
         ),
         "MOST_KEPT": (
             "strings",
-            sources.MOST_KEPT,
-            times(sources.MOST_KEPT),
+            cleaning.MOST_KEPT,
+            times(cleaning.MOST_KEPT),
             _given(lambda n: ["A"] * n, lambda e, k: e.load(page, keep=k)),
             True,
         ),
@@ -324,34 +325,34 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
         "LARGEST_HOLDERS": ("characters", holders.LARGEST_HOLDERS, times(holders.LARGEST_HOLDERS), _gathered("long"), True),
         "LARGEST_METADATA": (
             "characters",
-            sources.LARGEST_METADATA,
-            times(sources.LARGEST_METADATA),
+            LARGEST_METADATA,
+            times(LARGEST_METADATA),
             _given(documents, lambda e, d: e.load(d)),
             True,
         ),
         "MOST_OF_METADATA": (
             "lists and mappings",
-            sources.MOST_OF_METADATA,
-            times(sources.MOST_OF_METADATA),
+            MOST_OF_METADATA,
+            times(MOST_OF_METADATA),
             _given(lambda n: {"a": [[]] * n}, lambda e, v: e.load(Document(page, "a", v))),
             True,
         ),
         "DEEPEST": (
             "levels",
-            sources.DEEPEST,
-            times(sources.DEEPEST),
+            cleaning.DEEPEST,
+            times(cleaning.DEEPEST),
             _given(deep, lambda e, v: as_message({"role": "user", "content": [v]})),
             True,
         ),
         "MOST_PARTS": (
             "lists",
-            sources.MOST_PARTS,
-            times(sources.MOST_PARTS),
+            cleaning.MOST_PARTS,
+            times(cleaning.MOST_PARTS),
             _given(lambda n: [[]] * n, lambda e, v: as_message({"role": "tool", "content": [{"a": v, "b": 1}], "tool_call_id": "1"})),
             True,
         ),
-        "MOST_OF_SCHEMA": ("lists and mappings", sources.MOST_OF_SCHEMA, times(sources.MOST_OF_SCHEMA), schema, True),
-        "MOST_OF_SCHEMA: tools": ("lists and mappings", sources.MOST_OF_SCHEMA, times(sources.MOST_OF_SCHEMA), tools, True),
+        "MOST_OF_SCHEMA": ("lists and mappings", cleaning.MOST_OF_SCHEMA, times(cleaning.MOST_OF_SCHEMA), schema, True),
+        "MOST_OF_SCHEMA: tools": ("lists and mappings", cleaning.MOST_OF_SCHEMA, times(cleaning.MOST_OF_SCHEMA), tools, True),
         "MOST_OF_GRAMMAR": (
             "characters",
             guidance.MOST_OF_GRAMMAR,

@@ -18,7 +18,7 @@ from kvzip_memory.errors import (
     UnsupportedModelError,
     WindowError,
 )
-from kvzip_memory.prompting.sources import Document
+from kvzip_memory.prompting.documents import Document
 from kvzip_memory.session import Reply, Session, Stream, Usage
 
 __version__ = "0.1.0"

@@ -22,7 +22,7 @@ from kvzip_memory.inference.weights import Stamp
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
-from kvzip_memory.prompting.prompts import Prompt
+from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
 from kvzip_memory.registry.identity import key_of, recipe_digest, tokens_digest
 from kvzip_memory.system.digests import digest

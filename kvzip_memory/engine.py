@@ -33,22 +33,19 @@ from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.inference.modeling import LanguageModel, eos_ids
 from kvzip_memory.model_identity import ModelIdentity
+from kvzip_memory.prompting.call_grammar import calls_grammar
+from kvzip_memory.prompting.call_reader import read_calls
+from kvzip_memory.prompting.cleaning import MOST_KEPT, MOST_OF_SCHEMA, as_texts, clean, cleaned
+from kvzip_memory.prompting.documents import check_metadata
+from kvzip_memory.prompting.forms import ToolForm
 from kvzip_memory.prompting.fronts import Fronts, front
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.prompting.language import Language
-from kvzip_memory.prompting.prompts import Prompt, PromptBuilder
-from kvzip_memory.prompting.sources import (
-    MOST_KEPT,
-    MOST_OF_SCHEMA,
-    Message,
-    as_messages,
-    as_texts,
-    check_metadata,
-    clean,
-    cleaned,
-    read_source,
-)
-from kvzip_memory.prompting.tools import Tool, ToolForm, calls_grammar, checked_tools, read_calls
+from kvzip_memory.prompting.messages import Message, as_messages
+from kvzip_memory.prompting.prompt import Prompt
+from kvzip_memory.prompting.prompts import PromptBuilder
+from kvzip_memory.prompting.sources import read_source
+from kvzip_memory.prompting.tools import Tool, checked_tools
 from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Wanted, check_name, check_tag, check_ttl, parse_bytes
 from kvzip_memory.registry.disk.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
@@ -282,7 +279,7 @@ class KVzipEngine(Shared):
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or
-                :class:`~kvzip_memory.prompting.sources.Document`), chat messages (mappings with ``role`` and ``content``, or the
+                :class:`~kvzip_memory.prompting.documents.Document`), chat messages (mappings with ``role`` and ``content``, or the
                 frameworks' own), or a list of documents or of messages.
             name: an alias, for :meth:`get` and the command line; not part of the key, nor one itself.
             ratio: kept fraction, the engine's if None.

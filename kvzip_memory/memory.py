@@ -18,8 +18,8 @@ from kvzip_memory.context import CompressedContext, Recipe
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.errors import BudgetError, InputError, WindowError
 from kvzip_memory.prompting.fronts import front, said_first
-from kvzip_memory.prompting.prompts import Prompt
-from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.system.printable import logger_of
 

@@ -29,9 +29,10 @@ from kvzip_memory.inference.modeling import LanguageModel, eos_ids
 from kvzip_memory.inference.processors import own_settings
 from kvzip_memory.inference.speculation import PromptLookup
 from kvzip_memory.inference.weights import Stamp
-from kvzip_memory.prompting.prompts import Prompt, PromptBuilder
+from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.prompt import Prompt
+from kvzip_memory.prompting.prompts import PromptBuilder
 from kvzip_memory.prompting.reasoning import Reasoning, ReasoningReader
-from kvzip_memory.prompting.sources import Message
 from kvzip_memory.prompting.talk import Asked, Talk
 from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.registry.identity import check_same_model

@@ -17,9 +17,10 @@ import torch
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, QueueFullError
 from kvzip_memory.bridge import pieces_of
-from kvzip_memory.inference.batching import Admission, Gate, Worker
+from kvzip_memory.inference.batching import Admission, Worker
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.system import threads
+from kvzip_memory.system.calls import Gate
 
 STRESS = os.environ.get("KVZIP_STRESS") == "1"
 

@@ -12,7 +12,7 @@ from llama_index.core.llms import ChatMessage
 
 from conftest import TEXT
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
-from kvzip_memory.prompting.sources import as_message, may_bring_contexts
+from kvzip_memory.prompting.messages import as_message, may_bring_contexts
 from langchain_kvzip import KVzipChatModel
 from langchain_kvzip.chat_models import _plain, files_in, without_files
 from llama_index_kvzip import KVzipLLM

@@ -26,23 +26,19 @@ import llama_index_kvzip
 from conftest import TEXT, tiny_engine
 from kvzip_memory import Document, InputError, KVzipEngine, QueueFullError, WindowError, turns
 from kvzip_memory.cli import app
+from kvzip_memory.context.facts import LONGEST_NAME
 from kvzip_memory.inference.generation import LONGEST_STOP, MOST_STOPS, GenerationParams, StopMatcher
+from kvzip_memory.prompting.call_reader import CallReader, read_calls
+from kvzip_memory.prompting.cleaning import DEEPEST, MOST_KEPT, MOST_OF_SCHEMA, check_nesting
+from kvzip_memory.prompting.documents import LARGEST_METADATA, MOST_OF_METADATA
+from kvzip_memory.prompting.forms import FORMS
 from kvzip_memory.prompting.guidance import MOST_OF_GRAMMAR
+from kvzip_memory.prompting.messages import as_message
 from kvzip_memory.prompting.schemas import json_rule
-from kvzip_memory.prompting.sources import (
-    DEEPEST,
-    LARGEST_METADATA,
-    MOST_KEPT,
-    MOST_OF_METADATA,
-    MOST_OF_SCHEMA,
-    as_message,
-    check_nesting,
-    read_source,
-)
-from kvzip_memory.prompting.tools import FORMS, CallReader, read_calls
+from kvzip_memory.prompting.sources import read_source
 from kvzip_memory.registry import holders
 from kvzip_memory.registry.holders import MOST_HOLDERS
-from kvzip_memory.registry.registry import LONGEST_NAME, MOST_TAGS
+from kvzip_memory.registry.registry import MOST_TAGS
 from kvzip_memory.session import Session
 from kvzip_memory.system.printable import brief
 from kvzip_memory.turns import LARGEST_SESSION, Turns, sessions

@@ -16,7 +16,7 @@ from conftest import TEXT, kept_positions, masked_logits, own_logits, row_over, 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.prompting.sources import Document
+from kvzip_memory.prompting.documents import Document
 from kvzip_memory.registry.disk.doctor import examine
 
 FIRST = [

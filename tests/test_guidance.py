@@ -21,10 +21,11 @@ from conftest import tiny_engine
 from kvzip_memory import InputError, KVzipEngine, UnfinishedError, WindowError
 from kvzip_memory.inference.generation import Answer, GenerationParams, Sampler, decode
 from kvzip_memory.prompting import endings
-from kvzip_memory.prompting.endings import goes_round
+from kvzip_memory.prompting.call_grammar import calls_grammar
+from kvzip_memory.prompting.forms import FORMS, ToolForm
 from kvzip_memory.prompting.guidance import Grammar
+from kvzip_memory.prompting.reach import goes_round
 from kvzip_memory.prompting.schemas import NARROWING, closed
-from kvzip_memory.prompting.tools import FORMS, ToolForm, calls_grammar
 from schemas import random_schema
 
 SCHEMAS = 200

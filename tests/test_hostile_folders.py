@@ -24,8 +24,9 @@ from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.registry.disk import layout as layout_of
 from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.index import Index
 from kvzip_memory.registry.disk.layout import strangers
-from kvzip_memory.registry.disk.store import DiskTier, Index
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.turns import TurnsFile, erase, remove_expired, sessions
 from synthetic import CPU, load, wanted
 from test_registry_stress import say

@@ -22,7 +22,7 @@ import kvzip_memory.model_identity
 from conftest import CHATML, TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, UnfinishedError
 from kvzip_memory.model_identity import model_identity
-from kvzip_memory.prompting.sources import as_message
+from kvzip_memory.prompting.messages import as_message
 from langchain_kvzip import ChatKVzip, KVzipChatModel
 from templates import GEMMA2, LLAMA31, MISTRAL_V01
 from test_guidance import babble

@@ -41,8 +41,9 @@ from llama_index.core.llms import ChatMessage
 
 from conftest import CHATML, TEXT, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory.prompting.frames import CUT
+from kvzip_memory.prompting.messages import as_message, as_messages
 from kvzip_memory.prompting.prompts import PromptBuilder
-from kvzip_memory.prompting.sources import CUT, as_message, as_messages
 from kvzip_memory.prompting.tools import results_in_order
 from langchain_kvzip import KVzipChatModel
 from langchain_kvzip.chat_models import _plain

@@ -21,9 +21,9 @@ from pydantic import BaseModel
 from conftest import TEXT, tiny_model
 from kvzip_memory import KVzipEngine
 from kvzip_memory.inference.generation import Detokenizer
+from kvzip_memory.prompting.call_grammar import calls_grammar
 from kvzip_memory.prompting.encoding import added_tokens, token_bytes
 from kvzip_memory.prompting.language import tokenizer_fingerprint
-from kvzip_memory.prompting.tools import calls_grammar
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
 from llama_index_kvzip import KVzipLLM
 from makers import mistral

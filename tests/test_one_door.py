@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from conftest import CHATML, tiny_engine, tiny_tokenizer
 from kinds import _byte_level, _sentencepiece, _unigram
 from kvzip_memory import Document
+from kvzip_memory.prompting.frames import header_word, response
+from kvzip_memory.prompting.messages import as_message
 from kvzip_memory.prompting.prompts import PromptBuilder
-from kvzip_memory.prompting.sources import as_message, header_word, response
 from kvzip_memory.prompting.tools import describe
 from templates import FAMILIES, HERMES
 

@@ -23,7 +23,7 @@ import llama_index_kvzip
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, cli
 from kvzip_memory.progress import Bar
-from kvzip_memory.prompting.sources import Document
+from kvzip_memory.prompting.documents import Document
 from kvzip_memory.system.printable import printable
 from kvzip_memory.turns import TurnsFile
 

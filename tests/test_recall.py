@@ -10,7 +10,7 @@ import torch
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.memory import Memory, Recalled
-from kvzip_memory.prompting.sources import Message, as_message
+from kvzip_memory.prompting.messages import Message, as_message
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, STRICT
 
 TOOLS = [{"type": "function", "function": {"name": "note", "description": "Notes it.", "parameters": {"type": "object", "properties": {}}}}]

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from kinds import tiny
 from kvzip_memory import KVzipEngine, Reply
 from kvzip_memory.inference.generation import Sampler
-from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.messages import Message
 from kvzip_memory.session import Session
 from templates import FAMILIES
 

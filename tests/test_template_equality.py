@@ -22,8 +22,9 @@ from tokenizers import AddedToken
 
 from kinds import KINDS, tiny
 from kvzip_memory import Document, InputError, KVzipEngine
+from kvzip_memory.prompting.frames import SEPARATOR
+from kvzip_memory.prompting.messages import as_message
 from kvzip_memory.prompting.prompts import PromptBuilder
-from kvzip_memory.prompting.sources import SEPARATOR, as_message
 from kvzip_memory.prompting.tools import in_plain_turns
 from makers import maker, mistral
 from templates import FAMILIES, Family

@@ -14,7 +14,9 @@ from llama_index.core.llms import ChatMessage
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import Document, InputError, KVzipEngine
-from kvzip_memory.prompting.sources import as_document, as_message, as_messages, clean
+from kvzip_memory.prompting.cleaning import clean
+from kvzip_memory.prompting.documents import as_document
+from kvzip_memory.prompting.messages import as_message, as_messages
 from kvzip_memory.system.printable import brief
 from langchain_kvzip import KVzipChatModel, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
@@ -87,7 +89,7 @@ def test_half_a_pair_is_read_as_a_replacement_and_a_whole_one_as_its_character(t
 
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
-    with caplog.at_level(logging.WARNING, "kvzip_memory.prompting.sources"):
+    with caplog.at_level(logging.WARNING, "kvzip_memory.prompting.cleaning"):
         yield lambda: [record.getMessage() for record in caplog.records]
 
 

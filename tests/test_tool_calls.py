@@ -12,7 +12,9 @@ from tokenizers import AddedToken
 
 from conftest import CHATML, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, KVzipEngine, UnfinishedError
-from kvzip_memory.prompting.tools import FORMS, CallDelta, CallReader, calls_grammar, form_of, read_calls
+from kvzip_memory.prompting.call_grammar import calls_grammar
+from kvzip_memory.prompting.call_reader import CallDelta, CallReader, read_calls
+from kvzip_memory.prompting.forms import FORMS, form_of
 from schemas import random_schema
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, MISTRAL_ARGS, MISTRAL_IDS
 from test_guidance import babble, written

@@ -35,9 +35,11 @@ from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_
 from kvzip_memory.frameworks.hidden import Options, revealed, told
 from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
+from kvzip_memory.prompting.call_reader import CallReader
+from kvzip_memory.prompting.cleaning import clean
+from kvzip_memory.prompting.forms import FORMS
+from kvzip_memory.prompting.messages import as_message, may_bring_contexts
 from kvzip_memory.prompting.reasoning import Reasoning
-from kvzip_memory.prompting.sources import as_message, clean, may_bring_contexts
-from kvzip_memory.prompting.tools import FORMS, CallReader
 from kvzip_memory.registry.holders import thread_tag
 from kvzip_memory.registry.identity import tenant_digest
 from langchain_kvzip.structured import AnswerParser, Wanted, own_schema

@@ -54,9 +54,9 @@ from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_
 from kvzip_memory.frameworks.hidden import Options, revealed
 from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
+from kvzip_memory.prompting.call_reader import CallReader
+from kvzip_memory.prompting.messages import Message, as_message, may_bring_contexts
 from kvzip_memory.prompting.reasoning import Reasoning
-from kvzip_memory.prompting.sources import Message, as_message, may_bring_contexts
-from kvzip_memory.prompting.tools import CallReader
 from kvzip_memory.system.sharing import is_only_tried
 
 #: In ``additional_kwargs`` of a system's or user's message: the key of a context that the message stands for.

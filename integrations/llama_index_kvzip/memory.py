@@ -18,7 +18,8 @@ from pydantic import Field
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError, WindowError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.frameworks.engines import loads_of
-from kvzip_memory.prompting.sources import Message, clean
+from kvzip_memory.prompting.cleaning import clean
+from kvzip_memory.prompting.messages import Message
 from kvzip_memory.registry import check_text
 from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.system.forks import refuse_after_fork

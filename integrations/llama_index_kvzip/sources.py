@@ -15,7 +15,7 @@ from torch import Tensor
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.inference.attribution import Span, blend, bm25
-from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.messages import Message
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
 TOKENS_KEY = "kvzip_tokens"

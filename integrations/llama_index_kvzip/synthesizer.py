@@ -16,7 +16,7 @@ from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, QueryT
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 
-from kvzip_memory.prompting.sources import clean
+from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.registry.holders import document_tag
 from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.options import ANSWER_OPTIONS, known_options

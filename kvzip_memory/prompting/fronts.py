@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
-from kvzip_memory.prompting.sources import Message
+from kvzip_memory.prompting.messages import Message
 from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import refuse_after_fork

@@ -20,10 +20,13 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from kvzip_memory.errors import InputError
+from kvzip_memory.prompting.alphabet import Alphabet
+from kvzip_memory.prompting.cleaning import MOST_OF_SCHEMA, check_nesting
 from kvzip_memory.prompting.encoding import THOUGHTS, Encoder, added_tokens, knows_mistral, token_bytes
-from kvzip_memory.prompting.endings import Alphabet, Ending, Place, Reach, Unknown, shortest
+from kvzip_memory.prompting.endings import Ending, Unknown, shortest
+from kvzip_memory.prompting.places import Place
+from kvzip_memory.prompting.reach import Reach
 from kvzip_memory.prompting.schemas import contradiction, guiding, json_rule, with_room
-from kvzip_memory.prompting.sources import MOST_OF_SCHEMA, check_nesting
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.sharing import Shared
 

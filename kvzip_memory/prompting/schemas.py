@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from llguidance import LLMatcher
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.prompting.sources import MOST_OF_SCHEMA, check_nesting
+from kvzip_memory.prompting.cleaning import MOST_OF_SCHEMA, check_nesting
 from kvzip_memory.system.printable import brief
 
 #: One way to write each value: a model cannot lose itself in whitespace.

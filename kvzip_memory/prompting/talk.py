@@ -9,10 +9,13 @@ from itertools import accumulate, chain
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import InputError, WindowError
+from kvzip_memory.prompting.call_reader import read_calls
 from kvzip_memory.prompting.encoding import common
-from kvzip_memory.prompting.prompts import Prompt, PromptBuilder
-from kvzip_memory.prompting.sources import CUT, Message, as_messages
-from kvzip_memory.prompting.tools import Tool, read_calls
+from kvzip_memory.prompting.frames import CUT
+from kvzip_memory.prompting.messages import Message, as_messages
+from kvzip_memory.prompting.prompt import Prompt
+from kvzip_memory.prompting.prompts import PromptBuilder
+from kvzip_memory.prompting.tools import Tool
 
 # Any question, and text that no prompt begins with.
 _ANY: Message = {"role": "user", "content": "0"}

@@ -11,7 +11,8 @@ from typing import Any
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.prompting.encoding import NONCE, THOUGHTS, Encoder, added_tokens, knows_mistral
-from kvzip_memory.prompting.sources import CUT, Message
+from kvzip_memory.prompting.frames import CUT
+from kvzip_memory.prompting.messages import Message
 from kvzip_memory.prompting.tools import Tool
 
 #: Used when a tokenizer has no chat template: plain text, the question on a line of its own, then ``Answer:``.
