@@ -82,7 +82,7 @@ def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Pa
     registry = ContextRegistry(CPU, tmp_path / "c")
     assert load(registry, 1) == "built"
     registry.flush()
-    assert registry._disk.usage() == registry._disk.measured() == len(whole)  # type: ignore[union-attr]
+    assert registry._backing.tier.usage() == registry._backing.tier.measured() == len(whole)  # type: ignore[union-attr]
     registry.close()
     registry = ContextRegistry(CPU, tmp_path / "c")
     assert load(registry, 1) == "disk"
@@ -92,7 +92,7 @@ def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Pa
 def test_what_a_killed_writer_left_is_built_stored_and_counted_once(tmp_path: Path) -> None:
     """Killed while it wrote, behind the back of a process that has the folder open."""
     registry = ContextRegistry(CPU, tmp_path)
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
     for number in (1, 2):
         key = wanted(number).key
@@ -120,7 +120,7 @@ def test_a_key_that_shares_the_lock_of_one_that_leaves_is_built_at_once(tmp_path
     registry = ContextRegistry(CPU, tmp_path, device_bytes=SIZE)
     load(registry, 0)
     registry.flush()
-    registry._disk.remove(wanted(0).key)  # type: ignore[union-attr] # by another process: it is in memory only, and must be written
+    registry._backing.tier.remove(wanted(0).key)  # type: ignore[union-attr] # by another process: it is in memory only, and must be written
     began = time.monotonic()
     load(registry, other)
     assert time.monotonic() - began < 30  # it was a minute
@@ -163,7 +163,7 @@ def test_who_waits_for_a_build_that_fails_tries_a_build_of_their_own(tmp_path: P
     threads = [threading.Thread(target=ask, args=(number < 5,)) for number in range(6)]
     for thread in threads:
         thread.start()
-        while not registry._flights:  # the first one's fails
+        while not registry._memory.flights:  # the first one's fails
             time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -210,7 +210,7 @@ def test_a_writer_that_was_taken_for_dead_makes_room_once_more(tmp_path: Path, o
     for number in range(2):
         load(registry, number)
     registry.flush()
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk
     disk.budget = budget = 3 * disk.path(wanted(0).key).stat().st_size
     other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), DiskTier._insert

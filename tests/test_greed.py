@@ -42,7 +42,7 @@ from kvzip_memory.prompting.sources import (
 from kvzip_memory.prompting.tools import FORMS, CallReader, read_calls
 from kvzip_memory.registry import holders
 from kvzip_memory.registry.holders import MOST_HOLDERS
-from kvzip_memory.registry.registry import LONGEST_NAME, MOST_TAGS
+from kvzip_memory.registry.wanted import LONGEST_NAME, MOST_TAGS
 from kvzip_memory.session import Session
 from kvzip_memory.system.printable import brief
 from kvzip_memory.turns import LARGEST_SESSION, Turns, sessions

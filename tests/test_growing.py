@@ -407,6 +407,6 @@ def test_a_session_that_folds_twice_has_the_contexts_of_one_that_was_extended(en
 def test_a_child_that_fits_is_built_although_its_parent_does_not_fit_beside_it(engine: KVzipEngine) -> None:
     size = engine.extend(engine.load(FIRST, ratio=0.5), SECOND).nbytes
     small = tiny_engine(device_bytes=int(1.2 * size))
-    small.registry._wait_s = 1
+    small.registry._memory.wait_s = 1
     child = small.extend(small.load(FIRST, ratio=0.5), SECOND)
     assert small.generate(child, QUESTION, max_new_tokens=4).receipt.tier == "device"

@@ -51,7 +51,7 @@ def fill(cache: Path) -> None:
     for number in (1, 2):
         load(registry, number)
     registry.flush()
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
     disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
     load(registry, 3)
@@ -248,11 +248,11 @@ def use(cache: Path) -> list[str]:
     ):
         with suppress(StorageError):
             change()
-    if registry._disk is not None and registry._disk.read_only is None:
-        registry._disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
-        registry._disk.reported(wanted(1).key)
+    if registry._backing.tier is not None and registry._backing.tier.read_only is None:
+        registry._backing.tier.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        registry._backing.tier.reported(wanted(1).key)
         with suppress(StorageError):
-            assert registry._disk.usage() == registry._disk.measured() <= BUDGET
+            assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
     registry.close()
     examine(cache / "contexts")
     turns = TurnsFile.of(cache, "memory", "ana")
@@ -420,8 +420,8 @@ def test_what_does_not_look_like_ours_is_left_alone_counted_nowhere_and_named(fi
         load(registry, 7)
         registry.flush()
         registry.gc()
-        assert registry._disk is not None
-        assert registry._disk.usage() == registry._disk.measured() == 3 * size
+        assert registry._backing.tier is not None
+        assert registry._backing.tier.usage() == registry._backing.tier.measured() == 3 * size
         assert {entry.key for entry in registry.contexts()} >= {wanted(number).key for number in (1, 2, 5)}
         registry.forget(lambda key, tag: False)
         registry.close()
@@ -525,8 +525,8 @@ def test_all_that_is_made_is_private_whatever_the_umask(tmp_path: Path, mask: in
         registry = ContextRegistry(CPU, cache / "contexts")
         load(registry, 1)
         registry.flush()
-        assert registry._disk is not None
-        registry._disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        assert registry._backing.tier is not None
+        registry._backing.tier.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in cache.rglob("*")}  # SQLite's are there, too
         registry.close()
         TurnsFile.of(cache, "memory", "ana").append({"turns": []}, "ana", None)
@@ -585,8 +585,8 @@ def test_rows_are_never_paths_and_never_switch_a_budget_off(filled: Path, tmp_pa
             registry = ContextRegistry(CPU, root, disk_bytes=BUDGET)
             load(registry, 4)
             registry.flush()
-            assert registry._disk is not None
-            assert registry._disk.usage() == registry._disk.measured() <= BUDGET
+            assert registry._backing.tier is not None
+            assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
             assert wanted(4).key in {entry.key for entry in registry.contexts()}
             registry.close()
             assert use(tmp_path / "cache") == []

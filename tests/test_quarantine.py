@@ -23,8 +23,8 @@ def filled(root: Path, *numbers: int, budget: int | None = None) -> dict[int, Pa
     for number in numbers:
         load(registry, number)
     registry.flush()
-    assert registry._disk is not None
-    paths = {number: registry._disk.path(wanted(number).key) for number in numbers}
+    assert registry._backing.tier is not None
+    paths = {number: registry._backing.tier.path(wanted(number).key) for number in numbers}
     registry.close()
     return paths
 
