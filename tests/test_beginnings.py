@@ -72,7 +72,7 @@ def test_a_row_of_an_earlier_version_is_found_after_its_next_use(tmp_path: Path)
     registry = ContextRegistry(CPU, tmp_path)
     disk = registry._backing.tier
     assert disk is not None
-    index = disk._opened()
+    index = disk._keeper.opened().index
     row = index.get(f"context:{wanted.key}")
     assert row is not None
     for key in list(index.keys("beginning:")):

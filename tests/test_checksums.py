@@ -62,7 +62,7 @@ def fill(cache: Path, secret: str | None, evil: bool = False) -> None:
         label = registry._backing.names.of(None, NAME)[-1]
         registry._backing.names.write(registry._backing.names.give(replace(label, key=wanted(2).key)))
     for number in (1, 2):
-        disk.report(wanted(number).key, {"stage": EVIL if evil else "score", "done": 1, "total": 2})
+        disk.builders.report(wanted(number).key, {"stage": EVIL if evil else "score", "done": 1, "total": 2})
     registry.close()
     for session in ("ana", "bob"):
         file = TurnsFile.of(cache, "memory", session, checksums=Checksums(secret))
@@ -188,7 +188,7 @@ def test_nothing_is_used_that_was_not_written_with_the_secret(made: Path, tmp_pa
     assert registry.no_disk is None
     disk = registry._backing.tier
     assert disk is not None
-    progress = disk.reported(wanted(1).key)
+    progress = disk.builders.reported(wanted(1).key)
     assert (progress is None) if kind == "note" else (progress or {}).get("stage") == "score"
     assert registry.find(NAME) == [] or registry.find(NAME)[-1].key == wanted(1).key
     assert all(EVIL not in entry.tags and set(entry.tags) <= {f"tag {n}" for n in (1, 2)} for entry in registry.contexts())

@@ -175,7 +175,7 @@ def check(found: ContextRegistry) -> None:
     assert not found._memory.flights
     if found._backing.tier is not None:
         assert found._backing.tier.usage() == found._backing.tier.measured()
-        assert {entry.key for entry in found._backing.tier.entries()} == {path.stem for path in found._backing.tier._blobs()}
+        assert {entry.key for entry in found._backing.tier.entries()} == {path.stem for path in found._backing.tier.folder.blobs()}
 
 
 CASES: dict[str, tuple[Callable[[ContextRegistry], None], bool]] = {

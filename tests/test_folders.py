@@ -16,9 +16,11 @@ import pytest
 import synthetic
 from kvzip_memory import BudgetError, CompressedContext, StorageError
 from kvzip_memory.registry import ContextRegistry, Report
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import PreparedFile
 from kvzip_memory.registry.disk.index import Index
-from kvzip_memory.registry.disk.store import DiskTier, Entry
+from kvzip_memory.registry.disk.putting import Putting
+from kvzip_memory.registry.disk.store import DiskTier
 from synthetic import CPU, load, processes, wanted
 
 SIZE = synthetic.context(0).nbytes
@@ -76,7 +78,7 @@ def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Pa
     registry = ContextRegistry(CPU, tmp_path / "c")
     load(registry, 1)
     registry.close()
-    path = DiskTier(tmp_path / "c").path(wanted(1).key)
+    path = DiskTier(tmp_path / "c").folder.path(wanted(1).key)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
     registry = ContextRegistry(CPU, tmp_path / "c")
@@ -99,13 +101,13 @@ def test_what_a_killed_writer_left_is_built_stored_and_counted_once(tmp_path: Pa
         for folder in (tmp_path / "tmp", tmp_path / "blobs" / ".tmp"):  # an older version's, and ours
             folder.mkdir(exist_ok=True)
             (folder / f"{key}.tmp").write_bytes(b"x" * 5000)
-        with disk._opened().transaction():
-            stored, writing = disk._totals(disk._opened())
-            disk._set_totals(disk._opened(), stored, {**writing, key: 5000})
+        with disk._keeper.opened().transaction():
+            stored, writing = disk._keeper.opened().totals()
+            disk._keeper.opened().set_totals(stored, {**writing, key: 5000})
     assert load(registry, 1) == "built"
     registry.flush()
     assert [entry.key for entry in disk.entries()] == [wanted(1).key]
-    assert disk.usage() == disk.measured() == disk.path(wanted(1).key).stat().st_size
+    assert disk.usage() == disk.measured() == disk.folder.path(wanted(1).key).stat().st_size
     registry.close()
 
 
@@ -212,18 +214,18 @@ def test_a_writer_that_was_taken_for_dead_makes_room_once_more(tmp_path: Path, o
     registry.flush()
     disk = registry._backing.tier
     assert disk
-    disk.budget = budget = 3 * disk.path(wanted(0).key).stat().st_size
-    other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), DiskTier._insert
+    disk._tidying.budget = budget = 3 * disk.folder.path(wanted(0).key).stat().st_size
+    other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), Putting._insert
 
-    def after(tier: DiskTier, entry: Entry) -> None:
+    def after(putting: Putting, entry: Entry) -> None:
         monkeypatch.undo()
-        tier._unreserve(entry.key)  # by another process
+        putting._keeper.unreserve(entry.key)  # by another process
         for number in range(2, 2 + others):
             load(other, number)
         other.flush()
-        insert(tier, entry)
+        insert(putting, entry)
 
-    monkeypatch.setattr(DiskTier, "_insert", after)
+    monkeypatch.setattr(Putting, "_insert", after)
     load(registry, 9)
     registry.flush()
     assert disk.usage() == disk.measured() <= budget

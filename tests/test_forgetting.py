@@ -29,8 +29,9 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
-from kvzip_memory.registry.disk import store as disk
+from kvzip_memory.registry.disk import leaving
 from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
@@ -429,7 +430,7 @@ def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path) -> Non
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     assert engine.registry.verify(damaged)  # to quarantine
     (folder / "quarantine" / f"{orphan}.1.safetensors").write_bytes(content)  # without a row
-    engine.registry._backing.tier._temporary(half).write_bytes(content[:-99])  # of a writer that was killed
+    engine.registry._backing.tier.folder.temporary(half).write_bytes(content[:-99])  # of a writer that was killed
     index = folder / "quarantine" / "index.1"
     index.mkdir()
     (index / "cache.db").write_bytes(SECRET.encode())
@@ -839,7 +840,7 @@ def test_a_file_that_is_copied_without_a_tag_does_not_come_back(two: Two, ended_
     key = both_load(two, "ana")
     other.load(f"{FILLER}{SECRET}", tags="bob")
     other.registry.flush()
-    copy = disk.copy_with_catalog
+    copy = leaving.copy_with_catalog
 
     def beside(*args: Any) -> int:
         monkeypatch.undo()
@@ -847,7 +848,7 @@ def test_a_file_that_is_copied_without_a_tag_does_not_come_back(two: Two, ended_
         other.registry.remove(key) if ended_by == "remove" else other.forget("bob")
         return nbytes
 
-    monkeypatch.setattr(disk, "copy_with_catalog", beside)
+    monkeypatch.setattr(leaving, "copy_with_catalog", beside)
     one.forget("ana")
     assert key not in on_disk(one)
     assert one.registry._backing.tier
@@ -863,7 +864,7 @@ def test_a_catalog_that_could_not_be_written_is_written_by_the_next_forgetting(t
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "copy_with_catalog", full)
+        patch.setattr(leaving, "copy_with_catalog", full)
         engine.forget("ana-7f3")
     engine.forget("zzz")
     assert grep(tmp_path, {"tag": b"ana-7f3"}) == []
@@ -944,14 +945,14 @@ def test_what_could_not_be_deleted_is_still_there(tmp_path: Path, action: str, m
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     context = engine.load(FILLER, tags="ana")
     engine.registry.flush()
-    drop = DiskTier._drop
+    drop = Tidying.drop
 
     def half(*args: Any) -> None:
         drop(*args)
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DiskTier, "_drop", half)
+        patch.setattr(Tidying, "drop", half)
         with pytest.raises(OSError, match="Input/output"):
             engine.registry.remove(context.key) if action == "remove" else engine.registry.leave(context.key, ["ana"])
     assert on_disk(engine) == {context.key: ("ana",)}

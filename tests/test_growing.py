@@ -227,10 +227,10 @@ def test_a_child_that_was_lost_with_its_ancestors_is_built_again(monkeypatch: py
 
 def test_a_lost_parent_is_built_before_the_lock_of_its_child_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some keys share a lock file; here all do."""
-    from kvzip_memory.registry.disk.store import DiskTier
+    from kvzip_memory.registry.disk.folder import Folder
 
-    lock = DiskTier.lock
-    monkeypatch.setattr(DiskTier, "lock", lambda self, key: lock(self, "000"))
+    lock = Folder.lock
+    monkeypatch.setattr(Folder, "lock", lambda self, key: lock(self, "000"))
     engine = tiny_engine(cache_dir=tmp_path)
     contexts = chain(engine, 0.5, 0.5, 0.5)
     for context in contexts:

@@ -24,8 +24,9 @@ from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.registry.disk import layout as layout_of
 from kvzip_memory.registry.disk.doctor import examine
+from kvzip_memory.registry.disk.index import Index
 from kvzip_memory.registry.disk.layout import strangers
-from kvzip_memory.registry.disk.store import DiskTier, Index
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.turns import TurnsFile, erase, remove_expired, sessions
 from synthetic import CPU, load, wanted
 from test_registry_stress import say
@@ -53,7 +54,7 @@ def fill(cache: Path) -> None:
     registry.flush()
     disk = registry._backing.tier
     assert disk is not None
-    disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+    disk.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
     load(registry, 3)
     registry.flush()
     disk._quarantine(wanted(3).key, "as damage does")
@@ -249,8 +250,8 @@ def use(cache: Path) -> list[str]:
         with suppress(StorageError):
             change()
     if registry._backing.tier is not None and registry._backing.tier.read_only is None:
-        registry._backing.tier.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
-        registry._backing.tier.reported(wanted(1).key)
+        registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        registry._backing.tier.builders.reported(wanted(1).key)
         with suppress(StorageError):
             assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
     registry.close()
@@ -504,7 +505,7 @@ def test_a_folder_of_another_owner_that_we_can_only_read_is_used_and_every_file_
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     disk = DiskTier(anothers / "contexts")
-    path = disk.path(wanted(2).key)
+    path = disk.folder.path(wanted(2).key)
     whole = bytearray(path.read_bytes())
     whole[-5000] ^= 1
     path.write_bytes(whole)
@@ -526,7 +527,7 @@ def test_all_that_is_made_is_private_whatever_the_umask(tmp_path: Path, mask: in
         load(registry, 1)
         registry.flush()
         assert registry._backing.tier is not None
-        registry._backing.tier.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in cache.rglob("*")}  # SQLite's are there, too
         registry.close()
         TurnsFile.of(cache, "memory", "ana").append({"turns": []}, "ana", None)
@@ -598,6 +599,6 @@ def test_a_path_is_no_key(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "contexts")
     for key in PATHS:
         with pytest.raises(ValueError, match="no key"):
-            disk.path(key)
+            disk.folder.path(key)
     disk.close()
     assert torch.device("cpu") == synthetic.CPU

@@ -156,7 +156,7 @@ def test_an_odd_file_keeps_no_engine_from_opening_and_no_budget_from_holding(tmp
         load(registry, number)
     registry.flush()
     assert registry._backing.tier is not None
-    path, size = registry._backing.tier.path(wanted(1).key), registry._backing.tier.path(wanted(2).key).stat().st_size
+    path, size = registry._backing.tier.folder.path(wanted(1).key), registry._backing.tier.folder.path(wanted(2).key).stat().st_size
     registry.close()
     act(path)
     if not known:

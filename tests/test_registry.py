@@ -766,7 +766,7 @@ def test_a_damaged_file_goes_to_quarantine_with_its_reason_and_is_built_again(tm
 def test_a_file_under_anothers_key_is_not_served(tmp_path: Path) -> None:
     first, second = load_and_close(tmp_path), load_and_close(tmp_path, "Another page. " * 9)
     tier = DiskTier(tmp_path / "contexts")
-    os.replace(tier.path(second.key), tier.path(first.key))
+    os.replace(tier.folder.path(second.key), tier.folder.path(first.key))
     tier.close()
     again = load_and_close(tmp_path)
     assert again.receipt is not None
@@ -1034,7 +1034,7 @@ def test_who_waits_for_another_process_is_told_after_a_second(
 ) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     key = load_and_close(tmp_path / "elsewhere").key
-    with engine.registry._backing.tier.lock(key):  # type: ignore[union-attr]
+    with engine.registry._backing.tier.folder.lock(key):  # type: ignore[union-attr]
         asking = threading.Thread(target=engine.load, args=(TEXT,))
         asking.start()
         while "waiting for another process" not in caplog.text:

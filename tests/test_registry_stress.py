@@ -41,7 +41,7 @@ def watched(registry: ContextRegistry) -> Iterator[dict[str, int]]:
                 for tier in (registry._memory.device, registry._memory.host):
                     held = sum(h.context.nbytes for h in tier.held.values())
                     largest[tier.name] = max(largest[tier.name], tier.nbytes, held)
-            with disk._opened().transaction():  # or what is deleted and what is written while we look are added up
+            with disk._keeper.opened().transaction():  # or what is deleted and what is written while we look are added up
                 largest["disk"] = max(largest["disk"], disk.measured())
             largest["looks"] += 1
             time.sleep(0.001)
@@ -177,7 +177,7 @@ def test_no_fault_in_a_stored_file_is_ever_served(tmp_path: Path) -> None:
     registry = fresh()
     for number in (1, 2):
         load(registry, number)
-    paths = {number: registry._backing.tier.path(wanted(number).key) for number in (1, 2)}  # type: ignore[union-attr]
+    paths = {number: registry._backing.tier.folder.path(wanted(number).key) for number in (1, 2)}  # type: ignore[union-attr]
     registry.close()
     for round_ in range(1100 if FULL else 60):
         fault = BLOB_FAULTS[round_ % len(BLOB_FAULTS)]
@@ -218,7 +218,7 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_opens_without_repair(tmp_path
     rng, folder = random.Random(11), tmp_path / "c"
     registry = ContextRegistry(CPU, folder)
     load(registry, 0)
-    file_size = registry._backing.tier.path(wanted(0).key).stat().st_size if registry.flush() is None else 0  # type: ignore[union-attr]
+    file_size = registry._backing.tier.folder.path(wanted(0).key).stat().st_size if registry.flush() is None else 0  # type: ignore[union-attr]
     registry.close()
     budget, states = 3 * file_size, Counter[str]()
     for round_ in range(200 if FULL else 12):

@@ -117,7 +117,7 @@ def things(engine: KVzipEngine, folder: Path, who: str) -> Things:
     engine.registry.flush()
     disk = engine.registry._backing.tier
     assert disk is not None
-    blob = disk.path(bad.key)
+    blob = disk.folder.path(bad.key)
     blob.write_bytes(blob.read_bytes()[:-9])
     assert engine.registry.verify(bad.key)
     return Things(engine, handle, child, session, f"diary of {who}", tag, session_id, f"page of {who}", saved, bad.key)
@@ -234,7 +234,7 @@ def state(of: Things) -> dict[str, Any]:
     return {
         "entries": entries,
         "tiers": {key: registry.tiers(key) for key in entries},
-        "files": {key: disk.path(key).read_bytes() for key in entries if disk.has(key)},
+        "files": {key: disk.folder.path(key).read_bytes() for key in entries if disk.has(key)},
         "quarantine": registry.quarantine(),
         "left": {held.key: {*registry._backing.notes().left(held.key, held.tags)} for held in registry._memory.in_memory()},
         "name": of.engine.get(of.name).key,
@@ -362,6 +362,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "ttl": NOTHING,
         "untag": lambda b, x: each(lambda key: b.registry.untag(key, x.tag), [x.key, x.child.key]),
         "verify": lambda b, x: each(b.registry.verify, x.references),
+        "write": NOTHING,
         "with_room": lambda b, x: b.registry.with_room(
             Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,))
         ) == Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,)),
@@ -684,10 +685,10 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     disk = engine.registry._backing.tier
     assert disk is not None
     engine.registry.flush()
-    disk.path(bad).write_bytes(b"nothing")
+    disk.folder.path(bad).write_bytes(b"nothing")
     assert engine.registry.verify(bad)
-    with disk._opened().transaction():
-        disk._opened().set(f"catalog:{max(keys)}", {})
+    with disk._keeper.opened().transaction():
+        disk._keeper.opened().index.set(f"catalog:{max(keys)}", {})
     engine.close()
     with closing(sqlite3.connect(cache / "contexts/index/cache.db")) as db:
         there = [key for (key,) in db.execute("SELECT key FROM Cache")]
@@ -735,7 +736,7 @@ def test_what_is_in_the_folder_and_not_one_s_own_is_opened_like_what_is_not_ther
         engine.registry.flush()
     disk = bob.registry._backing.tier
     assert disk is not None
-    path = disk.path(own.key)
+    path = disk.folder.path(own.key)
     assert bob.open(path).key == own.key
     everything = {each for each in cache.rglob("*") if each != path}
     assert {each.parent.name for each in everything} >= {"contexts", "names", "memory", "locks", "index", "quarantine"}
@@ -834,11 +835,11 @@ def test_who_hears_of_the_build_goes_on_waiting(tmp_path: Path, caplog: pytest.L
     wanted, disk, told = synthetic.wanted(1), registry._backing.tier, list[int]()
     assert disk is not None
     with FileLock(tmp_path / "locks" / f"{wanted.key[:3]}.lock") as lock:
-        disk.report(wanted.key, {"stage": "score", "done": 0, "total": 9})
+        disk.builders.report(wanted.key, {"stage": "score", "done": 0, "total": 9})
 
         def waiting(*progress: Any) -> None:
             told.append(progress[1])
-            disk.report(wanted.key, {"stage": "score", "done": len(told), "total": 9})
+            disk.builders.report(wanted.key, {"stage": "score", "done": len(told), "total": 9})
             if len(told) == 4:
                 lock.release()
 

@@ -1,7 +1,7 @@
 """Contexts by key: built once, placed in tiers, found again."""
 
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.names import Label
-from kvzip_memory.registry.disk.store import Entry
 from kvzip_memory.registry.forgetting import Forgotten
 from kvzip_memory.registry.identity import EVERYONE
 from kvzip_memory.registry.registry import ContextRegistry

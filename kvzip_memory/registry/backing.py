@@ -10,9 +10,10 @@ from typing import Any
 
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry.counts import Counts
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.layout import without_keys
 from kvzip_memory.registry.disk.names import Names
-from kvzip_memory.registry.disk.store import CheckLayers, DiskTier, Entry
+from kvzip_memory.registry.disk.store import CheckLayers, DiskTier
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.identity import EVERYONE, family_of
 from kvzip_memory.system.checksums import Checksums

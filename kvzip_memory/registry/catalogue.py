@@ -9,12 +9,13 @@ from dataclasses import replace
 from functools import partial
 
 from kvzip_memory.registry.backing import Backing
+from kvzip_memory.registry.disk.entry import Entry, latest
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.names import Label
-from kvzip_memory.registry.disk.store import DiskTier, Entry, latest
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import MARKED, check_room, has_room
 from kvzip_memory.registry.identity import EVERYONE, family_of
-from kvzip_memory.registry.memory import Memory, entry_of
+from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.wanted import Wanted, check_text, not_stored
 from kvzip_memory.registry.writing import Writing
@@ -66,7 +67,7 @@ class Catalogue:
         found, notes = {entry.key: entry for entry in stored}, self._backing.notes()
         with self._memory.changed:
             for held in dict.fromkeys([*self._memory.in_memory([*found]), *in_memory]):
-                entry = replace(entry_of(held), tags=tuple(sorted(notes.left(held.key, held.tags))))
+                entry = replace(as_entry(held), tags=tuple(sorted(notes.left(held.key, held.tags))))
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
                     names, tags = latest(on_disk.names, entry.names), tuple(sorted({*on_disk.tags, *entry.tags}))
@@ -101,7 +102,7 @@ class Catalogue:
         if wanted.name is None and not wanted.tags:
             return wanted
         here = self._memory.in_memory([wanted.key])
-        known = entry_of(here[0]) if here else self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
+        known = as_entry(here[0]) if here else self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
         if known is None:
             return wanted
         if wanted.name is not None and not has_room(known.names, [wanted.name]):  # others may have some of these names now

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
-from kvzip_memory.registry.disk.store import Entry
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
-from kvzip_memory.registry.memory import Memory, entry_of
+from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.writing import Writing
 
@@ -115,7 +115,7 @@ class Forgetting:
         with self._memory.changed:
             here = self._memory.in_memory([key])
             rest = [notes.left(key, held.tags).keys() - set(tags) for held in here]
-            stays = any(is_held(self._backing.told(entry_of(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
+            stays = any(is_held(self._backing.told(as_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
         self._writing.untell(key, tags)
         with self._deleting(key):
             deleted = not stays if self._backing.tier is None else self._backing.tier.let_go(key, let_go, stays)
@@ -149,7 +149,7 @@ class Forgetting:
         with memory.changed:
             memory.changed.wait_for(lambda: not gone.keys() & memory.flights.keys(), memory.wait_s)  # on the way to another tier
             for held in [held for tier in memory.tiers for held in tier.held.values()]:
-                entry = entry_of(held)
+                entry = as_entry(held)
                 left = notes.left(held.key, held.tags)
                 rest = without(tuple(left), held.key, let_go)
                 if not self._backing.mine(entry) or (len(rest) == len(entry.tags) and held.key not in gone):

@@ -19,10 +19,11 @@ from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.catalogue import Catalogue
 from kvzip_memory.registry.counts import Counts
-from kvzip_memory.registry.disk.store import DiskTier, Entry, NotStoredError, is_past
+from kvzip_memory.registry.disk.entry import Entry, is_past
+from kvzip_memory.registry.disk.store import DiskTier, NotStoredError
 from kvzip_memory.registry.flights import Flight
 from kvzip_memory.registry.identity import explain, family_of, is_whose, only_ratio_differs
-from kvzip_memory.registry.memory import Memory, entry_of
+from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.room import Moves
 from kvzip_memory.registry.tier import Use
 from kvzip_memory.registry.wanted import Build, Report, Wanted, not_stored
@@ -203,7 +204,7 @@ class Lookup:
     def _built(self, use: Use, flight: Flight, wanted: Wanted, build: Build, waiting: Report, story: Story) -> None:
         """Build, unless another process does so first; its writing to disk goes on behind the answer."""
         disk = self._backing.tier
-        hold = disk.hold(wanted.key) if disk is not None and disk.read_only is None else None
+        hold = disk.builders.hold(wanted.key) if disk is not None and disk.read_only is None else None
         handed_over = False
         try:
             if hold is not None and self._found_elsewhere(use, hold, wanted, waiting, story):
@@ -215,7 +216,7 @@ class Lookup:
                 flight.progress = (stage, done, total)
                 if hold is not None and hold.mine and disk is not None and time.monotonic() - last_note > 0.5:
                     last_note = time.monotonic()
-                    disk.report(wanted.key, {"stage": stage, "done": done, "total": total})
+                    disk.builders.report(wanted.key, {"stage": stage, "done": done, "total": total})
 
             context = build(report)
             story.ms |= dict(context.receipt.ms) if context.receipt else {}
@@ -249,7 +250,7 @@ class Lookup:
                 if mine:
                     return False
                 notice.look()
-                note = disk.reported(wanted.key) or {}
+                note = disk.builders.reported(wanted.key) or {}
                 if note != told:
                     told, heard = note, time.monotonic()
                 elif time.monotonic() - heard >= self._memory.wait_s:
@@ -274,7 +275,7 @@ class Lookup:
         family, begun = family_of({**model_fields, "tenant": self._backing.tenant}), beginnings(ids)
         with self._memory.changed:
             near = [h for tier in self._memory.tiers for h in tier.filing.begun_with(family, begun)]
-            held = [entry_of(h) for h in near if h.context.n_tokens < len(ids) and h.key not in self._memory.removed]
+            held = [as_entry(h) for h in near if h.context.n_tokens < len(ids) and h.key not in self._memory.removed]
         known = {(entry.n_tokens, entry.identity.get("tokens", "")[:8]) for entry in held}
         known |= self._backing.attempt("search", lambda disk: disk.lengths(family, begun)) or set()
         tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from weakref import WeakValueDictionary
 
 import torch
 
+from kvzip_memory.registry.disk.entry import Entry, entry_of, is_past
 from kvzip_memory.registry.disk.names import Names
-from kvzip_memory.registry.disk.store import Entry, is_past
 from kvzip_memory.registry.flights import Flight
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.tier import Held, MemoryTier, Room, Use
@@ -130,22 +131,6 @@ class Memory:
             self.removed.discard(key)
 
 
-def entry_of(held: Held) -> Entry:
-    """What the index would know about it."""
-    context = held.context
-    return Entry(
-        context.key,
-        context.identity,
-        held.group,
-        0,
-        held.nbytes,
-        context.n_tokens,
-        context.ratio,
-        held.names,
-        tuple(sorted(held.tags)),
-        held.pinned,
-        context.created,
-        held.used,
-        context.expires,
-        context.coarsest,
-    )
+def as_entry(held: Held) -> Entry:
+    """What is known of a context in memory, as the index would tell it."""
+    return replace(entry_of(held.context, held.group, held.names, tuple(sorted(held.tags)), held.pinned), used=held.used)

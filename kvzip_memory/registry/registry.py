@@ -13,9 +13,10 @@ from kvzip_memory.context import CompressedContext, Lease
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
 from kvzip_memory.registry.counts import Counts
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import write_context
 from kvzip_memory.registry.disk.names import Label
-from kvzip_memory.registry.disk.store import CheckLayers, Entry
+from kvzip_memory.registry.disk.store import CheckLayers
 from kvzip_memory.registry.forgetting import Forgetting, Forgotten
 from kvzip_memory.registry.holders import LetGo
 from kvzip_memory.registry.lookup import Lookup
@@ -67,7 +68,8 @@ class ContextRegistry(Shared):
         secret: str | None = None,
         check: CheckLayers | None = None,
     ) -> None:
-        self.tenant, self.checksums, self.ttl = tenant, Checksums(secret), check_ttl(ttl)
+        self.device, self.ttl = device, check_ttl(ttl)
+        self.tenant, self.checksums = tenant, Checksums(secret)
         self._counts = Counts()
         device_budget, host_budget = parse_bytes("device_bytes", device_bytes), parse_bytes("host_bytes", host_bytes)
         self._backing = Backing(folder, parse_bytes("disk_bytes", disk_bytes), tenant, self.checksums, check, self._counts)

@@ -11,8 +11,9 @@ from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.counts import Counts
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.facts import LATEST
-from kvzip_memory.registry.disk.store import Entry, NotStoredError
+from kvzip_memory.registry.disk.store import NotStoredError
 from kvzip_memory.registry.memory import Memory
 from kvzip_memory.registry.tier import Held, MemoryTier, Room, Use, settle, to_device, to_host
 from kvzip_memory.registry.wanted import Wanted

@@ -9,12 +9,13 @@ from contextlib import suppress
 
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.counts import Counts
+from kvzip_memory.registry.disk.entry import latest
 from kvzip_memory.registry.disk.index import IndexHeldError
 from kvzip_memory.registry.disk.names import Label
-from kvzip_memory.registry.disk.store import DiskTier, latest
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import is_held
-from kvzip_memory.registry.memory import Memory, entry_of
+from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.tier import Held, Use, to_host
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.locks import Hold
@@ -108,7 +109,7 @@ class Writing:
         if held.loaded <= notes.deleted(held.key):
             return True
         taken = max((notes.taken(held.key, tag) for tag in held.tags), default=0.0)
-        return held.loaded <= taken and not is_held(self._backing.told(entry_of(held)).names, held.pinned, notes.left(held.key, held.tags))
+        return held.loaded <= taken and not is_held(self._backing.told(as_entry(held)).names, held.pinned, notes.left(held.key, held.tags))
 
     def stored_unless_there(self, held: Held) -> bool:
         """Whether a context is on disk, or was stored now.
@@ -121,7 +122,7 @@ class Writing:
             return False
         if disk.has(held.key):
             return True
-        hold = disk.hold(held.key)
+        hold = disk.builders.hold(held.key)
         try:
             if disk.read_only is None:
                 hold.acquire()
