@@ -86,7 +86,7 @@ def _gathered(what: str) -> Greed:
     """Names or tags that a context gathers over many calls."""
 
     def greed(engine: Any, folder: Path, size: int) -> tuple[Any, Callable[[], Any]]:
-        from kvzip_memory.registry.registry import MOST_TAGS
+        from kvzip_memory.registry.wanted import MOST_TAGS
 
         engine.load("A page.")
         texts = [f"{n} {what}" for n in range(size)] if what != "long" else [f"{n} ".ljust(4096, "a") for n in range(size // 4096)]
@@ -178,8 +178,7 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
     from kvzip_memory.prompting.call_reader import read_calls
     from kvzip_memory.prompting.documents import LARGEST_METADATA, MOST_OF_METADATA
     from kvzip_memory.prompting.messages import as_message
-    from kvzip_memory.registry import holders
-    from kvzip_memory.registry import registry as registries
+    from kvzip_memory.registry import holders, wanted
     from kvzip_memory.registry.disk import files
     from langchain_kvzip import KVzipChatModel, folders, memory_tools
     from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
@@ -316,8 +315,8 @@ def limits() -> dict[str, tuple[str, int, int, Greed, bool]]:
         ),
         "MOST_TAGS": (
             "tags",
-            registries.MOST_TAGS,
-            times(registries.MOST_TAGS),
+            wanted.MOST_TAGS,
+            times(wanted.MOST_TAGS),
             _given(lambda n: [f"{i}" for i in range(n)], lambda e, t: e.load(page, tags=t)),
             True,
         ),

@@ -59,7 +59,7 @@ def reopening(folder: Path, key: str, cold: bool, repeats: int = 11) -> dict[str
     Cold: the page cache has forgotten the file.
     """
     disk = DiskTier(folder / "contexts")
-    path, nbytes = disk.path(key), disk.path(key).stat().st_size
+    path, nbytes = disk.folder.path(key), disk.folder.path(key).stat().st_size
     np.ones(3 * repeats * nbytes, dtype=np.uint8)  # a virtual machine gets the pages it has never used from its host, slowly
     kept: list[Any] = []
 
@@ -130,7 +130,7 @@ def cold_hits(text: str, other: str, folder: Path, repeats: int = 7) -> dict[str
     plain = KVzipEngine.from_pretrained(smollm2(), ratio=0.3, progress=False)
     size = max(plain.load(text).nbytes, plain.load(other).nbytes)
     engine = KVzipEngine(plain.model, plain.tokenizer, 0.3, cache_dir=folder, progress=False, device_bytes=size, host_bytes=0)
-    path = DiskTier(folder / "contexts").path(engine.load(text).key)
+    path = DiskTier(folder / "contexts").folder.path(engine.load(text).key)
     device, disk = [], []
     for _ in range(repeats):
         engine.load(other)  # the only one there is room for

@@ -26,11 +26,11 @@ from kvzip_memory import __version__, turns
 from kvzip_memory.errors import InputError, KVzipError
 from kvzip_memory.inference import conversions
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Entry
+from kvzip_memory.registry.backing import logger as disk_logger
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.holders import Naming, without
 from kvzip_memory.registry.identity import NOBODY, tenant_digest
-from kvzip_memory.registry.registry import logger as registry_logger
 from kvzip_memory.system.checksums import SHORTEST, Checksums
 from kvzip_memory.system.findings import Finding
 from kvzip_memory.system.printable import printable
@@ -112,11 +112,11 @@ def _checksums() -> Checksums:
 @contextmanager
 def _errors_alone() -> Iterator[None]:
     """Nothing is logged of a folder that cannot be opened, which is the command's error. What else is to be said of one still is."""
-    before, registry_logger.disabled = registry_logger.disabled, True
+    before, disk_logger.disabled = disk_logger.disabled, True
     try:
         yield
     finally:
-        registry_logger.disabled = before
+        disk_logger.disabled = before
 
 
 def _registry(cache_dir: Path, tenant: str | None = EVERYONE) -> ContextRegistry:

@@ -50,7 +50,7 @@ from kvzip_memory.registry import ContextRegistry, Entry, Forgotten, Label, Want
 from kvzip_memory.registry.disk.files import read_context
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import MODEL_FIELDS, check_same_model, group_of, key_of, label, tenant_digest
-from kvzip_memory.registry.registry import MOST_TAGS
+from kvzip_memory.registry.wanted import MOST_TAGS
 from kvzip_memory.session import Reply, Session, Stream
 from kvzip_memory.system.calls import check
 from kvzip_memory.system.checksums import Checksums

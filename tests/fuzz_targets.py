@@ -19,14 +19,16 @@ from conftest import tiny_engine
 from fuzz import Target
 from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError, cli
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.registry.disk import store as tier
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.facts import ALIGNMENT
 from kvzip_memory.registry.disk.files import PreparedFile
 from kvzip_memory.registry.disk.frozen import FrozenIndex, _Rows
 from kvzip_memory.registry.disk.index import Index
+from kvzip_memory.registry.disk.keeper import Keeper
 from kvzip_memory.registry.disk.names import Label, Names
-from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.disk.rows import Rows
+from kvzip_memory.registry.disk.store import DiskTier, NotStoredError
+from kvzip_memory.registry.disk.version import LAYOUT
 from kvzip_memory.system.checksums import PLAIN
 from kvzip_memory.turns import TurnsFile, find, remove_expired, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
@@ -116,15 +118,15 @@ def a_context_file(folder: Path) -> Target:
 
 def _look_as_an_index(disk: DiskTier, path: Path) -> None:
     """Make a row of a file, which must be one that is read again."""
-    entry = disk._entry_of_file(path)
+    entry = disk.folder.entry_of_file(path)
     if entry is None:
-        path_in = disk.path(path.stem)
+        path_in = disk.folder.path(path.stem)
         path_in.parent.mkdir(exist_ok=True)
         return
-    index = rows_in_memory({})
-    index.set("totals", {"usage": 0, "writing": {}})
-    disk._add(index, entry)
-    again = tier._entry(index, entry.key)
+    index = Rows(rows_in_memory({}))
+    index.set_totals(0, {})
+    index.add(entry)
+    again = index.entry(entry.key)
     assert again is not None
     json.dumps(cli._facts(again))
 
@@ -147,19 +149,17 @@ def rows_in_memory(rows: dict[str, str]) -> RowsInMemory:
     return index
 
 
-class TierInMemory(DiskTier):
-    """A disk tier whose rows are given; where they are damaged it has none."""
+class KeeperInMemory(Keeper):
+    """Of an index whose rows are given; where they are damaged it has none."""
 
-    rows: dict[str, str] | None = None
+    rows: dict[str, str]
 
-    def _open_index(self) -> None:
-        if self.rows is None:
-            return super()._open_index()
-        self._index = rows_in_memory(self.rows)
+    def _open(self) -> None:
+        self._rows = Rows(rows_in_memory(self.rows))
 
-    def _replace_index(self, reason: str) -> None:
-        self._index, self.made_anew = rows_in_memory({}), reason
-        self._start_index()
+    def _replace(self, reason: str) -> None:
+        self._rows, self.made_anew = Rows(rows_in_memory({})), True
+        self._fill({})
 
 
 def small(number: int) -> CompressedContext:
@@ -174,7 +174,7 @@ def filled(folder: Path) -> dict[str, dict[str, Any]]:
     disk._quarantine(wanted(3).key, "as damage does")
     disk.untag(wanted(4).key, "thread: ana")
     disk.remove(wanted(4).key, for_good=True)
-    index = disk._opened()
+    index = disk._keeper.opened().index
     index.set("catalog:" + wanted(2).key, {})
     rows = {key: index.get(key) for key in index.keys("")}
     disk.close()
@@ -185,7 +185,11 @@ def rows(folder: Path) -> Target:
     """Rows of an index, all of them in one text; used in every way a tier uses them."""
     seed = [[key, row] for key, row in filled(folder / "pristine").items()]
     shutil.copytree(folder / "pristine", folder / "contexts")
-    disk = TierInMemory(folder / "contexts", BUDGET)
+    disk = DiskTier(folder / "contexts", BUDGET)
+    disk.close()
+    keeper = disk._keeper
+    keeper.__class__ = KeeperInMemory
+    assert isinstance(keeper, KeeperInMemory)
 
     def restore() -> None:
         for name in ("blobs", "quarantine"):
@@ -204,12 +208,12 @@ def rows(folder: Path) -> Target:
                     if type(key) is str:
                         key.encode()
                         packed[key] = Index.packed(key, row)
-        disk.rows, disk._index, disk.made_anew, disk._doubtful, disk._owed = packed, None, "", False, set()
+        keeper.rows, keeper._rows, keeper.made_anew, disk._tidying.doubtful, keeper.owed = packed, None, False, False, set()
         with suppress(StorageError):
             use_rows(disk)
             assert disk.usage() == disk.measured() <= BUDGET, (disk.usage(), disk.measured())
         for number in (1, 2):
-            with suppress(tier.NotStoredError):
+            with suppress(NotStoredError):
                 assert disk.get(wanted(number).key, torch.device("cpu")).key == wanted(number).key
         return "damaged" if disk.made_anew else "served"
 
@@ -237,7 +241,7 @@ def use_rows(disk: DiskTier) -> None:
     disk.pin(wanted(2).key, True)
     disk.untag(wanted(1).key, "red 1")
     disk.unname(wanted(1).key, "page")
-    disk._write_catalogs()
+    disk._leaving._write_catalogs()
     with suppress(BudgetError):
         disk.put(small(6), wanted(6).group)
     disk.forget(lambda key, tag: tag == "thread: ana", lambda entry: True)
@@ -278,12 +282,12 @@ def names(folder: Path) -> Target:
 def progress(folder: Path) -> Target:
     disk = DiskTier(folder)
     key = wanted(1).key
-    disk.report(key, {"stage": "score", "done": 1, "total": 2})
-    path = disk._note_of(key)
+    disk.builders.report(key, {"stage": "score", "done": 1, "total": 2})
+    path = disk.builders.note_of(key)
 
     def read(data: bytes) -> str:
         path.write_bytes(data)
-        note = disk.reported(key)
+        note = disk.builders.reported(key)
         if note is None:
             return "nothing"
         stage, done, total = str(note["stage"]), int(note["done"]), int(note["total"])
@@ -301,10 +305,10 @@ def version(folder: Path) -> Target:
     def read(data: bytes) -> str:
         (folder / "FORMAT").write_bytes(data)
         try:
-            disk._check_layout()
+            disk.folder.check_version()
         except StorageError:
             return "refused"
-        assert int(data) == tier.LAYOUT
+        assert int(data) == LAYOUT
         return "served"
 
     return Target("FORMAT", [b"1\n"], lambda text: text, read)

@@ -50,8 +50,8 @@ def test_the_longest_is_found_as_by_looking_at_all(tier: str, tmp_path: Path) ->
     for entry in registry.contexts():
         registry.remove(entry.key)
     assert registry.longest_prefix(MODEL, [*stem, 1]) is None
-    assert not registry._device.catalogue._files
-    assert not registry._host.catalogue._files
+    assert not registry._memory.device.filing._files
+    assert not registry._memory.host.filing._files
     registry.close()
 
 
@@ -70,9 +70,9 @@ def test_a_row_of_an_earlier_version_is_found_after_its_next_use(tmp_path: Path)
         pass
     registry.close()
     registry = ContextRegistry(CPU, tmp_path)
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
-    index = disk._opened()
+    index = disk._keeper.opened().index
     row = index.get(f"context:{wanted.key}")
     assert row is not None
     for key in list(index.keys("beginning:")):

@@ -192,9 +192,9 @@ def in_use(engine: KVzipEngine) -> dict[str, Any]:
         "running": model._admission.running,
         "waiting": [*model._admission.waiting, *model.places.waiting, *model.loads.waiting],
         "places": [model.places.running, model.loads.running, model._builders.running],
-        "leases": sum(held.users for tier in (registry._device, registry._host) for held in tier.held.values()),
-        "flights": list(registry._flights),
-        "reserved": [registry._device.reserved, registry._host.reserved],
+        "leases": sum(held.users for tier in (registry._memory.device, registry._memory.host) for held in tier.held.values()),
+        "flights": list(registry._memory.flights),
+        "reserved": [registry._memory.device.reserved, registry._memory.host.reserved],
         "rows": list(model._batcher._waiting),
         "threads": [thread.name for thread in threading.enumerate() if thread.name.startswith(("kvzip-answer", "kvzip-load"))],
     }
@@ -290,7 +290,7 @@ async def test_a_build_goes_on_for_those_who_wait_for_it_and_is_given_up_when_no
     first = asyncio.create_task(engine.aload(TEXT))
     await begun(scorer)
     others = [asyncio.create_task(engine.aload(TEXT)) for _ in range(2)]
-    while not any(len(flight.waiters) == 2 for flight in engine.registry._flights.values()):
+    while not any(len(flight.waiters) == 2 for flight in engine.registry._memory.flights.values()):
         await asyncio.sleep(0.002)
     for task in (first, others[0]):
         task.cancel()
@@ -305,7 +305,7 @@ async def test_a_build_goes_on_for_those_who_wait_for_it_and_is_given_up_when_no
     scorer.go.clear()
     doomed = [asyncio.create_task(engine.aload("Another. " * 30)) for _ in range(2)]
     await begun(scorer)
-    while not any(flight.waiters for flight in engine.registry._flights.values()):
+    while not any(flight.waiters for flight in engine.registry._memory.flights.values()):
         await asyncio.sleep(0.002)
     for task in doomed:
         task.cancel()

@@ -86,9 +86,9 @@ def test_it_goes_on_from_the_nearest_that_is_stored(tmp_path: Path, harm: str, m
         built += 10 + 1
     else:
         engine.close()
-        engine.registry._device.held.clear()  # what is in no memory
-        engine.registry._device._settled = 0
-        engine.registry._disk = wide_engine(cache_dir=tmp_path).registry._disk
+        engine.registry._memory.device.held.clear()  # what is in no memory
+        engine.registry._memory.device._settled = 0
+        engine.registry._backing.tier = wide_engine(cache_dir=tmp_path).registry._backing.tier
         built += len(keys)
     if harm == "damaged":  # which shows when it is read, with a lock held
         for path in (tmp_path / "contexts" / "blobs").rglob("*.safetensors"):
@@ -172,8 +172,8 @@ NEXT = [{"role": "user", "content": "And the lamp? " * 9}, {"role": "assistant",
 def room_for_a_child(engine: KVzipEngine) -> None:
     """And not for its parent beside it."""
     sizes = wide_engine(ratio=0.5)
-    engine.registry._device.budget = int(1.15 * sizes.extend(sizes.load(OPENING), NEXT).nbytes)
-    engine.registry._wait_s = 0.5
+    engine.registry._memory.device.budget = int(1.15 * sizes.extend(sizes.load(OPENING), NEXT).nbytes)
+    engine.registry._memory.wait_s = 0.5
 
 
 def test_nobody_waits_for_room_that_a_parent_takes_when_the_child_is_cut_from_a_finer_one() -> None:
@@ -187,7 +187,7 @@ def test_nobody_waits_for_room_that_a_parent_takes_when_the_child_is_cut_from_a_
     assert receipt is not None
     assert (receipt.tier, receipt.shrunk_from, receipt.read) == ("device", 0.5, 0)
     assert [engine.stats()[event] - before[event] for event in ("lookups", "built", "shrunk")] == [1, 0, 1]
-    engine.registry._device.budget = None
+    engine.registry._memory.device.budget = None
     assert engine.extend(parent, NEXT, ratio=0.3).receipt.shrunk_from == 0.4  # type: ignore[union-attr]
 
 

@@ -51,7 +51,7 @@ def evil_context(number: int) -> Any:
 def fill(cache: Path, secret: str | None, evil: bool = False) -> None:
     """All that is read again: contexts 1 and 2, names, rows, a note of progress, and two sessions."""
     registry = ContextRegistry(CPU, cache / "contexts", secret=secret)
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
     for number in (1, 2):
         asked = replace(wanted(number), tags=(EVIL,) if evil else (f"tag {number}",))
@@ -59,10 +59,10 @@ def fill(cache: Path, secret: str | None, evil: bool = False) -> None:
             pass
     registry.flush()
     if evil:  # the name means the other one
-        label = registry._names.of(None, NAME)[-1]
-        registry._names.write(registry._names.give(replace(label, key=wanted(2).key)))
+        label = registry._backing.names.of(None, NAME)[-1]
+        registry._backing.names.write(registry._backing.names.give(replace(label, key=wanted(2).key)))
     for number in (1, 2):
-        disk.report(wanted(number).key, {"stage": EVIL if evil else "score", "done": 1, "total": 2})
+        disk.builders.report(wanted(number).key, {"stage": EVIL if evil else "score", "done": 1, "total": 2})
     registry.close()
     for session in ("ana", "bob"):
         file = TurnsFile.of(cache, "memory", session, checksums=Checksums(secret))
@@ -186,9 +186,9 @@ def test_nothing_is_used_that_was_not_written_with_the_secret(made: Path, tmp_pa
         path.chmod(0o777)
     registry = ContextRegistry(CPU, cache / "contexts", secret=SECRET)
     assert registry.no_disk is None
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
-    progress = disk.reported(wanted(1).key)
+    progress = disk.builders.reported(wanted(1).key)
     assert (progress is None) if kind == "note" else (progress or {}).get("stage") == "score"
     assert registry.find(NAME) == [] or registry.find(NAME)[-1].key == wanted(1).key
     assert all(EVIL not in entry.tags and set(entry.tags) <= {f"tag {n}" for n in (1, 2)} for entry in registry.contexts())

@@ -26,13 +26,13 @@ import torch
 
 import synthetic
 from kvzip_memory.context import storage_nbytes
-from kvzip_memory.registry import ContextRegistry, registry
+from kvzip_memory.registry import ContextRegistry, room, writing
 from kvzip_memory.registry.holders import Naming
 from kvzip_memory.registry.tier import packed
 from synthetic import CPU, context, load, wanted
 
 FULL = os.environ.get("KVZIP_STRESS") == "1"
-OURS = str(Path(registry.__file__).parent)
+OURS = str(Path(room.__file__).parent)
 SIZE = synthetic.context(0).nbytes
 
 
@@ -112,14 +112,15 @@ class Now:
 @pytest.fixture(autouse=True)
 def two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host whose contexts are copies, as with a GPU."""
-    monkeypatch.setattr(registry, "to_host", packed)
-    monkeypatch.setattr(registry, "to_device", lambda context, device: packed(context))
+    for module in (room, writing):
+        monkeypatch.setattr(module, "to_host", packed)
+    monkeypatch.setattr(room, "to_device", lambda context, device: packed(context))
 
 
 def made(folder: Path | None, host: bool = True) -> ContextRegistry:
     """Room for one context on the device, and one on the host."""
     found = ContextRegistry(CPU, folder, device_bytes=SIZE, host_bytes=SIZE if host else 0, wait_s=0.0)
-    found._writer = Now()  # type: ignore[assignment]
+    found._writing.thread = Now()  # type: ignore[assignment]
     return found
 
 
@@ -160,9 +161,9 @@ def tag(found: ContextRegistry) -> None:
 
 def check(found: ContextRegistry) -> None:
     """The sums are those of what is there; everything can be had."""
-    if any(held.users for tier in (found._device, found._host) for held in tier.held.values()) or found._flights:
+    if any(held.users for tier in (found._memory.device, found._memory.host) for held in tier.held.values()) or found._memory.flights:
         gc.collect()  # what a frame in a ring of references had
-    for tier in (found._device, found._host):
+    for tier in (found._memory.device, found._memory.host):
         lying = sum(
             storage_nbytes([t for layer in h.context.layers for t in layer.tensors()]) + h.context.token_ids.nbytes
             for h in tier.held.values()
@@ -170,11 +171,11 @@ def check(found: ContextRegistry) -> None:
         assert tier.nbytes == lying, (tier.name, tier.nbytes, lying)
         assert tier.budget is None or tier.nbytes <= tier.budget
         assert not any(held.users for held in tier.held.values())
-    assert not set(found._device.held) & set(found._host.held)
-    assert not found._flights
-    if found._disk is not None:
-        assert found._disk.usage() == found._disk.measured()
-        assert {entry.key for entry in found._disk.entries()} == {path.stem for path in found._disk._blobs()}
+    assert not set(found._memory.device.held) & set(found._memory.host.held)
+    assert not found._memory.flights
+    if found._backing.tier is not None:
+        assert found._backing.tier.usage() == found._backing.tier.measured()
+        assert {entry.key for entry in found._backing.tier.entries()} == {path.stem for path in found._backing.tier.folder.blobs()}
 
 
 CASES: dict[str, tuple[Callable[[ContextRegistry], None], bool]] = {

@@ -16,9 +16,11 @@ import pytest
 import synthetic
 from kvzip_memory import BudgetError, CompressedContext, StorageError
 from kvzip_memory.registry import ContextRegistry, Report
+from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import PreparedFile
 from kvzip_memory.registry.disk.index import Index
-from kvzip_memory.registry.disk.store import DiskTier, Entry
+from kvzip_memory.registry.disk.putting import Putting
+from kvzip_memory.registry.disk.store import DiskTier
 from synthetic import CPU, load, processes, wanted
 
 SIZE = synthetic.context(0).nbytes
@@ -76,13 +78,13 @@ def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Pa
     registry = ContextRegistry(CPU, tmp_path / "c")
     load(registry, 1)
     registry.close()
-    path = DiskTier(tmp_path / "c").path(wanted(1).key)
+    path = DiskTier(tmp_path / "c").folder.path(wanted(1).key)
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"x")
     registry = ContextRegistry(CPU, tmp_path / "c")
     assert load(registry, 1) == "built"
     registry.flush()
-    assert registry._disk.usage() == registry._disk.measured() == len(whole)  # type: ignore[union-attr]
+    assert registry._backing.tier.usage() == registry._backing.tier.measured() == len(whole)  # type: ignore[union-attr]
     registry.close()
     registry = ContextRegistry(CPU, tmp_path / "c")
     assert load(registry, 1) == "disk"
@@ -92,20 +94,20 @@ def test_blobs_on_another_mount_are_stored_and_what_is_damaged_goes(tmp_path: Pa
 def test_what_a_killed_writer_left_is_built_stored_and_counted_once(tmp_path: Path) -> None:
     """Killed while it wrote, behind the back of a process that has the folder open."""
     registry = ContextRegistry(CPU, tmp_path)
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
     for number in (1, 2):
         key = wanted(number).key
         for folder in (tmp_path / "tmp", tmp_path / "blobs" / ".tmp"):  # an older version's, and ours
             folder.mkdir(exist_ok=True)
             (folder / f"{key}.tmp").write_bytes(b"x" * 5000)
-        with disk._opened().transaction():
-            stored, writing = disk._totals(disk._opened())
-            disk._set_totals(disk._opened(), stored, {**writing, key: 5000})
+        with disk._keeper.opened().transaction():
+            stored, writing = disk._keeper.opened().totals()
+            disk._keeper.opened().set_totals(stored, {**writing, key: 5000})
     assert load(registry, 1) == "built"
     registry.flush()
     assert [entry.key for entry in disk.entries()] == [wanted(1).key]
-    assert disk.usage() == disk.measured() == disk.path(wanted(1).key).stat().st_size
+    assert disk.usage() == disk.measured() == disk.folder.path(wanted(1).key).stat().st_size
     registry.close()
 
 
@@ -120,7 +122,7 @@ def test_a_key_that_shares_the_lock_of_one_that_leaves_is_built_at_once(tmp_path
     registry = ContextRegistry(CPU, tmp_path, device_bytes=SIZE)
     load(registry, 0)
     registry.flush()
-    registry._disk.remove(wanted(0).key)  # type: ignore[union-attr] # by another process: it is in memory only, and must be written
+    registry._backing.tier.remove(wanted(0).key)  # type: ignore[union-attr] # by another process: it is in memory only, and must be written
     began = time.monotonic()
     load(registry, other)
     assert time.monotonic() - began < 30  # it was a minute
@@ -163,7 +165,7 @@ def test_who_waits_for_a_build_that_fails_tries_a_build_of_their_own(tmp_path: P
     threads = [threading.Thread(target=ask, args=(number < 5,)) for number in range(6)]
     for thread in threads:
         thread.start()
-        while not registry._flights:  # the first one's fails
+        while not registry._memory.flights:  # the first one's fails
             time.sleep(0.001)
     for thread in threads:
         thread.join()
@@ -210,20 +212,20 @@ def test_a_writer_that_was_taken_for_dead_makes_room_once_more(tmp_path: Path, o
     for number in range(2):
         load(registry, number)
     registry.flush()
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk
-    disk.budget = budget = 3 * disk.path(wanted(0).key).stat().st_size
-    other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), DiskTier._insert
+    disk._tidying.budget = budget = 3 * disk.folder.path(wanted(0).key).stat().st_size
+    other, insert = ContextRegistry(CPU, tmp_path, disk_bytes=budget), Putting._insert
 
-    def after(tier: DiskTier, entry: Entry) -> None:
+    def after(putting: Putting, entry: Entry) -> None:
         monkeypatch.undo()
-        tier._unreserve(entry.key)  # by another process
+        putting._keeper.unreserve(entry.key)  # by another process
         for number in range(2, 2 + others):
             load(other, number)
         other.flush()
-        insert(tier, entry)
+        insert(putting, entry)
 
-    monkeypatch.setattr(DiskTier, "_insert", after)
+    monkeypatch.setattr(Putting, "_insert", after)
     load(registry, 9)
     registry.flush()
     assert disk.usage() == disk.measured() <= budget

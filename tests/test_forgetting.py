@@ -29,8 +29,9 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
-from kvzip_memory.registry.disk import store as disk
+from kvzip_memory.registry.disk import leaving
 from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import document_tag, thread_tag
 from kvzip_memory.turns import sessions
@@ -285,7 +286,7 @@ def test_what_others_hold_stays_until_the_last_of_them_forgets_it(tmp_path: Path
     engine.close()
     later = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     assert later.load(f"{FILLER}{SECRET}").receipt.tier == "disk"
-    assert later.registry.stats()["tiers"]["disk"]["nbytes"] == later.registry._disk.measured()
+    assert later.registry.stats()["tiers"]["disk"]["nbytes"] == later.registry._backing.tier.measured()
     assert len(later.forget("bob").deleted) == 1
     assert grep(tmp_path, traces(engine, [SECRET])) == []
     assert later.load(f"{FILLER}{SECRET}").receipt.tier == "built"
@@ -429,7 +430,7 @@ def test_what_damage_and_kills_have_left_is_forgotten_too(tmp_path: Path) -> Non
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     assert engine.registry.verify(damaged)  # to quarantine
     (folder / "quarantine" / f"{orphan}.1.safetensors").write_bytes(content)  # without a row
-    engine.registry._disk._temporary(half).write_bytes(content[:-99])  # of a writer that was killed
+    engine.registry._backing.tier.folder.temporary(half).write_bytes(content[:-99])  # of a writer that was killed
     index = folder / "quarantine" / "index.1"
     index.mkdir()
     (index / "cache.db").write_bytes(SECRET.encode())
@@ -477,7 +478,7 @@ sys.stdin.readline()
 list(stream)
 print(engine.generate(context, "And?", max_new_tokens=2).receipt.tier, flush=True)
 for number in range(4):  # moves down what is in memory
-    engine.registry._device.budget = context.nbytes + 4096
+    engine.registry._memory.device.budget = context.nbytes + 4096
     engine.load({text!r}.replace("lamp", f"lamp{{number}}"), ratio=0.4)
 engine.close()
 """
@@ -522,9 +523,9 @@ def test_what_is_built_again_after_it_was_evicted_is_still_whose_it_was(tmp_path
     last = engine.extend(first, turns(SECRET), tags="ana")
     engine.registry.flush()
     for key in (first.key, last.key):  # as a full disk and full memory do
-        engine.registry._disk.remove(key)
-        with engine.registry._changed:
-            engine.registry._drop(engine.registry._device.held[key])
+        engine.registry._backing.tier.remove(key)
+        with engine.registry._memory.changed:
+            engine.registry._memory.drop(engine.registry._memory.device.held[key])
     engine.generate(last, "Who?", max_new_tokens=2)
     engine.registry.flush()
     assert [entry.tags for entry in engine.registry.contexts()] == [("ana",), ("ana",)]
@@ -597,8 +598,8 @@ def test_what_is_loaded_under_a_name_is_on_disk_whatever_was_deleted_there(tmp_p
 
 def lose(engine: KVzipEngine, key: str) -> None:
     """As full memory does."""
-    with engine.registry._changed:
-        engine.registry._drop(engine.registry._device.held[key])
+    with engine.registry._memory.changed:
+        engine.registry._memory.drop(engine.registry._memory.device.held[key])
 
 
 def on_disk(engine: KVzipEngine) -> dict[str, tuple[str, ...]]:
@@ -630,7 +631,7 @@ def test_what_is_loaded_again_after_others_have_forgotten_is_stored_with_the_tag
     one.forget("ana")
     other.load(f"{FILLER}0")
     other.load(f"{FILLER}1", tags="bob")
-    other.registry._device.budget = contexts[0].nbytes * 2
+    other.registry._memory.device.budget = contexts[0].nbytes * 2
     other.load(f"{FILLER}3", tags="bob")  # moves down what is in memory
     other.load(f"{FILLER}4", tags="bob")
     stored = on_disk(other)
@@ -678,11 +679,11 @@ def test_what_is_built_for_one_answer_counts_in_the_budget() -> None:
     engine = tiny_engine(ratio=0.5)
     context, other = engine.load(f"{FILLER}{SECRET}"), engine.load(FILLER)
     engine.registry.remove(context.key)
-    engine.registry._device.budget = context.nbytes + other.nbytes // 2
+    engine.registry._memory.device.budget = context.nbytes + other.nbytes // 2
     with context.lease():
         assert engine.stats()["tiers"]["device"]["nbytes"] == context.nbytes
     assert engine.stats()["tiers"]["device"]["nbytes"] == 0
-    engine.registry._wait_s = 0.1
+    engine.registry._memory.wait_s = 0.1
     with engine.load(FILLER).lease(), pytest.raises(BudgetError, match="no room"):
         engine.generate(context, "Who?", max_new_tokens=2)
     assert engine.generate(context, "Who?", max_new_tokens=2).receipt.reason == "removed"
@@ -745,7 +746,7 @@ def both_load(two: Two, *tags: str) -> str:
 
 def spill(engine: KVzipEngine) -> None:
     """Move down all that is in memory."""
-    engine.registry._device.budget = engine.stats()["tiers"]["device"]["nbytes"] + 4096
+    engine.registry._memory.device.budget = engine.stats()["tiers"]["device"]["nbytes"] + 4096
     for number in range(3):
         engine.load(f"{FILLER}{number}", tags="spill")
     engine.registry.flush()
@@ -806,8 +807,8 @@ def test_forgetting_something_else_costs_nobody_what_only_memory_has(two: Two, h
     if how == "pin":
         other.registry.pin(context.key)
     other.registry.flush()
-    assert other.registry._disk
-    other.registry._disk._quarantine(context.key, "as damage does")
+    assert other.registry._backing.tier
+    other.registry._backing.tier._quarantine(context.key, "as damage does")
     one.load("Boat. " * 40, tags="bob")
     one.forget("bob")
     other.close() if how == "pin" else spill(other)
@@ -817,8 +818,8 @@ def test_forgetting_something_else_costs_nobody_what_only_memory_has(two: Two, h
 def test_what_is_being_written_while_others_forget_it_does_not_stay(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = two
     key = both_load(two, "ana")
-    assert other.registry._disk
-    other.registry._disk.remove(key)  # as a full disk does
+    assert other.registry._backing.tier
+    other.registry._backing.tier.remove(key)  # as a full disk does
     put = DiskTier.put
 
     def beside(*args: Any, **options: Any) -> None:
@@ -827,7 +828,7 @@ def test_what_is_being_written_while_others_forget_it_does_not_stay(two: Two, mo
         put(*args, **options)
 
     monkeypatch.setattr(DiskTier, "put", beside)
-    held = other.registry._device.held[key]
+    held = other.registry._memory.device.held[key]
     held.tags = {"ana": held.loaded}
     spill(other)
     assert key not in on_disk(other)
@@ -839,7 +840,7 @@ def test_a_file_that_is_copied_without_a_tag_does_not_come_back(two: Two, ended_
     key = both_load(two, "ana")
     other.load(f"{FILLER}{SECRET}", tags="bob")
     other.registry.flush()
-    copy = disk.copy_with_catalog
+    copy = leaving.copy_with_catalog
 
     def beside(*args: Any) -> int:
         monkeypatch.undo()
@@ -847,11 +848,11 @@ def test_a_file_that_is_copied_without_a_tag_does_not_come_back(two: Two, ended_
         other.registry.remove(key) if ended_by == "remove" else other.forget("bob")
         return nbytes
 
-    monkeypatch.setattr(disk, "copy_with_catalog", beside)
+    monkeypatch.setattr(leaving, "copy_with_catalog", beside)
     one.forget("ana")
     assert key not in on_disk(one)
-    assert one.registry._disk
-    assert one.registry._disk.usage() == one.registry._disk.measured()
+    assert one.registry._backing.tier
+    assert one.registry._backing.tier.usage() == one.registry._backing.tier.measured()
 
 
 def test_a_catalog_that_could_not_be_written_is_written_by_the_next_forgetting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -863,7 +864,7 @@ def test_a_catalog_that_could_not_be_written_is_written_by_the_next_forgetting(t
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "copy_with_catalog", full)
+        patch.setattr(leaving, "copy_with_catalog", full)
         engine.forget("ana-7f3")
     engine.forget("zzz")
     assert grep(tmp_path, {"tag": b"ana-7f3"}) == []
@@ -884,7 +885,7 @@ def test_a_tag_that_could_not_be_written_is_not_written_once_it_is_forgotten(
         patch.setattr(DiskTier, "touch", full)
         one.load(f"{FILLER}{SECRET}", tags="ana")
         one.registry.flush()
-        patch.setattr(one.registry, "_tell", lambda: None)  # until it is done
+        patch.setattr(one.registry._writing, "tell", lambda: None)  # until it is done
         {
             "forget here": lambda: one.forget("ana"),
             "forget there": lambda: other.forget("ana"),
@@ -907,7 +908,7 @@ def test_a_name_that_is_in_no_row_holds_and_is_removed(two: Two, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(DiskTier, "touch", full)
         other.load(f"{FILLER}{SECRET}", name="lamp")
-        other.registry._writer.submit(lambda: None).result()
+        other.registry._writing.thread.submit(lambda: None).result()
         assert one.forget("ana").deleted == ()
         assert one.get("lamp").key == key
     one.registry.remove(key)
@@ -928,8 +929,8 @@ def test_rows_of_contexts_whose_files_were_lost_change_too(two: Two) -> None:
     one, other = two
     key = both_load(two, "ana", "bob", "eve")
     one.registry.pin(key)
-    assert other.registry._disk
-    other.registry._disk._quarantine(key, "as damage does")
+    assert other.registry._backing.tier
+    other.registry._backing.tier._quarantine(key, "as damage does")
     one.registry.pin(key, False)
     one.registry.untag(key, "ana")
     assert not one.registry.leave(key, ["bob"])
@@ -944,14 +945,14 @@ def test_what_could_not_be_deleted_is_still_there(tmp_path: Path, action: str, m
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     context = engine.load(FILLER, tags="ana")
     engine.registry.flush()
-    drop = DiskTier._drop
+    drop = Tidying.drop
 
     def half(*args: Any) -> None:
         drop(*args)
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(DiskTier, "_drop", half)
+        patch.setattr(Tidying, "drop", half)
         with pytest.raises(OSError, match="Input/output"):
             engine.registry.remove(context.key) if action == "remove" else engine.registry.leave(context.key, ["ana"])
     assert on_disk(engine) == {context.key: ("ana",)}

@@ -360,7 +360,7 @@ def bars():  # of somebody else; children share this lock
     with tqdm.get_lock():
         done.wait()
 
-locked = engine.registry._disk.lock("f" * 64)
+locked = engine.registry._backing.tier.folder.lock("f" * 64)
 locked.acquire()
 threads = [threading.Thread(target=work) for work in (answer, answer, build, build, bars)]
 for thread in threads:

@@ -38,7 +38,7 @@ from kvzip_memory.prompting.schemas import json_rule
 from kvzip_memory.prompting.sources import read_source
 from kvzip_memory.registry import holders
 from kvzip_memory.registry.holders import MOST_HOLDERS
-from kvzip_memory.registry.registry import MOST_TAGS
+from kvzip_memory.registry.wanted import MOST_TAGS
 from kvzip_memory.session import Session
 from kvzip_memory.system.printable import brief
 from kvzip_memory.turns import LARGEST_SESSION, Turns, sessions

@@ -227,10 +227,10 @@ def test_a_child_that_was_lost_with_its_ancestors_is_built_again(monkeypatch: py
 
 def test_a_lost_parent_is_built_before_the_lock_of_its_child_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some keys share a lock file; here all do."""
-    from kvzip_memory.registry.disk.store import DiskTier
+    from kvzip_memory.registry.disk.folder import Folder
 
-    lock = DiskTier.lock
-    monkeypatch.setattr(DiskTier, "lock", lambda self, key: lock(self, "000"))
+    lock = Folder.lock
+    monkeypatch.setattr(Folder, "lock", lambda self, key: lock(self, "000"))
     engine = tiny_engine(cache_dir=tmp_path)
     contexts = chain(engine, 0.5, 0.5, 0.5)
     for context in contexts:
@@ -407,6 +407,6 @@ def test_a_session_that_folds_twice_has_the_contexts_of_one_that_was_extended(en
 def test_a_child_that_fits_is_built_although_its_parent_does_not_fit_beside_it(engine: KVzipEngine) -> None:
     size = engine.extend(engine.load(FIRST, ratio=0.5), SECOND).nbytes
     small = tiny_engine(device_bytes=int(1.2 * size))
-    small.registry._wait_s = 1
+    small.registry._memory.wait_s = 1
     child = small.extend(small.load(FIRST, ratio=0.5), SECOND)
     assert small.generate(child, QUESTION, max_new_tokens=4).receipt.tier == "device"

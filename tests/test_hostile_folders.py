@@ -52,9 +52,9 @@ def fill(cache: Path) -> None:
     for number in (1, 2):
         load(registry, number)
     registry.flush()
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
-    disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+    disk.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
     load(registry, 3)
     registry.flush()
     disk._quarantine(wanted(3).key, "as damage does")
@@ -249,11 +249,11 @@ def use(cache: Path) -> list[str]:
     ):
         with suppress(StorageError):
             change()
-    if registry._disk is not None and registry._disk.read_only is None:
-        registry._disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
-        registry._disk.reported(wanted(1).key)
+    if registry._backing.tier is not None and registry._backing.tier.read_only is None:
+        registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        registry._backing.tier.builders.reported(wanted(1).key)
         with suppress(StorageError):
-            assert registry._disk.usage() == registry._disk.measured() <= BUDGET
+            assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
     registry.close()
     examine(cache / "contexts")
     turns = TurnsFile.of(cache, "memory", "ana")
@@ -421,8 +421,8 @@ def test_what_does_not_look_like_ours_is_left_alone_counted_nowhere_and_named(fi
         load(registry, 7)
         registry.flush()
         registry.gc()
-        assert registry._disk is not None
-        assert registry._disk.usage() == registry._disk.measured() == 3 * size
+        assert registry._backing.tier is not None
+        assert registry._backing.tier.usage() == registry._backing.tier.measured() == 3 * size
         assert {entry.key for entry in registry.contexts()} >= {wanted(number).key for number in (1, 2, 5)}
         registry.forget(lambda key, tag: False)
         registry.close()
@@ -505,7 +505,7 @@ def test_a_folder_of_another_owner_that_we_can_only_read_is_used_and_every_file_
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     disk = DiskTier(anothers / "contexts")
-    path = disk.path(wanted(2).key)
+    path = disk.folder.path(wanted(2).key)
     whole = bytearray(path.read_bytes())
     whole[-5000] ^= 1
     path.write_bytes(whole)
@@ -526,8 +526,8 @@ def test_all_that_is_made_is_private_whatever_the_umask(tmp_path: Path, mask: in
         registry = ContextRegistry(CPU, cache / "contexts")
         load(registry, 1)
         registry.flush()
-        assert registry._disk is not None
-        registry._disk.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+        assert registry._backing.tier is not None
+        registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
         modes = {path: stat.S_IMODE(path.stat().st_mode) for path in cache.rglob("*")}  # SQLite's are there, too
         registry.close()
         TurnsFile.of(cache, "memory", "ana").append({"turns": []}, "ana", None)
@@ -586,8 +586,8 @@ def test_rows_are_never_paths_and_never_switch_a_budget_off(filled: Path, tmp_pa
             registry = ContextRegistry(CPU, root, disk_bytes=BUDGET)
             load(registry, 4)
             registry.flush()
-            assert registry._disk is not None
-            assert registry._disk.usage() == registry._disk.measured() <= BUDGET
+            assert registry._backing.tier is not None
+            assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
             assert wanted(4).key in {entry.key for entry in registry.contexts()}
             registry.close()
             assert use(tmp_path / "cache") == []
@@ -599,6 +599,6 @@ def test_a_path_is_no_key(tmp_path: Path) -> None:
     disk = DiskTier(tmp_path / "contexts")
     for key in PATHS:
         with pytest.raises(ValueError, match="no key"):
-            disk.path(key)
+            disk.folder.path(key)
     disk.close()
     assert torch.device("cpu") == synthetic.CPU

@@ -37,9 +37,9 @@ def shrink_disk(folder: Path, old: CompressedContext) -> None:
     engine = tiny_engine(cache_dir=folder, ratio=0.4)
     engine.get(old.key)
     engine.registry.flush()
-    disk = engine.registry._disk
+    disk = engine.registry._backing.tier
     assert disk is not None
-    disk.budget = disk.usage() + 1000
+    disk._tidying.budget = disk.usage() + 1000
     engine.load(OTHER)
     engine.close()
 
@@ -61,7 +61,7 @@ def test_no_older_text_answers_for_a_name_whose_context_is_gone(tmp_path: Path, 
     behind, engine = tiny_engine(cache_dir=tmp_path, ratio=0.4), tiny_engine(cache_dir=tmp_path, ratio=0.4)
     old = behind.load(OLD, name="page")  # and has it in memory under that name
     behind.close()
-    behind.registry._disk = tiny_engine(cache_dir=tmp_path).registry._disk
+    behind.registry._backing.tier = tiny_engine(cache_dir=tmp_path).registry._backing.tier
     new = engine.load(NEW, name="page")
     assert new.key != old.key
     engine.close()
@@ -98,13 +98,13 @@ def test_in_memory_alone_a_name_is_one_context_too() -> None:
         small.load(text, name=name)
     with pytest.raises(InputError, match="no context 'page'"):
         small.get("page")
-    assert small.registry._names._new == {}  # nothing is kept of what is lost
+    assert small.registry._backing.names._new == {}  # nothing is kept of what is lost
 
 
 @pytest.mark.parametrize("removed", [False, True])
 def test_what_is_written_late_does_not_take_a_name_back(tmp_path: Path, removed: bool) -> None:
     slow, fast, go_on = tiny_engine(cache_dir=tmp_path, ratio=0.4), tiny_engine(cache_dir=tmp_path, ratio=0.4), threading.Event()
-    slow.registry._writer.submit(go_on.wait)
+    slow.registry._writing.thread.submit(go_on.wait)
     slow.load(OLD, name="page")
     new = fast.load(NEW, name="page")
     fast.registry.flush()
@@ -175,8 +175,8 @@ def test_a_name_that_is_left_of_a_context_can_be_removed(tmp_path: Path) -> None
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     first = engine.load(TEXT, name="lamp-7f3")
     engine.registry.flush()
-    assert engine.registry._disk is not None
-    engine.registry._disk.remove(first.key)  # as a full disk does
+    assert engine.registry._backing.tier is not None
+    engine.registry._backing.tier.remove(first.key)  # as a full disk does
     engine.close()
     other = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     with pytest.raises(InputError, match="lamp-7f3"):
@@ -193,7 +193,7 @@ def test_a_handle_has_the_name_it_was_got_by_whatever_others_load_meanwhile(tmp_
 
     def then(names: Names, tenant: str | None, name: str) -> Any:
         labels = of(names, tenant, name)
-        if names is one.registry._names:
+        if names is one.registry._backing.names:
             count.append(name)
             if len(count) == 1:
                 other.load(Document(text="Boat. " + TEXT, name="b.txt"), name="lamp")
@@ -377,7 +377,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def moved(engine: KVzipEngine, context: CompressedContext) -> CompressedContext:
     """A context that was pushed out to disk and came back."""
     engine.registry.flush()
-    engine.registry._device.budget = context.nbytes
+    engine.registry._memory.device.budget = context.nbytes
     engine.load(OTHER[: len(TEXT)])
     assert engine.registry.tiers(context.key) == ["disk"]
     engine.get(context.key)

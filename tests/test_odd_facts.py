@@ -155,8 +155,8 @@ def test_an_odd_file_keeps_no_engine_from_opening_and_no_budget_from_holding(tmp
     for number in (1, 2):
         load(registry, number)
     registry.flush()
-    assert registry._disk is not None
-    path, size = registry._disk.path(wanted(1).key), registry._disk.path(wanted(2).key).stat().st_size
+    assert registry._backing.tier is not None
+    path, size = registry._backing.tier.folder.path(wanted(1).key), registry._backing.tier.folder.path(wanted(2).key).stat().st_size
     registry.close()
     act(path)
     if not known:
@@ -169,8 +169,8 @@ def test_an_odd_file_keeps_no_engine_from_opening_and_no_budget_from_holding(tmp
         for number in (1, 2, 3, 4):
             assert load(registry, number) in ("built", "disk")
         registry.flush()
-        assert registry._disk is not None
-        assert registry._disk.usage() == registry._disk.measured() <= 3 * size
+        assert registry._backing.tier is not None
+        assert registry._backing.tier.usage() == registry._backing.tier.measured() <= 3 * size
         assert registry.stats()["tiers"]["device"]["nbytes"] <= 3 * context(1).nbytes
         registry.contexts()
         registry.gc()

@@ -23,17 +23,17 @@ def filled(root: Path, *numbers: int, budget: int | None = None) -> dict[int, Pa
     for number in numbers:
         load(registry, number)
     registry.flush()
-    assert registry._disk is not None
-    paths = {number: registry._disk.path(wanted(number).key) for number in numbers}
+    assert registry._backing.tier is not None
+    paths = {number: registry._backing.tier.folder.path(wanted(number).key) for number in numbers}
     registry.close()
     return paths
 
 
 def lose_row(root: Path, key: str) -> None:
     disk = DiskTier(root)
-    index = disk._opened()
+    index = disk._keeper.opened().index
     index.delete("context:" + key)
-    disk._doubtful = False
+    disk._tidying.doubtful = False
     index.close()
 
 
@@ -63,7 +63,7 @@ def test_a_broken_file_without_a_row_is_set_aside_with_its_reason(tmp_path: Path
     disk = DiskTier(tmp_path)
     assert disk.gc()["quarantined"] >= 1  # an index that was set aside counts, too
     assert disk.quarantine() == []
-    assert disk.usage() == disk.measured() == disk.path(wanted(2).key).stat().st_size
+    assert disk.usage() == disk.measured() == disk.folder.path(wanted(2).key).stat().st_size
 
 
 def test_what_is_in_quarantine_is_freed_first_and_takes_no_room_of_contexts(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read_now_is_left_alone(tmp_path: Path, how: str, 
         raise OSError(24, "Too many open files", str(path_))
 
     with monkeypatch.context() as patch:
-        patch.setattr("kvzip_memory.registry.disk.store.open_context", fails)
+        patch.setattr("kvzip_memory.registry.disk.folder.open_context", fails)
         disk = DiskTier(tmp_path)
         assert disk.quarantine() == []
         disk.close()

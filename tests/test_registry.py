@@ -28,11 +28,11 @@ from kvzip_memory import BudgetError, CompressedContext, Document, IdentityMisma
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.inference import loading
-from kvzip_memory.registry import ContextRegistry, Report, disk, parse_bytes
+from kvzip_memory.registry import ContextRegistry, Report, parse_bytes
 from kvzip_memory.registry.disk.index import Index, IndexDamagedError
 from kvzip_memory.registry.disk.store import DiskTier
-from kvzip_memory.registry.registry import TTL_LIMIT
 from kvzip_memory.registry.tier import packed
+from kvzip_memory.registry.wanted import TTL_LIMIT
 from kvzip_memory.system.locks import held
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +240,7 @@ def test_a_context_that_is_answered_from_is_not_moved(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.4, cache_dir=tmp_path)
     size = engine.load(TEXT).nbytes
     engine = tiny_engine(ratio=0.4, device_bytes=size)
-    engine.registry._wait_s = 0.3
+    engine.registry._memory.wait_s = 0.3
     context = engine.load(TEXT)
     with engine.stream(context, "Who?", max_new_tokens=1500) as stream:
         next(stream)
@@ -295,8 +295,8 @@ def test_what_a_ttl_stores_damages_no_index(ttl: float, created: float, tmp_path
         (entry,) = registry.contexts()
         assert entry.expires is not None
         assert entry.names.keys() == {"page 1"}
-        assert registry._disk is not None
-        assert not registry._disk.made_anew
+        assert registry._backing.tier is not None
+        assert not registry._backing.tier.made_anew
         assert not registry.quarantine()
         registry.close()
         shutil.rmtree(tmp_path / "index")  # then its file's header tells as much
@@ -403,7 +403,7 @@ def test_tags_and_names_are_listed_before_they_are_on_disk(tmp_path: Path) -> No
     engine, go_on = tiny_engine(cache_dir=tmp_path, ratio=0.4), threading.Event()
     engine.load(TEXT, tags="a")
     engine.registry.flush()
-    engine.registry._writer.submit(go_on.wait)
+    engine.registry._writing.thread.submit(go_on.wait)
     engine.load(TEXT, tags="b", name="page")
     told = [(entry.tags, entry.name) for entry in engine.registry.contexts()]
     go_on.set()
@@ -548,10 +548,10 @@ def test_what_is_built_while_the_engine_is_closed_stays_in_memory(tmp_path: Path
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     engine.load(TEXT)
     engine.registry.flush()
-    engine.registry._writer.shutdown()  # as close does behind a build under way
+    engine.registry._writing.thread.shutdown()  # as close does behind a build under way
     context = engine.load("New. " + TEXT, name="new")
     assert engine.registry.tiers(context.key) == ["device"]
-    assert engine.registry._device.reserved == 0
+    assert engine.registry._memory.device.reserved == 0
     assert engine.generate(context, "Who?", max_new_tokens=2).receipt.tier == "device"
 
 
@@ -766,7 +766,7 @@ def test_a_damaged_file_goes_to_quarantine_with_its_reason_and_is_built_again(tm
 def test_a_file_under_anothers_key_is_not_served(tmp_path: Path) -> None:
     first, second = load_and_close(tmp_path), load_and_close(tmp_path, "Another page. " * 9)
     tier = DiskTier(tmp_path / "contexts")
-    os.replace(tier.path(second.key), tier.path(first.key))
+    os.replace(tier.folder.path(second.key), tier.folder.path(first.key))
     tier.close()
     again = load_and_close(tmp_path)
     assert again.receipt is not None
@@ -871,7 +871,7 @@ def test_planted_rows_are_refused_without_executing_or_reading_anything(
         plant(f"context:{path.stem}", 1, 3, "../../../secret.safetensors", None)
     elif kind == "row with a path for a key":
         row = {"key": "../../secret", "identity": {}, "group": "", "file_nbytes": 1, "nbytes": 1, "n_tokens": 1, "ratio": 1, "tags": []}
-        plant("context:../../secret", 1, 1, None, disk.Index.packed("context:../../secret", row))
+        plant("context:../../secret", 1, 1, None, Index.packed("context:../../secret", row))
     else:
         plant(f"context:{path.stem}", 1, 1, None, "0123456789abcdef{}")
     engine = tiny_engine(cache_dir=folder, ratio=0.4, disk_bytes="10MB")
@@ -963,7 +963,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         "engine.registry.flush()\n"
         "assert all(engine.generate(c, 'Who?', max_new_tokens=2).text for c in contexts)\n"
         "stats = engine.stats()\n"
-        "print(stats['stored'], stats['disk_errors'], stats['tiers']['disk']['nbytes'] == engine.registry._disk.measured())\n"
+        "print(stats['stored'], stats['disk_errors'], stats['tiers']['disk']['nbytes'] == engine.registry._backing.tier.measured())\n"
     )
     stored, errors, exact = in_a_mount(tmp_path / "small", "600k", "true", script).split()
     assert int(stored) + int(errors) == 8
@@ -1018,7 +1018,7 @@ def test_an_index_that_somebody_holds_costs_a_second_and_a_warning(
     assert "cache.db" in os.listdir(tmp_path / "contexts" / "index")
     assert sum("for a second" in record.message for record in caplog.records) == 1
     engine.generate(new, "Who?", max_new_tokens=2)  # its next use
-    engine.registry._writer.submit(lambda: None).result()
+    engine.registry._writing.thread.submit(lambda: None).result()
     assert engine.registry.tiers(new.key) == ["device", "disk"]
     assert len(blobs(tmp_path)) == 2
     engine.close()  # the others
@@ -1034,7 +1034,7 @@ def test_who_waits_for_another_process_is_told_after_a_second(
 ) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
     key = load_and_close(tmp_path / "elsewhere").key
-    with engine.registry._disk.lock(key):  # type: ignore[union-attr]
+    with engine.registry._backing.tier.folder.lock(key):  # type: ignore[union-attr]
         asking = threading.Thread(target=engine.load, args=(TEXT,))
         asking.start()
         while "waiting for another process" not in caplog.text:
@@ -1094,7 +1094,7 @@ def test_what_is_deleted_pinned_or_untagged_under_a_lock_is_refused_and_stays(tm
     (after,) = engine.registry.contexts()
     assert (after.names, after.tags, after.pinned) == (before.names, ("red",), False)
     assert not engine.registry.is_removed(key)
-    assert not engine.registry._device.held[key].pinned
+    assert not engine.registry._memory.device.held[key].pinned
     engine.registry.untag(key, "red")
     assert engine.registry.remove(key).key == key
     engine.close()

@@ -34,14 +34,14 @@ def watched(registry: ContextRegistry) -> Iterator[dict[str, int]]:
     done = threading.Event()
 
     def look() -> None:
-        disk = registry._disk
+        disk = registry._backing.tier
         assert disk is not None
         while not done.is_set():
-            with registry._changed:
-                for tier in (registry._device, registry._host):
+            with registry._memory.changed:
+                for tier in (registry._memory.device, registry._memory.host):
                     held = sum(h.context.nbytes for h in tier.held.values())
                     largest[tier.name] = max(largest[tier.name], tier.nbytes, held)
-            with disk._opened().transaction():  # or what is deleted and what is written while we look are added up
+            with disk._keeper.opened().transaction():  # or what is deleted and what is written while we look are added up
                 largest["disk"] = max(largest["disk"], disk.measured())
             largest["looks"] += 1
             time.sleep(0.001)
@@ -93,7 +93,7 @@ def test_budgets_hold_at_every_moment_and_answers_stay_right(tmp_path: Path) -> 
     assert largest["device"] <= size
     assert largest["host"] <= size
     assert largest["disk"] <= file_size
-    assert stats["tiers"]["disk"]["nbytes"] == engine.registry._disk.measured()  # type: ignore[union-attr]
+    assert stats["tiers"]["disk"]["nbytes"] == engine.registry._backing.tier.measured()  # type: ignore[union-attr]
     assert stats["spills"]["host"] > 0
     engine.close()
     say(operations=operations, looks=largest["looks"], hits=stats["hits"], built=stats["built"], spills=stats["spills"])
@@ -177,7 +177,7 @@ def test_no_fault_in_a_stored_file_is_ever_served(tmp_path: Path) -> None:
     registry = fresh()
     for number in (1, 2):
         load(registry, number)
-    paths = {number: registry._disk.path(wanted(number).key) for number in (1, 2)}  # type: ignore[union-attr]
+    paths = {number: registry._backing.tier.folder.path(wanted(number).key) for number in (1, 2)}  # type: ignore[union-attr]
     registry.close()
     for round_ in range(1100 if FULL else 60):
         fault = BLOB_FAULTS[round_ % len(BLOB_FAULTS)]
@@ -207,7 +207,7 @@ def test_no_fault_in_a_stored_file_is_ever_served(tmp_path: Path) -> None:
         load(registry, 3)
         registry.flush()
         registry.remove(wanted(3).key)
-        assert registry._disk.usage() >= sum(path.stat().st_size for path in paths.values()), fault  # type: ignore[union-attr]
+        assert registry._backing.tier.usage() >= sum(path.stat().st_size for path in paths.values()), fault  # type: ignore[union-attr]
         registry.gc()
         registry.close()
         counts[f"index {fault}"] += changed
@@ -218,7 +218,7 @@ def test_a_kill_at_any_moment_leaves_a_folder_that_opens_without_repair(tmp_path
     rng, folder = random.Random(11), tmp_path / "c"
     registry = ContextRegistry(CPU, folder)
     load(registry, 0)
-    file_size = registry._disk.path(wanted(0).key).stat().st_size if registry.flush() is None else 0  # type: ignore[union-attr]
+    file_size = registry._backing.tier.folder.path(wanted(0).key).stat().st_size if registry.flush() is None else 0  # type: ignore[union-attr]
     registry.close()
     budget, states = 3 * file_size, Counter[str]()
     for round_ in range(200 if FULL else 12):

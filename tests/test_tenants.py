@@ -115,9 +115,9 @@ def things(engine: KVzipEngine, folder: Path, who: str) -> Things:
     saved = handle.save(folder / f"{who}.safetensors")
     bad = engine.load(f"Damaged. {who} {TEXT}", tags=tag)
     engine.registry.flush()
-    disk = engine.registry._disk
+    disk = engine.registry._backing.tier
     assert disk is not None
-    blob = disk.path(bad.key)
+    blob = disk.folder.path(bad.key)
     blob.write_bytes(blob.read_bytes()[:-9])
     assert engine.registry.verify(bad.key)
     return Things(engine, handle, child, session, f"diary of {who}", tag, session_id, f"page of {who}", saved, bad.key)
@@ -229,14 +229,14 @@ def state(of: Things) -> dict[str, Any]:
     assert folder is not None
     entries = {entry.key: {**asdict(entry), "used": 0} for entry in registry.contexts()}
     mine = [session for session in turns.sessions(folder) if turns.is_of(folder, session, registry.tenant)]
-    disk = registry._disk
+    disk = registry._backing.tier
     assert disk is not None
     return {
         "entries": entries,
         "tiers": {key: registry.tiers(key) for key in entries},
-        "files": {key: disk.path(key).read_bytes() for key in entries if disk.has(key)},
+        "files": {key: disk.folder.path(key).read_bytes() for key in entries if disk.has(key)},
         "quarantine": registry.quarantine(),
-        "left": {held.key: {*registry._notes().left(held.key, held.tags)} for held in registry._in_memory()},
+        "left": {held.key: {*registry._backing.notes().left(held.key, held.tags)} for held in registry._memory.in_memory()},
         "name": of.engine.get(of.name).key,
         "removed": [registry.is_removed(key) for key in entries],
         "turns": [session.file.path.read_bytes() for session in mine],
@@ -362,6 +362,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "ttl": NOTHING,
         "untag": lambda b, x: each(lambda key: b.registry.untag(key, x.tag), [x.key, x.child.key]),
         "verify": lambda b, x: each(b.registry.verify, x.references),
+        "write": NOTHING,
         "with_room": lambda b, x: b.registry.with_room(
             Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,))
         ) == Wanted(x.key, x.handle.identity, "0" * 64, x.name, (x.tag,)),
@@ -681,13 +682,13 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     engine = tiny_engine(cache_dir=cache, tenant="ann")
     keys = {engine.load(f"{number} {TEXT}", name=f"page {number}", tags="all").key for number in range(3)}
     bad = min(keys)
-    disk = engine.registry._disk
+    disk = engine.registry._backing.tier
     assert disk is not None
     engine.registry.flush()
-    disk.path(bad).write_bytes(b"nothing")
+    disk.folder.path(bad).write_bytes(b"nothing")
     assert engine.registry.verify(bad)
-    with disk._opened().transaction():
-        disk._opened().set(f"catalog:{max(keys)}", {})
+    with disk._keeper.opened().transaction():
+        disk._keeper.opened().index.set(f"catalog:{max(keys)}", {})
     engine.close()
     with closing(sqlite3.connect(cache / "contexts/index/cache.db")) as db:
         there = [key for (key,) in db.execute("SELECT key FROM Cache")]
@@ -733,9 +734,9 @@ def test_what_is_in_the_folder_and_not_one_s_own_is_opened_like_what_is_not_ther
     for engine in (ann, bob):
         turns.TurnsFile.of(cache, engine.registry.tenant, "history", "s").append({"turns": []}, "memory history: s", None)
         engine.registry.flush()
-    disk = bob.registry._disk
+    disk = bob.registry._backing.tier
     assert disk is not None
-    path = disk.path(own.key)
+    path = disk.folder.path(own.key)
     assert bob.open(path).key == own.key
     everything = {each for each in cache.rglob("*") if each != path}
     assert {each.parent.name for each in everything} >= {"contexts", "names", "memory", "locks", "index", "quarantine"}
@@ -792,8 +793,8 @@ def test_a_name_is_no_key_and_a_whole_key_is_no_name(tmp_path: Path) -> None:
                 give(name)
     engine.load(TEXT, name=f"sha256:{key}")
     assert engine.get(f"sha256:{key}").key == key
-    label = engine.registry._names.of(None, f"sha256:{key}")[0]
-    engine.registry._names.give(Label(key, None, label.family, other.key))  # by an earlier version
+    label = engine.registry._backing.names.of(None, f"sha256:{key}")[0]
+    engine.registry._backing.names.give(Label(key, None, label.family, other.key))  # by an earlier version
     assert engine.get(key).key == key
     engine.registry.remove(key)
     with pytest.raises(InputError, match=f"no context '{key}'"):
@@ -817,7 +818,7 @@ def test_what_is_no_tenant_s_may_be_given_to_every_engine(tmp_path: Path) -> Non
 def test_who_waits_for_a_process_that_is_stopped_builds_at_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, tenant="bob")
     expected = tiny_engine(ratio=0.4, tenant="bob").load(TEXT)
-    engine.registry._wait_s = 0.1
+    engine.registry._memory.wait_s = 0.1
     locks = tmp_path / "contexts" / "locks"
     with FileLock(locks / f"{expected.key[:3]}.lock"):
         (locks / f"{expected.key[:3]}.progress").write_text(json.dumps({"key": 64 * "a", "stage": "theirs", "done": 1, "total": 2}))
@@ -831,14 +832,14 @@ def test_who_waits_for_a_process_that_is_stopped_builds_at_last(tmp_path: Path, 
 
 def test_who_hears_of_the_build_goes_on_waiting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     registry = ContextRegistry(torch.device("cpu"), tmp_path, wait_s=0.0)
-    wanted, disk, told = synthetic.wanted(1), registry._disk, list[int]()
+    wanted, disk, told = synthetic.wanted(1), registry._backing.tier, list[int]()
     assert disk is not None
     with FileLock(tmp_path / "locks" / f"{wanted.key[:3]}.lock") as lock:
-        disk.report(wanted.key, {"stage": "score", "done": 0, "total": 9})
+        disk.builders.report(wanted.key, {"stage": "score", "done": 0, "total": 9})
 
         def waiting(*progress: Any) -> None:
             told.append(progress[1])
-            disk.report(wanted.key, {"stage": "score", "done": len(told), "total": 9})
+            disk.builders.report(wanted.key, {"stage": "score", "done": len(told), "total": 9})
             if len(told) == 4:
                 lock.release()
 

@@ -180,10 +180,10 @@ def removed(engine: KVzipEngine, context: CompressedContext) -> None:
 
 
 def expired(engine: KVzipEngine, context: CompressedContext) -> None:
-    engine.registry.ttl = 0.0
-    with engine.registry._changed:
-        assert not engine.registry._alive(engine.registry._device.held[context.key])
-    engine.registry.ttl = None
+    engine.registry._memory.ttl = 0.0
+    with engine.registry._memory.changed:
+        assert not engine.registry._memory.alive(engine.registry._memory.device.held[context.key])
+    engine.registry._memory.ttl = None
 
 
 USERS: dict[
@@ -203,7 +203,7 @@ def test_who_needs_room_waits_for_whatever_leaves_with_its_reader(user: str, ask
     engine = tiny_engine(ratio=0.4)
     held, other = engine.load(TEXT), engine.load(OTHER)
     engine.registry.remove(other.key)
-    engine.registry._device.budget = max(held.nbytes, other.nbytes) + 1000
+    engine.registry._memory.device.budget = max(held.nbytes, other.nbytes) + 1000
     if before is not None:
         before(engine, held)
     done: list[Any] = []
@@ -215,15 +215,15 @@ def test_who_needs_room_waits_for_whatever_leaves_with_its_reader(user: str, ask
         assert thread.is_alive()
     thread.join(30)
     assert len(done) == 1
-    assert engine.registry._device.reserved == 0
+    assert engine.registry._memory.device.reserved == 0
 
 
 def test_how_long_it_waited_is_told() -> None:
     engine = tiny_engine(ratio=0.4)
     held, other = engine.load(TEXT), engine.load(OTHER)
-    engine.registry._device.budget = max(held.nbytes, other.nbytes) + 1000
+    engine.registry._memory.device.budget = max(held.nbytes, other.nbytes) + 1000
     engine.registry.remove(held.key)
-    engine.registry._wait_s = 1.1
+    engine.registry._memory.wait_s = 1.1
     with held.lease(), pytest.raises(BudgetError, match=rf"0 contexts in use.* {held.nbytes:,} bytes of others .*\(waited 1 s\)"):
         engine.load(OTHER, ratio=0.39)
     engine.load(OTHER)

@@ -90,8 +90,8 @@ class Room:
     nbytes = 0
 
 
-class Catalogue:
-    """The contexts of a tier of memory."""
+class Filing:
+    """The contexts of a tier of memory, by their texts and beginnings."""
 
     def __init__(self, held: Iterable[Held] = ()) -> None:
         self._files: dict[tuple[str, ...], dict[str, Held]] = {}
@@ -128,7 +128,7 @@ class MemoryTier:
     Attributes:
         budget: bytes it may hold, None for no limit.
         held: contexts by key.
-        catalogue: the same by their beginnings and texts.
+        filing: the same by their beginnings and texts.
         reserved: bytes of contexts that are arriving.
         nbytes: bytes of all of them.
     """
@@ -136,7 +136,7 @@ class MemoryTier:
     def __init__(self, name: str, budget: int | None) -> None:
         self.name, self.budget = name, budget
         self.held: OrderedDict[str, Held] = OrderedDict()
-        self.catalogue = Catalogue()
+        self.filing = Filing()
         self._rooms: weakref.WeakSet[Room] = weakref.WeakSet()
         self._settled = 0
 
@@ -159,7 +159,7 @@ class MemoryTier:
     def add(self, held: Held, room: Room) -> None:
         """Take in a context, into the room that was kept for it."""
         self._rooms.discard(room)
-        self.catalogue.add(held)
+        self.filing.add(held)
         self.held[held.key] = held
         self._settled += held.nbytes
 
@@ -168,12 +168,12 @@ class MemoryTier:
         if self.held.get(held.key) is held:
             del self.held[held.key]
             self._settled -= held.nbytes
-            self.catalogue.discard(held)
+            self.filing.discard(held)
 
     def recount(self) -> None:
         """Count and file the contexts anew."""
         self._settled = sum(held.nbytes for held in self.held.values())
-        self.catalogue = Catalogue(self.held.values())
+        self.filing = Filing(self.held.values())
 
     def has_room(self, nbytes: int) -> bool:
         return self.budget is None or self.nbytes + nbytes <= self.budget

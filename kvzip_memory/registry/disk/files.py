@@ -21,10 +21,8 @@ import os
 import stat
 import struct
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,28 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
-from kvzip_memory.context.upload import upload
+from kvzip_memory.context import CompressedContext, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError, StorageError
+from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
-from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest, tokens_digest
+from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest
 from kvzip_memory.system.checksums import PLAIN, Checksums
-from kvzip_memory.system.modes import plain
 
-#: Threads that read one file.
-READERS = min(4, os.cpu_count() or 1)
-_SMALL = 4 << 20  # bytes not worth a thread
 LARGEST_HEADER = 1 << 26  # bytes of a header at most
-_PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float64: "F64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-_TORCH = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class UnreadableHereError(CorruptFileError):
@@ -103,7 +87,7 @@ def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any], checks
 
         def body() -> Iterator[bytes]:
             left = data
-            while left and (piece := source.read(min(left, _PIECE))):
+            while left and (piece := source.read(min(left, PIECE))):
                 left -= len(piece)
                 yield piece
 
@@ -145,7 +129,7 @@ def read_context(
         facts = read_header(file, path, checksums)
         if admit is not None:
             admit(facts)
-        layers, token_ids = _read_layers(file, facts, path, device, checksums)
+        layers, token_ids = read_layers(file, facts, path, device, checksums)
     return _context(facts, Resident(layers, partial(write_context, checksums=checksums)), token_ids)
 
 
@@ -242,14 +226,14 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: C
     tensors = dict(_named_tensors(context))
     extents, table, offset = [], {}, 0
     for name, tensor in tensors.items():
-        data = _bytes(tensor)
+        data = bytes_of(tensor)
         padded = len(data) + -len(data) % ALIGNMENT
         checksum = checksums.begin("extent")
         checksum.update(data)
         checksum.update(bytes(padded - len(data)))
-        extent = {"name": name, "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "padded": padded}
+        extent = {"name": name, "dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "padded": padded}
         extents.append({**extent, checksums.name: checksum.hexdigest()})
-        table[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
+        table[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + len(data)]}
         if padded > len(data):  # safetensors allows no holes: padding is a tensor of its own
             table[f"{name}.padding"] = {"dtype": "U8", "shape": [padded - len(data)], "data_offsets": [offset + len(data), offset + padded]}
         offset += padded
@@ -257,7 +241,7 @@ def _header(context: CompressedContext, catalog: Mapping[str, Any], checksums: C
     table[f"header.{checksums.name}"] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
     facts = {**_facts(context), "catalog": dict(catalog), "extents": extents}
     header = _padded({"__metadata__": {"kvzip_memory": json.dumps(facts, default=str)}, **table})
-    return header, [_bytes(t) for t in tensors.values()]
+    return header, [bytes_of(t) for t in tensors.values()]
 
 
 def _padded(table: Mapping[str, Any]) -> bytes:
@@ -320,11 +304,6 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
     yield "token_ids", context.token_ids
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(data)
-
-
 def _facts(context: CompressedContext) -> dict[str, Any]:
     return {
         "identity": dict(context.identity),
@@ -352,84 +331,6 @@ def _sync_directory(folder: Path) -> None:
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
-
-
-def _read_layers(
-    file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
-) -> tuple[tuple[RaggedLayer, ...], Tensor]:
-    """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
-
-    Layers go on to the device as they come, while the next ones are read. The token ids come last.
-    """
-    extents = facts["extents"]
-    tensors = _laid_out(extents)
-    starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
-    parts: dict[str, list[int]] = {}
-    for i, extent in enumerate(extents):
-        parts.setdefault(extent["name"].rpartition(".")[0], []).append(i)
-
-    def read(part: list[int]) -> None:
-        for i in part:
-            _read_extent(file.fileno(), extents[i], starts[i], _bytes(tensors[extents[i]["name"]]), path, checksums)
-
-    with ThreadPoolExecutor(READERS) as pool:
-        small = starts[-1] - starts[0] < _SMALL
-        done: dict[str, Callable[[], None]] = {
-            name: partial(read, part) if small else pool.submit(read, part).result for name, part in parts.items()
-        }
-
-        def layers() -> Iterator[RaggedLayer]:
-            for i, layer in enumerate(facts["layers"]):
-                done[f"layer.{i}"]()
-                keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
-                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
-                _check_positions(read, facts["n_tokens"], path)
-                yield read
-
-        arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
-        done[""]()
-    wanted = facts["identity"].get("tokens")
-    if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
-        raise CorruptFileError(f"{path}: its token ids are not those of its key")
-    return arrived, tensors["token_ids"]
-
-
-def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
-    """Raises:
-    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
-    """
-    positions = layer.positions.numpy()
-    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
-        raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
-    falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
-    if not set(falling.tolist()) <= set(layer.offsets):
-        raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
-
-
-@plain()
-def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Empty tensors for the extents, one behind another in one buffer: the types with the longest elements first, so
-    that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
-    shapes = {extent["name"]: (tuple(extent["shape"]), _TORCH[extent["dtype"]]) for extent in extents}
-    nbytes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
-    tensors = {"token_ids": torch.empty(*shapes["token_ids"][0], dtype=shapes["token_ids"][1])}
-    names = sorted(shapes.keys() - {"token_ids"}, key=lambda name: -shapes[name][1].itemsize)
-    buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in names), dtype=np.uint8)), 0
-    for name in names:
-        shape, dtype = shapes[name]
-        tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)
-        start += nbytes[name]
-    return tensors
-
-
-def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: memoryview, path: Path, checksums: Checksums) -> None:
-    checksum, done = checksums.begin("extent"), 0
-    while done < len(data) and (count := os.preadv(descriptor, [data[done : done + _PIECE]], start + done)):
-        checksum.update(data[done : done + count])  # while it is in the processor's cache
-        done += count
-    checksum.update(os.pread(descriptor, extent["padded"] - len(data), start + len(data)))
-    if not checksums.same(checksum.hexdigest(), extent.get(checksums.name, "")):
-        raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
 
 
 def _recipe(facts: Mapping[str, Any]) -> Recipe:

@@ -1,0 +1,121 @@
+"""The data of a stored context: its extents, read and checked by a few threads."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context.upload import upload
+from kvzip_memory.errors import CorruptFileError
+from kvzip_memory.registry.identity import tokens_digest
+from kvzip_memory.system.checksums import Checksums
+from kvzip_memory.system.modes import plain
+
+#: Threads that read one file.
+READERS = min(4, os.cpu_count() or 1)
+_SMALL = 4 << 20  # bytes not worth a thread
+PIECE = 1 << 18  # read, then hashed while the processor has it in its cache
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def read_layers(
+    file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
+) -> tuple[tuple[RaggedLayer, ...], Tensor]:
+    """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
+
+    Layers go on to the device as they come, while the next ones are read. The token ids come last.
+    """
+    extents = facts["extents"]
+    tensors = _laid_out(extents)
+    starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
+    parts: dict[str, list[int]] = {}
+    for i, extent in enumerate(extents):
+        parts.setdefault(extent["name"].rpartition(".")[0], []).append(i)
+
+    def read(part: list[int]) -> None:
+        for i in part:
+            _read_extent(file.fileno(), extents[i], starts[i], bytes_of(tensors[extents[i]["name"]]), path, checksums)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        small = starts[-1] - starts[0] < _SMALL
+        done: dict[str, Callable[[], None]] = {
+            name: partial(read, part) if small else pool.submit(read, part).result for name, part in parts.items()
+        }
+
+        def layers() -> Iterator[RaggedLayer]:
+            for i, layer in enumerate(facts["layers"]):
+                done[f"layer.{i}"]()
+                keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                _check_positions(read, facts["n_tokens"], path)
+                yield read
+
+        arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
+        done[""]()
+    wanted = facts["identity"].get("tokens")
+    if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
+        raise CorruptFileError(f"{path}: its token ids are not those of its key")
+    return arrived, tensors["token_ids"]
+
+
+def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
+    """Raises:
+    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
+    """
+    positions = layer.positions.numpy()
+    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
+        raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
+    falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
+    if not set(falling.tolist()) <= set(layer.offsets):
+        raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
+
+
+@plain()
+def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Empty tensors for the extents, one behind another in one buffer: the types with the longest elements first, so
+    that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
+    shapes = {extent["name"]: (tuple(extent["shape"]), _TORCH[extent["dtype"]]) for extent in extents}
+    nbytes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    tensors = {"token_ids": torch.empty(*shapes["token_ids"][0], dtype=shapes["token_ids"][1])}
+    names = sorted(shapes.keys() - {"token_ids"}, key=lambda name: -shapes[name][1].itemsize)
+    buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in names), dtype=np.uint8)), 0
+    for name in names:
+        shape, dtype = shapes[name]
+        tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)
+        start += nbytes[name]
+    return tensors
+
+
+def _read_extent(descriptor: int, extent: Mapping[str, Any], start: int, data: memoryview, path: Path, checksums: Checksums) -> None:
+    checksum, done = checksums.begin("extent"), 0
+    while done < len(data) and (count := os.preadv(descriptor, [data[done : done + PIECE]], start + done)):
+        checksum.update(data[done : done + count])  # while it is in the processor's cache
+        done += count
+    checksum.update(os.pread(descriptor, extent["padded"] - len(data), start + len(data)))
+    if not checksums.same(checksum.hexdigest(), extent.get(checksums.name, "")):
+        raise CorruptFileError(f"{path}: the checksum of {extent['name']} is wrong")
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, in the host's memory."""
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(data)

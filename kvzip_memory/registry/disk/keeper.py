@@ -1,0 +1,304 @@
+"""Keeps a disk tier's index: opens it, waits for who holds it, makes a damaged one anew, and mends what failures have left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+from filelock import FileLock, Timeout
+
+from kvzip_memory.registry.disk import layout
+from kvzip_memory.registry.disk.entry import Entry
+from kvzip_memory.registry.disk.folder import Folder
+from kvzip_memory.registry.disk.frozen import FrozenIndex
+from kvzip_memory.registry.disk.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
+from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.rows import Rows
+from kvzip_memory.registry.disk.tidying import Tidying, moved, remove_index
+from kvzip_memory.system.locks import QUIET_S, held
+from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.private import make_folder
+
+logger = logger_of(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Keeper:
+    """The index of a folder. It owns the open index, which has a lock of its own, and knows what is still to be mended.
+
+    Args:
+        folder: in which the index lies.
+        tidying: makes rows and files agree.
+        names: what names mean, for an index that is made anew.
+
+    Attributes:
+        made_anew: whether this process has found the index damaged.
+        owed: keys of files of ours that were not written, and for which bytes are counted still.
+    """
+
+    def __init__(self, folder: Folder, tidying: Tidying, names: Names) -> None:
+        self._folder, self._tidying, self._names = folder, tidying, names
+        self.made_anew = False
+        self.owed: set[str] = set()
+        self._rows: Rows | None = None
+        self._opened_file: int | None = None
+        self._held = False  # by another process, when last looked at
+        self._mending = False
+
+    def sound(self, use: Callable[[], T]) -> T:
+        """Use the index; make a damaged one anew from the blobs and try again, once. One that is held is left alone until it is free.
+
+        Raises:
+            IndexUnavailableError: it cannot be used now.
+        """
+        try:
+            return use()
+        except IndexHeldError:
+            self._note_held()
+            raise
+        except IndexDamagedError as error:
+            try:
+                self._replace(str(error))
+                return use()
+            except IndexDamagedError as again:
+                raise IndexUnavailableError(f"the index cannot be made anew: {self._folder.told(str(again))}") from again
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.index.close()
+
+    def check_free(self) -> None:
+        """Raises:
+        IndexUnavailableError: another process held the index when it was last used, and holds it still.
+        """
+        if self._held:
+            if not is_free(self._folder.root / "index"):
+                raise IndexHeldError()
+            self._held = False
+            logger.warning("the index of %s is free again", self._folder.root)
+
+    def check_changeable(self) -> None:
+        """Raises:
+        IndexUnavailableError: the index cannot be changed now; a process that holds it is waited for a second.
+        """
+
+        def check() -> None:
+            self._folder.check_writable()
+            self.opened()
+            if not is_free(self._folder.root / "index", QUIET_S):
+                raise IndexHeldError
+
+        self.sound(check)
+
+    def opened(self) -> Rows:
+        """The rows, as they are. What was left half done before is mended first.
+
+        Raises:
+            IndexUnavailableError: they cannot be used now.
+        """
+        if self._folder.read_only is not None:
+            if self._rows is None:
+                self._rows = self._frozen()
+            return self._rows
+        self.check_free()
+        if self._rows is None:
+            self._open()
+        if self._rows is None:
+            raise IndexUnavailableError("the index could not be opened")
+        if (self.owed or self._tidying.doubtful) and not self._mending:
+            self._mending = True
+            try:
+                with suppress(OSError):
+                    self._mend()
+            finally:
+                self._mending = False
+        return self._rows
+
+    @contextmanager
+    def changing(self) -> Iterator[Rows]:
+        """A transaction that deletes or moves files. If it fails the rows are as before and the files are not: they are mended later."""
+        self._folder.check_writable()
+        rows = self.opened()
+        try:
+            with rows.transaction():
+                yield rows
+        except BaseException:
+            self._tidying.doubtful = True
+            raise
+
+    def _frozen(self) -> Rows:
+        """The rows of a folder that cannot be written; from the files what has none."""
+        rows = Rows(FrozenIndex(self._folder.root / "index", self._folder.checksums))
+        listed, blobs = set(rows.contexts()), {path.stem: path for path in self._folder.blobs()}
+        for key in listed - blobs.keys():
+            rows.drop(key)
+        for key in blobs.keys() - listed:
+            if (entry := self._folder.entry_of_file(blobs[key])) is not None:
+                rows.add(entry)
+        rows.set_totals(sum(path.lstat().st_size for path in blobs.values()), {})
+        return rows
+
+    @property
+    def is_held(self) -> bool:
+        """Whether another process held the index when it was last used."""
+        return self._held
+
+    def _note_held(self) -> None:
+        if not self._held:
+            self._held = True
+            logger.warning("%s for a second: %s; until it is free contexts are stored in memory only", HELD, self._folder.root / "index")
+
+    def _open(self) -> None:
+        self._opened_file = self._index_file()
+        try:
+            self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
+            self._opened_file = self._index_file()
+            self._fill({})
+        except IndexDamagedError as error:
+            self._replace(str(error))
+
+    def _fill(self, salvaged: Mapping[str, Entry]) -> None:
+        """Give a new index its rows, see :meth:`Tidying.fill`."""
+        rows = self._rows
+        assert rows is not None
+        if rows.have_totals():
+            return
+        with rows.transaction():
+            if rows.are_new():
+                self._tidying.fill(rows, self._names, salvaged)
+
+    def _replace(self, reason: str) -> None:
+        """Set a damaged index aside and make it anew; one process does, the others open what it made."""
+        with held(FileLock(self._folder.root / "locks" / "index.lock", thread_local=False, mode=0o600), "making a damaged index anew"):
+            salvaged = self._salvaged()
+            with suppress(Exception):
+                if self._rows is not None:
+                    self._rows.index.close()
+            self._rows = None
+            if self._index_file() == self._opened_file:
+                logger.warning(
+                    "the index of %s is damaged (%s); made anew from the stored contexts, with the pins and later names of %d",
+                    self._folder.root,
+                    self._folder.told(reason),
+                    len(salvaged),
+                )
+                moved(self._folder.root / "index", self._folder.root / "quarantine" / f"index.{time.time_ns()}")
+                make_folder(self._folder.root / "index")
+                for older in layout.old_indexes(self._folder.root)[:-1]:
+                    remove_index(older)
+                self.made_anew = True
+            self._opened_file = self._index_file()
+            self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
+            self._fill(salvaged)
+
+    def _salvaged(self) -> dict[str, Entry]:
+        """The contexts' rows of a damaged index that are sound."""
+        rows, found = self._rows, dict[str, Entry]()
+        if rows is None:
+            return found
+        with suppress(Exception):  # SQLite may fail in any way
+            for key in rows.contexts():
+                with suppress(IndexDamagedError):
+                    if (entry := rows.entry(key)) is not None:
+                        found[key] = entry
+        return found
+
+    def _index_file(self) -> int | None:
+        """The inode of the index: another one means that another process has made it anew."""
+        try:
+            return (self._folder.root / "index" / "cache.db").lstat().st_ino
+        except OSError:
+            return None
+
+    # -- what killed processes and failures have left ------------------------------------------------------------
+
+    def tidy(self) -> None:
+        """Free and mend what killed processes have left."""
+        self.collect_dead_writers()
+        self.reconcile()
+
+    def collect_dead_writers(self) -> None:
+        """Free what was reserved by processes that no longer hold their lock."""
+        for key in self.sound(lambda: self.opened().totals()[1]):
+            with suppress(Timeout, OSError), self._folder.lock(key).acquire(timeout=0):
+                for path in self._folder.temporaries():
+                    if path.name.startswith(key):
+                        path.unlink(missing_ok=True)
+                self.unreserve(key)
+
+    def reconcile(self) -> int:
+        """Make rows and files agree, see :meth:`Tidying.reconcile`."""
+
+        def agree() -> int:
+            with self.changing() as rows:
+                return self._tidying.reconcile(rows)
+
+        return self.sound(agree)
+
+    def set_aside(self, key: str, reason: str) -> bool:
+        """Take a file out of use, see :meth:`Tidying.set_aside`."""
+
+        def move() -> bool:
+            with self.changing() as rows:
+                return self._tidying.set_aside(rows, key, reason)
+
+        return self.sound(move)
+
+    def empty_quarantine(self) -> int:
+        """Delete what was taken out of use, but not another tenant's: how many files, and indexes that were set aside."""
+
+        def empty() -> int:
+            with self.changing() as rows:
+                count, others = self._tidying.empty_quarantine(rows)
+            return count + self._tidying.sweep_quarantine(others)
+
+        return self.sound(empty)
+
+    def unreserve(self, key: str) -> None:
+        """Give back what is counted for a file that is not being written any more."""
+
+        def give_back() -> None:
+            rows = self.opened()
+            with rows.transaction():
+                stored, writing = rows.totals()
+                writing.pop(key, None)
+                rows.set_totals(stored, writing)
+
+        self.sound(give_back)
+
+    def _mend(self) -> None:
+        """After a failure: give back what is counted for files that were not written, and make rows and files agree.
+
+        If that fails too it is tried again at the next use.
+        """
+        while self.owed:
+            key = next(iter(self.owed))
+            self.unreserve(key)
+            self.owed.discard(key)
+        if self._tidying.doubtful:
+            self.reconcile()
+            self._tidying.doubtful = False
+
+
+class Kept(Protocol):
+    """What uses an index."""
+
+    _keeper: Keeper
+
+
+K = TypeVar("K", bound=Kept)
+
+
+def needs_index(method: Callable[Concatenate[K, P], T]) -> Callable[Concatenate[K, P], T]:
+    """A method that uses the index, see :meth:`Keeper.sound`."""
+
+    @wraps(method)
+    def guarded(self: K, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._keeper.sound(lambda: method(self, *args, **kwargs))
+
+    return guarded

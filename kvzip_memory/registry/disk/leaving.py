@@ -1,0 +1,150 @@
+"""Tags taken from stored contexts, and contexts deleted that nobody holds then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+
+from filelock import Timeout
+
+from kvzip_memory.errors import CorruptFileError
+from kvzip_memory.registry.disk.builders import Builders
+from kvzip_memory.registry.disk.entry import Entry
+from kvzip_memory.registry.disk.files import copy_with_catalog, replace_with
+from kvzip_memory.registry.disk.folder import Folder
+from kvzip_memory.registry.disk.index import IndexHeldError
+from kvzip_memory.registry.disk.keeper import Keeper, needs_index
+from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.tidying import Tidying
+from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
+from kvzip_memory.registry.identity import family_of
+from kvzip_memory.system.locks import QUIET_S, held
+from kvzip_memory.system.printable import logger_of
+
+logger = logger_of(__name__)
+
+
+class Leaving:
+    """Lets go of contexts, and of every word that the folder has of who held them. It owns nothing."""
+
+    def __init__(self, folder: Folder, keeper: Keeper, tidying: Tidying, names: Names, builders: Builders) -> None:
+        self._folder, self._keeper, self._tidying, self._names = folder, keeper, tidying, names
+        self._builders = builders
+
+    def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str]) -> tuple[list[Entry], list[Entry]]:
+        """Let go of contexts, see :meth:`~kvzip_memory.registry.disk.store.DiskTier.forget`."""
+        self._folder.check_writable()
+        if isinstance(let_go, Naming):
+            self._note_all(let_go.tag)
+        self._keeper.tidy()  # a whole file without a row gets one, by which it is found
+        changed = [entry for entry in self._entries(mine) if without(entry.tags, entry.key, let_go) != entry.tags]
+        deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
+        kept = [entry for entry in changed if entry not in deleted]
+        self._let_go_lost(let_go, mine)
+        self._keeper.empty_quarantine()
+        self._builders.unreport_all()
+        self._write_catalogs()
+        self.rewrite_index()
+        return deleted, kept
+
+    @needs_index
+    def _entries(self, mine: Callable[[Entry], bool]) -> list[Entry]:
+        rows = self._keeper.opened()
+        found = [entry for key in rows.contexts(newest_first=True) if (entry := rows.entry(key)) is not None]
+        return [entry for entry in found if self._folder.is_mine(entry) and mine(entry)]
+
+    @needs_index
+    def let_go(self, key: str, let_go: LetGo, stays: bool = False, for_good: bool = False) -> bool:
+        """Take tags from a context, and delete it if nobody else holds it, here or where it ``stays``; whether it is gone.
+
+        Other processes do not write again what was to be gone ``for_good``, and its file's catalog is to name the tags no more.
+        """
+        with self._keeper.changing() as rows:
+            if (entry := rows.entry(key)) is None or not self._folder.is_mine(entry):
+                if (lost := rows.lost(key)) is not None and self._folder.is_mine(lost):
+                    rows.remember_lost(replace(lost, tags=without(lost.tags, key, let_go)))
+                return not stays
+            rest = without(entry.tags, key, let_go)
+            if for_good and not isinstance(let_go, Naming):
+                for tag in set(entry.tags) - set(rest):
+                    rows.note(self._folder.tenant, key, tag)
+            entry = replace(entry, tags=rest)
+            if stays or self._is_held(entry):
+                rows.change(entry)
+                if for_good:
+                    rows.set_stale(key, True)
+                return False
+            if for_good:
+                rows.note(self._folder.tenant, key)
+            self._tidying.drop(rows, entry)
+            rows.forget_lost(key)
+            return True
+
+    @needs_index
+    def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
+        """The same for contexts whose files were lost."""
+        rows = self._keeper.opened()
+        with rows.transaction():
+            for key in [*rows.lost_keys()]:
+                entry = rows.lost(key)
+                if entry is None or not mine(entry) or without(entry.tags, key, let_go) == entry.tags:
+                    continue
+                entry = replace(entry, tags=without(entry.tags, key, let_go))
+                if self._is_held(entry):
+                    rows.remember_lost(entry)
+                else:
+                    rows.forget_lost(key)
+                    rows.note(self._folder.tenant, key)
+
+    def _is_held(self, entry: Entry) -> bool:
+        """Whether anybody has a context. A row has former names, too, which mean others now."""
+        return is_held(self._names.still(entry.tenant, entry.names, family_of(entry.identity), entry.key), entry.pinned, entry.tags)
+
+    @needs_index
+    def _note_all(self, tag: str) -> None:
+        """Note that a tag was taken from all contexts."""
+        rows = self._keeper.opened()
+        with rows.transaction():
+            rows.note(self._folder.tenant, tag=tag)
+
+    @needs_index
+    def _write_catalogs(self) -> None:
+        """Bring the catalogs of files up to date with their rows, also where that has failed before."""
+        for key in self._keeper.opened().stale_catalogs():
+            try:
+                with held(self._folder.lock(key), "building or writing a context", QUIET_S):
+                    self._write_catalog(key)
+            except (OSError, Timeout, CorruptFileError) as error:
+                why = self._folder.told(str(error))  # no key: it may be another tenant's
+                logger.warning("the file of a context that others have still names a tag that was forgotten: %s", why)
+
+    @needs_index
+    def _write_catalog(self, key: str) -> None:
+        """The copy is not counted in the budget. It is renamed beside its row: what is deleted meanwhile stays so."""
+        path, temporary = self._folder.path(key), self._folder.temporary(f"{key}.catalog")
+        entry = self._keeper.opened().entry(key)
+        try:
+            if entry is not None and self._folder.inside(path):
+                catalog = {name: getattr(entry, name) for name in ("group", "names", "tags")}
+                nbytes = copy_with_catalog(path, temporary, catalog, self._folder.checksums)
+            with self._keeper.changing() as rows:
+                now = rows.entry(key)
+                if now is not None and entry is not None and (now.names, now.tags) == (entry.names, entry.tags) and temporary.exists():
+                    replace_with(path, temporary)
+                    rows.change(replace(now, file_nbytes=nbytes))
+                    rows.count(nbytes - now.file_nbytes)
+                    rows.set_stale(key, False)
+                elif now is None:
+                    rows.set_stale(key, False)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @needs_index
+    def rewrite_index(self) -> None:
+        """Overwrite what the index says of what was deleted."""
+        try:
+            self._keeper.opened().index.rewrite()
+        except IndexHeldError:
+            logger.warning(
+                "another process reads the index of %s: until that is written anew, free pages of it may hold tags", self._folder.root
+            )

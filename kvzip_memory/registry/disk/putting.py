@@ -1,0 +1,93 @@
+"""Files of contexts written into the folder, under the budget."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import suppress
+
+from kvzip_memory.errors import StorageError
+from kvzip_memory.registry.disk.entry import Entry, completed
+from kvzip_memory.registry.disk.files import PreparedFile
+from kvzip_memory.registry.disk.folder import Folder
+from kvzip_memory.registry.disk.index import IndexHeldError
+from kvzip_memory.registry.disk.keeper import Keeper, needs_index
+from kvzip_memory.registry.disk.tidying import Tidying
+from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.locks import QUIET_S
+from kvzip_memory.system.private import check_file, make_folder
+
+
+class Putting:
+    """Writes one file at a time: its bytes are counted before they are written, and it has a row after that.
+
+    It owns the lock by which threads write one after another.
+    """
+
+    def __init__(self, folder: Folder, keeper: Keeper, tidying: Tidying) -> None:
+        self._folder, self._keeper, self._tidying = folder, keeper, tidying
+        self._one = threading.Lock()
+        refuse_after_fork(self, "_one")
+
+    def put(self, prepared: PreparedFile, entry: Entry) -> None:
+        """Write a file, in the place of an older one.
+
+        Raises:
+            BudgetError: it does not fit, or only pinned contexts could make room.
+            OSError: it cannot be written; nothing has changed.
+        """
+        path, temporary = self._folder.path(entry.key), self._folder.temporary(entry.key)
+        if not self._folder.inside(path):
+            raise StorageError(f"{path.parent} is no folder of ours; nothing is written there")
+        check_file(path)
+        with self._one:  # two writers of one key would have one reservation
+            try:
+                self._keeper.owed.discard(entry.key)
+                self._reserve(entry)
+                for left in self._folder.temporaries():  # by a writer of this key that was killed
+                    if left.name.startswith(f"{entry.key}."):
+                        left.unlink(missing_ok=True)
+                make_folder(path.parent)
+                prepared.write(path, temporary)
+                self._insert(entry)
+            except BaseException:
+                self._keeper.owed.add(entry.key)
+                self._tidying.doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
+                with suppress(OSError):
+                    self._keeper.opened()
+                raise
+
+    @needs_index
+    def _reserve(self, entry: Entry) -> None:
+        """Make room for a file and count it as being written."""
+        self._keeper.collect_dead_writers()
+        with self._keeper.changing() as rows:
+            old = rows.entry(entry.key)
+            self._tidying.make_room(rows, entry, old.file_nbytes if old else 0)
+            if old is not None:
+                self._tidying.drop(rows, old)
+                rows.remember_lost(old)
+            stored, writing = rows.totals()
+            rows.set_totals(stored, {**writing, entry.key: entry.file_nbytes})
+
+    def _insert(self, entry: Entry) -> None:
+        """Turn the reservation into a row. The file is there, so it has some patience."""
+        for _ in range(9):
+            with suppress(IndexHeldError):
+                return self._insert_now(entry)
+            time.sleep(QUIET_S)
+        self._insert_now(entry)
+
+    @needs_index
+    def _insert_now(self, entry: Entry) -> None:
+        with self._keeper.changing() as rows:
+            stored, writing = rows.totals()
+            if writing.pop(entry.key, None) is None:
+                if rows.has(entry.key):
+                    return  # the index was made anew from the blobs in between
+                self._tidying.make_room(rows, entry, 0)  # another process took us for dead, and has given the room away
+                stored, writing = rows.totals()
+            rows.set_totals(stored + entry.file_nbytes, writing)
+            rows.add(completed(entry, rows.lost(entry.key)))
+            rows.forget_lost(entry.key)

@@ -1,0 +1,176 @@
+"""Contexts that are deleted: removed, left behind, forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from kvzip_memory.errors import InputError
+from kvzip_memory.registry.backing import Backing
+from kvzip_memory.registry.catalogue import Catalogue
+from kvzip_memory.registry.disk.entry import Entry
+from kvzip_memory.registry.holders import LetGo, is_held, without
+from kvzip_memory.registry.identity import family_of
+from kvzip_memory.registry.memory import Memory, as_entry
+from kvzip_memory.registry.tier import Held
+from kvzip_memory.registry.writing import Writing
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What :meth:`ContextRegistry.forget` has done: contexts that were deleted, and those that others hold; as they were."""
+
+    deleted: tuple[Entry, ...]
+    kept: tuple[Entry, ...]
+
+
+class Forgetting:
+    """Deletes contexts from every tier. It owns nothing: what was removed is noted in memory, and on disk for other processes."""
+
+    def __init__(self, memory: Memory, backing: Backing, writing: Writing, catalogue: Catalogue) -> None:
+        self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
+
+    def remove(self, reference: str) -> Entry:
+        """Delete a context from every tier. One in use goes on in memory until its answer has ended.
+
+        Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
+        A context of several names that is given by one of them only loses that name; give its key to delete it. What was loaded under the
+        name before stays, and is found by its key.
+
+        Returns:
+            The context with the names that it has still, none if it was deleted.
+
+        Raises:
+            InputError: nothing is stored under the reference; a name that is left of a context is deleted.
+            StorageError: as for :meth:`check_changeable`; nothing was deleted.
+            OSError: its file or that of its name cannot be deleted.
+        """
+        self._writing.flush()
+        self._backing.check_changeable()
+        try:
+            entry = self._catalogue.one(reference)
+        except InputError:
+            for label in self._catalogue.labels(reference):
+                self._backing.names.take(label.tenant, label.name, label.family, label.key)
+            raise
+        names = {name: time for name, time in entry.names.items() if name != reference}
+        if names and reference in entry.names:
+            self._unname(entry, reference)
+            return replace(entry, names=names)
+        with self._deleting(entry.key):
+            if self._backing.tier is not None:
+                self._backing.tier.remove(entry.key, for_good=True)
+        with self._memory.changed:
+            self._writing.untell(entry.key)
+            for held in self._memory.here(entry.key):
+                held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
+        for label in [label for label in self._backing.names.all() if label.key == entry.key]:
+            self._backing.names.take(label.tenant, label.name, label.family, label.key)
+        self._backing.attempt("clean", lambda disk: disk.clean(entry.key))
+        return replace(entry, names={})
+
+    def _unname(self, entry: Entry, name: str) -> None:
+        key = entry.key
+        if self._backing.tier is not None:
+            self._backing.tier.unname(key, name)
+        self._backing.names.take(entry.tenant, name, family_of(entry.identity), entry.key)
+        with self._memory.changed:
+            for held in self._memory.here(key):
+                held.names = {other: time for other, time in held.names.items() if other != name}
+
+    @contextmanager
+    def _deleting(self, key: str) -> Iterator[None]:
+        """Drop a context from memory when the block has deleted it on disk; whoever loads it from the block's beginning on has it stored.
+
+        When the block fails the context stays, and what it has deleted is written again.
+        """
+        with self._memory.changed:
+            self._memory.removed.add(key)
+        try:
+            yield
+        except BaseException:
+            self._memory.readmit(key)
+            self._writing.write_again(key)
+            raise
+        with self._memory.changed:
+            for held in self._memory.here(key) if key in self._memory.removed else ():
+                if not held.users:
+                    self._memory.drop(held)
+            self._memory.changed.notify_all()
+
+    def leave(self, key: str, tags: Collection[str]) -> bool:
+        """Take tags from a context, and delete it if nobody else holds it, by a name, a pin or another tag; whether it was deleted.
+
+        Raises:
+            StorageError: another process holds the index of the folder; nothing was deleted.
+            OSError: its file cannot be deleted.
+        """
+
+        def let_go(key: str, tag: str) -> bool:
+            return tag in tags
+
+        self._writing.flush()
+        notes = self._backing.notes()
+        with self._memory.changed:
+            here = self._memory.in_memory([key])
+            rest = [notes.left(key, held.tags).keys() - set(tags) for held in here]
+            stays = any(is_held(self._backing.told(as_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
+        self._writing.untell(key, tags)
+        with self._deleting(key):
+            deleted = not stays if self._backing.tier is None else self._backing.tier.let_go(key, let_go, stays)
+            if not deleted:
+                self._memory.readmit(key)
+        with self._memory.changed:
+            for held in here:
+                held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
+        if deleted and not self._memory.is_removed(key):  # loaded meanwhile
+            self._writing.write_again(key)
+        return deleted
+
+    def forget(self, let_go: LetGo) -> Forgotten:
+        """Take the tags that are let go of from all contexts, and delete those that nobody else holds, by a name, a pin or another tag.
+
+        Of these neither text, ids nor pairs are left in the folder or, once answers from them have ended, in memory. A process that has
+        one in its memory answers from it until it leaves that, and does not write it again.
+
+        Raises:
+            StorageError: as for :meth:`check_changeable`; nothing was deleted.
+            OSError: a file cannot be deleted; those before it were.
+        """
+        self._writing.flush()
+        self._backing.check_changeable()
+        named = {label.key for label in self._backing.names.all()}
+        disk = self._backing.tier
+        deleted, kept = disk.forget(let_go, self._backing.mine, named) if disk is not None else ([], [])
+        notes = self._backing.notes()  # also of what others have forgotten
+        gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
+        memory, again = self._memory, list[Held]()
+        with memory.changed:
+            memory.changed.wait_for(lambda: not gone.keys() & memory.flights.keys(), memory.wait_s)  # on the way to another tier
+            for held in [held for tier in memory.tiers for held in tier.held.values()]:
+                entry = as_entry(held)
+                left = notes.left(held.key, held.tags)
+                rest = without(tuple(left), held.key, let_go)
+                if not self._backing.mine(entry) or (len(rest) == len(entry.tags) and held.key not in gone):
+                    continue
+                held.tags = {tag: left[tag] for tag in rest}
+                if held.key in named or is_held(self._backing.told(entry).names, held.pinned and held.key not in gone, held.tags):
+                    if gone.pop(held.key, None) is not None:  # somebody has got it in memory, while its file was being deleted
+                        again.append(held)
+                    stays[held.key] = entry
+                elif held.key not in stays:  # only in memory
+                    gone[held.key] = entry
+            for held in [held for tier in memory.tiers for held in tier.held.values() if held.key in gone]:
+                if not held.users:
+                    memory.drop(held)
+            memory.removed |= gone.keys()
+            self._writing.unstored -= gone.keys()
+            memory.changed.notify_all()
+        for held in again:
+            held.stored = None
+            self._writing.write_behind(held)
+        self._writing.flush()
+        if self._backing.tier is not None:  # what was being written meanwhile
+            self._backing.tier.forget_again(gone, let_go)
+        return Forgotten(tuple(gone.values()), tuple(stays.values()))
