@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvzip_memory.chain import Step
-from kvzip_memory.compression import DensePairs, Prefilled, Progress, compress, prefill, prefill_behind
-from kvzip_memory.compression.allocators import ALLOCATORS
-from kvzip_memory.compression.scorers import KVzipScorer, Scorer
+from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
 from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.modeling import LanguageModel
@@ -33,8 +31,7 @@ def context_identity(
     model_fields: Mapping[str, Any],
     prompt: Prompt,
     ratio: float,
-    scorer: Mapping[str, Any],
-    allocator: str,
+    stages: Stages,
     tenant: str | None = None,
     parent: Mapping[str, Any] | None = None,
     compress_every: int | None = None,
@@ -47,14 +44,14 @@ def context_identity(
         parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
     """
     scored = ratio < 1.0 or (parent is not None and parent.get("scorer") is not None)
+    way = stages.identity() if scored else {"scorer": None, "allocator": None}
     return {
         **model_fields,
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
         "ratio": ratio,
-        "scorer": dict(scorer) if scored else None,
-        "allocator": allocator if scored else None,
+        **way,
         "compress_every": compress_every,
         "tenant": tenant,
         "tokens": tokens_digest(prompt.token_ids),
@@ -100,50 +97,45 @@ class Builder:
     Args:
         model: computes them.
         identity: tells which model that is.
-        scorer: how pairs are ranked; None is KVzip's way.
-        allocator: one of :data:`~kvzip_memory.compression.allocators.ALLOCATORS`.
+        stages: how pairs are ranked, chosen and refitted.
         compress_every: compress after so many tokens, before more are read; None reads everything first.
         progress: whether bars are shown, see :class:`~kvzip_memory.progress.Bar`.
         tenant: digest of whose contexts they are, None of nobody's.
 
     Raises:
-        InputError: see :meth:`check_options`.
+        InputError: see :meth:`check_every`.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         identity: ModelIdentity,
-        scorer: Scorer | None = None,
-        allocator: str = "global",
+        stages: Stages,
         compress_every: int | None = None,
         progress: bool | None = None,
         tenant: str | None = None,
     ) -> None:
-        self.check_options(allocator, compress_every)
+        self.check_every(compress_every)
         self._model, self._identity, self._tenant = model, identity, tenant
-        self._scorer: Scorer = scorer or KVzipScorer()
-        self._allocator, self._compress_every, self._progress = allocator, compress_every, progress
+        self._stages, self._compress_every, self._progress = stages, compress_every, progress
 
     @staticmethod
-    def check_options(allocator: str, compress_every: int | None) -> None:
+    def check_every(compress_every: int | None) -> None:
         """Raises:
-        InputError: no such allocator, or pieces too small to rank pairs in.
+        InputError: pieces too small to rank pairs in.
         """
-        if allocator not in ALLOCATORS:
-            raise InputError(f"allocator {allocator!r} is unknown; use one of {', '.join(ALLOCATORS)}")
         if compress_every is not None and compress_every < 64:
             raise InputError(f"compress_every is {compress_every} tokens; pairs cannot be ranked among fewer than 64")
 
     @property
     def scorer(self) -> dict[str, Any]:
         """How pairs are ranked, as it is in keys."""
-        return self._scorer.identity()
+        return self._stages.scorer.identity()
 
-    @property
-    def way(self) -> tuple[dict[str, Any], str]:
-        """How pairs are ranked and chosen, as it is in keys."""
-        return self.scorer, self._allocator
+    def is_way_of(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the pairs of a context were ranked, chosen and refitted in the same way, if they were at all."""
+        way = self._stages.identity()
+        return identity.get("scorer") is None or all(identity.get(stage) == way.get(stage) for stage in ("scorer", "allocator", "refit"))
 
     def identity(
         self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
@@ -155,7 +147,7 @@ class Builder:
             self._identity.of(language),
             prompt,
             ratio,
-            *self.way,
+            self._stages,
             self._tenant,
             parent.identity if parent else None,
             None if whole else self._compress_every,
@@ -205,7 +197,7 @@ class Builder:
         ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
         known = parent.n_tokens if parent else 0
         first = known if parent and parent.identity.get("scorer") else step.protected
-        total = len(ids) - known + (self._scorer.cost(len(ids) - first) if scored else 0)
+        total = len(ids) - known + (self._stages.scorer.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
             beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes) if parent and lease else _Beginning()
@@ -261,7 +253,7 @@ class Builder:
             layers,
             start,
         )
-        compressed = compress(piece, step.wanted.identity["ratio"], self._scorer, self._allocator, progress)
+        compressed = compress(piece, step.wanted.identity["ratio"], self._stages, progress)
         ms = {stage: beginning.ms.get(stage, 0.0) + took for stage, took in {"prefill": prefilled, **compressed.ms}.items()}
         return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms)
 

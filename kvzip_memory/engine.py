@@ -22,7 +22,10 @@ from kvzip_memory import turns
 from kvzip_memory.bridge import result_of
 from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Managed, Step, leased
+from kvzip_memory.compression import Stages
+from kvzip_memory.compression.allocators import Allocator
 from kvzip_memory.compression.ratios import checked_ratio
+from kvzip_memory.compression.refit import Refit
 from kvzip_memory.compression.scorers import Scorer
 from kvzip_memory.context import CompressedContext, Receipt, as_told, checked_context
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError, WindowError
@@ -101,16 +104,19 @@ class KVzipEngine(Shared):
         compress_every: compress after so many tokens, before more are read. A build then never holds the whole dense
             cache, only so many tokens of it above what is kept, and is a little less faithful (``docs/benchmarks.md``).
             None reads everything first.
-        scorer: how pairs are ranked, see :mod:`kvzip_memory.compression.scorers`.
-        allocator: ``"global"``, ``"per_layer"`` or ``"uniform"``.
+        scorer: how pairs are ranked: a name, ``"kvzip"``, or an object, see :mod:`kvzip_memory.compression.scorers`.
+        allocator: how many are kept where: ``"global"``, ``"per_layer"``, ``"uniform"``, or an object.
+        refit: what those that are kept say: ``"ridge"`` fits their values to what all pairs said, at no cost later
+            (``docs/benchmarks.md``); ``"none"`` leaves them as they are; or an object. ``"auto"`` is ridge, but for scorers of others that
+            give it nothing to fit to.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
             which may be set at any time: contexts of another one are then not found, and are refused where they are given. So are those
             of a tokenizer that was changed otherwise, which is noticed by the next call.
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown allocator, a tenant that is no text, a ``ttl`` that is no such number of seconds, an
-            attention that cannot compute on the model's device.
+        InputError: a ratio outside (0, 1], an unknown scorer, allocator or refit, a tenant that is no text,
+            a ``ttl`` that is no such number of seconds, an attention that cannot compute on the model's device.
     """
 
     _way_out = "make one in each process, with the same cache_dir"
@@ -133,12 +139,14 @@ class KVzipEngine(Shared):
         attention: str = "auto",
         progress: bool | None = None,
         compress_every: int | None = None,
-        scorer: Scorer | None = None,
-        allocator: str = "global",
+        scorer: Scorer | str = "kvzip",
+        allocator: Allocator | str = "global",
+        refit: Refit | str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = checked_ratio(ratio)
-        Builder.check_options(allocator, compress_every)
+        Builder.check_every(compress_every)
+        stages = Stages.of(scorer, allocator, refit)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self.tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
@@ -146,7 +154,7 @@ class KVzipEngine(Shared):
         self._model.tokenizer = self._spoken.tokenizer
         self._tenant = tenant_digest(tenant)
         self._identities = ModelIdentity(self._model)
-        self._builder = Builder(self._model, self._identities, scorer, allocator, compress_every, progress, self._tenant)
+        self._builder = Builder(self._model, self._identities, stages, compress_every, progress, self._tenant)
         device = self._model.device
         if device_bytes is None:
             device_bytes = _memory_nbytes(device) // 4
@@ -194,8 +202,9 @@ class KVzipEngine(Shared):
         attention: str = "auto",
         progress: bool | None = None,
         compress_every: int | None = None,
-        scorer: Scorer | None = None,
-        allocator: str = "global",
+        scorer: Scorer | str = "kvzip",
+        allocator: Allocator | str = "global",
+        refit: Refit | str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> KVzipEngine:
@@ -210,7 +219,8 @@ class KVzipEngine(Shared):
             InputError, UnsupportedModelError: see the class. Ratio and allocator are checked before anything is loaded.
         """
         checked_ratio(ratio)
-        Builder.check_options(allocator, compress_every)
+        Builder.check_every(compress_every)
+        Stages.of(scorer, allocator, refit)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         check_ttl(ttl)
@@ -236,6 +246,7 @@ class KVzipEngine(Shared):
             compress_every=compress_every,
             scorer=scorer,
             allocator=allocator,
+            refit=refit,
             template_kwargs=template_kwargs,
         )
 
@@ -714,11 +725,10 @@ class KVzipEngine(Shared):
         return self._stored_prefix(self._language, ids, ratio)
 
     def _stored_prefix(self, language: Language, ids: Sequence[int], ratio: float | None = None) -> CompressedContext | None:
-        least, way = self.ratio if ratio is None else ratio, self._builder.way
+        least, is_way = self.ratio if ratio is None else ratio, self._builder.is_way_of
 
         def fits(entry: Entry) -> bool:
-            scorer, allocator = entry.identity.get("scorer"), entry.identity.get("allocator")
-            return entry.fineness >= least and (scorer is None or (scorer, allocator) == way)
+            return entry.fineness >= least and is_way(entry.identity)
 
         if self.registry.is_empty() or (entry := self.registry.longest_prefix(self._identities.of(language), ids, fits)) is None:
             return None

@@ -41,27 +41,27 @@ def test_kept_pairs_are_exactly_the_rounded_ratio(allocator: str, ratio: float) 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 @pytest.mark.parametrize("budget", [1, 17, 59, 60])
 def test_tied_scores_change_nothing_about_the_budget(allocator: str, budget: int) -> None:
-    keep = ALLOCATORS[allocator](torch.full((2, 3, 10), 0.5).half(), budget)
+    keep = ALLOCATORS.of(allocator).allocate(torch.full((2, 3, 10), 0.5).half(), budget)
     assert keep.sum() == budget
-    assert torch.equal(keep, ALLOCATORS[allocator](torch.full((2, 3, 10), 0.5).half(), budget))
+    assert torch.equal(keep, ALLOCATORS.of(allocator).allocate(torch.full((2, 3, 10), 0.5).half(), budget))
 
 
 def test_the_global_allocator_keeps_the_highest_scores_anywhere() -> None:
     scores = torch.arange(24.0).flip(0).view(2, 3, 4)
-    assert torch.equal(ALLOCATORS["global"](scores, 7), scores > 16)
+    assert torch.equal(ALLOCATORS.of("global").allocate(scores, 7), scores > 16)
 
 
 def test_uniform_keeps_the_same_number_for_every_head_and_per_layer_for_every_layer() -> None:
     torch.manual_seed(0)
     scores = torch.rand(3, 2, 40)
-    assert ALLOCATORS["uniform"](scores, 60).sum(-1).unique().tolist() == [10]
-    assert ALLOCATORS["per_layer"](scores, 60).sum((1, 2)).unique().tolist() == [20]
+    assert ALLOCATORS.of("uniform").allocate(scores, 60).sum(-1).unique().tolist() == [10]
+    assert ALLOCATORS.of("per_layer").allocate(scores, 60).sum((1, 2)).unique().tolist() == [20]
 
 
 def test_protected_pairs_are_kept_even_beyond_the_budget() -> None:
     scores = torch.rand(2, 2, 10)
     scores[:, :, :3] = float("inf")
-    for allocate in ALLOCATORS.values():
+    for allocate in (ALLOCATORS.of(name).allocate for name in ALLOCATORS):
         assert allocate(scores, 5)[:, :, :3].all()
 
 

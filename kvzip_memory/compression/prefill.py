@@ -38,6 +38,7 @@ class Prefilled:
         parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
         start: tokens the parent stands for.
         rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
+        scored_parent: whether the parent's pairs have scores; without them it has all its pairs.
     """
 
     model: LanguageModel
@@ -51,6 +52,10 @@ class Prefilled:
     parent: list[RaggedLayer] = field(default_factory=list)
     start: int = 0
     rows: Rows | None = None
+    scored_parent: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scored_parent", any(layer.scores is not None for layer in self.parent))
 
     @property
     def full_layers(self) -> tuple[int, ...]:
@@ -58,14 +63,24 @@ class Prefilled:
         return tuple(i for i, window in enumerate(self.model.windows) if window is None)
 
     @property
-    def scored_parent(self) -> bool:
-        """Whether the parent's pairs have scores; without them it has all its pairs."""
-        return any(layer.scores is not None for layer in self.parent)
-
-    @property
     def first(self) -> int:
         """The first position that needs a score."""
         return self.start if self.scored_parent else self.protected
+
+    @property
+    def pinned(self) -> Tensor:
+        """``[n]`` bool on the host, positions that are never evicted."""
+        pinned = torch.zeros(len(self.token_ids), dtype=torch.bool)
+        for start, end in ((0, self.protected), *self.keep):
+            pinned[start:end] = True
+        return pinned
+
+    def free(self, layer: int) -> None:
+        """Let go of a layer, which nobody asks for any more, and of the parent's."""
+        nothing = torch.empty(0)
+        self.dense[layer] = nothing, nothing
+        if self.parent:
+            self.parent[layer] = RaggedLayer(nothing, nothing, (), nothing)
 
     def pairs(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[H, end - start, D]`` of a full layer at positions of which none was evicted."""

@@ -28,9 +28,11 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     full = [i for i, layer in enumerate(layers) if layer.window is None]
     if identity.get("compress_every") is not None or any(layers[i].scores is None for i in full):
         return None
+    if identity["allocator"] not in ALLOCATORS:  # an object's, with parameters of its own
+        return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])
-    keep = ALLOCATORS[identity["allocator"]](scores, round(identity["ratio"] * scores.numel()))
+    keep = ALLOCATORS.of(identity["allocator"]).allocate(scores, round(identity["ratio"] * scores.numel()))
     if bool((keep & scores.isneginf()).any()):
         return None
     kept = dict(zip(full, keep, strict=True))

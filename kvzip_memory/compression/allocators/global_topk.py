@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 
-def allocate(scores: Tensor, budget: int) -> Tensor:
+class GlobalTopK:
+    def identity(self) -> str:
+        return "global"
+
+    def allocate(self, scores: Tensor, budget: int) -> Tensor:
+        return largest(scores, budget)
+
+
+def largest(scores: Tensor, budget: int) -> Tensor:
+    """The ``budget`` largest of all scores, and all protected ones."""
     flat = scores.flatten()
     budget = max(budget, int(torch.isposinf(flat).sum()))
     order = torch.sort(flat, descending=True, stable=True).indices

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvzip_memory.compression.allocators import global_topk
+from kvzip_memory.compression.allocators.global_topk import largest
 
 
-def allocate(scores: Tensor, budget: int) -> Tensor:
+class PerLayer:
+    def identity(self) -> str:
+        return "per_layer"
+
+    def allocate(self, scores: Tensor, budget: int) -> Tensor:
+        return evenly(scores, budget)
+
+
+def evenly(scores: Tensor, budget: int) -> Tensor:
+    """The largest of each ``scores[i]``, which all have the same share of the budget, as far as it can be divided."""
     edges = [round(budget * i / len(scores)) for i in range(len(scores) + 1)]
-    return torch.stack([global_topk.allocate(layer, end - start) for layer, start, end in zip(scores, edges, edges[1:], strict=False)])
+    return torch.stack([largest(part, end - start) for part, start, end in zip(scores, edges, edges[1:], strict=False)])

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvzip_memory.compression.allocators import per_layer
+from kvzip_memory.compression.allocators.per_layer import evenly
 
 
-def allocate(scores: Tensor, budget: int) -> Tensor:
-    return per_layer.allocate(scores.flatten(0, 1).unsqueeze(1), budget).view_as(scores)
+class Uniform:
+    def identity(self) -> str:
+        return "uniform"
+
+    def allocate(self, scores: Tensor, budget: int) -> Tensor:
+        return evenly(scores.flatten(0, 1).unsqueeze(1), budget).view_as(scores)

@@ -36,13 +36,12 @@ class LayerPairs:
 
 
 class Refit(Protocol):
-    """Gives kept pairs other values, such that attention over them says what attention over all pairs said. A refit is never refitted.
+    """Gives kept pairs other values, such that attention over them says what attention over all pairs said. A refit is never refitted."""
 
-    Attributes:
-        every: of the repeated tokens, each how many-th's queries it wants; 0 for none.
-    """
-
-    every: int
+    @property
+    def every(self) -> int:
+        """Of the repeated tokens, each how many-th's queries it wants; 0 for none."""
+        ...
 
     def identity(self) -> dict[str, Any] | None:
         """Name, version and every parameter that changes a value; part of the context's key. None leaves values as they are."""

@@ -1,13 +1,13 @@
 """Values by ridge regression towards those that the model computed.
 
-For a block of the context, with queries ``Q`` of its repeat: ``Y = softmax(Q K^T) V`` over the protected head and all pairs of the block, ``A`` the
-attention of the same queries over the head and the kept pairs alone. The kept values become ``V + X`` with
+For a block of the context, with queries ``Q`` of its repeat: ``Y = softmax(Q K^T) V`` over the protected head and all pairs of the block,
+``A`` the attention of the same queries over the head and the kept pairs alone. The kept values become ``V + X`` with
 
     X = argmin |Y - A V - A X|^2 + (lambda m + prior r / v) |X|^2
 
-``m`` is the mean diagonal of ``A^T A``, ``r`` and ``v`` the mean squares of a residual and a value: a head that keeps a few pairs must not make
-giants of them. ``lambda`` is chosen for each head and block, and with it whether anything is changed, by queries that the fit has not seen.
-That values can be fitted to attention's output is shown by Attention Matching (arXiv 2602.16284), which chooses pairs otherwise.
+``m`` is the mean diagonal of ``A^T A``, ``r`` and ``v`` the mean squares of a residual and a value: a head that keeps a few pairs must not
+make giants of them. ``lambda`` is chosen for each head and block, and with it whether anything is changed, by queries that the fit has not
+seen. That values can be fitted to attention's output is shown by Attention Matching (arXiv 2602.16284), which chooses pairs otherwise.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class RidgeRefit:
         prior: see above.
     """
 
-    every: int = 8
-    lambdas: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001, 0.0001)
+    every: int = 16
+    lambdas: tuple[float, ...] = (0.1, 0.003)
     prior: float = 10.0
 
     def identity(self) -> dict[str, Any]:

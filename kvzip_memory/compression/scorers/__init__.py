@@ -1,6 +1,10 @@
 """How important is a pair? One method a file."""
 
+from kvzip_memory.compression.methods import Methods
 from kvzip_memory.compression.scorers.base import Scorer
 from kvzip_memory.compression.scorers.kvzip import KVzipScorer
 
-__all__ = ["KVzipScorer", "Scorer"]
+#: Scorers by name.
+SCORERS: Methods[Scorer] = Methods("scorer", ("identity", "cost", "score"), {"kvzip": KVzipScorer})
+
+__all__ = ["SCORERS", "KVzipScorer", "Scorer"]

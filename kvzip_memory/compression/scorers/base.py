@@ -10,7 +10,10 @@ from kvzip_memory.compression.prefill import Prefilled, Progress
 
 
 class Scorer(Protocol):
-    """Gives every pair of the layers with full attention its importance."""
+    """Gives every pair of the layers with full attention its importance.
+
+    One that reads the context once more may have an attribute ``has_rows`` that is true: its queries are what kept values are refitted to.
+    """
 
     def identity(self) -> dict[str, Any]:
         """Name, version and every parameter that changes a score; part of the context's key."""
@@ -24,6 +27,7 @@ class Scorer(Protocol):
         """Scores ``[L, H, n]`` fp32 of the L layers with full attention, higher means keep.
 
         The pairs are the same after the call as before. Positions before ``prefilled.first`` may hold anything: they
-        are protected, or a parent's, which have their scores.
+        are protected, or a parent's, which have their scores. If ``prefilled.rows`` is not None, and the scorer
+        ``has_rows``, it leaves queries of its pass there.
         """
         ...

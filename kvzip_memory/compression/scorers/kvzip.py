@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class KVzipScorer:
     aggregation: Literal["sum_of_squares", "max"] = "sum_of_squares"
     repeat: Literal["local", "whole"] = "local"
     chunk_tokens: int = 500
+    has_rows: ClassVar[bool] = True
 
     def identity(self) -> dict[str, Any]:
         return {

@@ -1,0 +1,143 @@
+"""From dense pairs to those that are kept: score -> allocate -> refit -> encode -> evict, in that order."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
+from kvzip_memory.compression.codecs import Codec, NoCodec
+from kvzip_memory.compression.evict import gathered, return_freed_pages, visible
+from kvzip_memory.compression.prefill import Prefilled, Progress
+from kvzip_memory.compression.refit import REFITS, LayerPairs, Refit
+from kvzip_memory.compression.rows import Block, Rows
+from kvzip_memory.compression.scorers import SCORERS, Scorer
+from kvzip_memory.context import RaggedLayer
+from kvzip_memory.errors import InputError, ModelError
+from kvzip_memory.system.printable import brief
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A method for each stage."""
+
+    scorer: Scorer
+    allocator: Allocator
+    refit: Refit
+    codec: Codec
+
+    @classmethod
+    def of(cls, scorer: Scorer | str = "kvzip", allocator: Allocator | str = "global", refit: Refit | str = "auto") -> Stages:
+        """Methods given as themselves or by their names.
+
+        Args:
+            refit: ``"auto"`` is ``"ridge"`` where the scorer gives it queries to fit to, else ``"none"``.
+
+        Raises:
+            InputError: one is neither; or a refit that wants queries with a scorer that has none.
+        """
+        ranks = SCORERS.of(scorer)
+        has_rows = getattr(ranks, "has_rows", False)
+        fits = REFITS.of(("ridge" if has_rows else "none") if isinstance(refit, str) and refit == "auto" else refit)
+        if fits.every and not has_rows:
+            raise InputError(
+                f"scorer {brief(ranks.identity())} has no queries that refit {brief(fits.identity())} could fit to; use refit='none', or "
+                "another scorer"
+            )
+        return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
+
+    def identity(self) -> dict[str, Any]:
+        """Its part of a context's key. Values as the model computed them are not mentioned, as they were not when there were no others."""
+        refit = self.refit.identity()
+        return {
+            "scorer": self.scorer.identity(),
+            "allocator": self.allocator.identity(),
+            **({} if refit is None else {"refit": refit}),
+        }
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What :func:`compress` gives.
+
+    Attributes:
+        layers: the kept pairs.
+        dense_nbytes: storage of the dense pairs before eviction, without a parent's.
+        ms: milliseconds of ``score`` (0 where nothing is scored), ``refit`` and ``evict``.
+    """
+
+    layers: tuple[RaggedLayer, ...]
+    dense_nbytes: int
+    ms: dict[str, float]
+
+
+def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> Compressed:
+    """Keep the most important ``round(ratio * L * H * n)`` pairs and free the rest. Empties ``prefilled.dense``.
+
+    Pairs of a parent compete with their stored scores; what it has evicted stays evicted, and its values stay as they are. At ratio 1.0
+    everything is kept and nothing is scored, unless the parent has scores.
+
+    Raises:
+        ModelError: the model gave scores that are not finite.
+    """
+    dense_nbytes = sum(_nbytes(prefilled, *pairs, window) for pairs, window in zip(prefilled.dense, prefilled.model.windows, strict=True))
+    began = time.perf_counter()
+    rows = Rows(stages.refit.every) if stages.refit.every else None
+    scores, keep = _chosen(replace(prefilled, rows=rows), ratio, stages, progress)
+    scored = time.perf_counter()
+    layers, refitted = [], 0.0
+    for number, window in enumerate(prefilled.model.windows):
+        if window is not None:
+            layers.append(visible(prefilled, number, window))
+        else:
+            full = prefilled.full_layers.index(number)
+            fitting = time.perf_counter()
+            values = _values(prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
+            refitted += time.perf_counter() - fitting
+            layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], values, stages.codec))
+        prefilled.free(number)
+        return_freed_pages()
+    prefilled.dense.clear()
+    prefilled.parent.clear()
+    ms = {"score": 1e3 * (scored - began), "refit": 1e3 * refitted, "evict": 1e3 * (time.perf_counter() - scored - refitted)}
+    return Compressed(tuple(layers), dense_nbytes, ms)
+
+
+def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> tuple[Tensor | None, Tensor]:
+    """Scores ``[L, H, n]`` fp16, None where nothing is scored, and which pairs are kept, ``[L, H, n]`` bool."""
+    full, n = prefilled.full_layers, len(prefilled.token_ids)
+    if ratio == 1.0 and not prefilled.scored_parent:
+        return None, torch.ones(len(full), prefilled.dense[full[0]][0].shape[0], n, dtype=torch.bool)
+    # Rounded before they are compared: dropping more pairs of a stored context later keeps the same ones as
+    # building at that ratio would.
+    scores = stages.scorer.score(prefilled, progress).half()
+    if not bool(scores.isfinite().all()):
+        raise ModelError(
+            "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
+        )
+    if prefilled.scored_parent:
+        scores[:, :, : prefilled.start] = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
+    scores[:, :, prefilled.pinned] = float("inf")
+    return scores, stages.allocator.allocate(scores, round(ratio * scores.numel())) & ~scores.isneginf()
+
+
+def _values(prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float) -> Tensor | None:
+    """Values ``[H, n - first, D]`` of a layer's new pairs, fitted to the keys as they will be stored; None: as they are."""
+    first, n = prefilled.first, len(prefilled.token_ids)
+    if not blocks or bool(keep[:, first:].all()):
+        return None
+    keys, values = prefilled.pairs(layer, first, n)
+    head, keep, pinned = prefilled.pairs(layer, 0, prefilled.protected), keep[:, first:], prefilled.pinned[first:]
+    on = keys.device
+    return stages.refit.values(LayerPairs(head, first, stages.codec.keys(keys), values, keep.to(on), pinned.to(on), blocks, ratio))
+
+
+def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | None) -> int:
+    """Bytes that a layer's dense cache of all tokens has more than that of the parent's."""
+    start, n = prefilled.start, len(prefilled.token_ids)
+    tokens = n - start if window is None else min(n, window - 1) - min(start, window - 1)
+    return tokens * (keys.nbytes + values.nbytes) // keys.shape[1]
