@@ -175,8 +175,8 @@ def masked_logits(
 ) -> torch.Tensor:
     """Logits ``[len(ids), vocab]`` of the oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
 
-    Shares nothing with our attention: it rebuilds the masks from the kept positions and runs the model's forward on
-    context and ids at once, each layer and head with a mask of its own. What comes behind a context does not see what that
+    Shares nothing with our attention: it rebuilds the masks from the kept positions, puts in the values that the kept pairs have (a refit
+    may have changed them), and runs the model's forward on context and ids at once, each layer and head with a mask of its own. What comes behind a context does not see what that
     has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors. What was there before the
     last one was folded, up to position ``folded_at``, has seen all.
     """
@@ -193,7 +193,8 @@ def _masked(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     n = context.n_tokens
     attention: list[torch.Tensor] = []
-    kept = [(folded_at or n, n, kept_positions(context)), *((c.n_tokens, c.n_tokens, kept_positions(c)) for c in ancestors)]
+    compressed = sorted([(folded_at or n, context), *((c.n_tokens, c) for c in ancestors)], key=lambda pair: pair[0])
+    kept = [(seen_from, c.n_tokens, kept_positions(c), c.layers) for seen_from, c in compressed]
 
     def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
@@ -206,11 +207,17 @@ def _masked(
         if window:
             hidden = hidden | (positions[None] <= positions[:, None] - window)
         hidden = hidden.expand(query.shape[1], total, total).clone()
-        for seen_from, end, masks in kept:  # the tokens of a context itself were prefilled with all its pairs
+        for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
             hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
         weights = logits.masked_fill(hidden[None], float("-inf")).softmax(-1)
         attention.append(weights[0, :, n:])
-        return (weights @ value).transpose(1, 2).contiguous(), None
+        out = weights @ value
+        for seen_from, _, _, layers in kept:  # what is behind a context sees the values that it has
+            layer, stored = layers[module.layer_idx], value.clone()
+            for group in range(groups):
+                stored[0, layer.heads() * groups + group, layer.positions.long()] = layer.values
+            out[:, :, seen_from:] = weights[:, :, seen_from:] @ stored
+        return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", eager)
     twin = copy.deepcopy(engine.model)
