@@ -103,7 +103,7 @@ def main() -> None:
     paper: torch.Tensor | None = None
     for doc in tqdm(docs, desc="articles"):
         full = engine.load(doc["text"], ratio=1.0)
-        prompt = engine._prompt(engine._language, doc["text"])
+        prompt = engine._contexts.prompt(engine._language, doc["text"])
         questions = []
         for kind, question in doc["asked"]:
             ids = engine.prompt_ids(full, question)
