@@ -146,7 +146,7 @@ class KVzipEngine(Library):
     @property
     def _answerer(self) -> Answerer:
         """Keeps nothing between calls."""
-        return Answerer(self._model, self._identities, self._speech, self._access, self._finder, self._contexts)
+        return Answerer(self._model, self._model_identity, self._speech, self._access, self._finder, self._contexts)
 
     @property
     def _prompts(self) -> PromptBuilder:

@@ -91,11 +91,11 @@ class Library(Shared):
             secret=secret,
             check=self._model.check_layers,
         )
-        self._identities = identities = ModelIdentity(self._model)
-        builder = Builder(self._model, identities, scorer, allocator, compress_every, progress, salt)
-        self._access = access = Access(identities, builder, salt)
-        self._finder = Finder(self.registry, self._model, identities, self._speech, access, self.cache_dir)
-        self._contexts = Contexts(self.registry, builder, self._finder, identities, self._speech, access, self.window, self.cache_dir)
+        self._model_identity = model_identity = ModelIdentity(self._model)
+        builder = Builder(self._model, model_identity, scorer, allocator, compress_every, progress, salt)
+        self._access = access = Access(model_identity, builder, salt)
+        self._finder = Finder(self.registry, self._model, model_identity, self._speech, access, self.cache_dir)
+        self._contexts = Contexts(self.registry, builder, self._finder, model_identity, self._speech, access, self.window, self.cache_dir)
         release()
         refuse_after_fork(self, "_model", "registry", "shared", "_speech", "_finder", "_contexts")
 
@@ -333,7 +333,7 @@ class Library(Shared):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return self._identities.of(self._language)
+        return self._model_identity.of(self._language)
 
     def __repr__(self) -> str:
         return f"<KVzipEngine {self.model.config.model_type} window {self.window:,} ratio {self.ratio} on {self._model.device}>"
