@@ -32,7 +32,7 @@ def measure(text: str, repeats: int, every: int | None) -> dict[str, Any]:
     """Plain prefill by transformers and our build, in turn; medians of the times and of their ratio pair by pair."""
     engine = KVzipEngine.from_pretrained(smollm2(), progress=False, compress_every=every)
     weights = storage_nbytes([*engine.model.parameters(), *engine.model.buffers()])
-    ids = torch.tensor([engine._prompt(engine._language, text).token_ids])
+    ids = torch.tensor([engine._contexts.prompt(engine._language, text).token_ids])
     context = engine.load(text, ratio=0.3)  # first, and alone: transformers' whole prefill in one piece needs more memory
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rows = []
@@ -105,7 +105,7 @@ def main() -> None:
     if args.kvpress_python:
         engine = KVzipEngine.from_pretrained(smollm2(), progress=False)
         for tokens in args.tokens:
-            ids = list(engine._prompt(engine._language, text_of(args.squad, tokens)).token_ids)
+            ids = list(engine._contexts.prompt(engine._language, text_of(args.squad, tokens)).token_ids)
             job = {"task": "build", "threads": torch.get_num_threads(), "contexts": [ids], "repeats": args.repeats}
             job |= {"model": str(engine.model.config.name_or_path), "probe": PROBE}
             job["probe_ids"] = engine.tokenizer(PROBE, add_special_tokens=False).input_ids

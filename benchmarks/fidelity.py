@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from common import PROBE, RESULTS, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.compression import Prefilled, prefill
+from kvzip_memory.compression import Prefilled, evict, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
-from kvzip_memory.compression.evict import evict
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import CompressedContext, Resident
 from kvzip_memory.inference.cache import Row, Tail
@@ -103,7 +102,7 @@ def main() -> None:
     paper: torch.Tensor | None = None
     for doc in tqdm(docs, desc="articles"):
         full = engine.load(doc["text"], ratio=1.0)
-        prompt = engine._prompt(engine._language, doc["text"])
+        prompt = engine._contexts.prompt(engine._language, doc["text"])
         questions = []
         for kind, question in doc["asked"]:
             ids = engine.prompt_ids(full, question)

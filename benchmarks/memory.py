@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import RESULTS, save, smollm2
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.memory import Memory, Recalled
+from kvzip_memory.conversations import Memory, Recalled
 from kvzip_memory.prompting.messages import as_message
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware
 

@@ -19,7 +19,8 @@ from kvzip_memory.errors import (
     WindowError,
 )
 from kvzip_memory.prompting.documents import Document
-from kvzip_memory.session import Reply, Session, Stream, Usage
+from kvzip_memory.session import Session
+from kvzip_memory.streaming import Reply, Stream, Usage
 
 __version__ = "0.1.0"
 

@@ -10,8 +10,8 @@ from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
-from kvzip_memory.inference.batching import Place, Places
-from kvzip_memory.session import Stream
+from kvzip_memory.inference.admission import Place, Places
+from kvzip_memory.streaming import Stream
 from kvzip_memory.system.calls import within
 
 T = TypeVar("T")

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import contextvars
 import threading
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, takewhile
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import GenerationConfig
 
 from kvzip_memory.building import Computed
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import IdentityMismatchError, InputError, SessionBusyError, WindowError
-from kvzip_memory.inference.batching import Place
+from kvzip_memory.inference.admission import Place
 from kvzip_memory.inference.cache import Row, Tail
-from kvzip_memory.inference.generation import Answer, Detokenizer, GenerationParams, Sampler, decode
+from kvzip_memory.inference.generation import Detokenizer, GenerationParams, Sampler, decode
 from kvzip_memory.inference.modeling import LanguageModel, eos_ids
 from kvzip_memory.inference.processors import own_settings
 from kvzip_memory.inference.speculation import PromptLookup
@@ -32,58 +29,15 @@ from kvzip_memory.inference.weights import Stamp
 from kvzip_memory.prompting.messages import Message
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.prompting.prompts import PromptBuilder
-from kvzip_memory.prompting.reasoning import Reasoning, ReasoningReader
+from kvzip_memory.prompting.reasoning import ReasoningReader
 from kvzip_memory.prompting.talk import Asked, Talk
 from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.registry.identity import check_same_model
+from kvzip_memory.streaming import Reply, Stream, Turn, Usage
 from kvzip_memory.system import calls
-from kvzip_memory.system.calls import Cancelled, Gate
-from kvzip_memory.system.forks import is_parents, refuse_after_fork
+from kvzip_memory.system.calls import Cancelled
+from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.sharing import NotPickled
-from kvzip_memory.system.threads import release
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Tokens of one answer.
-
-    Attributes:
-        input_tokens: everything the answer could see, the context's tokens included.
-        output_tokens: generated tokens.
-        cached_tokens: those of the input whose pairs were reused and not computed for this answer.
-    """
-
-    input_tokens: int
-    output_tokens: int
-    cached_tokens: int
-
-    @property
-    def total_tokens(self) -> int:
-        return self.input_tokens + self.output_tokens
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer.
-
-    Attributes:
-        text: what was said, up to the end of the turn or a stop string; what was read of it if it was cancelled.
-        usage: token counts.
-        finish_reason: ``"stop"``, ``"length"`` or ``"cancelled"``; ``"forced"`` if JSON or a tool call is complete because guidance made it
-            end: the limit of tokens came near, or a text in it repeated itself.
-        receipt: what was reused, and milliseconds of ``prefill`` (the question) and ``decode``.
-        reasoning: what the model thought before that, empty if it does not; later turns are read without it.
-    """
-
-    text: str
-    usage: Usage
-    finish_reason: str
-    receipt: Receipt
-    reasoning: str = ""
-
-    def __str__(self) -> str:
-        return self.text
-
 
 Tags = str | Sequence[str] | None
 #: Builds the context of a parent, if any, and of a prompt behind it, whose pairs are computed; ratio, name and tags follow.
@@ -91,152 +45,6 @@ Fold = Callable[[CompressedContext | None, Prompt, Computed, float | None, str |
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
-
-
-@dataclass(eq=False)
-class _Turn:
-    """An answer under way; shared by the stream that shows it and the session that computes it.
-
-    It is over when nothing more is decoded, and settled when the session has kept it or taken it back. Streams are dropped wherever
-    garbage is collected, so what that calls waits for nobody: a lock that lets its own thread in again, and gates.
-    """
-
-    asked: Asked
-    params: GenerationParams
-    settings: GenerationConfig  # the model's own
-    eos_ids: frozenset[int]
-    answer: Answer = field(default_factory=Answer)
-    reader: ReasoningReader | None = None  # for a model that thinks
-    prefilled: float | None = None  # when its first token was there
-    reply: Reply | None = None
-    stamps: tuple[Stamp, Stamp] | None = None  # of the model, before its first forward and after its last
-    cancelled: threading.Event = field(default_factory=threading.Event)  # nobody waits for it
-    entry: Gate = field(default_factory=SimpleQueue)  # opened when it is its turn, or when it is cancelled
-    over: bool = False
-    kept: bool | None = None  # None until it is settled
-    settled: Gate = field(default_factory=SimpleQueue)  # opened then
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def __post_init__(self) -> None:
-        refuse_after_fork(self, "lock")
-
-
-class _Ahead(Iterator[str]):
-    """Pieces that a generator yields in a thread of its own, whether or not they are read."""
-
-    def __init__(self, pieces: Iterator[str]) -> None:
-        self._pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
-        run = contextvars.copy_context().run
-        threading.Thread(target=run, args=(_run_ahead, pieces, self._pieces), name="kvzip-answer", daemon=True).start()
-
-    def __next__(self) -> str:
-        release()
-        piece = self._pieces.get()
-        if isinstance(piece, str):
-            return piece
-        self._pieces.put(None)  # for whoever asks again
-        raise StopIteration if piece is None else piece
-
-
-def _run_ahead(pieces: Iterator[str], read: SimpleQueue[str | BaseException | None]) -> None:
-    try:
-        for piece in pieces:
-            read.put(piece)
-        read.put(None)
-    except BaseException as error:
-        read.put(error)
-
-
-class Stream(NotPickled, Iterator[str]):
-    """An answer as it is generated: iterate over its pieces; :attr:`reply` is there when they have ended.
-
-    Decoding begins when the first piece is asked for, and goes on in a thread of its own, whether or not the pieces are read: a
-    reader that is away keeps nobody waiting, and pieces that are not read are a little text. The answer is part of its session
-    once it was read to its end. One that is closed, cancelled or dropped before, or fails, is taken back: its session is as it was
-    before the question.
-    """
-
-    _way_out = "it is read once; copy what it has given"
-
-    def __init__(self, session: Session, turn: _Turn) -> None:
-        self._session, self._turn = session, turn
-        self._pieces: Iterator[str] | None = None  # None until the first one is asked for
-        self._here = self._thinks = False
-        self._read: list[str] = []
-
-    def __next__(self) -> str:
-        session, turn = self._session, self._turn
-        with turn.lock:
-            if self._pieces is None and not turn.cancelled.is_set():
-                answer = session._answer(turn)
-                self._pieces = answer if self._here else _Ahead(answer)
-        for piece in self._pieces or ():
-            if turn.cancelled.is_set():
-                break
-            if isinstance(piece, Reasoning):
-                if self._thinks:
-                    return piece
-                continue
-            self._read.append(piece)
-            return piece
-        session._settle(turn, keep=not turn.cancelled.is_set())
-        raise StopIteration
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-    def with_reasoning(self) -> Stream:
-        """Give pieces of what the model thinks, too; they are :class:`~kvzip_memory.prompting.reasoning.Reasoning`, a kind of string."""
-        self._thinks = True
-        return self
-
-    def in_this_thread(self) -> Stream:
-        """Decode in the thread that iterates, which saves one. For readers that do not stop before the end."""
-        self._here = True
-        return self
-
-    def whole(self) -> Reply:
-        """Read what is left, in this thread; the whole answer."""
-        with self.in_this_thread():
-            deque(self, maxlen=0)
-            return self.reply
-
-    def cancel(self) -> None:
-        """End the answer after the token being computed, and what was not read of it; may be called from any thread."""
-        turn = self._turn
-        if turn.kept is not None or is_parents(turn):
-            return
-        turn.cancelled.set()
-        turn.entry.put(None)
-        with turn.lock:
-            turn.over = turn.over or self._pieces is None
-        if turn.over:
-            self._session._settle(turn, keep=False)
-
-    def close(self) -> None:
-        """:meth:`cancel`; the session may be asked at once, and waits for that token."""
-        self.cancel()
-        if isinstance(self._pieces, Generator) and not is_parents(self._turn):
-            with suppress(ValueError):  # it is running, in another thread, and will end
-                self._pieces.close()
-
-    @property
-    def reply(self) -> Reply:
-        """The whole answer.
-
-        Raises:
-            SessionBusyError: it has not ended yet.
-        """
-        turn = self._turn
-        if turn.kept is None or turn.reply is None:
-            raise SessionBusyError("the answer has not ended; iterate over the stream first")
-        return turn.reply if turn.kept else replace(turn.reply, text="".join(self._read), finish_reason="cancelled")
 
 
 class Session(NotPickled):
@@ -263,7 +71,7 @@ class Session(NotPickled):
         self._go_on(context)
         self._shown = prompts.call_ids
         self._tail = Tail()
-        self._turn: _Turn | None = None  # the answer under way
+        self._turn: Turn | None = None  # the answer under way
         self._lock = threading.Lock()
         refuse_after_fork(self, "_lock")
 
@@ -316,8 +124,8 @@ class Session(NotPickled):
                 )
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
-            self._turn = _Turn(asked, checked, settings, ends)
-            stream = Stream(self, self._turn)
+            self._turn = Turn(asked, checked, settings, ends)
+            stream = Stream(self._turn, self._answer, self._settle)
         calls.started(stream)
         return stream
 
@@ -462,7 +270,7 @@ class Session(NotPickled):
                 window=self._model.window,
             )
 
-    def _answer(self, turn: _Turn) -> Generator[str, None, None]:
+    def _answer(self, turn: Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; take it back unless it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = turn.asked.start, self._start + turn.asked.start
@@ -497,7 +305,7 @@ class Session(NotPickled):
             if not complete or turn.cancelled.is_set():
                 self._settle(turn, keep=False)
 
-    def _told(self, pieces: Iterator[str], turn: _Turn) -> Iterator[str]:
+    def _told(self, pieces: Iterator[str], turn: Turn) -> Iterator[str]:
         """Pieces with those of reasoning told apart."""
         thought, params = self._prompts.thought, turn.params
         if thought is None or not params.free:
@@ -509,7 +317,7 @@ class Session(NotPickled):
         yield from turn.reader.flush()
 
     @contextmanager
-    def _lease(self, turn: _Turn, place: Place) -> Iterator[Lease]:
+    def _lease(self, turn: Turn, place: Place) -> Iterator[Lease]:
         """The context's layers. While the answer waits for them another one has its place."""
         if self.context is None:
             yield _NO_LEASE
@@ -521,7 +329,7 @@ class Session(NotPickled):
                 lease = held.enter_context(self.context.lease())
             yield lease
 
-    def _tokens(self, turn: _Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
+    def _tokens(self, turn: Turn, sampler: Sampler, row: Row, limit: int, seen: NDArray[Any]) -> Iterator[int]:
         """An answer's tokens as they are sampled; ends when it is cancelled."""
         model = self._model
         if turn.cancelled.is_set():  # while it waited
@@ -545,7 +353,7 @@ class Session(NotPickled):
             row.tail.crop(length + len(chosen))
             lookup.learn(len(guess), len(chosen) - 1)
 
-    def _commit(self, turn: _Turn) -> None:
+    def _commit(self, turn: Turn) -> None:
         """Keep an answer's tokens: what it said up to a stop string, not what it said after."""
         answer, ids = turn.answer, list(turn.answer.ids)
         if answer.cut:
@@ -568,7 +376,7 @@ class Session(NotPickled):
         reader = Detokenizer(self._prompts.tokenizer, self._shown)
         return "".join(map(reader.push, ids)) + reader.flush()
 
-    def _settle(self, turn: _Turn, keep: bool) -> None:
+    def _settle(self, turn: Turn, keep: bool) -> None:
         """Make an answer that is over part of the conversation, or take it back; once."""
         with turn.lock:
             if turn.kept is not None:

@@ -17,8 +17,9 @@ import torch
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, QueueFullError
 from kvzip_memory.bridge import pieces_of
-from kvzip_memory.inference.batching import Admission, Worker
+from kvzip_memory.inference.admission import Admission
 from kvzip_memory.inference.cache import Row
+from kvzip_memory.inference.worker import Worker
 from kvzip_memory.system import threads
 from kvzip_memory.system.calls import Gate
 
@@ -349,7 +350,7 @@ IDLE = """
 import time
 from pathlib import Path
 import torch
-from kvzip_memory.inference.batching import Worker
+from kvzip_memory.inference.worker import Worker
 
 def native_threads(worker):
     worker.run(lambda: torch.ones(1 << 20).exp())

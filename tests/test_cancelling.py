@@ -95,8 +95,8 @@ def agent(made: Made) -> Any:
 
 #: Ways to ask, by every async function of ours that they go through.
 WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
-    "aload": ("engine.aload", lambda made: made.engine.aload("Another. " * 30, ratio=0.5)),
-    "aextend": ("engine.aextend", lambda made: made.engine.aextend(made.context, [Document(text="And more. " * 30)])),
+    "aload": ("library.aload", lambda made: made.engine.aload("Another. " * 30, ratio=0.5)),
+    "aextend": ("library.aextend", lambda made: made.engine.aextend(made.context, [Document(text="And more. " * 30)])),
     "agenerate": ("engine.agenerate bridge.result_of bridge.pieces_of", lambda made: made.engine.agenerate(made.context, "word " * 120)),
     "aload_documents": ("chat_models.aload_documents", lambda made: made.chat.aload_documents(["Another. " * 30])),
     "ainvoke": (
@@ -151,7 +151,7 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     ),
 }
 #: These compute nothing.
-IDLE = {"index.adelete_nodes", "index.adelete_ref_doc", "engine.aforget", "middleware.aforget"}
+IDLE = {"index.adelete_nodes", "index.adelete_ref_doc", "library.aforget", "middleware.aforget"}
 
 
 async def awaited(pieces: Awaitable[AsyncIterator[Any]]) -> list[Any]:

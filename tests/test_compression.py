@@ -22,7 +22,7 @@ def silent(stage: str, tokens: int) -> None:
 
 
 def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
-    prompt = engine._prompt(engine._language, text)
+    prompt = engine._contexts.prompt(engine._language, text)
     pairs = prefill(engine._model, prompt.token_ids, silent)
     recipe = prompt.recipe
     return Prefilled(engine._model, pairs, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids)
@@ -199,7 +199,7 @@ def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_mas
     ancestors = [replace(context, token_ids=context.token_ids[:end], storage=Resident(part.layers)) for end, part in pieces[:-1]]
     ids = engine.prompt_ids(context, "Who carries the oil?")
     torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids, *ancestors), atol=1e-4, rtol=0)
-    for start, end in engine._prompt(engine._language, TEXT, keep=["8306"]).keep:
+    for start, end in engine._contexts.prompt(engine._language, TEXT, keep=["8306"]).keep:
         assert all(kept[:, start:end].all() for kept in kept_positions(context))
 
 

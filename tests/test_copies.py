@@ -16,8 +16,8 @@ from llama_index.core.tools import QueryEngineTool
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, KVzipEngine, NotPicklableError
+from kvzip_memory.conversations import Recalled
 from kvzip_memory.inference.generation import GenerationParams
-from kvzip_memory.memory import Recalled
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
 

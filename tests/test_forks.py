@@ -19,7 +19,8 @@ import kvzip_memory
 from kvzip_memory import KVzipEngine
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.registry import ContextRegistry
-from kvzip_memory.session import Session, Stream
+from kvzip_memory.session import Session
+from kvzip_memory.streaming import Stream
 from synthetic import in_a_process
 
 HERE = Path(__file__).parent

@@ -538,7 +538,7 @@ def test_large_names_and_metadata_of_documents_are_refused(engine: KVzipEngine, 
 
 def test_many_documents_messages_and_tools_are_refused_before_work(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     context = engine.load(["A page.", "Another page."])
-    monkeypatch.setattr("kvzip_memory.engine.calls_grammar", None)  # no grammar is made
+    monkeypatch.setattr("kvzip_memory.answering.calls_grammar", None)  # no grammar is made
     with pytest.raises(WindowError, match=r"a text of .* has .* tokens and more"):
         engine.generate(None, "Who?", tools=[tool(f"f{i}") for i in range(WINDOW // 2)])
     monkeypatch.setattr(engine._prompts._template, "layout", None)  # nothing is rendered

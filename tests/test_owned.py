@@ -179,11 +179,11 @@ def test_a_change_in_the_middle_of_a_call_is_not_half_seen(changing: tuple[KVzip
     engine, behind = changing
     same = {name: way() for name, way in ways(engine_of(tokenizer_of("bytes"))).items()}
     fields = dict(engine._identity)
-    engine._prompt = behind(engine._prompt)  # type: ignore[method-assign]
+    engine._contexts.prompt = behind(engine._contexts.prompt)  # type: ignore[method-assign]
     context = engine.load(TEXT)
     assert context.token_ids.tolist() == same["load"]
     assert {name: context.identity[name] for name in fields} == fields
-    del engine._prompt  # type: ignore[method-assign]
+    del engine._contexts.prompt  # type: ignore[method-assign]
     assert engine._identity != fields
     assert engine.load(TEXT).key != context.key
 

@@ -9,7 +9,7 @@ import torch
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
-from kvzip_memory.memory import Memory, Recalled
+from kvzip_memory.conversations import Memory, Recalled
 from kvzip_memory.prompting.messages import Message, as_message
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, STRICT
 

@@ -362,7 +362,7 @@ def test_a_larger_ratio_never_comes_out_of_a_smaller_one(tmp_path: Path) -> None
 
 def test_strings_to_keep_are_kept_at_any_ratio() -> None:
     engine = tiny_engine()
-    prompt = engine._prompt(engine._language, TEXT, keep=["8306", "Ferdinand"])
+    prompt = engine._contexts.prompt(engine._language, TEXT, keep=["8306", "Ferdinand"])
     text = engine.tokenizer.decode(prompt.token_ids)
     assert {engine.tokenizer.decode(prompt.token_ids[a:b]) for a, b in prompt.keep} == {"8306", "Ferdinand"}
     assert len(prompt.keep) == text.count("8306") + text.count("Ferdinand")

@@ -12,7 +12,7 @@ from llama_index.core.llms import ChatMessage
 from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.compression.scorers import KVzipScorer
-from kvzip_memory.memory import Memory
+from kvzip_memory.conversations import Memory
 from langchain_kvzip import KVzipChatModel
 from llama_index_kvzip import KVzipLLM
 

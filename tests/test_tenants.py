@@ -33,7 +33,7 @@ import synthetic
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, Reply, Session, turns
 from kvzip_memory.cli import app
-from kvzip_memory.memory import Memory
+from kvzip_memory.conversations import Memory
 from kvzip_memory.registry import EVERYONE, ContextRegistry, Wanted, forgotten
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.layout import blobs

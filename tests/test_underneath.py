@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from conftest import CHATML, TEXT, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine
 from kvzip_memory.errors import KVzipError
-from kvzip_memory.session import Session, Stream
+from kvzip_memory.session import Session
+from kvzip_memory.streaming import Stream
 
 DOCS = Path(__file__).parent.parent / "docs" / "registry.md"
 OTHER = "Another page tells of the boat: it is painted green, and its oars are kept in the shed. " * 3

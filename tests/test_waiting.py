@@ -14,7 +14,7 @@ import pytest
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, CompressedContext, KVzipEngine, QueueFullError
-from kvzip_memory.inference.batching import Admission
+from kvzip_memory.inference.admission import Admission
 from test_cancelling import Gated, freed
 
 OTHER = "Another page. " * 20

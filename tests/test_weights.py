@@ -22,6 +22,7 @@ from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, K
 from kvzip_memory.attention import Chosen, cpu
 from kvzip_memory.compression import Prefilled
 from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.contexts import Contexts
 from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Watch, checksum, fingerprint
@@ -593,7 +594,7 @@ def test_an_answer_that_is_taken_back_leaves_nothing_of_another_model(end: str) 
 @pytest.mark.parametrize("when", ["as its last tokens are read", "before its key is made"])
 @pytest.mark.parametrize("back", [True, False])
 def test_a_fold_within_which_the_model_changes_stores_nothing(when: str, back: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    where, name = (LanguageModel, "append") if "tokens" in when else (KVzipEngine, "_folded")
+    where, name = (LanguageModel, "append") if "tokens" in when else (Contexts, "fold")
     original = getattr(where, name)
 
     def changing(self: Any, *args: Any, **options: Any) -> Any:

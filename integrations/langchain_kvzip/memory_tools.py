@@ -18,7 +18,7 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from kvzip_memory import Document, KVzipEngine
 from kvzip_memory.bridge import result_of
 from kvzip_memory.errors import KVzipError
-from kvzip_memory.inference.batching import Places
+from kvzip_memory.inference.admission import Places
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.registry import Entry
 from kvzip_memory.system.calls import check

@@ -22,8 +22,8 @@ from langgraph.types import Command, TracePolicy, omit_payload
 from kvzip_memory import InputError, KVzipEngine
 from kvzip_memory.bridge import result_of
 from kvzip_memory.compression.ratios import checked_ratio
+from kvzip_memory.conversations import Memory, Recalled, Size, Trigger
 from kvzip_memory.frameworks.engines import loads_of
-from kvzip_memory.memory import Memory, Recalled, Size, Trigger
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.registry.holders import thread_tag
 from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain, thread_tags, without_files

@@ -28,7 +28,7 @@ from kvzip_memory import CompressedContext, InputError, NotPicklableError, Sessi
 from kvzip_memory.bridge import finished, result_of
 from kvzip_memory.context import checked_context
 from kvzip_memory.frameworks.engines import loads_of
-from kvzip_memory.session import Stream
+from kvzip_memory.streaming import Stream
 from kvzip_memory.system.calls import Cancelled, check, within
 from kvzip_memory.system.forks import refuse_after_fork
 from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip, plain_messages

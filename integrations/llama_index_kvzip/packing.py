@@ -9,7 +9,7 @@ from typing import TypeVar
 from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
-from kvzip_memory.engine import FREE_TOKENS
+from kvzip_memory.contexts import FREE_TOKENS
 from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.prompting.cleaning import clean, cleaned
 from kvzip_memory.prompting.documents import as_document

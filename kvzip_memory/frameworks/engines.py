@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from kvzip_memory.engine import KVzipEngine
 from kvzip_memory.frameworks.hidden import told
-from kvzip_memory.inference.batching import Places
+from kvzip_memory.inference.admission import Places
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import after_fork
 from kvzip_memory.system.paths import as_folder

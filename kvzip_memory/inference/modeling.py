@@ -16,10 +16,12 @@ from transformers import Cache, PreTrainedModel
 from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
-from kvzip_memory.inference.batching import Admission, Batcher, Choose, Place, Places, Worker
+from kvzip_memory.inference.admission import Admission, Place, Places
+from kvzip_memory.inference.batching import Batcher, Choose
 from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.weights import Stamp, Watch
+from kvzip_memory.inference.worker import Worker
 from kvzip_memory.system.calls import Gate, check, within
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.modes import as_written, evaluation_copy, in_evaluation

@@ -1,0 +1,302 @@
+"""Loading contexts: found if they were loaded before, else built; grown from others; forgotten."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvzip_memory import turns
+from kvzip_memory.access import Access
+from kvzip_memory.building import Builder, Computed
+from kvzip_memory.chain import Managed, Step, leased
+from kvzip_memory.compression.ratios import checked_ratio
+from kvzip_memory.context import CompressedContext, as_told
+from kvzip_memory.errors import IdentityMismatchError, InputError, WindowError
+from kvzip_memory.finding import Finder
+from kvzip_memory.model_identity import ModelIdentity
+from kvzip_memory.prompting.cleaning import MOST_KEPT, as_texts, clean
+from kvzip_memory.prompting.documents import Document, check_metadata
+from kvzip_memory.prompting.fronts import Fronts, front
+from kvzip_memory.prompting.language import Language
+from kvzip_memory.prompting.messages import Message, as_messages
+from kvzip_memory.prompting.prompt import Prompt
+from kvzip_memory.prompting.sources import read_source
+from kvzip_memory.prompting.tools import Tool
+from kvzip_memory.registry import ContextRegistry, Forgotten, Wanted, check_name, check_tag
+from kvzip_memory.registry.holders import MARKED, Naming
+from kvzip_memory.registry.identity import group_of, key_of, label
+from kvzip_memory.registry.wanted import MOST_TAGS
+from kvzip_memory.speech import Speech
+from kvzip_memory.system.calls import check
+from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.threads import release
+
+logger = logger_of(__name__)
+
+#: Tokens of the window that a context leaves free, for a question and its answer.
+FREE_TOKENS = 256
+
+#: The fewest tokens of a prompt's beginning that a context of their own is worth: building one costs more than reading them again.
+FEWEST_TOKENS = 256
+
+Words = str | Sequence[str] | None
+
+
+class Contexts:
+    """Gets contexts of texts and conversations out of the registry, or has them built. Errors are those of :class:`KVzipEngine`'s methods.
+
+    Args:
+        registry: where they are stored.
+        builder: builds them.
+        finder: finds what a conversation can go on from.
+        identity: tells which model they are of.
+        speech: in which language.
+        access: which of them may be gone on from.
+        window: of the model, in tokens.
+        cache_dir: of the registry, None without one.
+    """
+
+    def __init__(
+        self,
+        registry: ContextRegistry,
+        builder: Builder,
+        finder: Finder,
+        identity: ModelIdentity,
+        speech: Speech,
+        access: Access,
+        window: int,
+        cache_dir: Path | None,
+    ) -> None:
+        self._registry, self._builder, self._finder, self._identity, self._speech = registry, builder, finder, identity, speech
+        self._access, self._window, self._cache_dir = access, window, cache_dir
+        self._fronts = Fronts()
+
+    def load(
+        self, source: Any, ratio: float, name: str | None, system: str | None, keep: Words, tags: Words, tools: Sequence[Tool] | None
+    ) -> CompressedContext:
+        """See :meth:`KVzipEngine.load`."""
+        checked_ratio(ratio)
+        labels = _labels(name, tags)
+        began = time.perf_counter()
+        language = self._speech.now
+        prompt = self.prompt(language, source, system, _strings(keep), tools)
+        return self._load_text(language, prompt, ratio, name, labels, began)
+
+    def load_marked(self, messages: Sequence[Message], ratio: float, tags: Words, tools: Sequence[Tool] | None) -> CompressedContext | None:
+        """See :meth:`KVzipEngine.load_marked`."""
+        began = time.perf_counter()
+        ratio, labels = checked_ratio(ratio), [MARKED, *_labels(None, tags)]
+        language = self._speech.now
+        prompt = language.prompts.until_mark(messages, tools)
+        if prompt is None or len(prompt.token_ids) < FEWEST_TOKENS:
+            if prompt is not None:
+                logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FEWEST_TOKENS)
+            return None
+        self._check_window(prompt)
+        before = self._finder.prefix(language, [*prompt.token_ids, -1], ratio)  # of all of them, too
+        if len(labels) > 1 and self._fronts.changes(tuple(labels), front(as_messages(messages), tools)) > 1 and before is None:
+            logger.warning(
+                "cache_control is ignored in %s: its system prompt or its tools change at every call, so that nothing would be found "
+                "again; put what changes behind the mark",
+                labels[-1],
+            )
+            return None
+        if before is None:
+            return self._load_text(language, prompt, ratio, None, labels, began)
+        self._registry.join(before.key, labels)
+        if len(prompt.token_ids) - before.n_tokens < FEWEST_TOKENS:
+            return before
+        left_behind = before.identity.get("parent")
+        try:
+            context = self._load(language, replace(prompt, protected=before.protected), ratio, None, labels, began, before)
+        except IdentityMismatchError:  # as in _load_text
+            return self._load_text(language, prompt, ratio, None, labels, began)
+        self.leave_behind(left_behind, labels)
+        return context
+
+    def leave_behind(self, key: str | None, tags: Sequence[str]) -> None:
+        """See :meth:`KVzipEngine.leave_behind`."""
+        for entry in self._registry.find(key) if key and tags else []:
+            if set(tags) <= set(entry.tags) and entry.identity.get("parent"):
+                try:
+                    self._registry.leave(entry.key, tags)
+                except (InputError, OSError) as error:
+                    logger.debug("context %s, which a conversation has left behind, stays: %s", entry.key[:12], error)
+
+    def extend(
+        self,
+        context: CompressedContext,
+        more: Any,
+        ratio: float | None,
+        name: str | None,
+        keep: Words,
+        tags: Words,
+        tools: Sequence[Tool] | None,
+        behind: bool,
+    ) -> CompressedContext:
+        """See :meth:`KVzipEngine.extend`."""
+        began = time.perf_counter()
+        if ratio is not None:
+            checked_ratio(ratio)
+        labels, kept = _labels(name, tags), _strings(keep)
+        language = self._speech.now
+        self._access.check_parent(language, context)
+        documents, messages = _read(more, tools)
+        prompt = (
+            language.prompts.more_documents(context, documents, kept)
+            if documents
+            else language.prompts.more_turns(context, messages, kept, tools, behind)
+        )
+        self._check_window(prompt)
+        return self._load(language, prompt, context.ratio if ratio is None else ratio, name, labels, began, context)
+
+    def fold(
+        self,
+        language: Language,
+        default: float,
+        context: CompressedContext | None,
+        prompt: Prompt,
+        computed: Computed,
+        ratio: float | None,
+        name: str | None,
+        tags: Words,
+    ) -> CompressedContext:
+        """The context of another one, or of none, and of turns in a language, whose pairs are there already.
+
+        Args:
+            default: the ratio where neither it nor a context is given.
+        """
+        began, labels = time.perf_counter(), _labels(name, tags)
+        now, then = self._identity.of(self._speech.now), self._identity.of(language)
+        if differing := tuple(field for field in ("tokenizer", "template") if now[field] != then[field]):
+            raise IdentityMismatchError(
+                f"the session began with another {' and another '.join(map(label, differing))} than the tokenizer has now; set that one "
+                "again to fold it",
+                fields=differing,
+            )
+        if context is not None:
+            self._access.check_parent(language, context)
+        self._check_window(prompt)
+        if ratio is None:
+            ratio = context.ratio if context else default
+        return self._load(language, prompt, ratio, name, labels, began, context, computed)
+
+    def _load_text(
+        self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
+    ) -> CompressedContext:
+        """:meth:`_load` of what is built from its text alone: under the key of the weights as they are, had they changed unseen."""
+        with suppress(IdentityMismatchError):
+            return self._load(language, prompt, ratio, name, tags, began)
+        return self._load(language, prompt, ratio, name, tags, began)
+
+    def _load(
+        self,
+        language: Language,
+        prompt: Prompt,
+        ratio: float,
+        name: str | None,
+        tags: Sequence[str],
+        began: float,
+        parent: CompressedContext | None = None,
+        computed: Computed | None = None,
+    ) -> CompressedContext:
+        """A prompt's context out of the registry, built if need be, of pairs that are ``computed`` already if they are given."""
+        ratio = checked_ratio(ratio)
+        tokenized = time.perf_counter()
+        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None)
+        ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
+        check_metadata(prompt.sources)
+        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
+        wanted = self._registry.with_room(wanted)
+        self._registry.check_fits(self._builder.estimated_nbytes(prompt, ratio))
+        self._registry.readmit(wanted.key)
+        start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
+        build = partial(self._builder.build, language)
+        step = Step(
+            self._registry,
+            wanted,
+            build,
+            parent.storage.step if parent and isinstance(parent.storage, Managed) else parent,
+            torch.tensor(prompt.token_ids[start:], dtype=torch.int32, device="cpu"),
+            prompt.protected,
+            prompt.keep,
+            prompt.recipe,
+            as_told(prompt.sources)[known:],
+        )
+        now = step if computed is None else replace(step, make=partial(build, computed=computed))
+        with self._builder.bar(name) as bar, leased(now, bar.show) as (context, lease):
+            built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
+            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
+            storage = Managed(step, context)
+            self._finder.remember(wanted.key, storage)
+        release()
+        return storage.handle(name=name, sources=prompt.sources, receipt=receipt)
+
+    def prompt(
+        self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None
+    ) -> Prompt:
+        """What the context of a source is built from.
+
+        Raises:
+            InputError, WindowError: see :meth:`KVzipEngine.load`.
+        """
+        prompts = language.prompts
+        documents, messages = _read(source, tools)
+        system = None if system is None else clean(system, "system prompt")
+        prompt = prompts.documents(documents, system, keep) if documents else prompts.conversation(messages, system, keep, tools)
+        self._check_window(prompt)
+        return prompt
+
+    def _check_window(self, prompt: Prompt) -> None:
+        tokens, limit = len(prompt.token_ids), self._window - FREE_TOKENS
+        if tokens > limit:
+            raise WindowError(
+                f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {self._window:,} less "
+                f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: split the text into several "
+                "contexts or use a model with a longer one",
+                tokens=tokens,
+                window=self._window,
+            )
+
+    def forget(self, tag: str) -> Forgotten:
+        """See :meth:`KVzipEngine.forget`."""
+        check_tag(tag)
+        self._registry.flush()
+        check()  # from the first write on it is finished
+        forgotten = self._registry.forget(Naming(tag))
+        if self._cache_dir is not None:  # last: contexts can be made of turns again
+            turns.erase(self._cache_dir, self._registry.tenant, tag, self._registry.checksums)
+        return forgotten
+
+
+def _read(source: Any, tools: Sequence[Tool] | None) -> tuple[list[Document], list[Message]]:
+    """Documents, or else messages, to which alone tools belong."""
+    documents, messages = read_source(source)
+    if documents and tools:
+        raise InputError("tools belong to a conversation; give them with the question about these documents")
+    return documents, messages
+
+
+def _strings(keep: Words) -> list[str]:
+    return [clean(wanted, "keep") for wanted in as_texts(keep, "keep", MOST_KEPT)]
+
+
+def _labels(name: str | None, tags: Words) -> list[str]:
+    """The tags, when they and the name can be stored.
+
+    Raises:
+        InputError: they cannot.
+    """
+    labels = as_texts(tags, "tags", MOST_TAGS)
+    if name is not None:
+        check_name(name)
+    for tag in labels:
+        check_tag(tag)
+    return labels

@@ -1,0 +1,42 @@
+"""The language an engine speaks now: a tokenizer may be changed by its owner at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvzip_memory.inference.modeling import LanguageModel, eos_ids
+from kvzip_memory.prompting.guidance import Guidance
+from kvzip_memory.prompting.language import Language
+
+
+class Speech:
+    """The language of a tokenizer as it is now, made anew when its owner has changed it.
+
+    Args:
+        model: which is told of the tokenizer in use.
+        tokenizer: the owner's.
+        template_kwargs: variables of the chat template.
+
+    Raises:
+        InputError: the tokenizer's chat template is none.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> None:
+        self._model, self.tokenizer, self._template_kwargs = model, tokenizer, dict(template_kwargs or {})
+        self._language = Language(tokenizer, self._template_kwargs, model.window)
+        model.tokenizer = self._language.tokenizer
+
+    @property
+    def now(self) -> Language:
+        """What is made of the tokenizer as it is now. Sessions keep the one they began with."""
+        language = self._language
+        if not language.still(self.tokenizer):
+            language = self._language = Language(self.tokenizer, self._template_kwargs, self._model.window, language)
+            self._model.tokenizer = language.tokenizer
+        return language
+
+    def guidance(self, language: Language) -> Guidance:
+        """Makes grammars for answers of the model in a language."""
+        model = self._model.model
+        return language.guidance(model.config.vocab_size, eos_ids(model, language.tokenizer))
