@@ -127,8 +127,8 @@ class ContextRegistry(Shared):
         return self._moves.guest(nbytes)
 
     def is_removed(self, key: str) -> bool:
-        """Whether a context was deleted here and not loaded again."""
-        return self._memory.is_removed(key)
+        """Whether a context was deleted here and loaded again neither here nor by another process."""
+        return self._forgetting.is_removed(key)
 
     def readmit(self, key: str) -> None:
         """A context that was deleted may be stored again."""
