@@ -50,6 +50,13 @@ class NotStoredError(Exception):
     """No usable context of this key on disk; says why."""
 
 
+class AbsentError(NotStoredError):
+    """There is none of this key, usable or not."""
+
+    def __init__(self) -> None:
+        super().__init__("not stored")
+
+
 class DiskTier:
     """Contexts in a folder that any number of processes share.
 
@@ -155,7 +162,7 @@ class DiskTier:
     ) -> CompressedContext:
         def checked(facts: Mapping[str, Any]) -> None:
             if not is_whose(facts["identity"], self.folder.tenant):
-                raise NotStoredError("not stored")
+                raise AbsentError()
             if admit is not None:
                 admit(facts)
 
@@ -172,7 +179,7 @@ class DiskTier:
             if check is not None:
                 check(context.layers, str(path))
         except FileNotFoundError:
-            raise NotStoredError("not stored") from None
+            raise AbsentError() from None
         except OSError as error:
             logger.warning("cannot read stored context %s: %s", key[:12], error)
             raise NotStoredError(f"stored file unreadable: {error}") from None
