@@ -269,15 +269,18 @@ class ContextRegistry(Shared):
         entry = self.one(reference)
         return self._backing.tier.verify(entry.key) if self._backing.tier is not None else None
 
-    def gc(self) -> dict[str, int]:
+    def gc(self, old: bool = False) -> dict[str, int]:
         """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes.
+
+        Args:
+            old: delete also what older versions of kvzip-memory have stored, which no text finds any more, unless it is pinned.
 
         Raises:
             StorageError: as for :meth:`check_changeable`; nothing was deleted.
             OSError: a file cannot be deleted; those before it were.
         """
         self.check_changeable()
-        return {} if self._backing.tier is None else self._backing.tier.gc()
+        return {} if self._backing.tier is None else self._backing.tier.gc(old)
 
     def write(self, context: CompressedContext, path: Path) -> Path:
         """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.

@@ -408,18 +408,23 @@ class DiskTier:
             if self.folder.has(key):
                 self._leaving.let_go(key, let_go, for_good=True)
 
-    def gc(self) -> dict[str, int]:
+    def gc(self, old: bool = False) -> dict[str, int]:
         """Delete expired contexts, what dead writers left, quarantined files, and whatever has no row; count exactly.
+
+        Args:
+            old: delete also what older versions have stored, unless it is pinned.
 
         Returns:
             How many of each were deleted, and the bytes freed.
         """
         before = self.folder.measured()
         self._keeper.collect_dead_writers()
-        found = {"expired": 0, "quarantined": 0, "orphaned": 0}
+        found = {"expired": 0, **({"old": 0} if old else {}), "quarantined": 0, "orphaned": 0}
         for entry in self.entries():
             if entry.expired:
                 found["expired"] += self.remove(entry.key)
+            elif old and entry.other_version == "older" and not entry.pinned:
+                found["old"] += self.remove(entry.key)
         found["orphaned"] = self._keeper.reconcile()
         found["quarantined"] = self._keeper.empty_quarantine()
         with suppress(OSError):  # others are writing
