@@ -297,9 +297,11 @@ class ContextRegistry(Shared):
     def stats(self) -> dict[str, Any]:
         """Bytes, budgets and contexts of every tier, and what has happened since the registry was made.
 
-        ``lookups`` is the sum of ``hits`` over the tiers and ``built``; ``misses`` counts builds by the first field
-        that differed. Bytes and contexts on disk are those of the folder, which all tenants share as they do its budget; where a folder
-        that was given cannot be used they are 0, and ``unusable`` says why.
+        Of each of the ``tiers`` ``nbytes``, ``budget`` and ``contexts``: on disk those of the folder, which all tenants share as they do
+        its budget; where a folder that was given cannot be used they are 0, and ``unusable`` says why. ``lookups`` is the sum of ``hits``
+        over the tiers and ``built``. Contexts that moved down are ``spills`` by where to, those that came up from the host
+        ``promotions``; those that left the memory and are on disk ``evictions``, and those that were lost ``dropped``. ``shrunk`` were cut
+        from finer ones, ``stored`` written to disk, ``quarantined`` found damaged there; ``disk_errors`` is how often the disk tier failed.
         """
         counts, memory, backing = self._counts.now(), self._memory, self._backing
         with memory.changed:
