@@ -128,8 +128,6 @@ def _one(
         with below:
             return step.make(step, parent.pop() if parent else None, report)
 
-    if registry.is_removed(key) and "disk" in registry.tiers(key):  # another process has loaded it again
-        registry.readmit(key)
     if registry.is_removed(key):
         with calls.waiting():
             context = build(lambda *progress: None)

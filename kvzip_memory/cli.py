@@ -197,7 +197,8 @@ def _show(value: Any, as_json: bool, render: Callable[[], Any]) -> None:
 def _facts(entry: Entry) -> dict[str, Any]:
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
     times = {k: _time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
-    return {**facts, **times, "names": list(entry.names), "former": list(entry.former), "tenant": entry.tenant}
+    names = {"names": list(entry.names), "former": list(entry.former)}
+    return {**facts, **times, **names, "tenant": entry.tenant, "other_version": entry.other_version}
 
 
 def _session(session: turns.Session) -> dict[str, Any]:
@@ -295,7 +296,9 @@ def list_(
         for e in entries:
             older = [f"(was {name})" for name in e.former]
             whose = [f"tenant {e.tenant[:12]}"] if e.tenant else []
-            marks = " ".join([*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else []), *whose, *older, *e.tags])
+            states = [*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else [])]
+            states += [f"{e.other_version} version"] if e.other_version else []
+            marks = " ".join([*states, *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), _ago(e.used)
             table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
         if said["sessions"]:
@@ -438,11 +441,15 @@ def verify(
 
 
 @app.command()
-def gc(cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
+def gc(
+    old: Annotated[bool, typer.Option("--old", help="also contexts of older versions of kvzip-memory, unless they are pinned")] = False,
+    cache_dir: CacheDir = DEFAULT,
+    as_json: Json = False,
+) -> None:
     """Delete what is expired, in quarantine, or left behind by killed processes, and conversions that were not used for 30 days."""
     folder = cache_dir.expanduser()
     only_conversions = (folder / "gguf").is_dir() and not (folder / "contexts").is_dir()
-    freed = {} if only_conversions else _registry(cache_dir).gc()
+    freed = {} if only_conversions else _registry(cache_dir).gc(old)
     freed["sessions"] = turns.remove_expired(folder, _checksums())
     freed["conversions"], nbytes = conversions.gc(folder)
     freed["bytes"] = freed.get("bytes", 0) + nbytes

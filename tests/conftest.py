@@ -176,9 +176,9 @@ def masked_logits(
     """Logits ``[len(ids), vocab]`` of the oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
 
     Shares nothing with our attention: it rebuilds the masks from the kept positions, puts in the values that the kept pairs have (a refit
-    may have changed them), and runs the model's forward on context and ids at once, each layer and head with a mask of its own. What comes behind a context does not see what that
-    has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors. What was there before the
-    last one was folded, up to position ``folded_at``, has seen all.
+    may have changed them), and runs the model's forward on context and ids at once, each layer and head with a mask of its own. What comes
+    behind a context does not see what that has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors.
+    What was there before the last one was folded, up to position ``folded_at``, has seen all.
     """
     return _masked(engine, context, ids, *ancestors, folded_at=folded_at)[0]
 

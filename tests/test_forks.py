@@ -191,6 +191,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "untag": "registry.untag('lamp', 'x')",
             "verify": "registry.verify('lamp')",
             "with_room": "registry.with_room(Wanted('lamp', {}, 'lamp', name='x'))",
+            "write": None,
         },
     ),
     Session: (

@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -1098,3 +1099,14 @@ def test_what_is_deleted_pinned_or_untagged_under_a_lock_is_refused_and_stays(tm
     engine.registry.untag(key, "red")
     assert engine.registry.remove(key).key == key
     engine.close()
+
+
+def test_every_number_of_stats_is_documented_and_every_documented_one_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    usable, not_usable = (ContextRegistry(torch.device("cpu"), tmp_path / name) for name in ("contexts", "file"))
+    stats = usable.stats()
+    tiers = {name for registry in (usable, not_usable) for tier in registry.stats()["tiers"].values() for name in tier}
+    assert set(re.findall(r"``(\w+)``", ContextRegistry.stats.__doc__ or "")) == stats.keys() | tiers
+    table = (ROOT / "docs" / "registry.md").read_text()
+    assert {name for name in stats if f"`{name}`" not in table} == set()
+    usable.close()

@@ -31,6 +31,12 @@ class Forgetting:
     def __init__(self, memory: Memory, backing: Backing, writing: Writing, catalogue: Catalogue) -> None:
         self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
 
+    def is_removed(self, key: str) -> bool:
+        """Whether a context was deleted here and loaded again neither here nor by another process."""
+        if key in self._memory.removed and "disk" in self._catalogue.tiers(key):
+            self._memory.readmit(key)
+        return key in self._memory.removed
+
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
@@ -86,7 +92,7 @@ class Forgetting:
         When the block fails the context stays, and what it has deleted is written again.
         """
         with self._memory.changed:
-            self._memory.removed.add(key)
+            self._memory.removed.add([key])
         try:
             yield
         except BaseException:
@@ -124,7 +130,7 @@ class Forgetting:
         with self._memory.changed:
             for held in here:
                 held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
-        if deleted and not self._memory.is_removed(key):  # loaded meanwhile
+        if deleted and key not in self._memory.removed:  # loaded meanwhile
             self._writing.write_again(key)
         return deleted
 
@@ -164,7 +170,7 @@ class Forgetting:
             for held in [held for tier in memory.tiers for held in tier.held.values() if held.key in gone]:
                 if not held.users:
                     memory.drop(held)
-            memory.removed |= gone.keys()
+            memory.removed.add(gone)
             self._writing.unstored -= gone.keys()
             memory.changed.notify_all()
         for held in again:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from kvzip_memory.compression.scorers import VERSIONS
 from kvzip_memory.context import Recipe
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.system.digests import digest
@@ -86,6 +87,30 @@ def only_ratio_differs(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
     return {**stored, "ratio": None} == {**wanted, "ratio": None}
 
 
+def other_version(identity: Mapping[str, Any]) -> Literal["older", "newer"] | None:
+    """Whether an older or a newer version of this package made a context, which this one finds by no text; None: this one.
+
+    That is told by the version of files and keys, and by that of the scorer. Of a scorer that is not ours nothing is known.
+    """
+    name, version = _scorer(identity)
+    for stored, here in ((identity.get("format"), FORMAT), (version, VERSIONS.get(name, version))):
+        if (other := _compared(stored, here)) is not None:
+            return other
+    return None
+
+
+def _compared(stored: Any, here: Any) -> Literal["older", "newer"] | None:
+    if type(stored) is not int or type(here) is not int or stored == here:
+        return None
+    return "older" if stored < here else "newer"
+
+
+def _scorer(identity: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name and version of the scorer."""
+    scorer = identity.get("scorer")
+    return (str(scorer.get("name")), scorer.get("version")) if isinstance(scorer, Mapping) else ("", None)
+
+
 def explain(
     wanted: Mapping[str, Any], near: Sequence[Mapping[str, Any]], named: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[str, ...], str]:
@@ -102,6 +127,8 @@ def explain(
     if near:
         stored = min(near, key=lambda identity: len(differing_fields(identity, wanted)))
         differs = differing_fields(stored, wanted)
+        if (version := _of_versions(stored, wanted)) is not None:
+            return version
         if differs == ("ratio",):
             return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
         shown = "; ".join(
@@ -113,6 +140,26 @@ def explain(
     if wanted["tenant"] is not None:
         return (), "not stored for this tenant (contexts of other tenants are never looked at)"
     return (), "not stored"
+
+
+def _of_versions(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
+    """The same of one that another version has made: all else that differs may come of that."""
+    if (other := _compared(stored.get("format"), wanted.get("format"))) is not None:
+        return ("format",), _by(other, f"field format: stored {stored['format']}, wanted {wanted['format']}")
+    (name, version), (wanted_name, wanted_version) = _scorer(stored), _scorer(wanted)
+    if name == wanted_name and (other := _compared(version, wanted_version)) is not None:
+        return ("scorer",), _by(other, f"field scorer: stored {name} of version {version}, wanted {wanted_version}")
+    return None
+
+
+def _by(other: str, what: str) -> str:
+    way_out = "; kvzip-memory gc --old deletes what older ones have stored" if other == "older" else ""
+    return f"the same text is stored, but by {_name_of(other)} ({what}){way_out}"
+
+
+def _name_of(other: str) -> str:
+    """What to call another version."""
+    return f"an {other} version of kvzip-memory" if other == "older" else f"a {other} version of kvzip-memory"
 
 
 def label(field: str) -> str:
@@ -137,10 +184,12 @@ def check_same_model(
     differing = tuple(f for f in MODEL_FIELDS if identity.get(f) != model_fields[f])
     if differing:
         shown = "; ".join(f"{f}: stored {_short(identity.get(f))}, here {_short(model_fields[f])}" for f in differing)
-        raise IdentityMismatchError(
-            f"{where} was built with another model ({shown}); {way_out}",
-            fields=differing,
-        )
+        other = _compared(identity.get("format"), model_fields["format"])
+        if other is not None:  # from which all else may come
+            raise IdentityMismatchError(
+                f"{where} was built by {_name_of(other)} ({shown}); load the text again, or use that version", fields=differing
+            )
+        raise IdentityMismatchError(f"{where} was built with another model ({shown}); {way_out}", fields=differing)
 
 
 def _short(value: Any) -> str:

@@ -20,7 +20,7 @@ from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.catalogue import Catalogue
 from kvzip_memory.registry.counts import Counts
 from kvzip_memory.registry.disk.entry import Entry, is_past
-from kvzip_memory.registry.disk.store import DiskTier, NotStoredError
+from kvzip_memory.registry.disk.store import AbsentError, DiskTier, NotStoredError
 from kvzip_memory.registry.flights import Flight
 from kvzip_memory.registry.identity import explain, family_of, is_whose, only_ratio_differs
 from kvzip_memory.registry.memory import Memory, as_entry
@@ -43,6 +43,7 @@ class Story:
 
     tier: str = "built"
     reason: str | None = None
+    absent: bool = False  # nothing of its key is on disk: the reason is that of what is near it
     differs: tuple[str, ...] = ()
     shrunk_from: float | None = None
     ms: dict[str, float] = field(default_factory=dict)
@@ -145,7 +146,7 @@ class Lookup:
 
     def _from_disk(self, use: Use, wanted: Wanted, story: Story) -> bool:
         if (missed := self._moves.from_disk(use, wanted)) is not None:
-            story.reason = str(missed)
+            story.reason, story.absent = str(missed), isinstance(missed, AbsentError)
             return False
         story.tier, story.reason, story.differs = "disk", None, ()
         return True
@@ -162,7 +163,7 @@ class Lookup:
                 story.tier, story.reason, story.shrunk_from = tier, None, finer_ratio
                 self._counts.add("shrunk")
                 return context
-        if story.reason == "not stored" or self._backing.tier is None:
+        if story.absent or self._backing.tier is None:
             story.differs, text = explain(wanted.identity, [identity for _, identity in near], self._named_identities(wanted))
             story.reason = text if self._backing.tier is not None else f"{text}; {story.reason}"
         return None

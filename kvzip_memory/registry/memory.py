@@ -15,6 +15,7 @@ from kvzip_memory.registry.disk.entry import Entry, entry_of, is_past
 from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.flights import Flight
 from kvzip_memory.registry.identity import family_of
+from kvzip_memory.registry.removed import Removed
 from kvzip_memory.registry.tier import Held, MemoryTier, Room, Use
 from kvzip_memory.system.forks import refuse_after_fork
 
@@ -36,7 +37,7 @@ class Memory:
         device: the tier where contexts are used.
         host: the tier where they wait.
         flights: by their keys, contexts that a thread brings to the device; nobody else moves them.
-        removed: keys of contexts that were deleted here and not loaded again.
+        removed: contexts that somebody wants to be gone.
     """
 
     def __init__(
@@ -52,7 +53,7 @@ class Memory:
         self.device, self.host = MemoryTier("device", device_bytes), MemoryTier("host", host_bytes)
         self.changed = threading.Condition()
         self.flights: WeakValueDictionary[str, Flight] = WeakValueDictionary()
-        self.removed: set[str] = set()
+        self.removed = Removed()
         refuse_after_fork(self, "changed")
 
     @property
@@ -115,20 +116,16 @@ class Memory:
         return [tier.held[key] for tier in self.tiers if key in tier.held]
 
     def in_memory(self, keys: Iterable[str] | None = None) -> list[Held]:
-        """Contexts in memory, of these keys or all, without those that were deleted."""
+        """Contexts in memory, of these keys or all, without those that were removed."""
         with self.changed:
             tiers = (self.host.held, self.device.held)
             found = [h for t in tiers for h in t.values()] if keys is None else [t[k] for k in keys for t in tiers if k in t]
-            return [h for h in found if h.context.key not in self.removed] if self.removed else found
-
-    def is_removed(self, key: str) -> bool:
-        """Whether a context was deleted here and not loaded again."""
-        return key in self.removed
+            return [h for h in found if h.key not in self.removed]
 
     def readmit(self, key: str) -> None:
         """A context that was deleted may be stored again."""
         with self.changed:
-            self.removed.discard(key)
+            self.removed.readmit(key)
 
 
 def as_entry(held: Held) -> Entry:

@@ -127,8 +127,8 @@ class ContextRegistry(Shared):
         return self._moves.guest(nbytes)
 
     def is_removed(self, key: str) -> bool:
-        """Whether a context was deleted here and not loaded again."""
-        return self._memory.is_removed(key)
+        """Whether a context was deleted here and loaded again neither here nor by another process."""
+        return self._forgetting.is_removed(key)
 
     def readmit(self, key: str) -> None:
         """A context that was deleted may be stored again."""
@@ -269,15 +269,18 @@ class ContextRegistry(Shared):
         entry = self.one(reference)
         return self._backing.tier.verify(entry.key) if self._backing.tier is not None else None
 
-    def gc(self) -> dict[str, int]:
+    def gc(self, old: bool = False) -> dict[str, int]:
         """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes.
+
+        Args:
+            old: delete also what older versions of kvzip-memory have stored, which no text finds any more, unless it is pinned.
 
         Raises:
             StorageError: as for :meth:`check_changeable`; nothing was deleted.
             OSError: a file cannot be deleted; those before it were.
         """
         self.check_changeable()
-        return {} if self._backing.tier is None else self._backing.tier.gc()
+        return {} if self._backing.tier is None else self._backing.tier.gc(old)
 
     def write(self, context: CompressedContext, path: Path) -> Path:
         """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.
@@ -294,9 +297,11 @@ class ContextRegistry(Shared):
     def stats(self) -> dict[str, Any]:
         """Bytes, budgets and contexts of every tier, and what has happened since the registry was made.
 
-        ``lookups`` is the sum of ``hits`` over the tiers and ``built``; ``misses`` counts builds by the first field
-        that differed. Bytes and contexts on disk are those of the folder, which all tenants share as they do its budget; where a folder
-        that was given cannot be used they are 0, and ``unusable`` says why.
+        Of each of the ``tiers`` ``nbytes``, ``budget`` and ``contexts``: on disk those of the folder, which all tenants share as they do
+        its budget; where a folder that was given cannot be used they are 0, and ``unusable`` says why. ``lookups`` is the sum of ``hits``
+        over the tiers and ``built``. Contexts that moved down are ``spills`` by where to, those that came up from the host
+        ``promotions``; those that left the memory and are on disk ``evictions``, and those that were lost ``dropped``. ``shrunk`` were cut
+        from finer ones, ``stored`` written to disk, ``quarantined`` found damaged there; ``disk_errors`` is how often the disk tier failed.
         """
         counts, memory, backing = self._counts.now(), self._memory, self._backing
         with memory.changed:

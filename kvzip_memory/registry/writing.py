@@ -14,7 +14,6 @@ from kvzip_memory.registry.disk.index import IndexHeldError
 from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.forgotten import Notes
-from kvzip_memory.registry.holders import is_held
 from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.tier import Held, Use, to_host
 from kvzip_memory.system.forks import refuse_after_fork
@@ -47,8 +46,7 @@ class Writing:
 
         def write() -> None:
             try:
-                if not self._memory.is_removed(held.key):
-                    self.stored_unless_there(held) if hold is None else self._store(held)
+                self.stored_unless_there(held) if hold is None else self._store(held)
             finally:
                 if hold is not None:
                     hold.release()
@@ -73,18 +71,18 @@ class Writing:
             self.write_behind(held)
 
     def _store(self, held: Held) -> bool:
-        """Write a context to the disk tier; False, a warning and a counter if that fails."""
+        """Write a context to the disk tier; False if it was removed; a warning and a counter if that fails."""
         began = time.perf_counter()
         try:
             if (disk := self._backing.tier) is None:
                 return False
             disk.check_free()  # before anything is copied
             notes = disk.notes()
-            if self._is_forgotten(held, notes):
+            if self._is_removed(held, notes):
                 return False
             tags, pinned = dict(held.tags) if held.stored is None else notes.left(held.key, held.tags), held.pinned
             disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned)
-            if self._memory.is_removed(held.key) or self._is_forgotten(held, disk.notes()):  # meanwhile
+            if self._is_removed(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
                 return False
             if held.pinned != pinned:
@@ -102,14 +100,8 @@ class Writing:
         self._counts.add("stored.ms", round(1e3 * (time.perf_counter() - began)))
         return True
 
-    def _is_forgotten(self, held: Held, notes: Notes) -> bool:
-        """Whether a context that was on disk was deleted there by whoever had it, and not loaded here since."""
-        if held.stored is None:
-            return False
-        if held.loaded <= notes.deleted(held.key):
-            return True
-        taken = max((notes.taken(held.key, tag) for tag in held.tags), default=0.0)
-        return held.loaded <= taken and not is_held(self._backing.told(as_entry(held)).names, held.pinned, notes.left(held.key, held.tags))
+    def _is_removed(self, held: Held, notes: Notes) -> bool:
+        return self._memory.removed.forbids(held, notes, lambda: self._backing.told(as_entry(held)).names)
 
     def stored_unless_there(self, held: Held) -> bool:
         """Whether a context is on disk, or was stored now.

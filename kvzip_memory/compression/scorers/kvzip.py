@@ -31,6 +31,9 @@ OVERLAP = 8  # ids of the previous chunk that say where the next one starts
 # 3.9 s at 0.5M and at 1M, 4.7 s at 2M, 5.3 s at 4M and 7.4 s at 8M (means of two).
 BLOCK_ELEMENTS = 1 << 20
 
+#: Another one means other scores of the same text.
+VERSION = 1
+
 
 @dataclass(frozen=True)
 class KVzipScorer:
@@ -56,7 +59,7 @@ class KVzipScorer:
     def identity(self) -> dict[str, Any]:
         return {
             "name": "kvzip",
-            "version": 1,
+            "version": VERSION,
             "aggregation": self.aggregation,
             "repeat": self.repeat,
             "chunk_tokens": self.chunk_tokens,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from kvzip_memory.context import CompressedContext
+from kvzip_memory.registry.identity import other_version
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Entry:
     @property
     def tenant(self) -> str | None:
         return self.identity.get("tenant")
+
+    @property
+    def other_version(self) -> Literal["older", "newer"] | None:
+        """Whether an older or a newer version of kvzip-memory stored it, so that no text finds it here; None: this one."""
+        return other_version(self.identity)
 
     @property
     def expired(self) -> bool:

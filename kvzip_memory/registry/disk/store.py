@@ -50,6 +50,13 @@ class NotStoredError(Exception):
     """No usable context of this key on disk; says why."""
 
 
+class AbsentError(NotStoredError):
+    """There is none of this key, usable or not."""
+
+    def __init__(self) -> None:
+        super().__init__("not stored")
+
+
 class DiskTier:
     """Contexts in a folder that any number of processes share.
 
@@ -155,7 +162,7 @@ class DiskTier:
     ) -> CompressedContext:
         def checked(facts: Mapping[str, Any]) -> None:
             if not is_whose(facts["identity"], self.folder.tenant):
-                raise NotStoredError("not stored")
+                raise AbsentError()
             if admit is not None:
                 admit(facts)
 
@@ -172,7 +179,7 @@ class DiskTier:
             if check is not None:
                 check(context.layers, str(path))
         except FileNotFoundError:
-            raise NotStoredError("not stored") from None
+            raise AbsentError() from None
         except OSError as error:
             logger.warning("cannot read stored context %s: %s", key[:12], error)
             raise NotStoredError(f"stored file unreadable: {error}") from None
@@ -401,18 +408,23 @@ class DiskTier:
             if self.folder.has(key):
                 self._leaving.let_go(key, let_go, for_good=True)
 
-    def gc(self) -> dict[str, int]:
+    def gc(self, old: bool = False) -> dict[str, int]:
         """Delete expired contexts, what dead writers left, quarantined files, and whatever has no row; count exactly.
+
+        Args:
+            old: delete also what older versions have stored, unless it is pinned.
 
         Returns:
             How many of each were deleted, and the bytes freed.
         """
         before = self.folder.measured()
         self._keeper.collect_dead_writers()
-        found = {"expired": 0, "quarantined": 0, "orphaned": 0}
+        found = {"expired": 0, **({"old": 0} if old else {}), "quarantined": 0, "orphaned": 0}
         for entry in self.entries():
             if entry.expired:
                 found["expired"] += self.remove(entry.key)
+            elif old and entry.other_version == "older" and not entry.pinned:
+                found["old"] += self.remove(entry.key)
         found["orphaned"] = self._keeper.reconcile()
         found["quarantined"] = self._keeper.empty_quarantine()
         with suppress(OSError):  # others are writing

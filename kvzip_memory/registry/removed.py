@@ -1,0 +1,51 @@
+"""What "removed" means.
+
+A context is removed from the moment when somebody begins to delete it, until its text is loaded again. Meanwhile nobody finds it in
+memory, it leaves that with the last answer from it, and it is not written; who still has a handle of it has it built for one answer.
+
+Of what was deleted in this process a registry knows the keys. Of what others have deleted there are notes in the folder, with their
+times: a context that was on disk, was deleted there and was not loaded here since is removed as well. One that another process has
+stored again is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+from kvzip_memory.registry.forgotten import Notes
+from kvzip_memory.registry.holders import is_held
+from kvzip_memory.registry.tier import Held
+
+
+class Removed:
+    """Contexts that were removed. Not locked: who changes it holds the memory's lock."""
+
+    def __init__(self) -> None:
+        self._keys: set[str] = set()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Contexts are deleted here."""
+        self._keys.update(keys)
+
+    def readmit(self, key: str) -> None:
+        """A context is loaded again, or not deleted after all."""
+        self._keys.discard(key)
+
+    def forbids(self, held: Held, notes: Notes, names: Callable[[], Collection[str]]) -> bool:
+        """Whether a context in memory is not to be written: it was removed here, or by another process.
+
+        Args:
+            notes: what was forgotten in the folder.
+            names: those that the context has still; asked for only if they matter.
+        """
+        if held.key in self._keys:
+            return True
+        if held.stored is None:  # nobody else can have deleted it
+            return False
+        if held.loaded <= notes.deleted(held.key):
+            return True
+        taken = max((notes.taken(held.key, tag) for tag in held.tags), default=0.0)
+        return held.loaded <= taken and not is_held(names(), held.pinned, notes.left(held.key, held.tags))
