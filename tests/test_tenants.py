@@ -575,7 +575,8 @@ def public(kind: type, world: World) -> set[str]:
     framework = [base for base in kind.__mro__[1:] if base.__module__.split(".")[0] in ("langchain", "langchain_core", "llama_index")]
     if framework:
         asked = {"invoke", "ainvoke", "stream", "astream", "batch", "abatch"} if issubclass(kind, Runnable) else {"aget"}
-        names = {*vars(kind), *inspect.get_annotations(kind), *(asked & {*dir(framework[0])})}
+        ours = [base for base in kind.__mro__ if base.__module__.split(".")[0] == kind.__module__.split(".")[0]]
+        names = {name for base in ours for name in (*vars(base), *inspect.get_annotations(base))} | (asked & {*dir(framework[0])})
     else:
         instances = {
             KVzipEngine: world.b.engine,
