@@ -64,13 +64,14 @@ def chunks_of(
         message=AIMessageChunk(
             content=reader.flush() if reader else "",
             usage_metadata=_usage(reply, created),
-            response_metadata=_metadata(reply, model_name, called, created),
+            response_metadata=metadata_of(reply, model_name, called, created),
             chunk_position="last",
         )
     )
 
 
-def _metadata(reply: Reply, model_name: str, called: bool, created: int) -> dict[str, Any]:
+def metadata_of(reply: Reply, model_name: str, called: bool, created: int) -> dict[str, Any]:
+    """What LangChain keeps of an answer beside its text, with what it reused or built under ``kvzip``."""
     receipt = reply.receipt
     facts: dict[str, Any] = {"tier": "built" if created else receipt.tier, "ms": {k: round(v, 1) for k, v in receipt.ms.items()}}
     metadata = {"model_name": model_name, "finish_reason": reply.finish_reason, "kvzip": facts}
