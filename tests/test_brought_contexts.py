@@ -17,7 +17,7 @@ from langchain_kvzip import KVzipChatModel
 from langchain_kvzip.messages import files_in, without_files
 from langchain_kvzip.messages import plain_messages as langchain_messages
 from llama_index_kvzip import KVzipLLM
-from llama_index_kvzip.llm import CONTEXT_KEY, plain_messages
+from llama_index_kvzip.messages import CONTEXT_KEY, plain_messages
 
 #: Every class of message that LangChain has, and its chat messages of any role.
 CLASSES = [kind for name in messages_of.__all__ if inspect.isclass(kind := getattr(messages_of, name)) and issubclass(kind, BaseMessage)]

@@ -42,7 +42,7 @@ from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import Naming, document_tag, thread_tag
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
-from llama_index_kvzip.llm import CONTEXT_KEY
+from llama_index_kvzip.messages import CONTEXT_KEY
 
 QUESTION = "Who?"
 FEW = {"max_new_tokens": 3}

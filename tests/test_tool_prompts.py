@@ -10,8 +10,8 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, Tool
 
 from conftest import CHATML, TEXT, tiny_engine, tiny_tokenizer
 from kvzip_memory import Document, InputError, KVzipEngine
+from kvzip_memory.prompting.messages import as_message
 from kvzip_memory.prompting.prompts import PromptBuilder
-from kvzip_memory.prompting.sources import as_message
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, STRICT
 
 TOOLS = [
