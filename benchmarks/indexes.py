@@ -40,7 +40,7 @@ from llama_index.core.node_parser import SentenceSplitter
 from common import articles, minilm, save, smollm2
 from kvzip_memory import CompressedContext, KVzipEngine
 from llama_index_kvzip import KVzipIndex, KVzipLLM
-from llama_index_kvzip.llm import plain_messages
+from llama_index_kvzip.messages import plain_messages
 from memory import forced
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -26,7 +26,7 @@ from common import minilm, save, smollm2
 from indexes import Calls
 from kvzip_memory import CompressedContext, KVzipEngine
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
-from llama_index_kvzip.llm import plain_messages
+from llama_index_kvzip.messages import plain_messages
 from memory import asked, history, scored
 
 TOKEN_LIMIT, FLUSH = 400, 100  # 0.7 of the limit are the newest messages, LlamaIndex' default

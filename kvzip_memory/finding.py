@@ -120,7 +120,6 @@ class Finder:
             InputError: it is no longer stored.
         """
         wanted = Wanted(entry.key, entry.identity, entry.group)
-        self._registry.readmit(entry.key)  # if it was deleted, another process has loaded it again
 
         def make(*given: Any) -> CompressedContext:
             raise InputError(f"context {label.name if label else entry.key[:12]!r} is no longer stored; load its text again")

@@ -17,7 +17,10 @@ import xxhash
 
 from conftest import tiny_engine
 from fuzz import Target
-from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError, cli
+from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchError, KVzipEngine, KVzipError, StorageError
+from kvzip_memory.cli.contexts import facts_of
+from kvzip_memory.cli.sessions import session_facts
+from kvzip_memory.cli.terminal import ago
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.facts import ALIGNMENT
@@ -128,7 +131,7 @@ def _look_as_an_index(disk: DiskTier, path: Path) -> None:
     index.add(entry)
     again = index.entry(entry.key)
     assert again is not None
-    json.dumps(cli._facts(again))
+    json.dumps(facts_of(again))
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -225,7 +228,7 @@ def use_rows(disk: DiskTier) -> None:
     from kvzip_memory.registry.identity import family_of
 
     for entry in disk.entries():
-        json.dumps(cli._facts(entry))
+        json.dumps(facts_of(entry))
         assert entry.fineness >= 0
         assert entry.expired in (True, False)
         disk.lengths(family_of(entry.identity), [entry.beginning])
@@ -337,8 +340,8 @@ def turns(folder: Path) -> Target:
         records, mark = file.read()
         file.read(mark)
         for session in sessions(folder):
-            json.dumps(cli._session(session))
-            (session.expired, session.keys, cli._ago(session.written))
+            json.dumps(session_facts(session))
+            (session.expired, session.keys, ago(session.written))
         find(folder, "memory history: ana")
         find(folder, file.path.stem[:9])
         history = _Session(engine(), block.name, "ana", _Sessions(engine()))

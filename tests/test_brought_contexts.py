@@ -14,9 +14,10 @@ from conftest import TEXT
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.prompting.messages import as_message, may_bring_contexts
 from langchain_kvzip import KVzipChatModel
-from langchain_kvzip.chat_models import _plain, files_in, without_files
+from langchain_kvzip.messages import files_in, without_files
+from langchain_kvzip.messages import plain_messages as langchain_messages
 from llama_index_kvzip import KVzipLLM
-from llama_index_kvzip.llm import CONTEXT_KEY, plain_messages
+from llama_index_kvzip.messages import CONTEXT_KEY, plain_messages
 
 #: Every class of message that LangChain has, and its chat messages of any role.
 CLASSES = [kind for name in messages_of.__all__ if inspect.isclass(kind := getattr(messages_of, name)) and issubclass(kind, BaseMessage)]
@@ -54,7 +55,7 @@ def test_only_the_user_and_the_system_bring_contexts(kind: Any, context: Compres
             told = role if told == "chat" else told
             assert may_bring_contexts(message) == bool(files_in(message)) == (told in TRUSTED)
             assert (without_files(message) is message) == (told not in TRUSTED)
-            turns, keys = _plain([message])
+            turns, keys = langchain_messages([message])
             assert keys == ([context.key] if told in TRUSTED else [])
             assert turns[0]["role"] == as_message({"role": told, "content": "a"})["role"]  # type: ignore[index]
 

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, StorageError, __version__
-from kvzip_memory.cli import app, console
+from kvzip_memory.cli import app
+from kvzip_memory.cli.terminal import console
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.identity import tenant_digest

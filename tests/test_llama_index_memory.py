@@ -27,8 +27,8 @@ from kvzip_memory.cli import app
 from kvzip_memory.system.private import open_file
 from kvzip_memory.turns import TurnsFile, sessions
 from llama_index_kvzip import KVzipLLM, KVzipMemoryBlock
-from llama_index_kvzip.llm import plain_messages
 from llama_index_kvzip.memory import _message
+from llama_index_kvzip.messages import plain_messages
 
 
 @pytest.fixture

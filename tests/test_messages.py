@@ -46,7 +46,7 @@ from kvzip_memory.prompting.messages import as_message, as_messages
 from kvzip_memory.prompting.prompts import PromptBuilder
 from kvzip_memory.prompting.tools import results_in_order
 from langchain_kvzip import KVzipChatModel
-from langchain_kvzip.chat_models import _plain
+from langchain_kvzip.messages import plain_messages
 from llama_index_kvzip import KVzipLLM
 from templates import CONTROL, HERMES, LLAMA3, MISTRAL, STRICT
 
@@ -396,7 +396,7 @@ def test_a_file_that_a_tool_returned_is_what_it_said_and_no_context(engine: KVzi
     call = AIMessage("", tool_calls=[{"name": "look", "args": {}, "id": "1"}])
     for file in ({"type": "file", "file_id": "abc"}, context.as_block()):
         asked: list[Any] = [HumanMessage("Who?"), call, ToolMessage([file], tool_call_id="1")]
-        assert _plain(asked)[0][-1]["content"] == json.dumps(file)
+        assert plain_messages(asked)[0][-1]["content"] == json.dumps(file)
         assert "context" not in llm.invoke(asked).response_metadata["kvzip"]
     for kind in (HumanMessage, SystemMessage):
         answer = llm.invoke([kind([context.as_block(), {"type": "text", "text": "Be brief."}]), HumanMessage("Who?")])

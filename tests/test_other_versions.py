@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from conftest import tiny_model, tiny_tokenizer
 from kvzip_memory import IdentityMismatchError, KVzipEngine
-from kvzip_memory.cli import app, console
+from kvzip_memory.cli import app
+from kvzip_memory.cli.terminal import console
 from kvzip_memory.compression import scorers
 from kvzip_memory.registry import identity
 from kvzip_memory.registry.disk.files import read_context

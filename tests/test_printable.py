@@ -11,6 +11,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import langchain_kvzip
 import llama_index_kvzip
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, cli
+from kvzip_memory.cli.terminal import console
 from kvzip_memory.progress import Bar
 from kvzip_memory.prompting.documents import Document
 from kvzip_memory.system.printable import printable
@@ -36,7 +38,7 @@ NAME = HOSTILE.replace("\ud800", "")  # which no name may hold
 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.console, "width", 2000)
+    monkeypatch.setattr(console, "width", 2000)
 
 
 @pytest.fixture
@@ -131,10 +133,10 @@ def test_errors_of_all_kinds_are_one_line(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_texts_reach_the_console_through_one_door() -> None:
-    tree = ast.parse(Path(cli.__file__).read_text())
+    trees = [ast.parse(path.read_text()) for path in Path(cli.__file__).parent.glob("*.py")]
     escaping = {
         function.name
-        for function in ast.walk(tree)
+        for function in chain.from_iterable(map(ast.walk, trees))
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)
         if isinstance(node, ast.Name) and node.id == "escape"

@@ -42,7 +42,7 @@ from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import Naming, document_tag, thread_tag
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
-from llama_index_kvzip.llm import CONTEXT_KEY
+from llama_index_kvzip.messages import CONTEXT_KEY
 
 QUESTION = "Who?"
 FEW = {"max_new_tokens": 3}
@@ -576,7 +576,8 @@ def public(kind: type, world: World) -> set[str]:
     framework = [base for base in kind.__mro__[1:] if base.__module__.split(".")[0] in ("langchain", "langchain_core", "llama_index")]
     if framework:
         asked = {"invoke", "ainvoke", "stream", "astream", "batch", "abatch"} if issubclass(kind, Runnable) else {"aget"}
-        names = {*vars(kind), *inspect.get_annotations(kind), *(asked & {*dir(framework[0])})}
+        ours = [base for base in kind.__mro__ if base.__module__.split(".")[0] == kind.__module__.split(".")[0]]
+        names = {name for base in ours for name in (*vars(base), *inspect.get_annotations(base))} | (asked & {*dir(framework[0])})
     else:
         instances = {
             KVzipEngine: world.b.engine,

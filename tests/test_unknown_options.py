@@ -30,7 +30,7 @@ NEW = Document(text="The boat is green.", doc_id="c")
 NODES = [TextNode(text="The boat is green.")]
 
 # Called by LlamaIndex with what is another's: all blocks of a memory and all transformations of a pipeline get the same options.
-FOR_ALL = {"KVzipMemoryBlock._aget", "_WholeDocuments.__call__"}
+FOR_ALL = {"KVzipMemoryBlock._aget", "WholeDocuments.__call__"}
 # Behind those that refuse.
 INNER = {
     *("KVzipIndex._insert", "KVzipIndex._delete_node", "KVzipChatModel._get_ls_params"),

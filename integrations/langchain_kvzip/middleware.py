@@ -26,7 +26,9 @@ from kvzip_memory.conversations import Memory, Recalled, Size, Trigger
 from kvzip_memory.frameworks.engines import loads_of
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.registry.holders import thread_tag
-from langchain_kvzip.chat_models import KVzipChatModel, _openai_tool, _plain, thread_tags, without_files
+from langchain_kvzip.chat_models import KVzipChatModel
+from langchain_kvzip.messages import plain_messages, thread_tags, without_files
+from langchain_kvzip.tools import openai_tool
 
 
 class KVzipMemoryState(AgentState[Any]):
@@ -188,10 +190,10 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         """The context, the request with the messages behind it, and who tells whether the model is asked these."""
         model: Any = request.model
         system = [request.system_message] if request.system_message else []
-        said = [message for message in request.messages if _plain([message])[0]]  # not what only brings a context
-        turns, file_ids = _plain([*system, *request.messages])
+        said = [message for message in request.messages if plain_messages([message])[0]]  # not what only brings a context
+        turns, file_ids = plain_messages([*system, *request.messages])
         base = model.engine.one_context([model.context, *file_ids], by_name=model.contexts_by_name)
-        tools = [_openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
+        tools = [openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")
         ratio = model.ratio if self._ratio is None else self._ratio
         self._engines.add(model.engine)
@@ -222,10 +224,10 @@ class _Witness:
     """Whether a model is asked what the memory says, and answers."""
 
     def __init__(self, messages: list[Any]) -> None:
-        self._turns, self.changed, self.answers = _plain(messages)[0], False, False
+        self._turns, self.changed, self.answers = plain_messages(messages)[0], False, False
 
     def asked(self, messages: list[Any]) -> None:
-        self.changed, self.answers = self.changed or _plain(messages)[0] != self._turns, False
+        self.changed, self.answers = self.changed or plain_messages(messages)[0] != self._turns, False
 
     def answered(self) -> None:
         self.answers = True

@@ -97,6 +97,20 @@ class Wanted:
     def is_object(self) -> bool:
         return _is_object(self.schema, self.schema)
 
+    @property
+    def traced(self) -> dict[str, Any]:
+        """The schema for LangChain's traces, which knows types by one name: several are said as ``anyOf``."""
+        kinds = self.schema.get("type", "")
+        if isinstance(kinds, str):
+            return dict(self.schema)
+        several = {"anyOf": [{"type": kind} for kind in kinds]} if isinstance(kinds, list) else {}
+        return {**{key: value for key, value in self.schema.items() if key != "type"}, **several}
+
+    def as_format(self, told: bool) -> dict[str, Any]:
+        """OpenAI's ``response_format``, of which the model is ``told`` or not."""
+        named = {"name": self.schema.get("title", "answer"), "schema": self.schema}
+        return {"type": "json_schema" if told else "json_object", "json_schema": named}
+
     def as_tool(self) -> dict[str, Any]:
         """A tool whose call is the answer: its arguments, or if that is no object, the only one of them."""
         about = {key: value for key, value in self.schema.items() if key in ("title", "description")}

@@ -31,8 +31,9 @@ from kvzip_memory.frameworks.engines import loads_of
 from kvzip_memory.streaming import Stream
 from kvzip_memory.system.calls import Cancelled, check, within
 from kvzip_memory.system.forks import refuse_after_fork
-from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip, plain_messages
+from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
 from llama_index_kvzip.memory import KVzipMemoryBlock
+from llama_index_kvzip.messages import plain_messages
 from llama_index_kvzip.sources import Part, Ranking, whole
 
 

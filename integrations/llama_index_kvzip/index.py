@@ -18,11 +18,11 @@ from llama_index.core.indices.managed.base import BaseManagedIndex
 from llama_index.core.llms.structured_llm import StructuredLLM
 from llama_index.core.llms.utils import LLMType
 from llama_index.core.node_parser import NodeParser
-from llama_index.core.schema import BaseNode, Document, NodeRelationship, NodeWithScore, QueryBundle, TextNode, TransformComponent
-from llama_index.core.storage.docstore.types import BaseDocumentStore, RefDocInfo
+from llama_index.core.schema import BaseNode, Document
+from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
-from kvzip_memory import CompressedContext, InputError, WindowError
+from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.registry.holders import document_tag, escaped, parts
 from kvzip_memory.system.calls import check
@@ -31,6 +31,7 @@ from kvzip_memory.system.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine
 from llama_index_kvzip.filters import Choice
 from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
+from llama_index_kvzip.nodes import WHOLE, unchanged_on_failure
 from llama_index_kvzip.options import (
     CHAT_ENGINES,
     CHAT_OPTIONS,
@@ -43,36 +44,19 @@ from llama_index_kvzip.options import (
     chosen,
     known_options,
 )
-from llama_index_kvzip.packing import document_of, encodable, readable, room, size, tag_of
+from llama_index_kvzip.packing import document_of, encodable, room, tag_of
+from llama_index_kvzip.placing import Group, Placing, group_of
 from llama_index_kvzip.query_engine import KVzipQueryEngine
+from llama_index_kvzip.retriever import DocumentRetriever
 from llama_index_kvzip.sources import Part, Ranking, whole
 from llama_index_kvzip.structured import unwrapped
 
-# Where a node is that has no text, and where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
-_NOWHERE, _FIRST_ID = "", "first index id"
+# Where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
+_FIRST_ID = "first index id"
 
 # Begins the part of a context's tag that names the index; the other parts name the documents.
 _INDEX = "index: "
 
-
-class _WholeDocuments(TransformComponent):
-    """A node a document, whole."""
-
-    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        nodes_of_documents = []
-        for document in nodes:
-            # Not the document's own id: under that the docstore keeps the hash by which changes are told, and pages may share it.
-            id_ = f"{document.node_id}/{document.hash[:16]}"
-            node = TextNode(text=document.get_content(), id_=id_, metadata=dict(document.metadata))
-            node.relationships[NodeRelationship.SOURCE] = document.as_related_node_info()
-            nodes_of_documents.append(node)
-        return nodes_of_documents
-
-
-_WHOLE: list[TransformComponent] = [_WholeDocuments()]
-
-# The ids and hashes of the nodes of a context.
-_Group = tuple[tuple[str, str], ...]
 
 _ALL = Choice()
 
@@ -123,20 +107,19 @@ class KVzipIndex(Shared, BaseManagedIndex):
         context_tokens: int | None = None,
         **kwargs: Any,
     ) -> None:
-        check_index_options(kwargs, _WHOLE)
+        check_index_options(kwargs, WHOLE)
         llm = given_or_set_kvzip(llm)
         self._llm, self._system = llm, system
-        self._limit = room(llm, system, context_tokens)
-        self._contexts: dict[_Group, CompressedContext] = {}
-        self._chosen: dict[_Group, CompressedContext] = {}
-        self._sizes: dict[tuple[str, str], int] = {}
+        self._placing = Placing(llm.engine, room(llm, system, context_tokens))
+        self._contexts: dict[Group, CompressedContext] = {}
+        self._chosen: dict[Group, CompressedContext] = {}
         self._known: set[str] = set()  # keys of all that it has loaded
         self._gone: set[str] = set()  # tags of documents that are deleted by a change under way
         self._persisted = kwargs.get("index_struct") is not None
         self._lock, self._changing = threading.RLock(), False
         llm.engine.shared.setdefault("llama_index.indexes", WeakSet()).add(self)
         refuse_after_fork(self, "_lock")
-        super().__init__(nodes, **{**kwargs, "transformations": _WHOLE})
+        super().__init__(nodes, **{**kwargs, "transformations": WHOLE})
 
     @classmethod
     def from_documents(cls, documents: Sequence[Document], **kwargs: Any) -> KVzipIndex:  # type: ignore[override]
@@ -144,8 +127,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
         check_index_options(kwargs)
         documents = [encodable(document) for document in documents]
         storage = kwargs.get("storage_context")
-        with nullcontext() if storage is None else _unchanged_on_failure(storage.docstore, documents):
-            return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": _WHOLE})
+        with nullcontext() if storage is None else unchanged_on_failure(storage.docstore, documents):
+            return super(BaseManagedIndex, cls).from_documents(documents, **{**kwargs, "transformations": WHOLE})
 
     @classmethod
     def from_storage(
@@ -172,22 +155,20 @@ class KVzipIndex(Shared, BaseManagedIndex):
             self._contexts = {key: self._contexts.get(key) or self._load(nodes) for key, nodes in groups.items()}
             return [Part(self._contexts[key], whole(self._contexts[key], nodes)) for key, nodes in groups.items()]
 
-    def _chosen_parts(self, choice: Choice, groups: Mapping[_Group, Sequence[BaseNode]]) -> list[Part]:
+    def _chosen_parts(self, choice: Choice, groups: Mapping[Group, Sequence[BaseNode]]) -> list[Part]:
         """Contexts of which all documents are chosen, as they are; and as few others as the rest of the chosen ones need."""
         parts: list[Part] = []
-        rest: dict[int, list[BaseNode]] = {}
-        taken: dict[int, int] = {}
+        rest: list[BaseNode] = []
         for key, nodes in groups.items():
             chosen = [node for node in nodes if choice(node)]
             if len(chosen) == len(nodes):
                 self._contexts[key] = self._contexts.get(key) or self._load(nodes)
                 parts.append(Part(self._contexts[key], whole(self._contexts[key], nodes)))
                 continue
-            for node in chosen:
-                rest.setdefault(_first_with_room(taken, self._size(node), self._limit), []).append(node)
-        for nodes in rest.values():
-            context = self._chosen.pop(_group(nodes), None) or self._load(nodes)
-            self._chosen[_group(nodes)] = context  # the last used is last
+            rest += chosen
+        for nodes in self._placing.together(rest):
+            context = self._chosen.pop(group_of(nodes), None) or self._load(nodes)
+            self._chosen[group_of(nodes)] = context  # the last used is last
             parts.append(Part(context, whole(context, nodes)))
         for key in list(self._chosen)[:-_MOST_CHOSEN]:
             del self._chosen[key]  # found again by its text
@@ -198,14 +179,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
         self._known.add(context.key)
         return context
 
-    def _groups_of_nodes(self) -> dict[_Group, list[BaseNode]]:
+    def _groups_of_nodes(self) -> dict[Group, list[BaseNode]]:
         """The nodes of each context."""
-        groups: dict[str, list[str]] = {}
-        for node_id, group in self._index_struct.nodes_dict.items():
-            if group != _NOWHERE:
-                groups.setdefault(group, []).append(node_id)
-        found = [self.docstore.get_nodes(node_ids) for node_ids in groups.values()]
-        return {_group(nodes): nodes for nodes in found}
+        return self._placing.groups(self._index_struct, self.docstore)
 
     @property
     def _tag(self) -> tuple[str, ...]:
@@ -238,32 +214,6 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
         self._llm.engine.registry.forget(let_go)
 
-    def _size(self, node: BaseNode) -> int:
-        known = (node.node_id, node.hash)
-        if known not in self._sizes:
-            self._sizes[known] = size(self._llm.engine, node)
-        return self._sizes[known]
-
-    def _place(self, struct: IndexDict, nodes: Sequence[BaseNode]) -> None:
-        """Give each node that has a text to the first context with room for it."""
-        struct.nodes_dict |= {node.node_id: _NOWHERE for node in nodes}
-        taken: dict[int, int] = {}
-        for node_id, group in struct.nodes_dict.items():
-            if group != _NOWHERE:
-                taken[int(group)] = taken.get(int(group), 0) + self._size(self.docstore.get_node(node_id))
-        for node in readable(nodes):
-            struct.nodes_dict[node.node_id] = str(_first_with_room(taken, self._size(node), self._limit))
-
-    def _check_lengths(self, nodes: Sequence[BaseNode]) -> None:
-        for node in nodes:
-            if (tokens := self._size(node)) > self._limit:
-                raise WindowError(
-                    f"document {node.ref_doc_id or node.node_id!r} has about {tokens:,} tokens; a context of this index may have "
-                    f"{self._limit:,}: split the document, or use a model with a longer window",
-                    tokens=tokens,
-                    window=self._llm.engine.window,
-                )
-
     # -- BaseIndex -----------------------------------------------------------------------------------------------
 
     def set_index_id(self, index_id: str) -> None:
@@ -274,10 +224,10 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def build_index_from_nodes(self, nodes: Sequence[BaseNode], **build_kwargs: Any) -> IndexDict:
         check_names(build_kwargs, set())
-        self._check_lengths(nodes)
+        self._placing.check_lengths(nodes)
         self._docstore.add_documents(nodes, allow_update=True)
         self._index_struct = IndexDict()
-        self._place(self._index_struct, nodes)
+        self._placing.place(self._index_struct, self.docstore, nodes)
         self.parts()
         return self._index_struct
 
@@ -288,14 +238,14 @@ class KVzipIndex(Shared, BaseManagedIndex):
             if self._changing:  # a part of another
                 yield
                 return
-            self._check_lengths(nodes)
+            self._placing.check_lengths(nodes)
             if forget:
                 self._llm.engine.registry.check_changeable()
             check()
             placed = dict(self._index_struct.nodes_dict)
             self._changing = True
             try:
-                with _unchanged_on_failure(self.docstore, nodes):
+                with unchanged_on_failure(self.docstore, nodes):
                     yield
                     self.parts()
             except BaseException:
@@ -327,7 +277,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         await result_of(self._llm.engine.loads, self.insert_nodes, nodes, **insert_kwargs)
 
     def _insert(self, nodes: Sequence[BaseNode], **insert_kwargs: Any) -> None:
-        self._place(self._index_struct, nodes)
+        self._placing.place(self._index_struct, self.docstore, nodes)
 
     def _delete_node(self, node_id: str, **delete_kwargs: Any) -> None:
         self._index_struct.nodes_dict.pop(node_id, None)  # others' nodes may be of the same document
@@ -434,7 +384,9 @@ class KVzipIndex(Shared, BaseManagedIndex):
                 none. When asked: filters that cannot be applied to the metadata.
         """
         options = known_options({"source_top_k": source_top_k, "node_parser": node_parser, **kwargs}, SOURCE_OPTIONS)
-        return _Retriever(self, chosen(options), Ranking(self._llm.engine, options.get("source_top_k"), options.get("node_parser")))
+        choice = chosen(options)
+        ranking = Ranking(self._llm.engine, options.get("source_top_k"), options.get("node_parser"))
+        return DocumentRetriever(partial(self.parts, choice), ranking)
 
     def as_query_engine(self, llm: LLMType | None = None, **kwargs: Any) -> BaseQueryEngine:
         """A :class:`KVzipQueryEngine` over all documents, or over those that are chosen.
@@ -493,49 +445,3 @@ class KVzipIndex(Shared, BaseManagedIndex):
         if model.engine is not self._llm.engine:
             raise InputError(f"llm is {llm!r}; contexts are read by the model that made them: give a KVzipLLM over the same engine")
         return model
-
-
-def _group(nodes: Sequence[BaseNode]) -> _Group:
-    return tuple((node.node_id, node.hash) for node in nodes)
-
-
-def _first_with_room(taken: dict[int, int], size: int, limit: int) -> int:
-    """The number of the first context with room for a document, which it is given; a new one's if there is none."""
-    new = max(taken, default=-1) + 1
-    number = next((number for number, tokens in taken.items() if tokens + size <= limit), new)
-    taken[number] = taken.get(number, 0) + size
-    return number
-
-
-@contextmanager
-def _unchanged_on_failure(docstore: BaseDocumentStore, nodes: Sequence[BaseNode]) -> Iterator[None]:
-    """If the block fails, the docstore has of the documents of these nodes what it had before."""
-    hashes = {id_: docstore.get_document_hash(id_) for id_ in {node.ref_doc_id or node.node_id for node in nodes}}
-
-    def node_ids() -> set[str]:
-        infos = [info for id_ in hashes if (info := docstore.get_ref_doc_info(id_))]
-        return {node.node_id for node in nodes}.union(*(info.node_ids for info in infos))
-
-    stored = docstore.get_nodes(list(node_ids()), raise_error=False)
-    try:
-        yield
-    except BaseException:
-        for node_id in node_ids():
-            docstore.delete_document(node_id, raise_error=False)
-        for id_ in hashes:
-            docstore.delete_ref_doc(id_, raise_error=False)
-        docstore.add_documents(stored)
-        docstore.set_document_hashes({id_: its_hash for id_, its_hash in hashes.items() if its_hash})
-        raise
-
-
-class _Retriever(BaseRetriever):
-    def __init__(self, index: KVzipIndex, choice: Choice, sources: Ranking) -> None:
-        super().__init__()
-        self._index, self._choice, self._sources = index, choice, sources
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._sources(self._index.parts(self._choice), query_bundle.query_str)
-
-    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return await result_of(self._index._llm.engine.loads, self._retrieve, query_bundle)

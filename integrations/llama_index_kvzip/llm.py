@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os.path
 import reprlib
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
@@ -20,18 +19,13 @@ from llama_index.core.base.llms.types import (
     CompletionResponse,
     CompletionResponseAsyncGen,
     CompletionResponseGen,
-    ContentBlock,
     LLMMetadata,
-    MessageRole,
-    TextBlock,
-    ThinkingBlock,
     ToolCallBlock,
 )
 from llama_index.core.llms import LLM
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
-from llama_index.core.llms.utils import parse_partial_json
 from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.program.utils import process_streaming_objects
 from llama_index.core.prompts import PromptTemplate
@@ -47,20 +41,16 @@ from pydantic import (
     model_validator,
 )
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Reply
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.bridge import pieces_of
 from kvzip_memory.context import checked_context
 from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_window, fixed_folder, located, places_of
 from kvzip_memory.frameworks.hidden import Options, revealed
 from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
-from kvzip_memory.prompting.call_reader import CallReader
-from kvzip_memory.prompting.messages import Message, as_message, may_bring_contexts
-from kvzip_memory.prompting.reasoning import Reasoning
 from kvzip_memory.system.sharing import is_only_tried
-
-#: In ``additional_kwargs`` of a system's or user's message: the key of a context that the message stands for.
-CONTEXT_KEY = "kvzip_context"
+from llama_index_kvzip.answers import alast, arguments_of, completion_of, last, responses_of
+from llama_index_kvzip.messages import as_said, plain_messages
 
 _KNOWN = {*CALL_OPTIONS, "reuse", "tools", "tool_choice", "parallel_tool_calls"}
 
@@ -221,7 +211,7 @@ class KVzipLLM(FunctionCallingLLM):
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages, of which the last is the user's or a tool's."""
-        return _last(self._answer(messages, kwargs))
+        return last(self._answer(messages, kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -231,7 +221,7 @@ class KVzipLLM(FunctionCallingLLM):
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """:meth:`chat` in a thread."""
-        return await _alast(self._aanswer(messages, kwargs))
+        return await alast(self._aanswer(messages, kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -241,26 +231,26 @@ class KVzipLLM(FunctionCallingLLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt, which is what the user says, also where it is ``formatted``: control tokens come from the template only."""
-        return _completion(_last(self._answer(_said(prompt), kwargs)))
+        return completion_of(last(self._answer(as_said(prompt), kwargs)))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """:meth:`complete`, piece by piece."""
-        return (_completion(response) for response in self._answer(_said(prompt), kwargs))
+        return (completion_of(response) for response in self._answer(as_said(prompt), kwargs))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """:meth:`complete` in a thread."""
-        return _completion(await _alast(self._aanswer(_said(prompt), kwargs)))
+        return completion_of(await alast(self._aanswer(as_said(prompt), kwargs)))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """:meth:`stream_complete` in a thread."""
 
         async def completions() -> CompletionResponseAsyncGen:
-            async with aclosing(self._aanswer(_said(prompt), kwargs)) as responses:
+            async with aclosing(self._aanswer(as_said(prompt), kwargs)) as responses:
                 async for response in responses:
-                    yield _completion(response)
+                    yield completion_of(response)
 
         return completions()
 
@@ -274,26 +264,8 @@ class KVzipLLM(FunctionCallingLLM):
             context = engine.load_marked(turns, tools=options["tools"], ratio=self.ratio)
             if context is not None and context.receipt is not None:
                 created = context.receipt.read
-        reader = CallReader(engine.tool_form) if options["tools"] and options["tool_choice"] != "none" else None
-        said, thought, calls = "", "", list[ToolCallBlock]()
-        with engine.stream(context, turns, behind=bool(keys), **options) as pieces:  # a message that stands for it comes before
-            for piece in pieces.with_reasoning():
-                if isinstance(piece, Reasoning):
-                    thought += piece
-                    yield _response(said, calls, "", thought=thought, thinking_delta=str(piece))
-                    continue
-                text, deltas = reader.push(piece) if reader else (piece, [])
-                said += text
-                for delta in deltas:
-                    if delta.name:
-                        calls.append(ToolCallBlock(tool_call_id=delta.id, tool_name=delta.name, tool_kwargs=""))
-                    if calls:
-                        calls[-1] = calls[-1].model_copy(update={"tool_kwargs": f"{calls[-1].tool_kwargs}{delta.arguments}"})
-                if text or deltas:
-                    yield _response(said, calls, text, thought=thought)
-            rest = reader.flush() if reader else ""
-            raw = self._raw(pieces.reply, bool(calls), created)
-            yield _response(said + rest, [_finished(call) for call in calls], rest, raw, thought=thought)
+        options["behind"] = bool(keys)  # a message that stands for it comes before
+        yield from responses_of(engine, context, turns, options, self.model, created)
 
     async def _aanswer(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> ChatResponseAsyncGen:
         self.stream_options(kwargs)  # tells what is wrong with them before the weights are loaded
@@ -314,20 +286,6 @@ class KVzipLLM(FunctionCallingLLM):
         options = sampling(given, {name: getattr(self, name) for name in CALL_OPTIONS}, defaults)
         reuse = reused(given.get("reuse"), self.reuse, self.ratio)
         return {**options, "reuse": reuse, **{name: given.get(name) for name in ("tools", "tool_choice", "parallel_tool_calls")}}
-
-    def _raw(self, reply: Reply, called: bool, created: int) -> dict[str, Any]:
-        receipt = reply.receipt
-        return {
-            "model": self.model,
-            "finish_reason": "tool_calls" if called and reply.finish_reason != "forced" else reply.finish_reason,
-            "usage": usage_of(reply, created),
-            "kvzip": {
-                "context": receipt.key,
-                "tier": "built" if created else receipt.tier,
-                "nbytes": receipt.nbytes,
-                "ms": dict(receipt.ms),
-            },
-        }
 
     # -- tools and structured output -----------------------------------------------------------------------------
 
@@ -369,7 +327,7 @@ class KVzipLLM(FunctionCallingLLM):
         calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
         if not calls and error_on_no_tool_call:
             raise ValueError(f"the answer calls no tool: {response.message.content!r}")
-        return [ToolSelection(tool_id=c.tool_call_id or "", tool_name=c.tool_name, tool_kwargs=_arguments(c)) for c in calls]
+        return [ToolSelection(tool_id=c.tool_call_id or "", tool_name=c.tool_name, tool_kwargs=arguments_of(c)) for c in calls]
 
     # Streamed objects would otherwise come from calls that the model is free not to make.
 
@@ -427,78 +385,3 @@ def given_or_set_kvzip(llm: LLM | None = None) -> KVzipLLM:
             "llm=, or set Settings.llm to one. as_query_engine takes as_structured_llm of one"
         )
     return found
-
-
-def usage_of(reply: Reply, created: int = 0) -> dict[str, int]:
-    """Tokens of an answer under OpenAI's names, which LlamaIndex' counters read; ``cached_tokens`` are those that were reused,
-    ``cache_creation_tokens`` those of a context that was ``created`` for it."""
-    usage = reply.usage
-    return {
-        "prompt_tokens": usage.input_tokens,
-        "completion_tokens": usage.output_tokens,
-        "total_tokens": usage.total_tokens,
-        "cached_tokens": usage.cached_tokens - created,
-        "cache_creation_tokens": created,
-    }
-
-
-def plain_messages(messages: Sequence[ChatMessage]) -> tuple[list[Message], list[str]]:
-    """Messages for the engine, and the keys of the contexts that some of them stand for."""
-    turns: list[Message] = []
-    keys: list[str] = []
-    for number, message in enumerate(messages, 1):
-        key = message.additional_kwargs.get(CONTEXT_KEY)
-        if key and may_bring_contexts(message):
-            keys.append(str(key))
-            if not message.content:
-                continue
-        turn = as_message(message, f"message {number}")
-        assert turn is not None
-        turns.append(turn)
-    return turns, keys
-
-
-def _arguments(call: ToolCallBlock) -> dict[str, Any]:
-    """A call's arguments; those that have come so far, if they are still written."""
-    if isinstance(call.tool_kwargs, dict):
-        return call.tool_kwargs
-    try:
-        arguments = parse_partial_json(call.tool_kwargs)
-    except ValueError:
-        return {}
-    return arguments if isinstance(arguments, dict) else {}
-
-
-def _finished(call: ToolCallBlock) -> ToolCallBlock:
-    return call.model_copy(update={"tool_kwargs": json.loads(str(call.tool_kwargs) or "{}")})
-
-
-def _response(
-    said: str, calls: Sequence[ToolCallBlock], delta: str, raw: dict[str, Any] | None = None, thought: str = "", thinking_delta: str = ""
-) -> ChatResponse:
-    blocks: list[ContentBlock] = [TextBlock(text=said), *calls] if said or not calls else [*calls]
-    if thought:
-        blocks.insert(0, ThinkingBlock(content=thought))
-    # Where LlamaIndex looks for whether there are calls; what they are is in the blocks.
-    told = {"tool_calls": [call.model_dump() for call in calls]} if calls else {}
-    message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=told)
-    more = {"thinking_delta": thinking_delta} if thinking_delta else {}
-    return ChatResponse(message=message, delta=delta, raw=raw, additional_kwargs=more)
-
-
-def _completion(response: ChatResponse) -> CompletionResponse:
-    return CompletionResponse(text=response.message.content or "", delta=response.delta, raw=response.raw)
-
-
-def _said(prompt: str) -> list[ChatMessage]:
-    return [ChatMessage(prompt)]
-
-
-def _last(responses: ChatResponseGen) -> ChatResponse:
-    *_, last = responses
-    return last.model_copy(update={"delta": None})
-
-
-async def _alast(responses: ChatResponseAsyncGen) -> ChatResponse:
-    *_, last = [response async for response in responses]
-    return last.model_copy(update={"delta": None})

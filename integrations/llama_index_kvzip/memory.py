@@ -25,7 +25,8 @@ from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.printable import logger_of
 from kvzip_memory.turns import Mark, Turns, TurnsFile
-from llama_index_kvzip.llm import CONTEXT_KEY, KVzipLLM, given_or_set_kvzip, plain_messages
+from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
+from llama_index_kvzip.messages import CONTEXT_KEY, plain_messages
 
 logger = logger_of(__name__)
 
