@@ -18,6 +18,7 @@ import json
 import random
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from tqdm import tqdm
 
 from common import PROBE, RESULTS, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
-from kvzip_memory.compression import Prefilled, evict, prefill
-from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression import Prefilled, Stages, compress, prefill
+from kvzip_memory.compression.refit import Refit, RidgeRefit
+from kvzip_memory.compression.rows import Rows
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import CompressedContext, Resident
 from kvzip_memory.inference.cache import Row, Tail
@@ -68,14 +70,33 @@ def documents(data: list[dict[str, Any]], count: int, tokenizer: Any, tokens: in
     return found
 
 
-def context_at(prefilled: Prefilled, scores: torch.Tensor, ratio: float, base: CompressedContext) -> CompressedContext:
+class Scored:
+    """A scorer that has scored already, for contexts of several ratios."""
+
+    has_rows = True
+
+    def __init__(self, scorer: KVzipScorer, prefilled: Prefilled) -> None:
+        self.rows = Rows(RidgeRefit().every)
+        self.scores = scorer.score(replace(prefilled, rows=self.rows), lambda *_: None)
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def cost(self, n_tokens: int) -> int:
+        return 0
+
+    def score(self, prefilled: Prefilled, progress: Any) -> torch.Tensor:
+        if prefilled.rows is not None:
+            prefilled.rows._taken = {layer: dict(blocks) for layer, blocks in self.rows._taken.items()}
+        return self.scores.clone()
+
+
+def context_at(prefilled: Prefilled, scored: Scored, ratio: float, refit: Refit | str, base: CompressedContext) -> CompressedContext:
     """A context evicted to ``ratio`` from a dense cache that stays whole."""
-    half = scores.half()
-    half[:, :, : prefilled.protected] = float("inf")
-    keep = ALLOCATORS["global"](half, round(ratio * half.numel()))
-    layers = evict(replace(prefilled, dense=[*prefilled.dense]), keep, None)
+    stages = Stages.of(scored, refit=refit)
+    layers = compress(replace(prefilled, dense=[*prefilled.dense]), ratio, stages, lambda *_: None).layers
     fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
-    return CompressedContext(**fields, storage=Resident(tuple(layers)), ratio=ratio)
+    return CompressedContext(**fields, storage=Resident(layers), ratio=ratio)
 
 
 def divergence(full: torch.Tensor, ours: torch.Tensor) -> dict[str, float]:
@@ -117,12 +138,13 @@ def main() -> None:
         if paper is None:
             paper = kvpress_scores(prefilled)
         for name in args.scorers:
-            scores = SCORERS[name].score(prefilled, lambda *_: None)
-            for ratio in RATIOS:
-                context = context_at(prefilled, scores, ratio, full)
+            scored = Scored(SCORERS[name], prefilled)
+            for ratio, refit in product(RATIOS, ("none", "ridge") if SCORERS[name] == KVzipScorer() else ("none",)):
+                context = context_at(prefilled, scored, ratio, refit, full)
+                method = name if refit == "none" else f"{name}, refitted"
                 for q, expected in zip(questions, reference, strict=True):
                     logits = engine.logits(context, q["question"] + q["answer"][:-1])[-len(q["answer"]) :]
-                    results.append({"method": name, "ratio": ratio, "kind": q["kind"]} | divergence(expected, logits))
+                    results.append({"method": method, "ratio": ratio, "kind": q["kind"]} | divergence(expected, logits))
         for every in args.compress_every:
             twin = KVzipEngine(engine.model, engine.tokenizer, compress_every=every)
             for ratio in RATIOS:
