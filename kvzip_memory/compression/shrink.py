@@ -19,8 +19,8 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     """The context a build at ``identity["ratio"]`` would give, cut from one built at a larger ratio.
 
     Scores were rounded to fp16 before the first choice was made, and the allocator is the same, so the pairs are the
-    same. None if it cannot be told: a build in pieces, which had to choose before it had read everything; pairs without
-    scores; or a share of a layer that is larger than what is left of it
+    same. None if it cannot be told: a build in pieces, which had to choose before it had read everything; values that were fitted to the
+    pairs beside them; pairs without scores; or a share of a layer that is larger than what is left of it
     (the shares of ``per_layer`` and ``uniform`` are rounded).
     """
     with context.lease() as lease:
@@ -29,6 +29,8 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     if identity.get("compress_every") is not None or any(layers[i].scores is None for i in full):
         return None
     if identity["allocator"] not in ALLOCATORS:  # an object's, with parameters of its own
+        return None
+    if identity.get("refit") is not None:  # which was made for the pairs that were kept
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])
