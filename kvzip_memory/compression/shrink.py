@@ -14,23 +14,27 @@ from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
 from kvzip_memory.system.modes import plain
 
 
+def can_shrink(identity: Mapping[str, Any]) -> bool:
+    """Whether a context of this identity may be cut from one of a larger ratio. Not one that is built in pieces, which have to choose before
+    everything is read; nor with values that are fitted to the pairs beside them; nor by an allocator that is known as an object only.
+    """
+    return identity.get("compress_every") is None and identity.get("refit") is None and identity.get("allocator") in ALLOCATORS
+
+
 @plain()
 def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) -> CompressedContext | None:
     """The context a build at ``identity["ratio"]`` would give, cut from one built at a larger ratio.
 
     Scores were rounded to fp16 before the first choice was made, and the allocator is the same, so the pairs are the
-    same. None if it cannot be told: a build in pieces, which had to choose before it had read everything; values that were fitted to the
-    pairs beside them; pairs without scores; or a share of a layer that is larger than what is left of it
-    (the shares of ``per_layer`` and ``uniform`` are rounded).
+    same. None if it cannot be told: not if :func:`can_shrink` says so, without scores, or if a share of a layer is larger than what is
+    left of it (the shares of ``per_layer`` and ``uniform`` are rounded).
     """
+    if not can_shrink(identity):
+        return None
     with context.lease() as lease:
         layers = lease.layers
     full = [i for i, layer in enumerate(layers) if layer.window is None]
-    if identity.get("compress_every") is not None or any(layers[i].scores is None for i in full):
-        return None
-    if identity["allocator"] not in ALLOCATORS:  # an object's, with parameters of its own
-        return None
-    if identity.get("refit") is not None:  # which was made for the pairs that were kept
+    if any(layers[i].scores is None for i in full):
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])

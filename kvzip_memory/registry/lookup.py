@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvzip_memory.compression.shrink import shrink
+from kvzip_memory.compression.shrink import can_shrink, shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.beginnings import beginnings
@@ -156,6 +156,7 @@ class Lookup:
         near = self._near(wanted)
         ratio = wanted.identity["ratio"]
         finer = [(i["ratio"], key) for key, i in near if i["ratio"] > ratio and only_ratio_differs(i, wanted.identity)]
+        finer = finer if can_shrink(wanted.identity) else []
         for finer_ratio, key in sorted(finer):
             with self._borrowed(key) as (source, tier):
                 context = None if source is None else shrink(source, wanted.key, wanted.identity)
