@@ -62,6 +62,9 @@ class Methods(Generic[T]):
         """The names, sorted."""
         return iter(sorted(self._makers()))
 
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name in self._makers()
+
     def _makers(self) -> dict[str, Callable[[], T]]:
         found = {point.name: (lambda point=point: point.load()()) for point in entry_points(group=f"kvzip_memory.{self._stage}s")}
         return {**found, **self._known}
