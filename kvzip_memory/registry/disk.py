@@ -44,7 +44,7 @@ from kvzip_memory.errors import BudgetError, CorruptFileError, StorageError
 from kvzip_memory.forks import refuse_after_fork
 from kvzip_memory.locks import QUIET_S, Hold, Together, held
 from kvzip_memory.printable import logger_of
-from kvzip_memory.private import check_file, check_folder, delete, is_file, is_folder, make_folder, read_text, write_text
+from kvzip_memory.private import check_file, check_folder, delete, is_file, is_folder, make_folder, read_text, usable, write_text
 from kvzip_memory.registry import layout
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.facts import OddFactError, check_row, is_bad, is_forgotten, is_id, is_progress, is_size
@@ -719,8 +719,11 @@ class DiskTier:
 
         Raises:
             IndexUnavailableError: the index cannot be changed now.
+            StorageError: something in the quarantine cannot be deleted; nothing else was, either.
         """
         self._check_writable()
+        with usable(self.root / "quarantine"):
+            self._empty_quarantine()
         if isinstance(let_go, Naming):
             self._note_all(let_go.tag)
         self._tidy_now()  # a whole file without a row gets one, by which it is found
@@ -728,7 +731,7 @@ class DiskTier:
         deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
         kept = [entry for entry in changed if entry not in deleted]
         self._let_go_lost(let_go, mine)
-        self._empty_quarantine()
+        self._empty_quarantine()  # of what was found damaged meanwhile
         for note in layout.files(self.root, "locks"):  # builds that are under way leave another one
             if note.suffix == ".progress":
                 delete(note)

@@ -1144,11 +1144,13 @@ class ContextRegistry(Shared):
         """Delete from disk what is expired or quarantined, but not another tenant's, orphaned, or left by killed processes.
 
         Raises:
-            StorageError: as for :meth:`check_changeable`; nothing was deleted.
-            OSError: a file cannot be deleted; those before it were.
+            StorageError: as for :meth:`check_changeable`, and nothing was deleted; or a file cannot be, and those before it were.
         """
         self.check_changeable()
-        return {} if self._disk is None else self._disk.gc()
+        if self._disk is None:
+            return {}
+        with usable(self._disk.root):
+            return self._disk.gc()
 
     def quarantine(self) -> list[dict[str, Any]]:
         """Files that failed their checks: key, file, nbytes, reason, time, tenant. Whose is not known is told to operators only."""
