@@ -220,11 +220,12 @@ class TurnsFile(Turns):
 
     def check(self) -> None:
         """Raises:
-        StorageError: others can write the folder, it is none, or has another secret.
+        StorageError: others can write the folder, we cannot read it, it is none, or has another secret.
         """
         folder = self.path.parent
         check_folder(folder)
-        check_ours_alone(folder.parent, folder, [self.path], folder.parent / "contexts", self._checksums)
+        with usable(folder):
+            check_ours_alone(folder.parent, folder, [self.path], folder.parent / "contexts", self._checksums)
 
     def _behind(self, since: Mark) -> tuple[tuple[int, ...], bytes, int, bytes]:
         self.check()

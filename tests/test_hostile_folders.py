@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import synthetic
-from kvzip_memory import StorageError
+from kvzip_memory import InputError, StorageError
 from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.registry.disk import layout as layout_of
@@ -252,7 +252,7 @@ def use(cache: Path) -> list[str]:
     if registry._backing.tier is not None and registry._backing.tier.read_only is None:
         registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
         registry._backing.tier.builders.reported(wanted(1).key)
-        with suppress(StorageError):
+        with suppress(OSError):
             assert registry._backing.tier.usage() == registry._backing.tier.measured() <= BUDGET
     registry.close()
     examine(cache / "contexts")
@@ -268,6 +268,8 @@ def use(cache: Path) -> list[str]:
     ):
         try:
             act()
+        except InputError as error:  # of a session, which has more turns than it may
+            assert "delete its turns" in str(error)  # noqa: PT017
         except OSError as error:
             refused.append(str(error))
     return refused
@@ -290,12 +292,23 @@ def hostile(cache: Path, outside: Path, harms: list[tuple[str, str]]) -> None:
                     CHANGED[harm](path)
 
 
+# By which something was raised that did not say what to do. All but the last as a user who is not root.
+PROVEN = [
+    [("contexts/quarantine", "mode 0666")],
+    [("contexts/quarantine/index.1", "of another user")],
+    [("memory", "of another user")],
+    [("gguf/MODEL", "of another user")],
+    [("memory/KEY.jsonl", "sparse")],
+]
+
+
 def chosen(count: int) -> list[list[tuple[str, str]]]:
-    """Each harm to each kind of file, then two or three of them at once."""
+    """What was proven once, each harm to each kind of file, then two or three of them at once."""
+    count -= len(PROVEN)
     rng, every = random.Random(17), [[(kind, harm)] for kind in kinds() for harm in (*REPLACED, *CHANGED)]
     if count < len(every):
         every = rng.sample(every, count // 2)
-    return every + [[each for one in rng.sample(every, rng.choice((2, 3))) for each in one] for _ in range(count - len(every))]
+    return PROVEN + every + [[each for one in rng.sample(every, rng.choice((2, 3))) for each in one] for _ in range(count - len(every))]
 
 
 def in_a_child(user: int, act: Callable[[], list[str]]) -> str:
@@ -327,7 +340,7 @@ def raw(cache: Path) -> list[str]:
     """Use a folder twice; what was raised that says neither where nor what to do."""
     torch.set_num_threads(1)
     told = [*use(cache), *use(cache)]
-    ways_out = re.compile(r"remove|give |chmod|chown|move it|make .* (readable|writable)")
+    ways_out = re.compile(r"remove|delete|give |chmod|chown|move it|make .* (readable|writable)")
     return [text for text in told if str(cache) not in text or not ways_out.search(text)]
 
 
@@ -337,8 +350,8 @@ def test_hostile_folders_in_any_combination(filled: Path) -> None:
     wrong: dict[str, str] = {}
     counts = Counter[str]()
     try:
-        for number, harms in enumerate(chosen(2000 if FULL else 12)):
-            user = USER if os.geteuid() == 0 and number % 2 else 0
+        for number, harms in enumerate(chosen(2000 if FULL else 12 + len(PROVEN))):
+            user = USER if os.geteuid() == 0 and (number % 2 or harms in PROVEN[:-1]) else 0
             folder = top / str(number)
             shutil.copytree(filled, folder)
             for path in (folder, *folder.rglob("*")) if user else ():

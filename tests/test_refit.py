@@ -24,7 +24,9 @@ def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: t
     pinned[1] = True
     keep[:, 1] = True
     head = (randn(2, 3, 8).to(dtype), randn(2, 3, 8).to(dtype))
-    return LayerPairs(head, 3, randn(2, m, 8).to(dtype), randn(2, m, 8).to(dtype), keep, pinned, [Block(3, 3 + m, randn(2, rows, 8), 0.5)], 0.3)
+    return LayerPairs(
+        head, 3, randn(2, m, 8).to(dtype), randn(2, m, 8).to(dtype), keep, pinned, [Block(3, 3 + m, randn(2, rows, 8), 0.5)], 0.3
+    )
 
 
 def residual(pairs: LayerPairs, values: torch.Tensor, head: int) -> torch.Tensor:
@@ -58,7 +60,8 @@ def test_values_are_those_of_the_formula(seed: int) -> None:
 
         def solved(rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor = attention, r: torch.Tensor = missing) -> torch.Tensor:
             return torch.linalg.lstsq(
-                torch.cat([a[rows], weight.sqrt() * torch.eye(a.shape[1]).double()]), torch.cat([r[rows], r.new_zeros(a.shape[1], r.shape[1])])
+                torch.cat([a[rows], weight.sqrt() * torch.eye(a.shape[1]).double()]),
+                torch.cat([r[rows], r.new_zeros(a.shape[1], r.shape[1])]),
             ).solution
 
         errors = {0.0: missing[unseen].square().sum()}

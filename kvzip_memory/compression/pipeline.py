@@ -20,7 +20,6 @@ from kvzip_memory.context import RaggedLayer
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
 
-
 FLOOR = 0
 
 
@@ -125,7 +124,9 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     if prefilled.scored_parent:
         scores[:, :, : prefilled.start] = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
     scores[:, :, prefilled.pinned] = float("inf")
-    return scores, stages.allocator.allocate(scores, max(round(ratio * scores.numel()), min(FLOOR, n) * scores[:, :, 0].numel())) & ~scores.isneginf()
+    return scores, stages.allocator.allocate(
+        scores, max(round(ratio * scores.numel()), min(FLOOR, n) * scores[:, :, 0].numel())
+    ) & ~scores.isneginf()
 
 
 def _values(prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float) -> Tensor | None:

@@ -171,12 +171,13 @@ def converted(cache_dir: Path, name: str, convert: Callable[[Path], object]) -> 
 
 
 def _make(folder: Path, convert: Callable[[Path], object]) -> None:
-    if is_folder(folder):
-        logger.warning("%s is damaged; it is made anew", folder)
-        _delete(folder)
-    logger.info("converting once into %s", folder)
-    staging = _emptied(folder)
-    make_folder(staging)
+    with usable(folder):
+        if is_folder(folder):
+            logger.warning("%s is damaged; it is made anew", folder)
+            _delete(folder)
+        logger.info("converting once into %s", folder)
+        staging = _emptied(folder)
+        make_folder(staging)
     try:
         convert(staging)
         files = {}
@@ -193,18 +194,19 @@ def _is_whole(folder: Path) -> bool:
     """Whether all files are there and as they were written; takes 0.1 s a GB that lies in memory.
 
     Raises:
-        StorageError: there is something that is none of them.
+        StorageError: there is something that is none of them, or that we cannot read.
     """
     check_folder(folder)
     if not is_folder(folder):
         return False
-    check_not_shared(folder.parent, folder, folder.iterdir())
-    _check_ours(folder)
-    files = _listed(folder)
-    return files is not None and all(
-        is_file(path := folder / name) and path.lstat().st_size == nbytes and _checksum(path) == checksum
-        for name, (nbytes, checksum) in files.items()
-    )
+    with usable(folder):
+        check_not_shared(folder.parent, folder, folder.iterdir())
+        _check_ours(folder)
+        files = _listed(folder)
+        return files is not None and all(
+            is_file(path := folder / name) and path.lstat().st_size == nbytes and _checksum(path) == checksum
+            for name, (nbytes, checksum) in files.items()
+        )
 
 
 def _check_ours(folder: Path) -> None:

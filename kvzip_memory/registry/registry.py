@@ -26,6 +26,7 @@ from kvzip_memory.registry.wanted import Build, Report, Wanted, check_ttl, parse
 from kvzip_memory.registry.writing import Writing
 from kvzip_memory.system.checksums import Checksums
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
+from kvzip_memory.system.private import usable
 from kvzip_memory.system.sharing import Shared
 
 
@@ -276,11 +277,13 @@ class ContextRegistry(Shared):
             old: delete also what older versions of kvzip-memory have stored, which no text finds any more, unless it is pinned.
 
         Raises:
-            StorageError: as for :meth:`check_changeable`; nothing was deleted.
-            OSError: a file cannot be deleted; those before it were.
+            StorageError: as for :meth:`check_changeable`, and nothing was deleted; or a file cannot be, and those before it were.
         """
         self.check_changeable()
-        return {} if self._backing.tier is None else self._backing.tier.gc(old)
+        if (tier := self._backing.tier) is None:
+            return {}
+        with usable(tier.folder.path):
+            return tier.gc(old)
 
     def write(self, context: CompressedContext, path: Path) -> Path:
         """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.

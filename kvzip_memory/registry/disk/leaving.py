@@ -20,6 +20,7 @@ from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.system.locks import QUIET_S, held
 from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.private import usable
 
 logger = logger_of(__name__)
 
@@ -34,6 +35,8 @@ class Leaving:
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str]) -> tuple[list[Entry], list[Entry]]:
         """Let go of contexts, see :meth:`~kvzip_memory.registry.disk.store.DiskTier.forget`."""
         self._folder.check_writable()
+        with usable(self._folder.path / "quarantine"):
+            self._keeper.empty_quarantine()
         if isinstance(let_go, Naming):
             self._note_all(let_go.tag)
         self._keeper.tidy()  # a whole file without a row gets one, by which it is found
@@ -41,7 +44,7 @@ class Leaving:
         deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
         kept = [entry for entry in changed if entry not in deleted]
         self._let_go_lost(let_go, mine)
-        self._keeper.empty_quarantine()
+        self._keeper.empty_quarantine()  # of what was found damaged meanwhile
         self._builders.unreport_all()
         self._write_catalogs()
         self.rewrite_index()

@@ -395,6 +395,7 @@ class DiskTier:
 
         Raises:
             IndexUnavailableError: the index cannot be changed now.
+            StorageError: something in the quarantine cannot be deleted; nothing else was, either.
         """
         return self._leaving.forget(let_go, mine, named)
 
