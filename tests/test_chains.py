@@ -177,7 +177,7 @@ def room_for_a_child(engine: KVzipEngine) -> None:
 
 
 def test_nobody_waits_for_room_that_a_parent_takes_when_the_child_is_cut_from_a_finer_one() -> None:
-    engine = wide_engine(ratio=0.5)
+    engine = wide_engine(ratio=0.5, refit="none")
     parent = engine.load(OPENING)
     engine.extend(parent, NEXT)
     room_for_a_child(engine)

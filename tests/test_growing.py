@@ -190,14 +190,14 @@ def test_either_repeat_pass_grows_contexts(architecture: str, repeat: Any) -> No
 
 
 def test_children_are_found_again_on_disk_cut_down_saved_and_opened(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
+    engine = tiny_engine(cache_dir=tmp_path, refit="none")
     child = chain(engine, 0.6, 0.6, 0.6)[-1]
     before = pairs_of(child)
     file = child.save(tmp_path / "child.safetensors")
     engine.close()
     assert all(finding.level != "problem" for finding in examine(tmp_path / "contexts"))
 
-    later = tiny_engine(cache_dir=tmp_path)
+    later = tiny_engine(cache_dir=tmp_path, refit="none")
     parent = later.extend(later.load(FIRST, ratio=0.6), SECOND)
     again = later.extend(parent, THIRD)
     assert [c.receipt.tier for c in (parent, again) if c.receipt] == ["disk", "disk"]
@@ -208,7 +208,7 @@ def test_children_are_found_again_on_disk_cut_down_saved_and_opened(tmp_path: Pa
     smaller = later.extend(parent, THIRD, ratio=0.45)
     assert smaller.receipt is not None
     assert smaller.receipt.shrunk_from == 0.6
-    built = tiny_engine()
+    built = tiny_engine(refit="none")
     assert equal(pairs_of(smaller), pairs_of(built.extend(chain(built, 0.6, 0.6)[-1], THIRD, ratio=0.45)))
     # a context opened from a file can be a parent
     assert later.extend(later.open(file), [{"role": "user", "content": "More."}]).identity["parent"] == child.key

@@ -304,7 +304,7 @@ def test_everybody_has_the_sources_that_they_loaded(tmp_path: Path, disk: bool) 
 
 
 def test_sources_follow_a_text_that_grows_is_cut_folded_and_saved(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.6)
+    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.6, refit="none")
     ann, bob = both(engine)
     session = engine.session(bob)
     session.ask("Who?", max_new_tokens=2)
@@ -425,7 +425,7 @@ def test_a_context_is_as_old_as_the_reading_of_its_text(tmp_path: Path, clock: C
 
 
 def test_an_engine_without_a_ttl_keeps_to_that_of_whoever_stored(tmp_path: Path, clock: Clock) -> None:
-    writer, engine = (tiny_engine(cache_dir=tmp_path, ratio=0.6, ttl=ttl) for ttl in (3600, None))
+    writer, engine = (tiny_engine(cache_dir=tmp_path, ratio=0.6, refit="none", ttl=ttl) for ttl in (3600, None))
     writer.load(TEXT)
     writer.registry.flush()
     cut = engine.load(TEXT, ratio=0.3)

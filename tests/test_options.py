@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory.contexts import Contexts
 from kvzip_memory.inference.generation import GenerationParams
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine, KVzipSynthesizer
@@ -199,7 +200,7 @@ async def test_what_is_no_option_of_a_load_is_named_before_any_work(
     engine: KVzipEngine, option: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, llm = engine.load("A page. " * 9), KVzipChatModel(engine=engine)
-    monkeypatch.setattr(type(engine), "_load", lambda *args: pytest.fail("it went on"))
+    monkeypatch.setattr(Contexts, "_load", lambda *args: pytest.fail("it went on"))
     given: dict[str, Any] = {option: value}
     with pytest.raises(InputError, match=r"(?s)give|must lie in \(0, 1\]"):
         engine.load("A page.", **given)

@@ -332,7 +332,7 @@ def test_what_is_no_size_is_refused_before_anything_is_loaded(size: str) -> None
 
 @pytest.mark.parametrize("allocator", ["global", "per_layer", "uniform"])
 def test_a_smaller_ratio_comes_out_of_a_larger_one_as_if_it_had_been_built(architecture: str, allocator: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"allocator": allocator}
+    options: dict[str, Any] = {"allocator": allocator, "refit": "none"}
     built = tiny_engine(architecture, **options).load(TEXT, ratio=0.3, keep="8306")
     engine = tiny_engine(architecture, cache_dir=tmp_path, **options)
     engine.load(TEXT, ratio=0.5, keep="8306")
@@ -350,8 +350,17 @@ def test_a_smaller_ratio_comes_out_of_a_larger_one_as_if_it_had_been_built(archi
     engine.close()
 
 
-def test_a_larger_ratio_never_comes_out_of_a_smaller_one(tmp_path: Path) -> None:
+def test_what_was_refitted_is_not_cut_but_built(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path)
+    engine.load(TEXT, ratio=0.5)
+    receipt = engine.load(TEXT, ratio=0.45).receipt
+    assert receipt is not None
+    assert (receipt.tier, receipt.shrunk_from, receipt.differs) == ("built", None, ("ratio",))
+    assert receipt.reason == "ratio: stored with 0.5, from which 0.45 cannot be had"
+
+
+def test_a_larger_ratio_never_comes_out_of_a_smaller_one(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, refit="none")
     engine.load(TEXT, ratio=0.3)
     for ratio in (0.5, 1.0):
         receipt = engine.load(TEXT, ratio=ratio).receipt
@@ -586,7 +595,7 @@ def test_a_pinned_context_is_never_lost(tmp_path: Path) -> None:
 
 
 def test_tenants_never_hit_each_others_contexts(tmp_path: Path) -> None:
-    engines = {t: tiny_engine(cache_dir=tmp_path, ratio=0.5, tenant=t) for t in ("alice", "bob", None)}
+    engines = {t: tiny_engine(cache_dir=tmp_path, ratio=0.5, refit="none", tenant=t) for t in ("alice", "bob", None)}
     keys = {}
     for tenant, engine in engines.items():
         context = engine.load(TEXT, name="page")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +20,6 @@ from kvzip_memory.compression.scorers import SCORERS, Scorer
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
-
-FLOOR = 0
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,8 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
         else:
             full = prefilled.full_layers.index(number)
             fitting = time.perf_counter()
-            values = _values(prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
+            fit = partial(_values, prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
+            values = prefilled.model.compute(fit) if rows else None
             refitted += time.perf_counter() - fitting
             layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], values, stages.codec))
         prefilled.free(number)
@@ -124,9 +124,7 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     if prefilled.scored_parent:
         scores[:, :, : prefilled.start] = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
     scores[:, :, prefilled.pinned] = float("inf")
-    return scores, stages.allocator.allocate(
-        scores, max(round(ratio * scores.numel()), min(FLOOR, n) * scores[:, :, 0].numel())
-    ) & ~scores.isneginf()
+    return scores, stages.allocator.allocate(scores, round(ratio * scores.numel())) & ~scores.isneginf()
 
 
 def _values(prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float) -> Tensor | None:

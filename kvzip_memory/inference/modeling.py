@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from kvzip_memory.system.calls import Gate, check, within
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.modes import as_written, evaluation_copy, in_evaluation
 from kvzip_memory.system.printable import logger_of
+
+T = TypeVar("T")
 
 logger = logger_of(__name__)
 
@@ -297,6 +299,12 @@ class LanguageModel:
         self._worker.check()
         with self._builders.admitted() as place, within(place=place):
             yield
+
+    def compute(self, work: Callable[[], T]) -> T:
+        """What ``work`` of a build gives, computed by the thread that computes everything, between the steps of answers."""
+        check()
+        with self._building:
+            return self._worker.run(torch.inference_mode()(work))
 
     def fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None = None) -> Iterator[int]:
         """Run the layers over ``ids`` from ``position`` on, into or over ``cache``, in chunks; yields the size of each.

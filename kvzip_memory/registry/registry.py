@@ -282,7 +282,7 @@ class ContextRegistry(Shared):
         self.check_changeable()
         if (tier := self._backing.tier) is None:
             return {}
-        with usable(tier.folder.path):
+        with usable(tier.folder.root):
             return tier.gc(old)
 
     def write(self, context: CompressedContext, path: Path) -> Path:

@@ -35,7 +35,7 @@ class Leaving:
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str]) -> tuple[list[Entry], list[Entry]]:
         """Let go of contexts, see :meth:`~kvzip_memory.registry.disk.store.DiskTier.forget`."""
         self._folder.check_writable()
-        with usable(self._folder.path / "quarantine"):
+        with usable(self._folder.root / "quarantine"):
             self._keeper.empty_quarantine()
         if isinstance(let_go, Naming):
             self._note_all(let_go.tag)
