@@ -98,8 +98,7 @@ class Turns:
             InputError: turns that are none, or with which the session would have more than :data:`LARGEST_SESSION`.
             OSError: the disk's; no one reads what was written.
         """
-        text = json.dumps(record)
-        if not is_line(json.loads(text)):  # nobody would read it
+        if not is_line(json.loads(text := json.dumps(record))):  # nobody would read it
             raise InputError(f"{brief(session)}: {brief(text)} are no turns; give messages with a role and a text")
         with self._locked():
             if still():

@@ -403,17 +403,17 @@ MADE: dict[str, Callable[[KVzipEngine, CompressedContext], CompressedContext]] =
 @pytest.mark.parametrize("with_ttl", [True, False])
 def test_a_context_is_as_old_as_the_reading_of_its_text(tmp_path: Path, clock: Clock, way: str, with_ttl: bool) -> None:
     """Whoever stores it, and whatever is made of it."""
-    writer = tiny_engine(cache_dir=tmp_path, ratio=0.6)
+    writer = tiny_engine(cache_dir=tmp_path, ratio=0.6, refit="none")
     writer.load(TEXT)
     writer.close()
     clock.hours = 0.7
-    engine = tiny_engine(cache_dir=tmp_path, ratio=0.6, ttl=3600 if with_ttl else None)
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.6, refit="none", ttl=3600 if with_ttl else None)
     context = engine.load(TEXT)
     assert context.receipt.tier == "disk"  # type: ignore[union-attr]
     made = MADE[way](engine, context)
     engine.close()
     clock.hours = 1.2
-    readers = [tiny_engine(cache_dir=tmp_path, ratio=0.6, ttl=3600)] + ([engine] if with_ttl else [])
+    readers = [tiny_engine(cache_dir=tmp_path, ratio=0.6, refit="none", ttl=3600)] + ([engine] if with_ttl else [])
     for reader in readers:
         with pytest.raises(InputError, match="stored"):
             reader.get(made.key)
