@@ -92,14 +92,7 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def tiny_engine(architecture: str = "llama", **options: Any) -> KVzipEngine:
-    """Without refit, unless one is given: of so small a model that is half of a build."""
-    options.setdefault("refit", "none")
     return KVzipEngine(tiny_model(architecture), tiny_tokenizer(options.pop("template", CHATML)), **options)
-
-
-def fitting_engine(architecture: str = "llama", **options: Any) -> KVzipEngine:
-    """With the default refit, where values are looked at."""
-    return tiny_engine(architecture, **{"refit": "auto", **options})
 
 
 def pytest_collection_finish() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, fitting_engine, kept_positions, masked_logits
+from conftest import TEXT, kept_positions, masked_logits, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, ModelError
 from kvzip_memory.compression import Compressed, Prefilled, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -31,7 +31,7 @@ def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 @pytest.mark.parametrize("ratio", [0.07, 0.3, 0.5, 0.999])
 def test_kept_pairs_are_exactly_the_rounded_ratio(allocator: str, ratio: float) -> None:
-    engine = fitting_engine(allocator=allocator)
+    engine = tiny_engine(allocator=allocator)
     context = engine.load(TEXT * 2, ratio=ratio)
     layers, heads = len(context.layers), context.layers[0].n_heads
     assert context.total_pairs == layers * heads * context.n_tokens
@@ -66,7 +66,7 @@ def test_protected_pairs_are_kept_even_beyond_the_budget() -> None:
 
 
 def test_the_template_head_and_system_prompt_are_never_evicted(architecture: str) -> None:
-    context = fitting_engine(architecture).load(TEXT, ratio=0.15, system="Be brief.")
+    context = tiny_engine(architecture).load(TEXT, ratio=0.15, system="Be brief.")
     assert context.protected > len("Be brief.")
     for layer in context.layers:
         if layer.window is None:
@@ -92,7 +92,7 @@ def test_the_same_text_twice_gives_the_same_bits(smollm2: KVzipEngine, excerpt: 
 def test_scores_equal_the_formula_written_out(architecture: str, aggregation: str, repeat: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention of the repeat's rows, from the model's own eager attention, normalised over head, chunk and repeat."""
     monkeypatch.setattr(kvzip_module, "BLOCK_ELEMENTS", 5000)  # several blocks of rows
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     prefilled = prefilled_of(engine)
     n, head = len(prefilled.token_ids), prefilled.protected
     start, end = head + 20, n - 30
@@ -125,7 +125,7 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
 
 def test_the_whole_repeat_pass_attends_as_the_model_itself_would(architecture: str) -> None:
     """Feeding the repeat behind the full context through the whole pass gives the hidden states of a plain forward."""
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     prefilled = prefilled_of(engine)
     n, head = len(prefilled.token_ids), prefilled.protected
     ids = list(prefilled.token_ids[head : head + 40])
@@ -141,7 +141,7 @@ def test_the_whole_repeat_pass_attends_as_the_model_itself_would(architecture: s
 
 @pytest.mark.parametrize("repeat", ["whole", "local"])
 def test_a_repeat_fed_in_pieces_scores_as_in_one(architecture: str, repeat: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     prefilled = prefilled_of(engine)
     n, head = len(prefilled.token_ids), prefilled.protected
     ids = list(prefilled.token_ids[head : head + 40])
@@ -165,7 +165,7 @@ def test_chunks_are_equal_and_fit_behind_the_context(n: int, room: int) -> None:
 
 
 def test_scoring_leaves_the_pairs_as_they_were(architecture: str) -> None:
-    prefilled = prefilled_of(fitting_engine(architecture))
+    prefilled = prefilled_of(tiny_engine(architecture))
     before = [(keys.clone(), values.clone()) for keys, values in prefilled.dense]
     KVzipScorer(chunk_tokens=80).score(prefilled, silent)
     for (keys, values), (keys_now, values_now) in zip(before, prefilled.dense, strict=True):
@@ -174,7 +174,7 @@ def test_scoring_leaves_the_pairs_as_they_were(architecture: str) -> None:
 
 
 def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Path) -> None:
-    engine = fitting_engine(cache_dir=tmp_path)
+    engine = tiny_engine(cache_dir=tmp_path)
     with torch.no_grad():
         engine.model.model.layers[1].self_attn.q_proj.weight.fill_(float("nan"))
     with pytest.raises(ModelError, match="bfloat16 or float32"):
@@ -185,7 +185,7 @@ def test_scores_that_are_not_finite_are_an_error_and_store_nothing(tmp_path: Pat
 def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_masked(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = fitting_engine(architecture, compress_every=100)
+    engine = tiny_engine(architecture, compress_every=100)
     pieces: list[tuple[int, Compressed]] = []
 
     def noted(prefilled: Prefilled, *args: Any) -> Compressed:
@@ -204,7 +204,7 @@ def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_mas
 
 
 def test_pieces_are_part_of_the_key_and_are_not_cut_down(tmp_path: Path) -> None:
-    whole, pieces = fitting_engine(cache_dir=tmp_path), fitting_engine(cache_dir=tmp_path, compress_every=100)
+    whole, pieces = tiny_engine(cache_dir=tmp_path), tiny_engine(cache_dir=tmp_path, compress_every=100)
     assert pieces.load(TEXT[:60], ratio=0.4).key == whole.load(TEXT[:60], ratio=0.4).key  # one piece
     assert pieces.load(TEXT, ratio=1.0).key == whole.load(TEXT, ratio=1.0).key
     half = pieces.load(TEXT, ratio=0.5)
@@ -212,4 +212,4 @@ def test_pieces_are_part_of_the_key_and_are_not_cut_down(tmp_path: Path) -> None
     assert pieces.load(TEXT, ratio=0.5).receipt.hit  # type: ignore[union-attr]
     assert pieces.load(TEXT, ratio=0.3).receipt.tier == "built"  # type: ignore[union-attr]
     with pytest.raises(InputError, match="compress_every is 8 tokens"):
-        fitting_engine(compress_every=8)
+        tiny_engine(compress_every=8)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, fitting_engine, kept_positions, masked_logits, own_logits, row_over
+from conftest import TEXT, kept_positions, masked_logits, own_logits, row_over, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
@@ -73,7 +73,7 @@ def test_what_comes_behind_a_conversation_may_say_the_same_again(engine: KVzipEn
 
 
 def test_at_ratio_1_logits_equal_one_dense_prefill_of_everything(architecture: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     child = chain(engine, 1.0, 1.0, 1.0)[-1]
     assert child.kept_pairs == child.total_pairs
     ids = engine.prompt_ids(child, QUESTION)
@@ -82,7 +82,7 @@ def test_at_ratio_1_logits_equal_one_dense_prefill_of_everything(architecture: s
 
 @pytest.mark.parametrize("ratios", [(0.5, 0.5, 0.5), (0.4, 1.0, 0.6), (1.0, 0.5, 0.3)])
 def test_below_ratio_1_each_generation_sees_what_the_one_before_has_kept(architecture: str, ratios: tuple[float, ...]) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     *ancestors, child = chain(engine, *ratios)
     ids = engine.prompt_ids(child, QUESTION)
     ours = engine.logits(child, ids)
@@ -98,7 +98,7 @@ def test_smollm2_at_ratio_1_equals_transformers(smollm2: KVzipEngine, excerpt: s
 
 
 def test_documents_follow_documents_each_under_its_header(architecture: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     both = engine.extend(engine.load(Document(TEXT, "lamp"), ratio=1.0), Document("The boat is called Petrel.", "boat"))
     assert [source.name for source in both.sources] == ["lamp", "boat"]
     texts = [engine.tokenizer.decode(both.token_ids[source.start : source.end]) for source in both.sources]
@@ -113,7 +113,7 @@ def test_documents_follow_documents_each_under_its_header(architecture: str) -> 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 def test_one_budget_holds_for_stored_and_new_pairs(allocator: str) -> None:
-    engine = fitting_engine(allocator=allocator)
+    engine = tiny_engine(allocator=allocator)
     for ratio in (0.5, 0.3):
         parent = engine.load(FIRST, ratio=0.5)
         child = engine.extend(parent, SECOND, ratio=ratio)
@@ -181,7 +181,7 @@ def test_scores_of_a_parent_at_ratio_1_are_made_when_they_are_needed(engine: KVz
 
 @pytest.mark.parametrize("repeat", ["local", "whole"])
 def test_either_repeat_pass_grows_contexts(architecture: str, repeat: Any) -> None:
-    engine = fitting_engine(architecture, scorer=KVzipScorer(repeat=repeat))
+    engine = tiny_engine(architecture, scorer=KVzipScorer(repeat=repeat))
     child = chain(engine, 0.5, 0.5)[-1]
     assert child.kept_pairs == round(0.5 * child.total_pairs)
 
@@ -190,14 +190,14 @@ def test_either_repeat_pass_grows_contexts(architecture: str, repeat: Any) -> No
 
 
 def test_children_are_found_again_on_disk_cut_down_saved_and_opened(tmp_path: Path) -> None:
-    engine = fitting_engine(cache_dir=tmp_path, refit="none")
+    engine = tiny_engine(cache_dir=tmp_path, refit="none")
     child = chain(engine, 0.6, 0.6, 0.6)[-1]
     before = pairs_of(child)
     file = child.save(tmp_path / "child.safetensors")
     engine.close()
     assert all(finding.level != "problem" for finding in examine(tmp_path / "contexts"))
 
-    later = fitting_engine(cache_dir=tmp_path, refit="none")
+    later = tiny_engine(cache_dir=tmp_path, refit="none")
     parent = later.extend(later.load(FIRST, ratio=0.6), SECOND)
     again = later.extend(parent, THIRD)
     assert [c.receipt.tier for c in (parent, again) if c.receipt] == ["disk", "disk"]
@@ -208,14 +208,14 @@ def test_children_are_found_again_on_disk_cut_down_saved_and_opened(tmp_path: Pa
     smaller = later.extend(parent, THIRD, ratio=0.45)
     assert smaller.receipt is not None
     assert smaller.receipt.shrunk_from == 0.6
-    built = fitting_engine(refit="none")
+    built = tiny_engine(refit="none")
     assert equal(pairs_of(smaller), pairs_of(built.extend(chain(built, 0.6, 0.6)[-1], THIRD, ratio=0.45)))
     # a context opened from a file can be a parent
     assert later.extend(later.open(file), [{"role": "user", "content": "More."}]).identity["parent"] == child.key
 
 
 def test_a_child_that_was_lost_with_its_ancestors_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = fitting_engine()
+    engine = tiny_engine()
     contexts = chain(engine, 0.5, 0.5, 0.5)
     ids = engine.prompt_ids(contexts[-1], QUESTION)
     before, logits = pairs_of(contexts[-1]), engine.logits(contexts[-1], ids)
@@ -231,7 +231,7 @@ def test_a_lost_parent_is_built_before_the_lock_of_its_child_is_taken(tmp_path: 
 
     lock = Folder.lock
     monkeypatch.setattr(Folder, "lock", lambda self, key: lock(self, "000"))
-    engine = fitting_engine(cache_dir=tmp_path)
+    engine = tiny_engine(cache_dir=tmp_path)
     contexts = chain(engine, 0.5, 0.5, 0.5)
     for context in contexts:
         engine.registry.remove(context.key)
@@ -243,7 +243,7 @@ def test_a_lost_parent_is_built_before_the_lock_of_its_child_is_taken(tmp_path: 
 
 
 def test_a_child_is_built_once_for_many_threads_and_spills_like_any_other(tmp_path: Path) -> None:
-    engine = fitting_engine()
+    engine = tiny_engine()
     parent = engine.load(FIRST, ratio=0.5)
     tiers: list[str] = []
     threads = [threading.Thread(target=lambda: tiers.append(str(engine.extend(parent, SECOND).receipt.tier))) for _ in range(8)]
@@ -254,7 +254,7 @@ def test_a_child_is_built_once_for_many_threads_and_spills_like_any_other(tmp_pa
     assert sorted(tiers) == ["built", *["device"] * 7]
     size = engine.extend(parent, SECOND).nbytes
 
-    small = fitting_engine(cache_dir=tmp_path, device_bytes=round(2.5 * size))
+    small = tiny_engine(cache_dir=tmp_path, device_bytes=round(2.5 * size))
     contexts = chain(small, 0.5, 0.5, 0.5)
     ids = small.prompt_ids(contexts[-1], QUESTION)
     expected = engine.logits(chain(engine, 0.5, 0.5, 0.5)[-1], ids)
@@ -292,7 +292,7 @@ def test_what_cannot_follow_is_an_error(engine: KVzipEngine) -> None:
         engine.extend(talk, SECOND, ratio=1.5)
     with pytest.raises(WindowError, match="tokens"):
         engine.extend(talk, [{"role": "user", "content": "long " * 500}])
-    other = fitting_engine(scorer=KVzipScorer(aggregation="max"))
+    other = tiny_engine(scorer=KVzipScorer(aggregation="max"))
     with pytest.raises(InputError, match="cannot be compared"):
         other.extend(talk, SECOND)
 
@@ -317,7 +317,7 @@ def probe(session: Session) -> torch.Tensor:
 @pytest.mark.parametrize("keep", [0, 1, 2])
 @pytest.mark.parametrize("with_context", [True, False])
 def test_at_ratio_1_a_folded_session_goes_on_as_if_it_were_not(architecture: str, keep: int, with_context: bool) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     session = talked(engine, engine.load(FIRST, ratio=1.0) if with_context else None)
     plain, before, tokens = session.fork(), probe(session), session.n_tokens
     context = session.fold(keep, ratio=1.0)
@@ -339,7 +339,7 @@ def test_folding_feeds_nothing_but_what_ranks_the_pairs(engine: KVzipEngine) -> 
 
 
 def test_a_folded_session_equals_dense_attention_with_evicted_pairs_masked(architecture: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     parent = engine.load(FIRST, ratio=0.5)
     session = talked(engine, parent)
     child = session.fold(1, ratio=0.4)
@@ -365,7 +365,7 @@ def test_a_fold_is_found_by_the_next_session_with_the_same_turns(engine: KVzipEn
 
 
 def test_a_session_can_be_folded_again_and_again(architecture: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     session = engine.session()
     contexts = []
     for turn in range(5):
@@ -406,7 +406,7 @@ def test_a_session_that_folds_twice_has_the_contexts_of_one_that_was_extended(en
 
 def test_a_child_that_fits_is_built_although_its_parent_does_not_fit_beside_it(engine: KVzipEngine) -> None:
     size = engine.extend(engine.load(FIRST, ratio=0.5), SECOND).nbytes
-    small = fitting_engine(device_bytes=int(1.2 * size))
+    small = tiny_engine(device_bytes=int(1.2 * size))
     small.registry._memory.wait_s = 1
     child = small.extend(small.load(FIRST, ratio=0.5), SECOND)
     assert small.generate(child, QUESTION, max_new_tokens=4).receipt.tier == "device"

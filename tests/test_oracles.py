@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import TEXT, fitting_engine, masked_logits, own_logits, row_over, tiny_model
+from conftest import TEXT, masked_logits, own_logits, row_over, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.attention import BACKENDS, RowKV
 
@@ -11,7 +11,7 @@ QUESTION = "Which day does the donkey carry oil?"
 
 
 def test_at_ratio_1_logits_equal_transformers_own(architecture: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     context = engine.load(TEXT, ratio=1.0)
     ids = engine.prompt_ids(context, QUESTION)
     torch.testing.assert_close(engine.logits(context, ids), own_logits(engine, context, ids), atol=1e-4, rtol=0)
@@ -19,7 +19,7 @@ def test_at_ratio_1_logits_equal_transformers_own(architecture: str) -> None:
 
 @pytest.mark.parametrize("ratio", [0.6, 0.25])
 def test_below_ratio_1_logits_equal_dense_attention_with_evicted_pairs_masked(architecture: str, ratio: float) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     context = engine.load(TEXT, ratio=ratio)
     ids = engine.prompt_ids(context, QUESTION)
     ours = engine.logits(context, ids)
@@ -29,7 +29,7 @@ def test_below_ratio_1_logits_equal_dense_attention_with_evicted_pairs_masked(ar
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 def test_rows_of_a_batch_equal_each_row_alone(architecture: str, backend: str) -> None:
-    engine = fitting_engine(architecture)
+    engine = tiny_engine(architecture)
     engine._model._backend = BACKENDS[backend]
     first, second = engine.load(TEXT, ratio=0.3), engine.load("Another page. " * 9, ratio=0.7)
     contexts = [first, second, None, first]  # two rows share one context, one has none
@@ -49,7 +49,7 @@ def own_tail_logits(engine: KVzipEngine, ids: list[int]) -> torch.Tensor:
 
 
 def test_a_long_tail_slides_out_of_a_sliding_layers_window() -> None:
-    engine = fitting_engine("gemma3")
+    engine = tiny_engine("gemma3")
     context = engine.load(TEXT, ratio=0.4)
     ids = [3 + i % 200 for i in range(90)]  # far more than the window of 32
     torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=1e-4, rtol=0)
@@ -59,7 +59,7 @@ def test_a_long_tail_slides_out_of_a_sliding_layers_window() -> None:
 
 
 def test_sliding_layers_keep_exactly_their_window() -> None:
-    context = fitting_engine("gemma3").load(TEXT, ratio=0.4)
+    context = tiny_engine("gemma3").load(TEXT, ratio=0.4)
     for layer in context.layers:
         if layer.window is not None:
             assert layer.lengths == (layer.window - 1,) * layer.n_heads
@@ -67,7 +67,7 @@ def test_sliding_layers_keep_exactly_their_window() -> None:
 
 
 def test_the_model_goes_on_working_for_others(architecture: str) -> None:
-    plain, engine = tiny_model(architecture), fitting_engine(architecture)
+    plain, engine = tiny_model(architecture), tiny_engine(architecture)
     engine.load(TEXT, ratio=0.5)
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
     with torch.inference_mode():

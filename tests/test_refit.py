@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, fitting_engine
+from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.compression.refit import LayerPairs, NoRefit, RidgeRefit
 from kvzip_memory.compression.rows import Block, Rows
@@ -113,7 +113,7 @@ def parts(context: CompressedContext) -> list[dict[str, Any]]:
 
 
 def test_only_values_of_new_pairs_that_are_not_pinned_change(architecture: str) -> None:
-    plain, fitted = fitting_engine(architecture, refit="none"), fitting_engine(architecture)
+    plain, fitted = tiny_engine(architecture, refit="none"), tiny_engine(architecture)
     before, after = (engine.load(TEXT, ratio=0.4, keep=KEPT) for engine in (plain, fitted))
     changed = 0
     for layer, one, other in zip(before.layers, parts(before), parts(after), strict=True):
@@ -135,7 +135,7 @@ def test_only_values_of_new_pairs_that_are_not_pinned_change(architecture: str) 
 
 
 def test_values_without_refit_are_those_the_model_computed(architecture: str) -> None:
-    engine = fitting_engine(architecture, refit="none")
+    engine = tiny_engine(architecture, refit="none")
     whole, context = engine.load(TEXT, ratio=1.0), engine.load(TEXT, ratio=0.4)
     for dense, layer in zip(whole.layers, context.layers, strict=True):
         if layer.window is None:
@@ -145,18 +145,18 @@ def test_values_without_refit_are_those_the_model_computed(architecture: str) ->
 
 
 def test_a_key_says_how_values_were_refitted_and_nothing_where_they_were_not() -> None:
-    fitted, plain = fitting_engine().load(TEXT, ratio=0.4), fitting_engine(refit="none").load(TEXT, ratio=0.4)
+    fitted, plain = tiny_engine().load(TEXT, ratio=0.4), tiny_engine(refit="none").load(TEXT, ratio=0.4)
     assert fitted.identity["refit"] == RidgeRefit().identity()
     assert {field: value for field, value in fitted.identity.items() if field != "refit"} == plain.identity
     assert NoRefit().identity() is None
-    assert fitting_engine().load(TEXT, ratio=1.0).identity == fitting_engine(refit="none").load(TEXT, ratio=1.0).identity
+    assert tiny_engine().load(TEXT, ratio=1.0).identity == tiny_engine(refit="none").load(TEXT, ratio=1.0).identity
 
 
 def test_it_is_the_same_each_time() -> None:
     torch.manual_seed(1)
-    one = fitting_engine().load(TEXT, ratio=0.4)
+    one = tiny_engine().load(TEXT, ratio=0.4)
     torch.manual_seed(2)
-    other = fitting_engine().load(TEXT, ratio=0.4)
+    other = tiny_engine().load(TEXT, ratio=0.4)
     for layer, again in zip(one.layers, other.layers, strict=True):
         assert torch.equal(layer.values, again.values)
 
@@ -173,7 +173,7 @@ def growths(engine: KVzipEngine) -> dict[str, tuple[CompressedContext, Compresse
 @pytest.mark.parametrize("way", ["extend", "fold"])
 def test_a_refit_is_never_refitted(architecture: str, way: str) -> None:
     """What a parent's kept pairs say they say in the child, too."""
-    parent, child = growths(fitting_engine(architecture))[way]
+    parent, child = growths(tiny_engine(architecture))[way]
     new = 0
     for before, after in zip(parent.layers, child.layers, strict=True):
         if before.window is not None:
@@ -198,7 +198,7 @@ TEXTS = {
 @pytest.mark.parametrize("ratio", [0.5, 0.3, 0.1])
 @pytest.mark.parametrize("text", TEXTS)
 def test_texts_that_repeat_themselves_stay_finite(text: str, ratio: float) -> None:
-    engine = fitting_engine()
+    engine = tiny_engine()
     context = engine.load(TEXTS[text], ratio=ratio)
     assert all(layer.values.isfinite().all() for layer in context.layers)
     assert engine.logits(context, engine.prompt_ids(context, "What?")).isfinite().all()

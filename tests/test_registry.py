@@ -351,7 +351,7 @@ def test_a_smaller_ratio_comes_out_of_a_larger_one_as_if_it_had_been_built(archi
 
 
 def test_what_was_refitted_is_not_cut_but_built(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path, refit="ridge")
+    engine = tiny_engine(cache_dir=tmp_path)
     engine.load(TEXT, ratio=0.5)
     receipt = engine.load(TEXT, ratio=0.45).receipt
     assert receipt is not None

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import TEXT, fitting_engine
+from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError
 from kvzip_memory.compression import Prefilled, Progress, methods
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -74,8 +74,8 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_method_of_ones_own_is_used_by_its_name_and_stands_in_the_key(stage: str, tmp_path: Path) -> None:
     plain = {"refit": "none"} if stage != "refit" else {}
-    named, given = fitting_engine(cache_dir=tmp_path, **{**plain, stage: f"own-{stage}"}), fitting_engine(**{**plain, stage: OWN[stage]()})
-    context, same, usual = named.load(TEXT, ratio=0.4), given.load(TEXT, ratio=0.4), fitting_engine().load(TEXT, ratio=0.4)
+    named, given = tiny_engine(cache_dir=tmp_path, **{**plain, stage: f"own-{stage}"}), tiny_engine(**{**plain, stage: OWN[stage]()})
+    context, same, usual = named.load(TEXT, ratio=0.4), given.load(TEXT, ratio=0.4), tiny_engine().load(TEXT, ratio=0.4)
     assert context.identity[stage] == OWN[stage]().identity()
     assert context.key == same.key != usual.key
     assert all(torch.equal(a.values, b.values) for a, b in zip(context.layers, same.layers, strict=True))
@@ -84,14 +84,14 @@ def test_a_method_of_ones_own_is_used_by_its_name_and_stands_in_the_key(stage: s
     elif stage == "allocator":
         assert set(context.layers[0].lengths) == {context.protected}
     else:
-        original = fitting_engine(refit="none").load(TEXT, ratio=0.4)
+        original = tiny_engine(refit="none").load(TEXT, ratio=0.4)
         new = original.layers[0].positions >= original.protected
         assert torch.equal(context.layers[0].values[new], original.layers[0].values[new] / 2)
     named.close()
-    again = fitting_engine(cache_dir=tmp_path, **{**plain, stage: f"own-{stage}"}).load(TEXT, ratio=0.4)
+    again = tiny_engine(cache_dir=tmp_path, **{**plain, stage: f"own-{stage}"}).load(TEXT, ratio=0.4)
     assert again.receipt is not None
     assert again.receipt.tier == "disk"
-    other = fitting_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
+    other = tiny_engine(cache_dir=tmp_path).load(TEXT, ratio=0.4)
     assert other.receipt is not None
     assert not other.receipt.hit
     assert stage in other.receipt.differs
@@ -109,7 +109,7 @@ def test_another_packages_method_is_found_by_its_entry_point(stage: str, monkeyp
 @pytest.mark.parametrize("value", ["nosuch", 3, None, object()])
 def test_what_is_no_method_is_refused_with_the_names_that_are_known(stage: str, value: Any) -> None:
     with pytest.raises(InputError) as error:
-        fitting_engine(**{stage: value})
+        tiny_engine(**{stage: value})
     assert stage in str(error.value)
     for name in STAGES[stage]:
         assert name in str(error.value)
@@ -122,7 +122,7 @@ def test_a_name_is_one_methods() -> None:
 
 
 def test_a_scorer_without_queries_has_nothing_refitted_and_says_so_where_that_was_asked_for() -> None:
-    context = fitting_engine(scorer=Latest()).load(TEXT, ratio=0.4)
+    context = tiny_engine(scorer=Latest()).load(TEXT, ratio=0.4)
     assert "refit" not in context.identity
     with pytest.raises(InputError, match="refit='none'"):
-        fitting_engine(scorer=Latest(), refit="ridge")
+        tiny_engine(scorer=Latest(), refit="ridge")
