@@ -38,20 +38,7 @@ class Forgetting:
         return key in self._memory.removed
 
     def remove(self, reference: str) -> Entry:
-        """Delete a context from every tier. One in use goes on in memory until its answer has ended.
-
-        Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
-        A context of several names that is given by one of them only loses that name; give its key to delete it. What was loaded under the
-        name before stays, and is found by its key.
-
-        Returns:
-            The context with the names that it has still, none if it was deleted.
-
-        Raises:
-            InputError: nothing is stored under the reference; a name that is left of a context is deleted.
-            StorageError: as for :meth:`check_changeable`; nothing was deleted.
-            OSError: its file or that of its name cannot be deleted.
-        """
+        """Delete a context, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.remove`."""
         self._writing.flush()
         self._backing.check_changeable()
         try:

@@ -62,17 +62,7 @@ class Lookup:
 
     @contextmanager
     def lease(self, wanted: Wanted, build: Build, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
-        """The context on the device, found or built, and kept there while the block runs.
-
-        Args:
-            wanted: what is asked for.
-            build: makes it if nobody has it; called by one thread of one process.
-            waiting: told how far the build of another thread or process is, a few times a second.
-
-        Raises:
-            BudgetError: larger than the device tier, or other answers use all of it for longer than ``wait_s``.
-            InputError: another tenant's; as for :meth:`one`.
-        """
+        """A context on the device, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.lease`."""
         if not is_whose(wanted.identity, self._backing.tenant):
             raise not_stored(wanted.key)
         story = Story()
