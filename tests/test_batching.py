@@ -180,7 +180,7 @@ def test_who_runs_and_who_waits_since_when_is_told() -> None:
     forward = engine._model._batcher._forward
 
     def held(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
-        go.wait()
+        assert go.wait(60)
         return forward(rows, ids, n_logits)
 
     engine._model._batcher._forward = held
@@ -205,15 +205,16 @@ def test_who_runs_and_who_waits_since_when_is_told() -> None:
 
 
 async def test_answers_for_an_event_loop_take_a_thread_each_and_wait_without_one() -> None:
-    engine, go = tiny_engine(max_running=2), threading.Event()
+    engine, go, threads = tiny_engine(max_running=2), threading.Event(), []
     expected = engine.generate(None, "Who?", max_new_tokens=6).text
     forward = engine._model._batcher._forward
 
     def held(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
-        go.wait()
+        assert go.wait(60)
         return forward(rows, ids, n_logits)
 
     def pieces() -> Generator[str, None, None]:
+        threads.append(threading.current_thread())
         with engine.stream(None, "Who?", max_new_tokens=6) as stream:
             yield from stream
 
@@ -221,14 +222,14 @@ async def test_answers_for_an_event_loop_take_a_thread_each_and_wait_without_one
         return "".join([piece async for piece in pieces_of(pieces, engine.places)])
 
     engine._model._batcher._forward = held
-    before = threading.active_count()
     answers = asyncio.gather(*(answer() for _ in range(5)))
     while engine.stats()["running"] < 2:
         await asyncio.sleep(0.001)
-    assert engine.stats()["waiting"] == 3
-    assert threading.active_count() == before + 2
+    waiting, running = engine.stats()["waiting"], len(threads)
     go.set()
+    assert (waiting, running) == (3, 2)
     assert await answers == [expected] * 5
+    assert len(set(threads)) == 5
 
 
 def test_more_answers_than_may_wait_are_refused_with_a_clear_error() -> None:
@@ -299,7 +300,7 @@ def test_the_worker_takes_work_in_order_and_hands_back_what_goes_wrong() -> None
 
     def first() -> None:
         begun.set()
-        go.wait()
+        assert go.wait(60)
 
     threads = [threading.Thread(target=worker.run, args=(first,))]
     threads[0].start()

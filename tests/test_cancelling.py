@@ -185,6 +185,19 @@ def watched(engine: KVzipEngine, at: Callable[[int], None]) -> Iterator[list[int
         hook.remove()
 
 
+BEFORE: set[threading.Thread] = set()
+
+
+def answering() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("kvzip-answer", "kvzip-load"))}
+
+
+@pytest.fixture(autouse=True)
+def what_other_tests_have_left() -> None:
+    BEFORE.clear()
+    BEFORE.update(answering())
+
+
 def in_use(engine: KVzipEngine) -> dict[str, Any]:
     """Places, leases, builds and threads."""
     registry, model = engine.registry, engine._model
@@ -196,7 +209,7 @@ def in_use(engine: KVzipEngine) -> dict[str, Any]:
         "flights": list(registry._memory.flights),
         "reserved": [registry._memory.device.reserved, registry._memory.host.reserved],
         "rows": list(model._batcher._waiting),
-        "threads": [thread.name for thread in threading.enumerate() if thread.name.startswith(("kvzip-answer", "kvzip-load"))],
+        "threads": [thread.name for thread in answering() - BEFORE],
     }
 
 

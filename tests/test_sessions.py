@@ -149,7 +149,7 @@ def test_an_interrupted_reader_gets_the_rest(engine: KVzipEngine) -> None:
     forward, go = engine._model._batcher._forward, threading.Event()
 
     def held(*args: Any) -> list[torch.Tensor]:
-        go.wait()
+        assert go.wait(60)
         return forward(*args)
 
     engine._model._batcher._forward = held
