@@ -13,6 +13,7 @@ import torch
 
 from kvzip_memory.chain import Step
 from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
+from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.modeling import LanguageModel
@@ -159,9 +160,9 @@ class Builder:
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 2 * dim * self._model.model.dtype.itemsize + 4
         heads = config.num_key_value_heads
-        full = sum(window is None for window in self._model.windows) * heads * n
+        full = sum(window is None for window in self._model.windows) * heads
         sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
-        return round(ratio * full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
+        return pairs_kept(ratio, n, prompt.protected, full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
 
     def bar(self, name: str | None) -> Bar:
         """For the progress of a context of this name, from now on until it is there."""

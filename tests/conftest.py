@@ -158,6 +158,13 @@ async def results(result: Any) -> None:
         list(result)
 
 
+def kept_at(ratio: float, context: CompressedContext) -> int:
+    """Pairs that a context of a ratio has: its protected head's, and the ratio of all others."""
+    n_heads = context.total_pairs // context.n_tokens
+    head = n_heads * context.protected
+    return head + round(ratio * (context.total_pairs - head))
+
+
 def kept_positions(context: CompressedContext) -> list[torch.Tensor]:
     """``[H, n]`` bool a layer; all true in sliding layers, which evict nothing that a later token could see."""
     kept = []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, kept_positions, masked_logits, tiny_engine
+from conftest import TEXT, kept_at, kept_positions, masked_logits, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, ModelError
 from kvzip_memory.compression import Compressed, Prefilled, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -30,12 +30,12 @@ def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
 @pytest.mark.parametrize("ratio", [0.07, 0.3, 0.5, 0.999])
-def test_kept_pairs_are_exactly_the_rounded_ratio(allocator: str, ratio: float) -> None:
+def test_the_head_and_exactly_the_rounded_ratio_of_the_rest_are_kept(allocator: str, ratio: float) -> None:
     engine = tiny_engine(allocator=allocator)
     context = engine.load(TEXT * 2, ratio=ratio)
     layers, heads = len(context.layers), context.layers[0].n_heads
     assert context.total_pairs == layers * heads * context.n_tokens
-    assert context.kept_pairs == round(ratio * context.total_pairs)
+    assert context.kept_pairs == kept_at(ratio, context)
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
@@ -195,7 +195,7 @@ def test_a_build_in_pieces_equals_dense_attention_with_each_pieces_evictions_mas
     monkeypatch.setattr("kvzip_memory.building.compress", noted)
     context = engine.load(TEXT, ratio=0.4, keep="8306")
     assert [b - a for (a, _), (b, _) in pairwise(pieces)] == [96, 96]  # 312 tokens, 24 of them head
-    assert context.kept_pairs == round(0.4 * context.total_pairs)
+    assert context.kept_pairs == kept_at(0.4, context)
     ancestors = [replace(context, token_ids=context.token_ids[:end], storage=Resident(part.layers)) for end, part in pieces[:-1]]
     ids = engine.prompt_ids(context, "Who carries the oil?")
     torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids, *ancestors), atol=1e-4, rtol=0)

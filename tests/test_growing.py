@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, kept_positions, masked_logits, own_logits, row_over, tiny_engine
+from conftest import TEXT, kept_at, kept_positions, masked_logits, own_logits, row_over, tiny_engine
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
@@ -117,7 +117,7 @@ def test_one_budget_holds_for_stored_and_new_pairs(allocator: str) -> None:
     for ratio in (0.5, 0.3):
         parent = engine.load(FIRST, ratio=0.5)
         child = engine.extend(parent, SECOND, ratio=ratio)
-        budget = round(ratio * child.total_pairs)
+        budget = kept_at(ratio, child)
         assert child.kept_pairs == budget if allocator == "global" else budget * 0.9 < child.kept_pairs <= budget
         for before, after in zip(kept_positions(parent), kept_positions(child), strict=True):
             assert not (after[:, : parent.n_tokens] & ~before).any()  # nothing evicted comes back
@@ -130,7 +130,7 @@ def test_the_parents_pairs_are_ranked_by_their_stored_scores(engine: KVzipEngine
     child = engine.extend(parent, SECOND, ratio=0.4)
     stored = torch.stack([layer.dense_scores(parent.n_tokens) for layer in parent.layers])
     kept = torch.stack([layer.dense_scores(child.n_tokens) for layer in child.layers])
-    assert child.kept_pairs == round(0.4 * child.total_pairs)
+    assert child.kept_pairs == kept_at(0.4, child)
     threshold = kept[~kept.isneginf()].min()
     of_parent = kept[:, :, : parent.n_tokens]
     assert torch.equal(of_parent[~of_parent.isneginf()], stored[~of_parent.isneginf()])
@@ -183,7 +183,7 @@ def test_scores_of_a_parent_at_ratio_1_are_made_when_they_are_needed(engine: KVz
 def test_either_repeat_pass_grows_contexts(architecture: str, repeat: Any) -> None:
     engine = tiny_engine(architecture, scorer=KVzipScorer(repeat=repeat))
     child = chain(engine, 0.5, 0.5)[-1]
-    assert child.kept_pairs == round(0.5 * child.total_pairs)
+    assert child.kept_pairs == kept_at(0.5, child)
 
 
 # -- the registry ---------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_a_session_can_be_folded_again_and_again(architecture: str) -> None:
         contexts.append(session.fold(0, ratio=0.6))
     for parent, child in pairwise(contexts):
         assert child.identity["parent"] == parent.key
-        assert child.kept_pairs == round(0.6 * child.total_pairs)
+        assert child.kept_pairs == kept_at(0.6, child)
     assert contexts[0].protected == len(engine._prompts.free_recipe().opening)
     session.reset()
     assert session.n_tokens == contexts[-1].n_tokens

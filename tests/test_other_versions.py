@@ -1,7 +1,7 @@
 """Contexts that other versions of this package have stored: they miss and say why, are listed as such, and go when that is asked for.
 
-``stored/format-1.safetensors.gz`` and so on are what :func:`engine` and :data:`TEXT` made with the last version of each format. Whoever
-changes ``FORMAT`` puts the file of the version before it there.
+``stored/format-1.safetensors.gz`` and so on are the file that ``engine(folder).load(TEXT, name="lamp")`` of the last version of each format
+left in its folder. Whoever changes ``FORMAT`` puts the one of the version before it there.
 """
 
 from __future__ import annotations

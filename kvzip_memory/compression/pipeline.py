@@ -14,6 +14,7 @@ from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
 from kvzip_memory.compression.codecs import Codec, NoCodec
 from kvzip_memory.compression.evict import gathered, return_freed_pages, visible
 from kvzip_memory.compression.prefill import Prefilled, Progress
+from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.compression.refit import REFITS, LayerPairs, Refit
 from kvzip_memory.compression.rows import Block, Rows
 from kvzip_memory.compression.scorers import SCORERS, Scorer
@@ -77,7 +78,8 @@ class Compressed:
 
 
 def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> Compressed:
-    """Keep the most important ``round(ratio * L * H * n)`` pairs and free the rest. Empties ``prefilled.dense``.
+    """Keep the protected head and the most important ``round(ratio * L * H * (n - protected))`` other pairs, and free the rest. Empties
+    ``prefilled.dense``.
 
     Pairs of a parent compete with their stored scores; what it has evicted stays evicted, and its values stay as they are. At ratio 1.0
     everything is kept and nothing is scored, unless the parent has scores.
@@ -124,7 +126,8 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     if prefilled.scored_parent:
         scores[:, :, : prefilled.start] = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
     scores[:, :, prefilled.pinned] = float("inf")
-    return scores, stages.allocator.allocate(scores, round(ratio * scores.numel())) & ~scores.isneginf()
+    budget = pairs_kept(ratio, n, prefilled.protected, len(scores) * scores.shape[1])
+    return scores, stages.allocator.allocate(scores, budget) & ~scores.isneginf()
 
 
 def _values(prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float) -> Tensor | None:

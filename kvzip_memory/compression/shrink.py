@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
 from kvzip_memory.system.modes import plain
 
@@ -38,7 +39,7 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])
-    keep = ALLOCATORS.of(identity["allocator"]).allocate(scores, round(identity["ratio"] * scores.numel()))
+    keep = ALLOCATORS.of(identity["allocator"]).allocate(scores, pairs_kept(identity["ratio"], n, context.protected, len(scores) * scores.shape[1]))
     if bool((keep & scores.isneginf()).any()):
         return None
     kept = dict(zip(full, keep, strict=True))

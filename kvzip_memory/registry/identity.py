@@ -14,7 +14,7 @@ from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.system.digests import digest
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
-FORMAT = 3
+FORMAT = 4
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")

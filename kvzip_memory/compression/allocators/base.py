@@ -10,7 +10,7 @@ from torch import Tensor
 class Allocator(Protocol):
     """Chooses the pairs to keep.
 
-    Ours keep exactly ``budget`` pairs (more only if the protected ones alone exceed it) and break ties by position in ``[L, H, n]``, so the
+    Ours keep exactly ``budget`` pairs (more only if those that are never evicted alone exceed it) and break ties by position in ``[L, H, n]``, so the
     same scores keep the same pairs on every machine.
     """
 
