@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 
 from kvzip_memory.chain import Step
 from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
+from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
 from kvzip_memory.errors import InputError
@@ -23,9 +24,11 @@ from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
-from kvzip_memory.registry.identity import key_of, recipe_digest, tokens_digest
+from kvzip_memory.registry.identity import MODEL_FIELDS, key_of, recipe_digest, tokens_digest
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.modes import plain
+
+_MAX_FADINGS = 64  # a few numbers each
 
 
 def context_identity(
@@ -84,12 +87,14 @@ class _Beginning:
         layers: their pairs, none of no tokens. Compressing what follows empties it, so that layers nobody else has are freed on the way.
         dense_nbytes: storage of all its pairs before eviction.
         ms: milliseconds of each stage, over all pieces.
+        fading: the curve that was used, under its name.
     """
 
     n_tokens: int = 0
     layers: list[RaggedLayer] = field(default_factory=list)
     dense_nbytes: int = 0
     ms: dict[str, float] = field(default_factory=dict)
+    fading: dict[str, Fading] = field(default_factory=dict)
 
 
 class Builder:
@@ -119,6 +124,7 @@ class Builder:
         self.check_every(compress_every)
         self._model, self._identity, self._tenant = model, identity, tenant
         self._stages, self._compress_every, self._progress = stages, compress_every, progress
+        self._fadings: dict[str, Fading] = {}  # of weights that were proven
 
     @staticmethod
     def check_every(compress_every: int | None) -> None:
@@ -181,16 +187,19 @@ class Builder:
         wanted, since = step.wanted, computed.since if computed else self._identity.stamp()
         where = f"context {wanted.key[:12]!r}"
         self._identity.check(wanted.identity, language, where)  # a handle may outlive the weights
-        context, ms = self._built(language, step, parent, report, computed)
+        context, ms, fading = self._built(language, step, parent, report, computed)
         began = time.perf_counter()
         self._identity.prove(wanted.identity, language, where, since)
         ms["verify"] = 1e3 * (time.perf_counter() - began)
+        self._fadings.update(fading)
+        while len(self._fadings) > _MAX_FADINGS:
+            self._fadings.pop(next(iter(self._fadings)), None)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
 
     @plain()
     def _built(
         self, language: Language, step: Step, parent: CompressedContext | None, report: Report, computed: Computed | None
-    ) -> tuple[CompressedContext, dict[str, float]]:
+    ) -> tuple[CompressedContext, dict[str, float], dict[str, Fading]]:
         wanted, recipe = step.wanted, step.recipe
         assert step.ids is not None
         assert recipe is not None
@@ -219,7 +228,7 @@ class Builder:
             expires=parent.expires if parent else None,
             coarsest=min(ratio, parent.coarsest) if parent else ratio,
         )
-        return context, beginning.ms
+        return context, beginning.ms, beginning.fading
 
     def _grown(
         self,
@@ -241,7 +250,7 @@ class Builder:
             pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
         else:
             pairs = prefill(self._model, ids, progress)
-        prefilled = 1e3 * (time.perf_counter() - began)
+        read = time.perf_counter()
         piece = Prefilled(
             self._model,
             pairs,
@@ -254,9 +263,22 @@ class Builder:
             layers,
             start,
         )
+        fading = beginning.fading or self._fading(piece, step.wanted.identity)
+        known = 1e3 * (time.perf_counter() - read)
+        piece = replace(piece, fading=next(iter(fading.values()), None))
         compressed = compress(piece, step.wanted.identity["ratio"], self._stages, progress)
-        ms = {stage: beginning.ms.get(stage, 0.0) + took for stage, took in {"prefill": prefilled, **compressed.ms}.items()}
-        return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms)
+        took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": known + compressed.ms["score"]}
+        ms = {stage: beginning.ms.get(stage, 0.0) + more for stage, more in took.items()}
+        return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms, fading)
+
+    def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
+        """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""
+        measure: Callable[[Prefilled], Fading] | None = getattr(self._stages.scorer, "fading", None)
+        if not piece.scored_parent or measure is None:
+            return {}
+        model = [identity.get(field) for field in MODEL_FIELDS]
+        name = digest([model, piece.opening, piece.closing, piece.token_ids[: piece.protected]])
+        return {name: self._fadings.get(name) or measure(piece)}
 
 
 def _ends(first: int, n: int, every: int | None) -> list[int]:

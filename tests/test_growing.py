@@ -125,11 +125,16 @@ def test_one_budget_holds_for_stored_and_new_pairs(allocator: str) -> None:
             assert after[:, : child.protected].all()
 
 
-def test_the_parents_pairs_are_ranked_by_their_stored_scores(engine: KVzipEngine) -> None:
+def test_the_parents_pairs_are_ranked_by_their_stored_scores_as_they_have_faded(architecture: str) -> None:
+    engine = tiny_engine(architecture)
     parent = engine.load(FIRST, ratio=0.6)
     child = engine.extend(parent, SECOND, ratio=0.4)
-    stored = torch.stack([layer.dense_scores(parent.n_tokens) for layer in parent.layers])
-    kept = torch.stack([layer.dense_scores(child.n_tokens) for layer in child.layers])
+    [curve] = engine._contexts._builder._fadings.values()
+    fading = curve.between(parent.n_tokens, child.n_tokens)
+    assert (fading != 1).any()
+    stored = torch.stack([layer.dense_scores(parent.n_tokens) for layer in parent.layers if layer.window is None])
+    stored = (stored * fading).half()
+    kept = torch.stack([layer.dense_scores(child.n_tokens) for layer in child.layers if layer.window is None])
     assert child.kept_pairs == kept_at(0.4, child)
     threshold = kept[~kept.isneginf()].min()
     of_parent = kept[:, :, : parent.n_tokens]
@@ -329,6 +334,7 @@ def test_at_ratio_1_a_folded_session_goes_on_as_if_it_were_not(architecture: str
 
 def test_folding_feeds_nothing_but_what_ranks_the_pairs(engine: KVzipEngine) -> None:
     session = talked(engine, engine.load(FIRST, ratio=0.5))
+    engine.extend(engine.load(FIRST, ratio=0.5), SECOND)  # it is known how scores fade
     fed: list[int] = []
     hook = engine.model.model.register_forward_pre_hook(lambda m, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True)
     cut = session._talk.ends[1]

@@ -81,8 +81,8 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     """Keep the protected head and the most important ``round(ratio * L * H * (n - protected))`` other pairs, and free the rest. Empties
     ``prefilled.dense``.
 
-    Pairs of a parent compete with their stored scores; what it has evicted stays evicted, and its values stay as they are. At ratio 1.0
-    everything is kept and nothing is scored, unless the parent has scores.
+    Pairs of a parent compete with their stored scores, which fade; what it has evicted stays evicted, and its values stay as they are.
+    At ratio 1.0 everything is kept and nothing is scored, unless the parent has scores.
 
     Raises:
         ModelError: the model gave scores that are not finite.
@@ -124,7 +124,9 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
             "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
         )
     if prefilled.scored_parent:
-        scores[:, :, : prefilled.start] = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
+        stored = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
+        fading = 1.0 if prefilled.fading is None else prefilled.fading.between(prefilled.start, n)
+        scores[:, :, : prefilled.start] = stored * fading
     scores[:, :, prefilled.pinned] = float("inf")
     budget = pairs_kept(ratio, n, prefilled.protected, len(scores) * scores.shape[1])
     return scores, stages.allocator.allocate(scores, budget) & ~scores.isneginf()

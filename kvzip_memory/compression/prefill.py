@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
+from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
@@ -37,6 +38,7 @@ class Prefilled:
         keep: spans ``[start, end)`` that are never evicted either.
         parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
         start: tokens the parent stands for.
+        fading: how scores of the parent's pairs fade behind more tokens; None if they do not, or there are none.
         rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
         scored_parent: whether the parent's pairs have scores; without them it has all its pairs.
     """
@@ -51,6 +53,7 @@ class Prefilled:
     keep: tuple[tuple[int, int], ...] = ()
     parent: list[RaggedLayer] = field(default_factory=list)
     start: int = 0
+    fading: Fading | None = None
     rows: Rows | None = None
     scored_parent: bool = field(init=False)
 

@@ -39,7 +39,9 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])
-    keep = ALLOCATORS.of(identity["allocator"]).allocate(scores, pairs_kept(identity["ratio"], n, context.protected, len(scores) * scores.shape[1]))
+    keep = ALLOCATORS.of(identity["allocator"]).allocate(
+        scores, pairs_kept(identity["ratio"], n, context.protected, len(scores) * scores.shape[1])
+    )
     if bool((keep & scores.isneginf()).any()):
         return None
     kept = dict(zip(full, keep, strict=True))

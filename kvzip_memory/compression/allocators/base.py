@@ -10,8 +10,8 @@ from torch import Tensor
 class Allocator(Protocol):
     """Chooses the pairs to keep.
 
-    Ours keep exactly ``budget`` pairs (more only if those that are never evicted alone exceed it) and break ties by position in ``[L, H, n]``, so the
-    same scores keep the same pairs on every machine.
+    Ours keep exactly ``budget`` pairs (more only if those that are never evicted alone exceed it) and break ties by position in
+    ``[L, H, n]``, so the same scores keep the same pairs on every machine.
     """
 
     def identity(self) -> Any:
