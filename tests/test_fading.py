@@ -37,7 +37,7 @@ def test_scores_from_afar_are_those_of_a_text_that_goes_on(repeat: Any, far: int
     n, head = len(whole.token_ids), whole.protected
     short = replace(whole, dense=[(k[:, : n - far], v[:, : n - far]) for k, v in whole.dense], token_ids=whole.token_ids[: n - far])
     ids = scorer._repeat_ids(short, head, n - far)
-    ours, theirs = scorer.score_chunk(short, ids, head, head, n - far, far), scorer.score_chunk(whole, ids, head, head, n - far)
+    ours, theirs = scorer.score_chunk(short, ids, head, head, n - far, far=far), scorer.score_chunk(whole, ids, head, head, n - far)
     assert not torch.allclose(theirs, scorer.score_chunk(short, ids, head, head, n - far), atol=1e-5)
     if repeat == "local":
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)

@@ -117,6 +117,13 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: flo
     return out.lerp_(before[0].float(), share.unsqueeze(-1)), torch.logaddexp(lse, before_lse[0])
 
 
+def with_context(out: Tensor, lse: Tensor, query: Tensor, context: RaggedLayer, scaling: float) -> tuple[Tensor, Tensor]:
+    """What :func:`causal` gave for a query, with the pairs of a context beside those that it has seen; full attention only."""
+    outs, lses = _attend_context(query, context, scaling, None)
+    lses = torch.cat([lse.unsqueeze(1), lses], 1)
+    return (torch.cat([out.unsqueeze(1), outs], 1) * lses.softmax(1).unsqueeze(-1)).sum(1), lses.logsumexp(1)
+
+
 def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
     """:func:`causal` with a mask, in blocks; of the last ``window`` tokens only if there is one."""
     n_heads, n_tail, _ = keys.shape

@@ -34,16 +34,17 @@ class Rows:
         self._every = every
         self._taken: dict[int, dict[tuple[int, int], list[tuple[Tensor, float]]]] = {}
 
-    def take(self, layer: int, start: int, end: int, queries: Tensor, scaling: float, first: int) -> None:
+    def take(self, layer: int, start: int, end: int, queries: Tensor, scaling: float, first: int, lead: int = 0) -> None:
         """Queries ``[H, G, T, D]`` of consecutive tokens of the repeat of ``[start, end)``.
 
         Args:
             first: which of the repeated tokens the first of them stands for; below zero for those of the instruction.
+            lead: so many between instruction and block repeat what stands before the block, and ask nothing of it.
         """
         _, n_group, n_rows, _ = queries.shape
         row = torch.arange(first, first + n_rows)
         shift = torch.arange(n_group).unsqueeze(1) * self._every // n_group
-        wanted = (row < 0) | ((row - shift) % self._every == 0)
+        wanted = (row < -lead) | ((row >= 0) & ((row - shift) % self._every == 0))
         taken = queries[:, wanted.to(queries.device)]
         if taken.dtype == torch.float32:
             taken = taken.half()

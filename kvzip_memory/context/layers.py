@@ -48,6 +48,12 @@ class RaggedLayer:
         lengths = torch.tensor(self.lengths, device=self.positions.device)
         return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
 
+    def among(self, wanted: Tensor) -> RaggedLayer:
+        """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores."""
+        heads = self.heads()[wanted]
+        lengths = tuple(torch.bincount(heads, minlength=self.n_heads).tolist())
+        return RaggedLayer(self.keys[wanted], self.values[wanted], lengths, self.positions[wanted], window=self.window)
+
     def dense_scores(self, n: int) -> Tensor:
         """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone. The layer has scores."""
         assert self.scores is not None

@@ -19,14 +19,16 @@ from torch import Tensor
 from transformers import Cache
 
 from kvzip_memory.attention import BACKENDS
-from kvzip_memory.attention.cpu import causal
+from kvzip_memory.attention.cpu import causal, with_context
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
+from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import LastLayerSeen
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
 OVERLAP = 8  # ids of the previous chunk that say where the next one starts
+REPEATED = 200  # at least so many ids of a context that grows, also those that have their scores: a repeat of a few ranks them badly
 
 #: What is repeated from near and from afar to see how scores fade. Another one means other curves of the same model.
 PROBE = (
@@ -81,10 +83,16 @@ class KVzipScorer:
         n, layers = len(prefilled.token_ids), prefilled.full_layers
         scores = torch.zeros(len(layers), prefilled.dense[layers[0]][0].shape[0], n, dtype=torch.float32)
         for start, end in self._chunks(prefilled.first, n, prefilled.model.window - n):
-            repeat_ids = self._repeat_ids(prefilled, start, end)
-            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, prefilled.protected, start, end).cpu()
+            lead = self._lead(prefilled, end) if prefilled.scored_parent and start == prefilled.start else 0
+            repeat_ids = self._repeat_ids(prefilled, start - lead, end)
+            scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, prefilled.protected, start, end, lead=lead).cpu()
             progress("score", end - start)
         return scores
+
+    def _lead(self, prefilled: Prefilled, end: int) -> int:
+        """Tokens of the parent that are repeated before the first chunk ``[start, end)`` behind it, as far as the window has room."""
+        repeated = min(REPEATED, prefilled.model.window - len(prefilled.token_ids) - 64, end - prefilled.protected)
+        return max(0, repeated - (end - prefilled.start))
 
     def _chunks(self, first: int, n: int, room: int) -> list[tuple[int, int]]:
         """Equal chunks of ``[first, n)``, small enough for the repeat to fit behind the prefix."""
@@ -114,15 +122,20 @@ class KVzipScorer:
         repeat_ids = self._repeat_ids(probe, len(head), len(ids))
         farthest = model.window - len(ids) - len(repeat_ids)
         away = sorted({0, *(256 * 4**i for i in range(20) if 512 * 4**i <= farthest), max(0, farthest)})
-        scores = [self.score_chunk(_seen_from(probe, far), repeat_ids, len(head), len(head), len(ids), far).cpu() for far in away]
+        scores = [self.score_chunk(_seen_from(probe, far), repeat_ids, len(head), len(head), len(ids), far=far).cpu() for far in away]
         return Fading.of([len(repeat_ids) + far for far in away], scores)
 
-    def score_chunk(self, prefilled: Prefilled, repeat_ids: Sequence[int], head: int, start: int, end: int, far: int = 0) -> Tensor:
+    def score_chunk(
+        self, prefilled: Prefilled, repeat_ids: Sequence[int], head: int, start: int, end: int, *, lead: int = 0, far: int = 0
+    ) -> Tensor:
         """Scores ``[L, H, end - start]`` fp32 of one chunk from one forward of ``repeat_ids``, ``far`` tokens behind the prefix.
 
         The probabilities are normalised over the first ``head`` pairs, the chunk's, and the repeat's own so far.
+
+        Args:
+            lead: so many of the repeated ids stand before the chunk's, in the parent. What it has kept of them is beside the chunk.
         """
-        call = _RepeatCall(prefilled, self, head, start, end, len(repeat_ids) - (end - start))
+        call = _RepeatCall(prefilled, self, head, start, end, len(repeat_ids) - (end - start), lead)
         deque(prefilled.model.fill(repeat_ids, len(prefilled.token_ids) + far, call, call), maxlen=0)
         return call.scores()
 
@@ -141,9 +154,9 @@ def _seen_from(prefilled: Prefilled, far: int) -> Prefilled:
 class _RepeatCall(Cache):
     """Cache and attention of one repeat, fed in pieces: reads the dense cache, adds nothing to it, collects scores."""
 
-    def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int, opening: int) -> None:
+    def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int, opening: int, lead: int) -> None:
         super().__init__(layers=[])
-        self._opening = opening  # tokens before those that are repeated
+        self._opening, self._lead = opening, lead  # tokens before those of the chunk; how many of them are repeated, too
         self._prefilled, self._scorer = prefilled, scorer
         self._head, self._start, self._end = head, start, end
         self._own: dict[int, tuple[Tensor, Tensor]] = {}  # [H, T, D], the repeat's pairs so far
@@ -175,20 +188,27 @@ class _RepeatCall(Cache):
         if prefilled.rows is not None:
             grouped = query[0].unflatten(0, (len(own_keys), -1))
             first = own_keys.shape[1] - query.shape[2] - self._opening
-            prefilled.rows.take(layer, self._start, self._end, grouped, scaling, first)
-        head_keys, head_values = prefilled.pairs(layer, 0, self._head)
+            prefilled.rows.take(layer, self._start, self._end, grouped, scaling, first, self._lead)
+        beside = self._beside(layer) if self._lead else None
+        before = 0 if beside else self._head
+        head_keys, head_values = prefilled.pairs(layer, 0, before)
         chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
         near_keys = torch.cat([head_keys, chunk_keys, own_keys], 1)
-        scored = slice(self._head, self._head + self._end - self._start)
+        scored = slice(before, before + self._end - self._start)
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
         if last:
-            self._attend(query[0], near_keys, near_keys, scaling, scored, scores)
+            self._attend(query[0], near_keys, near_keys, scaling, scored, scores, beside)
             raise LastLayerSeen
         if self._scorer.repeat == "local":
             near_values = torch.cat([head_values, chunk_values, own_values], 1)
-            return self._attend(query[0], near_keys, near_values, scaling, scored, scores)[None]
-        self._attend(query[0], near_keys, near_keys, scaling, scored, scores)
+            return self._attend(query[0], near_keys, near_values, scaling, scored, scores, beside)[None]
+        self._attend(query[0], near_keys, near_keys, scaling, scored, scores, beside)
         return BACKENDS["cpu"](query, [row()], scaling, None)
+
+    def _beside(self, layer: int) -> RaggedLayer:
+        """The protected head, and what the parent has kept of those of its tokens that are repeated."""
+        parent = self._prefilled.parent[layer]
+        return parent.among((parent.positions < self._head) | (parent.positions >= self._start - self._lead))
 
     def _attend(
         self,
@@ -198,14 +218,17 @@ class _RepeatCall(Cache):
         scaling: float,
         scored: slice,
         scores: Tensor,
+        beside: RaggedLayer | None,
     ) -> Tensor:
-        """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own.
+        """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, and others beside.
 
         The probabilities of the columns ``scored``, which all rows see, are added to ``scores [H, columns]``.
         """
         n_heads, n_rows = len(keys), query.shape[1]
         grouped = query.reshape(n_heads, -1, query.shape[2])  # [H, G * T, D]
         out, lse = causal(grouped, keys, values, n_rows, scaling)
+        if beside is not None:
+            out, lse = with_context(out, lse, grouped, beside, scaling)
         self._aggregate(scores, grouped * scaling, keys[:, scored].mT, lse.unsqueeze(-1))
         return out.to(query.dtype).unflatten(1, (-1, n_rows)).flatten(0, 1).transpose(0, 1)
 
