@@ -39,14 +39,14 @@ from kvzip_memory.system.paths import as_folder
 class KVzipEngine(Library):
     """Loads texts into compressed contexts and answers from them.
 
-    ``ratio`` is the fraction of key-value pairs **kept** (kvpress' ``compression_ratio`` is the fraction removed).
+    ``ratio`` is the fraction of a text's key-value pairs that is **kept** (kvpress' ``compression_ratio`` is the fraction removed).
     May be used from any number of threads: their answers are decoded together, builds take turns with them. A copy, deep or not, is
     the engine itself. It is the process' that made it: in a child that is forked later it raises :class:`ForkedError`.
 
     Args:
         model: a causal language model of transformers. It is not changed and goes on working for others.
         tokenizer: its tokenizer. It is copied: what others do with it meanwhile changes no text.
-        ratio: kept fraction for :meth:`load`, in (0, 1].
+        ratio: kept fraction for :meth:`load`, in (0, 1]; template head and system prompt are kept beside it.
         cache_dir: contexts are stored there and found again by later engines of the same model; None stores nothing.
         device_bytes: budget of the contexts on the model's device, such as ``"4GiB"``. None: a quarter of its memory.
         host_bytes: budget of the contexts moved from there to the host's memory. None: an eighth of it where the model

@@ -224,7 +224,7 @@ class Library(Shared):
             more: chat messages. They may repeat the conversation the parent was made of, from its first message on; then
                 only what comes after it is new. Or documents, behind a context of documents; each gets a header.
             name: see :meth:`load`.
-            ratio: kept fraction of all pairs, the parent's ratio if None.
+            ratio: kept fraction of the pairs of both, the parent's ratio if None.
             keep: strings of what is new whose pairs are never evicted. The parent's stay kept, but for a parent of ratio
                 1.0, which has ranked nothing.
             tags: see :meth:`load`.

@@ -10,7 +10,7 @@ import torch
 
 from conftest import TEXT, kept_at, kept_positions, masked_logits, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, ModelError
-from kvzip_memory.compression import Compressed, Prefilled, compress, prefill
+from kvzip_memory.compression import Compressed, Prefilled, Stages, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.compression.scorers import kvzip as kvzip_module
@@ -121,6 +121,50 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
     scorer.score_chunk(prefilled, ids, head, start, end)
     torch.testing.assert_close(scores, torch.stack(seen).float(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.4])
+def test_what_a_parent_has_kept_stands_beside_a_chunk(architecture: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk behind a parent whose last tokens are repeated, too: their kept pairs share the probabilities, in every head its own."""
+    engine, scorer = tiny_engine(architecture), KVzipScorer()
+    whole = prefilled_of(engine)
+    n, head, lead = len(whole.token_ids), whole.protected, 40
+    start = n - 25
+    first = replace(whole, dense=[(k[:, :start], v[:, :start]) for k, v in whole.dense], token_ids=whole.token_ids[:start])
+    layers = compress(first, ratio, Stages.of(), silent).layers
+    prefilled = replace(whole, dense=[(k[:, start:], v[:, start:]) for k, v in whole.dense], parent=list(layers), start=start)
+    ids = [7, 8, 9, *whole.token_ids[start - lead :]]
+    seen: list[torch.Tensor] = []
+    original = kvzip_module._RepeatCall.attend
+
+    def attend(self, layer, query, key, value, scaling):  # type: ignore[no-untyped-def]
+        if whole.model.windows[layer] is None:
+            parent, rows, scores = layers[layer], query.shape[2], []
+            for h, queries in enumerate(query[0].double().unflatten(0, (parent.n_heads, -1))):
+                keys, positions = parent.head(h)[0], parent.positions[parent.offsets[h] : parent.offsets[h + 1]]
+                near = keys[(positions < head) | (positions >= start - lead)]
+                logits = queries @ torch.cat([near, whole.dense[layer][0][h, start:], key[0, h]]).double().T * scaling
+                logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
+                scores.append(logits.softmax(-1)[..., len(near) : len(near) + n - start].square().sum((0, 1)).sqrt())
+            seen.append(torch.stack(scores))
+        return original(self, layer, query, key, value, scaling)
+
+    monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
+    ours = scorer.score_chunk(prefilled, ids, head, start, n, lead=lead)
+    monkeypatch.undo()
+    torch.testing.assert_close(ours, torch.stack(seen).float(), atol=1e-5, rtol=1e-4)
+    if ratio == 1.0 and not any(whole.model.windows):
+        torch.testing.assert_close(ours, scorer.score_chunk(whole, ids, head, start - lead, n)[:, :, lead:], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("new", "room", "lead"), [(30, 5000, 170), (200, 5000, 0), (700, 5000, 0), (30, 150, 56), (30, 40, 0)])
+def test_few_new_tokens_are_repeated_with_those_before_them(new: int, room: int, lead: int) -> None:
+    prefilled = prefilled_of(tiny_engine(), TEXT * 3)
+    n, head = len(prefilled.token_ids), prefilled.protected
+    prefilled.model.window = n + room
+    assert KVzipScorer()._lead(replace(prefilled, start=n - new), n) == lead
+    short = replace(prefilled, start=head + 5, token_ids=prefilled.token_ids[: head + 9])
+    assert KVzipScorer()._lead(short, head + 9) == 5  # not of the head
 
 
 def test_the_whole_repeat_pass_attends_as_the_model_itself_would(architecture: str) -> None:
