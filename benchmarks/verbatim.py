@@ -55,7 +55,8 @@ def parts(data: list[dict[str, Any]], tokenizer: Any, count: int, tokens: int = 
     for number in range(count):
         article, rng = data[number % len(data)], random.Random(number)
         paragraphs = [p["context"] for p in article["paragraphs"]][number // len(data) * 8 :]
-        chosen, length = [], 0
+        chosen: list[str] = []
+        length = 0
         for paragraph in paragraphs:
             length += len(tokenizer(paragraph).input_ids)
             if length > tokens and chosen:

@@ -264,10 +264,10 @@ class Builder:
             start,
         )
         fading = beginning.fading or self._fading(piece, step.wanted.identity)
-        known = 1e3 * (time.perf_counter() - read)
+        measured = 1e3 * (time.perf_counter() - read)
         piece = replace(piece, fading=next(iter(fading.values()), None))
         compressed = compress(piece, step.wanted.identity["ratio"], self._stages, progress)
-        took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": known + compressed.ms["score"]}
+        took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": measured + compressed.ms["score"]}
         ms = {stage: beginning.ms.get(stage, 0.0) + more for stage, more in took.items()}
         return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms, fading)
 

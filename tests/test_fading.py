@@ -25,7 +25,12 @@ def test_a_curve_is_linear_over_the_logarithm_of_the_distance_and_ends_where_it_
     assert between[0].item() == pytest.approx((fading._log(torch.tensor([456])) - fading._log(torch.tensor([200]))).exp().item())
     assert torch.equal(fading.between(200, 200), torch.ones(200))
     torch.testing.assert_close(between * fading.between(456, 1000)[:200], fading.between(200, 1000)[:200])  # in two steps as in one
-    assert torch.equal(Fading((64.0,), (-2.0,)).between(100, 5000), torch.ones(100))
+    for unknown in (
+        Fading((64.0,), (-2.0,)),
+        Fading.of([64, 256], [torch.ones(2, 2, 5), torch.full((2, 2, 5), torch.nan)]),
+        Fading((), ()),
+    ):
+        assert torch.equal(unknown.between(100, 5000), torch.ones(100))
 
 
 @pytest.mark.parametrize("repeat", ["local", "whole"])

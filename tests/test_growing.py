@@ -16,6 +16,7 @@ from conftest import TEXT, kept_at, kept_positions, masked_logits, own_logits, r
 from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session, WindowError
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.compression.scorers.kvzip import REPEATED
 from kvzip_memory.prompting.documents import Document
 from kvzip_memory.registry.disk.doctor import examine
 
@@ -340,8 +341,7 @@ def test_folding_feeds_nothing_but_what_ranks_the_pairs(engine: KVzipEngine) -> 
     cut = session._talk.ends[1]
     session.fold(1, ratio=0.5)
     hook.remove()
-    assert len(fed) == 1  # one repeat: its prompt, and the folded tokens
-    assert cut < fed[0] < cut + 150
+    assert max(cut, REPEATED) < sum(fed) < max(cut, REPEATED) + 150  # one repeat: its prompt, the folded tokens and some before them
 
 
 def test_a_folded_session_equals_dense_attention_with_evicted_pairs_masked(architecture: str) -> None:

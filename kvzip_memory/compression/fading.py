@@ -7,6 +7,7 @@ twice the KL. So the scores of what was there fade as the text grows, by a curve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Fading:
     """Of a model.
 
     Attributes:
-        distances: in tokens, rising.
+        distances: in tokens, rising; of fewer than two nothing fades.
         logs: of the score of the same pair from these distances.
     """
 
@@ -32,9 +33,12 @@ class Fading:
     def of(cls, distances: Sequence[int], scores: Sequence[Tensor]) -> Fading:
         """The curve of scores ``[L, H, m]`` of the same pairs from each distance: of their geometric mean over all heads.
 
-        Curves of each head or layer gave twice the KL, as did the mean, which a few pairs decide.
+        Curves of each head or layer gave twice the KL, as did the mean, which a few pairs decide. Where scores are not finite nothing is
+        known.
         """
-        return cls(tuple(map(float, distances)), tuple(scored.clamp_min(_LEAST).log().mean().item() for scored in scores))
+        logs = [scored.clamp_min(_LEAST).log().mean().item() for scored in scores]
+        known = [pair for pair in zip(map(float, distances), logs, strict=True) if math.isfinite(pair[1])]
+        return cls(tuple(distance for distance, _ in known), tuple(log for _, log in known))
 
     def between(self, start: int, n: int) -> Tensor:
         """``[start]`` fp32: what scores of a text of ``start`` tokens, by position, are to be multiplied by when it has n."""
@@ -44,7 +48,7 @@ class Fading:
     def _log(self, distance: Tensor) -> Tensor:
         """Linear between what was measured, over the logarithm of the distance; no farther."""
         known, logs = torch.tensor(self.distances).log(), torch.tensor(self.logs)
-        if len(known) == 1:
+        if len(known) < 2:
             return torch.zeros(len(distance))
         x = distance.float().log().clamp(known[0], known[-1])
         i = torch.searchsorted(known, x, right=True).sub(1).clamp(0, len(known) - 2)
