@@ -86,6 +86,7 @@ class _Beginning:
         n_tokens: its tokens.
         layers: their pairs, none of no tokens. Compressing what follows empties it, so that layers nobody else has are freed on the way.
         dense_nbytes: storage of all its pairs before eviction.
+        fitted: spans of positions whose values were refitted.
         ms: milliseconds of each stage, over all pieces.
         fading: the curve that was used, under its name.
     """
@@ -93,6 +94,7 @@ class _Beginning:
     n_tokens: int = 0
     layers: list[RaggedLayer] = field(default_factory=list)
     dense_nbytes: int = 0
+    fitted: tuple[tuple[int, int], ...] = ()
     ms: dict[str, float] = field(default_factory=dict)
     fading: dict[str, Fading] = field(default_factory=dict)
 
@@ -210,7 +212,7 @@ class Builder:
         total = len(ids) - known + (self._stages.scorer.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
-            beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes) if parent and lease else _Beginning()
+            beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes, parent.fitted) if parent and lease else _Beginning()
             for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed)
         ratio = wanted.identity["ratio"]
@@ -227,6 +229,7 @@ class Builder:
             created=parent.created if parent else 0.0,
             expires=parent.expires if parent else None,
             coarsest=min(ratio, parent.coarsest) if parent else ratio,
+            fitted=beginning.fitted,
         )
         return context, beginning.ms, beginning.fading
 
@@ -269,7 +272,8 @@ class Builder:
         compressed = compress(piece, step.wanted.identity["ratio"], self._stages, progress)
         took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": measured + compressed.ms["score"]}
         ms = {stage: beginning.ms.get(stage, 0.0) + more for stage, more in took.items()}
-        return _Beginning(n, list(compressed.layers), beginning.dense_nbytes + compressed.dense_nbytes, ms, fading)
+        dense_nbytes, fitted = beginning.dense_nbytes + compressed.dense_nbytes, beginning.fitted + compressed.fitted
+        return _Beginning(n, list(compressed.layers), dense_nbytes, fitted, ms, fading)
 
     def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
         """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""

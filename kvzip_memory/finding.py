@@ -155,7 +155,7 @@ class Finder:
         self._identity.check(context.identity, self._speech.now, str(path))
         self._model.check_layers(context.layers, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
-        receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms)
+        receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms, fitted=context.fitted)
         return replace(context, receipt=receipt, created=time.time(), expires=None)
 
     def _is_stored(self, file: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,6 +186,36 @@ def test_a_refit_is_never_refitted(architecture: str, way: str) -> None:
             else:
                 new += 1
     assert new
+
+
+@pytest.mark.parametrize("way", ["extend", "fold"])
+def test_contexts_and_receipts_say_what_values_were_fitted_to(architecture: str, way: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, cache_dir=tmp_path)
+    parent, child = growths(engine)[way]
+    assert parent.fitted == ((parent.protected, parent.n_tokens),)
+    assert child.fitted == (*parent.fitted, (parent.n_tokens, child.n_tokens))
+    saved = child.save(tmp_path / "child.safetensors")
+    engine.close()
+    later = tiny_engine(architecture, cache_dir=tmp_path)
+    for again in (later.get(child.key), later.open(saved)):
+        assert again.fitted == child.fitted
+    for context in (parent, child, later.open(saved)):
+        assert context.receipt is not None
+        assert context.receipt.fitted == context.fitted
+    assert later.generate(later.get(child.key), "Who?", max_new_tokens=2).receipt.fitted == child.fitted
+
+
+def test_what_was_not_fitted_says_so() -> None:
+    assert tiny_engine(refit="none").load(TEXT, ratio=0.4).fitted == ()
+    engine = tiny_engine()
+    whole = engine.load(TEXT, ratio=1.0)
+    assert whole.fitted == ()
+    more = engine.extend(whole, TEXT[:300], ratio=0.4)
+    assert more.fitted == ((more.protected, more.n_tokens),)  # ranked and fitted as one text
+    assert engine.extend(more, "The boat is called Petrel. " * 9, ratio=1.0).fitted == more.fitted
+    pieces = tiny_engine(compress_every=100).load(TEXT, ratio=0.4)
+    assert [start for start, _ in pieces.fitted] == [pieces.protected, *(end for _, end in pieces.fitted[:-1])]
+    assert len(pieces.fitted) == 3
 
 
 TEXTS = {

@@ -69,11 +69,13 @@ class Compressed:
     Attributes:
         layers: the kept pairs.
         dense_nbytes: storage of the dense pairs before eviction, without a parent's.
+        fitted: the span of positions whose kept values were refitted, none or one.
         ms: milliseconds of ``score`` (0 where nothing is scored), ``refit`` and ``evict``.
     """
 
     layers: tuple[RaggedLayer, ...]
     dense_nbytes: int
+    fitted: tuple[tuple[int, int], ...]
     ms: dict[str, float]
 
 
@@ -92,7 +94,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     rows = Rows(stages.refit.every) if stages.refit.every else None
     scores, keep = _chosen(replace(prefilled, rows=rows), ratio, stages, progress)
     scored = time.perf_counter()
-    layers, refitted = [], 0.0
+    layers, refitted, fitted = [], 0.0, False
     for number, window in enumerate(prefilled.model.windows):
         if window is not None:
             layers.append(visible(prefilled, number, window))
@@ -102,13 +104,15 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
             fit = partial(_values, prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
             values = prefilled.model.compute(fit) if rows else None
             refitted += time.perf_counter() - fitting
+            fitted |= values is not None
             layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], values, stages.codec))
         prefilled.free(number)
         return_freed_pages()
     prefilled.dense.clear()
     prefilled.parent.clear()
     ms = {"score": 1e3 * (scored - began), "refit": 1e3 * refitted, "evict": 1e3 * (time.perf_counter() - scored - refitted)}
-    return Compressed(tuple(layers), dense_nbytes, ms)
+    spans = ((prefilled.first, len(prefilled.token_ids)),) if fitted else ()
+    return Compressed(tuple(layers), dense_nbytes, spans, ms)
 
 
 def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> tuple[Tensor | None, Tensor]:

@@ -91,6 +91,8 @@ class CompressedContext(Shared):
         created: when its text was read, seconds since the epoch; of one that was grown, the first of it. 0.0: not known.
         expires: when whoever stored it wanted it built anew, seconds since the epoch; None for never.
         coarsest: the smallest ratio at which it, or a context it was grown from, was compressed; 0.0: not known.
+        fitted: spans ``(start, end)`` of positions whose kept values were refitted, each once, to what attention over the span and the
+            protected head gave: one build's, or one for each extension, fold or piece. Other values are those the model computed.
     """
 
     key: str
@@ -107,6 +109,7 @@ class CompressedContext(Shared):
     created: float = 0.0
     expires: float | None = None
     coarsest: float = 0.0
+    fitted: tuple[tuple[int, int], ...] = ()
 
     _way_out = "give its key, which engine.get() finds in the same cache_dir, or save() it and open() the file"
 

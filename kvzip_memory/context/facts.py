@@ -73,6 +73,7 @@ class Receipt:
         shrunk_from: the ratio of the stored context this one was cut from, None if it was stored as it is.
         nbytes: bytes of the context in memory.
         ms: milliseconds by stage (``wait``, ``load``, ``prefill``, ``score``, ``evict``, ``decode``, ...).
+        fitted: as of the context.
         read: tokens that this call read to build it: all of them, or those behind the context that it goes on from.
     """
 
@@ -84,4 +85,5 @@ class Receipt:
     shrunk_from: float | None = None
     nbytes: int = 0
     ms: Mapping[str, float] = field(default_factory=dict)
+    fitted: tuple[tuple[int, int], ...] = ()
     read: int = 0

@@ -87,6 +87,7 @@ class Lookup:
                 shrunk_from=story.shrunk_from,
                 nbytes=held.nbytes,
                 ms=story.ms,
+                fitted=held.context.fitted,
             )
             with held.context.lease() as resident:
                 yield held.context, Lease(resident.layers, receipt)

@@ -127,6 +127,7 @@ _RECIPE = _fields(
     {"role": _text, "tools": _or_none(_text), "tail": _text, "system": _text},
 )
 _SOURCE = _fields({"name": _any_text, "metadata": _ANYTHING, "start": _whole(), "end": _whole()}, {"shown": _true_or_false})
+_SPAN: Check = lambda value: _list(_whole())(value) and len(value) == 2 and value[0] < value[1]  # noqa: E731
 _SUMS: dict[str, Check] = {"xxh3": _text, "hmac": _text}
 _HEADER: dict[str, Check] = {
     **_COMMON,
@@ -207,11 +208,14 @@ def check_header(facts: Any) -> None:
     """
     if type(facts) is not dict:
         raise OddFactError("the facts are no mapping")
-    for odd in _odd(facts, _HEADER, _TIMES):
+    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN)}):
         raise OddFactError(f"{odd} is missing or of another kind")
     n, expected = facts["n_tokens"], _tensors(facts)
     if facts["protected"] > n or any(not source["start"] <= source["end"] <= n for source in facts["sources"]):
         raise OddFactError("protected or sources go beyond the tokens")
+    edges = [edge for span in facts.get("fitted", ()) for edge in span]
+    if edges != sorted(edges) or edges[-1:] > [n]:
+        raise OddFactError("the fitted spans are none of its tokens")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")
     if any(length > n for layer in facts["layers"] for length in layer["lengths"]):

@@ -209,7 +209,7 @@ def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What files of an earlier version do not say, or say elsewhere."""
     catalog = facts["catalog"]
     coarsest = facts["ratio"] if facts["identity"].get("parent") is None else 0.0
-    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest}
+    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest, "fitted": []}
 
 
 def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
@@ -312,6 +312,7 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "nbytes": context.nbytes,
         "ratio": context.ratio,
         "coarsest": context.coarsest,
+        "fitted": [list(span) for span in context.fitted],
         "created": context.created,
         "expires": context.expires,
         "protected": context.protected,
@@ -353,4 +354,5 @@ def _context(facts: Mapping[str, Any], storage: Resident, token_ids: Tensor) -> 
         created=facts["created"],
         expires=facts["expires"],
         coarsest=facts["coarsest"],
+        fitted=tuple((start, end) for start, end in facts["fitted"]),
     )
