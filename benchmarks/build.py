@@ -28,9 +28,9 @@ def prefill(engine: KVzipEngine, ids: torch.Tensor) -> None:
     engine.model.base_model(input_ids=ids, past_key_values=DynamicCache(config=engine.model.config))
 
 
-def measure(text: str, repeats: int, every: int | None) -> dict[str, Any]:
+def measure(text: str, repeats: int, every: int | None, refit: str) -> dict[str, Any]:
     """Plain prefill by transformers and our build, in turn; medians of the times and of their ratio pair by pair."""
-    engine = KVzipEngine.from_pretrained(smollm2(), progress=False, compress_every=every)
+    engine = KVzipEngine.from_pretrained(smollm2(), progress=False, compress_every=every, refit=refit)
     weights = storage_nbytes([*engine.model.parameters(), *engine.model.buffers()])
     ids = torch.tensor([engine._contexts.prompt(engine._language, text).token_ids])
     context = engine.load(text, ratio=0.3)  # first, and alone: transformers' whole prefill in one piece needs more memory
@@ -85,18 +85,19 @@ def main() -> None:
     parser.add_argument("--compress-every", type=int, nargs="*", default=[256, 500], help="more rows, built in pieces")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pieces", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--refit", default="auto", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         text = text_of(args.squad, args.one)
-        print(json.dumps(measure(text, args.repeats, args.pieces) if args.one else baseline_rss()))
+        print(json.dumps(measure(text, args.repeats, args.pieces, args.refit) if args.one else baseline_rss()))
         return
     common = ["--squad", str(args.squad), "--repeats", str(args.repeats), "--one"]
     baseline = in_subprocess(*common, "0")
     table = []
     for tokens in args.tokens:
         pieces_of = {f"in pieces of {n}": ["--pieces", str(n)] for n in args.compress_every}
-        for name, pieces in {"kvzip_memory": [], **pieces_of}.items():
-            row = in_subprocess(*common, str(tokens), *pieces)
+        for name, options in {"kvzip_memory": [], "without refit": ["--refit", "none"], **pieces_of}.items():
+            row = in_subprocess(*common, str(tokens), *options)
             extra, dense, weights = row.pop("peak_rss_nbytes") - baseline, row["dense_nbytes"], row["weights_nbytes"]
             row |= {"method": name, "peak_over_model_nbytes": extra, "peak_over_dense": round(extra / dense, 2)}
             row["peak_over_weights_and_dense"] = round((weights + extra) / (weights + dense), 2)

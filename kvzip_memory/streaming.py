@@ -150,7 +150,7 @@ class Stream(NotPickled, Iterator[str]):
                 self._pieces = answer if self._here else _Ahead(answer)
         for piece in self._pieces or ():
             if turn.cancelled.is_set():
-                break
+                continue  # until it has ended, after the token being computed
             if isinstance(piece, Reasoning):
                 if self._thinks:
                     return piece

@@ -127,7 +127,7 @@ async def test_answers_that_no_prompt_takes_are_combined_in_rounds(llm: KVzipLLM
     assert response.metadata["usage"]["completion_tokens"] == 40 * calls
     last = counter.llm_token_counts[-1].prompt
     assert parts[-1]["answer"] in last
-    assert parts[0]["answer"] not in last
+    assert last.count("Answer ") < len(parts)
     assert parts[0]["answer"] in counter.llm_token_counts[6].prompt
     assert str(await index.as_query_engine(max_tokens=40).aquery(question)) == str(response)
 

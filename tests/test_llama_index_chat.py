@@ -96,7 +96,8 @@ async def test_questions_are_answered_in_their_order_whether_answers_are_read_or
     model, said, history = llm.with_context(index.parts()[0].context), list[ChatMessage](), list[str]()
     for question in ("Who?", "When?", "Where?", "Why?", "How?"):
         answer = str(model.chat([*said, ChatMessage(question)]).message.content)
-        said += [ChatMessage(question), ChatMessage(answer, role="assistant")]
+        kept = answer.strip() if question in ("Who?", "When?", "Why?") else answer  # LlamaIndex strips what was streamed
+        said += [ChatMessage(question), ChatMessage(kept, role="assistant")]
         history += [question, answer.strip()]
 
     def seen(chat_engine: KVzipChatEngine) -> list[str]:

@@ -39,7 +39,7 @@ def shrink_disk(folder: Path, old: CompressedContext) -> None:
     engine.registry.flush()
     disk = engine.registry._backing.tier
     assert disk is not None
-    disk._tidying.budget = disk.usage() + 1000
+    disk._tidying.budget = disk.usage() + 10_000
     engine.load(OTHER)
     engine.close()
 

@@ -168,6 +168,27 @@ def test_an_interrupted_reader_gets_the_rest(engine: KVzipEngine) -> None:
     assert session.n_tokens == len(session._talk.ids) > 0
 
 
+def test_a_cancelled_stream_that_is_read_to_its_end_has_its_reply(engine: KVzipEngine) -> None:
+    """Whatever was decoded before it was cancelled, and however long the token takes that is being computed."""
+    forward, go, calls = engine._model._batcher._forward, threading.Event(), list[int]()
+
+    def held(*args: Any) -> list[torch.Tensor]:
+        calls.append(1)
+        assert len(calls) < 6 or go.wait(60)
+        return forward(*args)
+
+    engine._model._batcher._forward = held
+    stream = engine.stream(None, QUESTIONS[0], max_new_tokens=40)
+    next(stream)
+    while len(calls) < 6:  # it runs ahead of its reader
+        time.sleep(0.001)
+    stream.cancel()
+    timer = threading.Timer(0.2, go.set)
+    timer.start()
+    assert list(stream) == []
+    assert stream.reply.finish_reason == "cancelled"
+
+
 def test_threads_get_the_answers_each_gets_alone(engine: KVzipEngine) -> None:
     contexts = [engine.load(TEXT, ratio=0.4), engine.load("Another page. " * 20, ratio=0.4)]
     tasks = [(context, f"{question} {i}") for i, question in enumerate(QUESTIONS * 3) for context in contexts]

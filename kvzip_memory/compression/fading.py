@@ -47,9 +47,10 @@ class Fading:
 
     def _log(self, distance: Tensor) -> Tensor:
         """Linear between what was measured, over the logarithm of the distance; no farther."""
-        known, logs = torch.tensor(self.distances).log(), torch.tensor(self.logs)
+        known, logs = (torch.tensor(numbers, dtype=torch.float32) for numbers in (self.distances, self.logs))
+        known = known.log()
         if len(known) < 2:
-            return torch.zeros(len(distance))
+            return torch.zeros(len(distance), dtype=torch.float32)
         x = distance.float().log().clamp(known[0], known[-1])
         i = torch.searchsorted(known, x, right=True).sub(1).clamp(0, len(known) - 2)
         return torch.lerp(logs[i], logs[i + 1], (x - known[i]) / (known[i + 1] - known[i]))
