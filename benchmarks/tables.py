@@ -25,6 +25,37 @@ def fidelity(name: str) -> str:
     return "\n".join(lines)
 
 
+def growing() -> str:
+    rows = json.loads((RESULTS / "growing.json").read_text())["table"]
+    lines = [
+        "| exchanges of | ratio | refit | questions: at once | grown | ratio of both | codes: at once | grown | ratio of both |",
+        "|---" * 9 + "|",
+    ]
+    for size, ratio, refit in dict.fromkeys((row["exchange"], row["ratio"], row["refit"]) for row in rows):
+        cells = [f"{size:,} tokens", ratio, refit]
+        for kind in ("question", "needle"):
+            row = next(r for r in rows if (r["exchange"], r["ratio"], r["refit"], r["kind"]) == (size, ratio, refit, kind))
+            cells += [f"{row['at_once']:.4f}", f"{row['grown']:.4f}", row["grown / at_once"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def verbatim() -> str:
+    rows = json.loads((RESULTS / "verbatim.json").read_text())["table"]
+    ratios = list(dict.fromkeys(row["ratio"] for row in rows))
+    lines = [
+        "| | " + " | ".join(f"{refit} {ratio}" for ratio in ratios for refit in ("none", "ridge")) + " |",
+        "|---" * (2 * len(ratios) + 1) + "|",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        cells = []
+        for ratio in ratios:
+            row = next(r for r in rows if (r["kind"], r["ratio"]) == (kind, ratio))
+            cells += [f"{row[f'{refit} kl']:.4f} / {row[f'{refit} same answer']:.2f}" for refit in ("none", "ridge")]
+        lines.append("| " + " | ".join([kind, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def build() -> str:
     head = [
         "method",
@@ -230,6 +261,8 @@ if __name__ == "__main__":
     for name in [path.stem for path in sorted(RESULTS.glob("fidelity*.json"))]:
         print(f"{name}\n\n{fidelity(name)}\n")
     tables = (
+        growing,
+        verbatim,
         build,
         decode,
         agents,
