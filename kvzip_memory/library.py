@@ -145,7 +145,7 @@ class Library(Shared):
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
-        Building costs one prefill and one to two more for ranking the pairs; at ratio 1.0 only the prefill. It happens
+        Building costs one prefill and about one more for ranking and refitting; at ratio 1.0 only the prefill. It happens
         once: other threads and processes that ask for the same wait for it. What was loaded at a larger ratio
         is cut down to a smaller one without the model, if its values were not refitted. The receipt says what happened, and why.
 
