@@ -194,8 +194,8 @@ class Builder:
         self._identity.prove(wanted.identity, language, where, since)
         ms["verify"] = 1e3 * (time.perf_counter() - began)
         self._fadings.update(fading)
-        while len(self._fadings) > _MAX_FADINGS:
-            self._fadings.pop(next(iter(self._fadings)), None)
+        for oldest in list(self._fadings)[:-_MAX_FADINGS]:
+            self._fadings.pop(oldest, None)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
 
     @plain()

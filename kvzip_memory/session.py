@@ -297,7 +297,8 @@ class Session(NotPickled):
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
             usage = Usage(cached + len(turn.asked.ids), len(answer.ids), cached)
-            receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms})
+            fitted = self.context.fitted if self.context else ()
+            receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms}, fitted=fitted)
             text, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)
             turn.reply = Reply(text, usage, str(answer.finish_reason), receipt, reasoning)
         finally:

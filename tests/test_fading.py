@@ -12,6 +12,7 @@ from conftest import tiny_engine
 from kvzip_memory import IdentityMismatchError
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.scorers import KVzipScorer
+from kvzip_memory.compression.scorers.kvzip import _seen_from
 from test_compression import prefilled_of
 
 MORE = "The boat is called Petrel, and it has two masts. " * 3
@@ -33,19 +34,28 @@ def test_a_curve_is_linear_over_the_logarithm_of_the_distance_and_ends_where_it_
         assert torch.equal(unknown.between(100, 5000), torch.ones(100))
 
 
-@pytest.mark.parametrize("repeat", ["local", "whole"])
 @pytest.mark.parametrize("far", [1, 60, 200])
-def test_scores_from_afar_are_those_of_a_text_that_goes_on(repeat: Any, far: int) -> None:
-    """A chunk is scored as if other tokens stood between it and the repeat; where the repeat sees the chunk alone they may be any."""
+def test_scores_from_afar_are_those_of_a_text_that_goes_on(far: int) -> None:
+    """A chunk is scored as if other tokens stood between it and the repeat, which sees the chunk alone: they may be any."""
     engine = tiny_engine()
-    scorer, whole = KVzipScorer(repeat=repeat), prefilled_of(engine)
+    scorer, whole = KVzipScorer(), prefilled_of(engine)
     n, head = len(whole.token_ids), whole.protected
     short = replace(whole, dense=[(k[:, : n - far], v[:, : n - far]) for k, v in whole.dense], token_ids=whole.token_ids[: n - far])
     ids = scorer._repeat_ids(short, head, n - far)
     ours, theirs = scorer.score_chunk(short, ids, head, head, n - far, far=far), scorer.score_chunk(whole, ids, head, head, n - far)
     assert not torch.allclose(theirs, scorer.score_chunk(short, ids, head, head, n - far), atol=1e-5)
-    if repeat == "local":
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_from_afar_a_sliding_layer_sees_nothing_of_a_prefix() -> None:
+    prefilled = prefilled_of(tiny_engine("gemma3"))
+    for far in (0, 10, 31, 500):
+        for window, (keys, values), (own, _) in zip(
+            prefilled.model.windows, _seen_from(prefilled, far).dense, prefilled.dense, strict=True
+        ):
+            left = own.shape[1] if window is None else min(own.shape[1], max(0, window - 1 - far))
+            assert keys.shape[1] == values.shape[1] == left
+            assert torch.equal(keys, own[:, own.shape[1] - left :])
 
 
 def test_a_model_has_one_curve_whatever_is_read(architecture: str) -> None:
@@ -60,9 +70,9 @@ def test_a_model_has_one_curve_whatever_is_read(architecture: str) -> None:
 
 def test_a_window_that_holds_the_probe_alone_gives_no_curve() -> None:
     engine = tiny_engine()
-    engine._model.window = 200
+    engine._model.window = 130
     fading = KVzipScorer().fading(prefilled_of(engine, "One. Two."))
-    assert all(distance <= 200 for distance in fading.distances)
+    assert torch.equal(fading.between(50, 120), torch.ones(50))
 
 
 def test_a_curve_is_measured_once_for_weights_that_were_proven(monkeypatch: pytest.MonkeyPatch) -> None:

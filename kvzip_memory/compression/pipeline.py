@@ -130,7 +130,7 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     if prefilled.scored_parent:
         stored = torch.stack([prefilled.parent[i].dense_scores(prefilled.start) for i in full])
         fading = 1.0 if prefilled.fading is None else prefilled.fading.between(prefilled.start, n)
-        scores[:, :, : prefilled.start] = stored * fading
+        scores[:, :, : prefilled.start] = torch.where(stored.isfinite(), (stored * fading).clamp(max=torch.finfo(stored.dtype).max), stored)
     scores[:, :, prefilled.pinned] = float("inf")
     budget = pairs_kept(ratio, n, prefilled.protected, len(scores) * scores.shape[1])
     return scores, stages.allocator.allocate(scores, budget) & ~scores.isneginf()

@@ -45,7 +45,7 @@ class Rows:
         row = torch.arange(first, first + n_rows)
         shift = torch.arange(n_group).unsqueeze(1) * self._every // n_group
         wanted = (row < -lead) | ((row >= 0) & ((row - shift) % self._every == 0))
-        taken = queries[:, wanted.to(queries.device)]
+        taken = queries.transpose(1, 2)[:, wanted.T.to(queries.device)]  # token by token, so that pieces of any size give one order
         if taken.dtype == torch.float32:
             taken = taken.half()
         self._taken.setdefault(layer, {}).setdefault((start, end), []).append((taken, scaling))

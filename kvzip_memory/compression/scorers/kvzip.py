@@ -106,7 +106,7 @@ class KVzipScorer:
         if start == prefilled.protected:
             prompt = prefilled.encode(FIRST_PROMPT)
         else:
-            prompt = [*prefilled.encode(NEXT_PROMPT), *ids[start - OVERLAP : start]]
+            prompt = [*prefilled.encode(NEXT_PROMPT), *ids[max(0, start - OVERLAP) : start]]
         return [*prefilled.opening, *prompt, *prefilled.closing, *ids[start:end]]
 
     def fading(self, prefilled: Prefilled) -> Fading:
@@ -141,7 +141,7 @@ class KVzipScorer:
 
 
 def _seen_from(prefilled: Prefilled, far: int) -> Prefilled:
-    """What is seen of a prefix so many tokens behind its end: of a sliding layer less and less."""
+    """What the first token so far behind a prefix sees of it: of a sliding layer less and less."""
     windows = prefilled.model.windows
     left = [len(prefilled.token_ids) if window is None else max(0, window - 1 - far) for window in windows]
     seen = [
