@@ -86,7 +86,7 @@ class _Beginning:
         n_tokens: its tokens.
         layers: their pairs, none of no tokens. Compressing what follows empties it, so that layers nobody else has are freed on the way.
         dense_nbytes: storage of all its pairs before eviction.
-        fitted: spans of positions whose values were refitted.
+        fitted: spans of positions whose pairs were refitted.
         ms: milliseconds of each stage, over all pieces.
         fading: the curve that was used, under its name.
     """

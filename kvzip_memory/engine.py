@@ -69,7 +69,7 @@ class KVzipEngine(Library):
             None reads everything first.
         scorer: how pairs are ranked: a name, ``"kvzip"``, or an object, see :mod:`kvzip_memory.compression.scorers`.
         allocator: how many are kept where: ``"global"``, ``"per_layer"``, ``"uniform"``, or an object.
-        refit: what those that are kept say: ``"ridge"`` fits their values to what all pairs said, at no cost later
+        refit: what those that are kept say: ``"ridge"`` fits them to what all pairs weighed and said, at no cost later
             (``docs/benchmarks.md``); ``"none"`` leaves them as they are; or an object. ``"auto"`` is ridge, but for scorers of others that
             give it nothing to fit to.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,

@@ -147,7 +147,7 @@ class Library(Shared):
 
         Building costs one prefill and about one more for ranking and refitting; at ratio 1.0 only the prefill. It happens
         once: other threads and processes that ask for the same wait for it. What was loaded at a larger ratio
-        is cut down to a smaller one without the model, if its values were not refitted. The receipt says what happened, and why.
+        is cut down to a smaller one without the model, if it was not refitted. The receipt says what happened, and why.
 
         Args:
             source: a string, a :class:`~pathlib.Path` to a text file, a document (LangChain's, LlamaIndex's or

@@ -182,8 +182,8 @@ def masked_logits(
 ) -> torch.Tensor:
     """Logits ``[len(ids), vocab]`` of the oracle: the model's own eager attention over the dense cache, evicted pairs masked to -inf.
 
-    Shares nothing with our attention: it rebuilds the masks from the kept positions, puts in the values that the kept pairs have (a refit
-    may have changed them), and runs the model's forward on context and ids at once, each layer and head with a mask of its own. What comes
+    Shares nothing with our attention: it rebuilds the masks from the kept positions, puts in the pairs as they were kept (a refit may
+    have changed them), and runs the model's forward on context and ids at once, each layer and head with a mask of its own. What comes
     behind a context does not see what that has evicted: the ids behind the last one, and the tokens of each behind those of its ancestors.
     What was there before the last one was folded, up to position ``folded_at``, has seen all.
     """
@@ -217,13 +217,16 @@ def _masked(
         for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
             hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
         weights = logits.masked_fill(hidden[None], float("-inf")).softmax(-1)
-        attention.append(weights[0, :, n:])
         out = weights @ value
-        for seen_from, _, _, layers in kept:  # what is behind a context sees the values that it has
-            layer, stored = layers[module.layer_idx], value.clone()
+        for seen_from, _, _, layers in kept:  # what is behind a context sees the pairs that it has
+            layer, (keys, values) = layers[module.layer_idx], (key.clone(), value.clone())
             for group in range(groups):
-                stored[0, layer.heads() * groups + group, layer.positions.long()] = layer.values
-            out[:, :, seen_from:] = weights[:, :, seen_from:] @ stored
+                for stored, own in ((keys, layer.keys), (values, layer.values)):
+                    stored[0, layer.heads() * groups + group, layer.positions.long()] = own
+            logits = query[:, :, seen_from:] @ keys.mT * scaling
+            weights[:, :, seen_from:] = logits.masked_fill(hidden[None, :, seen_from:], float("-inf")).softmax(-1)
+            out[:, :, seen_from:] = weights[:, :, seen_from:] @ values
+        attention.append(weights[0, :, n:])
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("oracle", eager)

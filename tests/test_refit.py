@@ -1,9 +1,10 @@
-"""Values that are refitted: what changes, what never does, and that what changes is what the formula says."""
+"""Pairs that are refitted: what changes, what never does, and that what changes is what the formula says."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,69 +27,143 @@ def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: t
     keep[:, 1] = True
     head = (randn(2, 3, 8).to(dtype), randn(2, 3, 8).to(dtype))
     return LayerPairs(
-        head, 3, randn(2, m, 8).to(dtype), randn(2, m, 8).to(dtype), keep, pinned, [Block(3, 3 + m, randn(2, rows, 8), 0.5)], 0.3
+        head,
+        3,
+        randn(2, m, 8).to(dtype),
+        randn(2, m, 8).to(dtype),
+        keep,
+        pinned,
+        [Block(3, 3 + m, randn(2, rows, 8), 0.5)],
+        0.3,
+        stored=lambda keys: keys,
     )
 
 
-def residual(pairs: LayerPairs, values: torch.Tensor, head: int) -> torch.Tensor:
-    """What attention over the kept pairs with these values lacks, ``[R, D]`` float64; all of it written down anew."""
-    (block,) = pairs.blocks
-    keys = torch.cat([pairs.head[0][head], pairs.keys[head]]).double()
-    original = torch.cat([pairs.head[1][head], pairs.values[head]]).double()
-    changed = torch.cat([pairs.head[1][head], values[head]]).double()
-    logits = block.queries[head].double() @ keys.T * block.scaling
-    kept = torch.cat([torch.ones(3, dtype=torch.bool), pairs.keep[head]])
-    return logits.softmax(-1) @ original - logits.masked_fill(~kept, -torch.inf).softmax(-1) @ changed
+class Head(NamedTuple):
+    """One head of a layer, all of it written down anew in float64: ``before`` is the protected head."""
+
+    queries: torch.Tensor
+    before: tuple[torch.Tensor, torch.Tensor]
+    keys: torch.Tensor
+    values: torch.Tensor
+    keep: torch.Tensor
+    free: torch.Tensor
+
+    @classmethod
+    def of(cls, pairs: LayerPairs, head: int) -> Head:
+        (block,) = pairs.blocks
+        queries = block.queries[head].double() * block.scaling
+        before = pairs.head[0][head].double(), pairs.head[1][head].double()
+        keep = pairs.keep[head]
+        return cls(queries, before, pairs.keys[head].double(), pairs.values[head].double(), keep, keep & ~pairs.pinned)
+
+    def lost(self, keys: torch.Tensor) -> torch.Tensor:
+        """``[R]``: the logarithm of what all pairs weigh over what the kept ones do with these keys."""
+        return (self.queries @ self.keys.T).logsumexp(1) - (self.queries @ keys[self.keep].T).logsumexp(1)
+
+    def share(self) -> torch.Tensor:
+        """``[R]``: of all pairs in the attention."""
+        weights = (self.queries @ torch.cat([self.before[0], self.keys]).T).softmax(1)
+        return weights[:, len(self.before[0]) :].sum(1)
+
+    def attention(self, keys: torch.Tensor) -> torch.Tensor:
+        """``[R, p + m]``, over the protected head and the kept pairs."""
+        logits = self.queries @ torch.cat([self.before[0], keys]).T
+        return logits.masked_fill(~torch.cat([torch.ones(len(self.before[0]), dtype=torch.bool), self.keep]), -torch.inf).softmax(1)
+
+    def residual(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """``[R, D]``: what attention over the kept pairs lacks."""
+        all_values = torch.cat([self.before[1], self.values])
+        wanted = (self.queries @ torch.cat([self.before[0], self.keys]).T).softmax(1) @ all_values
+        return wanted - self.attention(keys) @ torch.cat([self.before[1], values])
+
+
+def ridge(rows: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``argmin |wanted - rows x|^2 + weight |x|^2``, by a general solver."""
+    unit = weight.sqrt() * torch.eye(rows.shape[1]).double()
+    return torch.linalg.lstsq(torch.cat([rows, unit]), torch.cat([wanted, wanted.new_zeros(len(unit), wanted.shape[1])])).solution
+
+
+@pytest.mark.parametrize("most", [1.0, 0.05])
+@pytest.mark.parametrize("seed", range(4))
+def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
+    pairs, refit = a_layer(seed), RidgeRefit(most=most)
+    fitted, _ = refit.fit(pairs)
+    for number in range(2):
+        head = Head.of(pairs, number)
+        keys, weights = head.keys.clone(), head.share().sqrt().unsqueeze(1)
+        for _ in range(refit.steps):
+            attention = (head.queries @ keys.T).masked_fill(~head.keep, -torch.inf).softmax(1)[:, head.free]
+            rows = weights * (attention.unsqueeze(2) * head.queries.unsqueeze(1)).flatten(1)  # [R, m * D]
+            shift = ridge(rows, weights * refit.step * head.lost(keys).unsqueeze(1), refit.mu * rows.square().sum(1).mean())
+            shift = shift.view(-1, keys.shape[1])
+            shift *= (most / (head.queries @ shift.T).abs().amax(0)).clamp(max=1.0).unsqueeze(1)
+            keys[head.free] += shift
+        torch.testing.assert_close(fitted[number].double(), keys, atol=1e-4, rtol=1e-3)
+        before, after = ((head.share() * head.lost(k).square()).sum() for k in (head.keys, keys))
+        assert after < before
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_values_are_those_of_the_formula(seed: int) -> None:
-    """Oracle: each lambda by a general solver in float64, over the unpinned kept pairs of one head at a time."""
+    """Each lambda, over the unpinned kept pairs of one head at a time, which have their new keys."""
     pairs, refit = a_layer(seed), RidgeRefit(lambdas=(1.0, 0.01))
-    fitted = refit.values(pairs)
+    keys, fitted = refit.fit(pairs)
     (block,) = pairs.blocks
-    run = torch.arange(block.queries.shape[1]) // 8
-    unseen = run % 4 == 3
-    for head in range(2):
-        free = pairs.keep[head] & ~pairs.pinned
-        missing = residual(pairs, pairs.values, head)
-        keys = torch.cat([pairs.head[0][head], pairs.keys[head]]).double()
-        kept = torch.cat([torch.ones(3, dtype=torch.bool), pairs.keep[head]])
-        logits = block.queries[head].double() @ keys.T * block.scaling
-        attention = logits.masked_fill(~kept, -torch.inf).softmax(-1)[:, 3:][:, free]
+    unseen = torch.arange(block.queries.shape[1]) // 8 % 4 == 3
+    for number in range(2):
+        head, new_keys = Head.of(pairs, number), keys[number].double()
+        missing, attention = head.residual(new_keys, head.values), head.attention(new_keys)[:, 3:][:, head.free]
         mean = attention.square().sum(0).mean()
-        prior = 10.0 * missing.square().sum(1).mean() / pairs.values[head].double().square().sum(1).mean()
-
-        def solved(rows: torch.Tensor, weight: torch.Tensor, a: torch.Tensor = attention, r: torch.Tensor = missing) -> torch.Tensor:
-            return torch.linalg.lstsq(
-                torch.cat([a[rows], weight.sqrt() * torch.eye(a.shape[1]).double()]),
-                torch.cat([r[rows], r.new_zeros(a.shape[1], r.shape[1])]),
-            ).solution
-
+        prior = 10.0 * missing.square().sum(1).mean() / head.values.square().sum(1).mean()
         errors = {0.0: missing[unseen].square().sum()}
         for weight in (1.0, 0.01):
-            errors[weight] = (missing - attention @ solved(~unseen, weight * mean + prior))[unseen].square().sum()
+            tried = ridge(attention[~unseen], missing[~unseen], weight * mean + prior)
+            errors[weight] = (missing - attention @ tried)[unseen].square().sum()
         best = min(errors, key=lambda weight: float(errors[weight]))
-        change = solved(unseen | ~unseen, best * mean + prior) if best else torch.zeros(int(free.sum()), 8).double()
-        torch.testing.assert_close((fitted - pairs.values)[head, free].double(), change, atol=1e-4, rtol=1e-3)
-        assert residual(pairs, fitted, head).square().sum() <= missing.square().sum()
+        change = ridge(attention, missing, best * mean + prior) if best else torch.zeros(int(head.free.sum()), 8).double()
+        torch.testing.assert_close((fitted - pairs.values)[number, head.free].double(), change, atol=1e-4, rtol=1e-3)
+        assert head.residual(new_keys, fitted[number].double()).square().sum() <= missing.square().sum()
+
+
+def test_values_are_fitted_to_keys_as_they_are_stored() -> None:
+    """A codec rounds keys; what comes out is rounded, and the values are those for such keys."""
+    pairs = a_layer()
+    rounded = replace(pairs, stored=lambda keys: keys.half().float().round(decimals=1))
+    keys, values = RidgeRefit().fit(rounded)
+    (exact, _), head = RidgeRefit().fit(pairs), Head.of(pairs, 0)
+    assert torch.equal(keys[0, head.free], rounded.stored(exact)[0, head.free])
+    lacks = head.residual(keys[0].double(), values[0].double()).square().sum()
+    assert lacks < head.residual(keys[0].double(), head.values).square().sum()
 
 
 def test_what_is_pinned_or_lost_is_left_alone() -> None:
     pairs = a_layer()
-    changed = (RidgeRefit().values(pairs) != pairs.values).any(-1)
-    assert changed.any()
-    assert not changed[~pairs.keep].any()
-    assert not changed[:, pairs.pinned].any()
+    for fitted, original in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), strict=True):
+        changed = (fitted != original).any(-1)
+        assert changed.any()
+        assert not changed[~pairs.keep].any()
+        assert not changed[:, pairs.pinned].any()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_head_that_cannot_be_fitted_keeps_its_values(value: float) -> None:
+def test_a_head_that_cannot_be_fitted_keeps_its_pairs(value: float) -> None:
     pairs = a_layer()
     pairs.blocks[0].queries[0] = value
-    fitted = RidgeRefit().values(pairs)
-    assert torch.equal(fitted[0], pairs.values[0])
-    assert not torch.equal(fitted[1], pairs.values[1])
+    for fitted, original in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), strict=True):
+        assert torch.equal(fitted[0], original[0])
+        assert not torch.equal(fitted[1], original[1])
+
+
+def test_a_head_that_keeps_nothing_is_left_alone() -> None:
+    pairs = a_layer()
+    alone = RidgeRefit().fit(pairs)
+    pairs.keep[0] = False
+    pairs.pinned[1] = False
+    for fitted, original, other in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), alone, strict=True):
+        assert torch.equal(fitted[0], original[0])
+        assert not torch.equal(fitted[1], original[1])
+        assert other.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [1, 7, 128, 200, 2048])
@@ -124,29 +199,28 @@ def parts(context: CompressedContext) -> list[dict[str, Any]]:
     ]
 
 
-def test_only_values_of_new_pairs_that_are_not_pinned_change(architecture: str) -> None:
+def test_only_new_pairs_that_are_not_pinned_change(architecture: str) -> None:
     plain, fitted = tiny_engine(architecture, refit="none"), tiny_engine(architecture)
     before, after = (engine.load(TEXT, ratio=0.4, keep=KEPT) for engine in (plain, fitted))
-    changed = 0
+    changed = {"keys": 0, "values": 0}
+    pinned = torch.zeros(before.n_tokens, dtype=torch.bool)
+    for start, end in ((0, before.protected), *plain._contexts.prompt(plain._language, TEXT, keep=[KEPT]).keep):
+        pinned[start:end] = True
     for layer, one, other in zip(before.layers, parts(before), parts(after), strict=True):
-        values, fit = one.pop("values"), other.pop("values")
         assert one.keys() == other.keys()
         for name in one:
             equal = torch.equal if isinstance(one[name], torch.Tensor) else lambda a, b: a == b
-            assert equal(one[name], other[name]), name
-        pinned = torch.zeros(before.n_tokens, dtype=torch.bool)
-        for start, end in ((0, before.protected), *plain._contexts.prompt(plain._language, TEXT, keep=[KEPT]).keep):
-            pinned[start:end] = True
-        if layer.window is not None:
-            assert torch.equal(values, fit)
-        else:
-            assert torch.equal(values[pinned[layer.positions.long()]], fit[pinned[layer.positions.long()]])
-            changed += int((values != fit).any(1).sum())
-        assert fit.isfinite().all()
-    assert changed
+            if name not in changed or layer.window is not None:
+                assert equal(one[name], other[name]), name
+                continue
+            fixed = pinned[layer.positions.long()]
+            assert equal(one[name][fixed], other[name][fixed])
+            changed[name] += int((one[name] != other[name]).any(1).sum())
+            assert other[name].isfinite().all()
+    assert all(changed.values())
 
 
-def test_values_without_refit_are_those_the_model_computed(architecture: str) -> None:
+def test_pairs_without_refit_are_those_the_model_computed(architecture: str) -> None:
     engine = tiny_engine(architecture, refit="none")
     whole, context = engine.load(TEXT, ratio=1.0), engine.load(TEXT, ratio=0.4)
     for dense, layer in zip(whole.layers, context.layers, strict=True):
@@ -156,7 +230,7 @@ def test_values_without_refit_are_those_the_model_computed(architecture: str) ->
             assert torch.equal(layer.keys, dense.keys[rows])
 
 
-def test_a_key_says_how_values_were_refitted_and_nothing_where_they_were_not() -> None:
+def test_a_key_says_how_pairs_were_refitted_and_nothing_where_they_were_not() -> None:
     fitted, plain = tiny_engine().load(TEXT, ratio=0.4), tiny_engine(refit="none").load(TEXT, ratio=0.4)
     assert fitted.identity["refit"] == RidgeRefit().identity()
     assert {field: value for field, value in fitted.identity.items() if field != "refit"} == plain.identity
@@ -170,6 +244,7 @@ def test_it_is_the_same_each_time() -> None:
     torch.manual_seed(2)
     other = tiny_engine().load(TEXT, ratio=0.4)
     for layer, again in zip(one.layers, other.layers, strict=True):
+        assert torch.equal(layer.keys, again.keys)
         assert torch.equal(layer.values, again.values)
 
 
@@ -190,17 +265,19 @@ def test_a_refit_is_never_refitted(architecture: str, way: str) -> None:
     for before, after in zip(parent.layers, child.layers, strict=True):
         if before.window is not None:
             continue
-        old = dict(zip(zip(before.heads().tolist(), before.positions.tolist(), strict=True), before.values, strict=True))
-        for head, position, value in zip(after.heads().tolist(), after.positions.tolist(), after.values, strict=True):
+        of_before = torch.cat([before.keys, before.values], 1)
+        old = dict(zip(zip(before.heads().tolist(), before.positions.tolist(), strict=True), of_before, strict=True))
+        of_after = torch.cat([after.keys, after.values], 1)
+        for head, position, pair in zip(after.heads().tolist(), after.positions.tolist(), of_after, strict=True):
             if position < parent.n_tokens:
-                assert torch.equal(value, old[head, position])
+                assert torch.equal(pair, old[head, position])
             else:
                 new += 1
     assert new
 
 
 @pytest.mark.parametrize("way", ["extend", "fold"])
-def test_contexts_and_receipts_say_what_values_were_fitted_to(architecture: str, way: str, tmp_path: Path) -> None:
+def test_contexts_and_receipts_say_what_was_fitted_as_one(architecture: str, way: str, tmp_path: Path) -> None:
     engine = tiny_engine(architecture, cache_dir=tmp_path)
     parent, child = growths(engine)[way]
     assert parent.fitted == ((parent.protected, parent.n_tokens),)
@@ -243,5 +320,5 @@ TEXTS = {
 def test_texts_that_repeat_themselves_stay_finite(text: str, ratio: float) -> None:
     engine = tiny_engine()
     context = engine.load(TEXTS[text], ratio=ratio)
-    assert all(layer.values.isfinite().all() for layer in context.layers)
+    assert all(pairs.isfinite().all() for layer in context.layers for pairs in (layer.keys, layer.values))
     assert engine.logits(context, engine.prompt_ids(context, "What?")).isfinite().all()

@@ -48,16 +48,16 @@ class Lower:
 
 
 class Halved:
-    """A refit: values are half of what they were."""
+    """A refit: keys and values are half of what they were."""
 
     every = 4
 
     def identity(self) -> dict[str, Any]:
         return {"name": "halved", "version": 1}
 
-    def values(self, pairs: LayerPairs) -> Tensor:
+    def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
         assert all(block.queries.shape[1] for block in pairs.blocks)
-        return pairs.values / 2
+        return pairs.keys / 2, pairs.values / 2
 
 
 OWN = {"scorer": Latest, "allocator": Lower, "refit": Halved}
@@ -86,6 +86,7 @@ def test_a_method_of_ones_own_is_used_by_its_name_and_stands_in_the_key(stage: s
     else:
         original = tiny_engine(refit="none").load(TEXT, ratio=0.4)
         new = original.layers[0].positions >= original.protected
+        assert torch.equal(context.layers[0].keys[new], original.layers[0].keys[new] / 2)
         assert torch.equal(context.layers[0].values[new], original.layers[0].values[new] / 2)
     named.close()
     again = tiny_engine(cache_dir=tmp_path, **{**plain, stage: f"own-{stage}"}).load(TEXT, ratio=0.4)

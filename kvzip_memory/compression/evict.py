@@ -12,13 +12,15 @@ from kvzip_memory.compression.prefill import Prefilled
 from kvzip_memory.context import RaggedLayer
 
 
-def gathered(prefilled: Prefilled, layer: int, keep: Tensor, scores: Tensor | None, fitted: Tensor | None, codec: Codec) -> RaggedLayer:
+def gathered(
+    prefilled: Prefilled, layer: int, keep: Tensor, scores: Tensor | None, fitted: tuple[Tensor, Tensor] | None, codec: Codec
+) -> RaggedLayer:
     """The kept pairs of a layer with full attention, a parent's of each head before the others.
 
     Args:
         keep: ``[H, n]`` bool, false where the parent's pair is gone.
         scores: ``[H, n]`` fp16 to be stored beside the pairs, or None.
-        fitted: ``[H, n - first, D]``, the values of pairs from ``prefilled.first`` on; None: as they are.
+        fitted: keys, as they will be stored, and values ``[H, n - first, D]`` of pairs from ``prefilled.first`` on; None: as they are.
         codec: rounds the pairs that no parent has.
     """
     keys, values = prefilled.dense[layer]
@@ -37,7 +39,7 @@ def gathered(prefilled: Prefilled, layer: int, keep: Tensor, scores: Tensor | No
         positions = torch.cat([parent.positions[rows].long(), positions])[order]
     if fitted is not None:
         new = positions >= first
-        values[new] = fitted[heads[new], positions[new] - first]
+        keys[new], values[new] = (x[heads[new], positions[new] - first] for x in fitted)
     return RaggedLayer(
         keys=keys,
         values=codec.values(values),

@@ -53,7 +53,7 @@ class Stages:
         return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
 
     def identity(self) -> dict[str, Any]:
-        """Its part of a context's key. Values as the model computed them are not mentioned, as they were not when there were no others."""
+        """Its part of a context's key. Pairs as the model computed them are not mentioned, as they were not when there were no others."""
         refit = self.refit.identity()
         return {
             "scorer": self.scorer.identity(),
@@ -69,7 +69,7 @@ class Compressed:
     Attributes:
         layers: the kept pairs.
         dense_nbytes: storage of the dense pairs before eviction, without a parent's.
-        fitted: the span of positions whose kept values were refitted, none or one.
+        fitted: the span of positions whose kept pairs were refitted, none or one.
         ms: milliseconds of ``score`` (0 where nothing is scored), ``refit`` and ``evict``.
     """
 
@@ -83,7 +83,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     """Keep the protected head and the most important ``round(ratio * L * H * (n - protected))`` other pairs, and free the rest. Empties
     ``prefilled.dense``.
 
-    Pairs of a parent compete with their stored scores, which fade; what it has evicted stays evicted, and its values stay as they are.
+    Pairs of a parent compete with their stored scores, which fade; what it has evicted stays evicted, and the others stay as they are.
     At ratio 1.0 everything is kept and nothing is scored, unless the parent has scores.
 
     Raises:
@@ -101,11 +101,11 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
         else:
             full = prefilled.full_layers.index(number)
             fitting = time.perf_counter()
-            fit = partial(_values, prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
-            values = prefilled.model.compute(fit) if rows else None
+            fit = partial(_fitted, prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
+            pairs = prefilled.model.compute(fit) if rows else None
             refitted += time.perf_counter() - fitting
-            fitted |= values is not None
-            layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], values, stages.codec))
+            fitted |= pairs is not None
+            layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], pairs, stages.codec))
         prefilled.free(number)
         return_freed_pages()
     prefilled.dense.clear()
@@ -136,15 +136,18 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     return scores, stages.allocator.allocate(scores, budget) & ~scores.isneginf()
 
 
-def _values(prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float) -> Tensor | None:
-    """Values ``[H, n - first, D]`` of a layer's new pairs, fitted to the keys as they will be stored; None: as they are."""
+def _fitted(
+    prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float
+) -> tuple[Tensor, Tensor] | None:
+    """Keys and values ``[H, n - first, D]`` of a layer's new pairs, fitted; None: as they are."""
     first, n = prefilled.first, len(prefilled.token_ids)
     if not blocks or bool(keep[:, first:].all()):
         return None
     keys, values = prefilled.pairs(layer, first, n)
     head, keep, pinned = prefilled.pairs(layer, 0, prefilled.protected), keep[:, first:], prefilled.pinned[first:]
     on = keys.device
-    return stages.refit.values(LayerPairs(head, first, stages.codec.keys(keys), values, keep.to(on), pinned.to(on), blocks, ratio))
+    stored = stages.codec.keys
+    return stages.refit.fit(LayerPairs(head, first, stored(keys), values, keep.to(on), pinned.to(on), blocks, ratio, stored))
 
 
 def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | None) -> int:

@@ -91,7 +91,7 @@ class CompressedContext(Shared):
         created: when its text was read, seconds since the epoch; of one that was grown, the first of it. 0.0: not known.
         expires: when whoever stored it wanted it built anew, seconds since the epoch; None for never.
         coarsest: the smallest ratio at which it, or a context it was grown from, was compressed; 0.0: not known.
-        fitted: spans ``(start, end)`` of positions whose kept values were refitted, each once, to what attention over its block of the
+        fitted: spans ``(start, end)`` of positions whose kept pairs were refitted, each once, to what attention over its block of the
             span and the protected head gave: one build's, or one for each extension, fold or piece. Others are those the model computed.
     """
 

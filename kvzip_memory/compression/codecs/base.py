@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Codec(Protocol):
-    """Rounds pairs to what fewer bits can say. Keys first, so that values can be refitted to the keys that are stored; then values."""
+    """Rounds pairs to what fewer bits can say. Keys first, so that a refit can fit values to keys that are stored; then values."""
 
     def keys(self, keys: Tensor) -> Tensor:
         """Keys ``[H, m, D]`` as they will be read."""

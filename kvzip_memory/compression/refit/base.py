@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ class LayerPairs:
         pinned: ``[m]`` bool, kept as they are.
         blocks: parts of ``[start, start + m)``, and the queries to fit to.
         ratio: of the pairs that are kept, over all layers and heads.
+        stored: other keys ``[H, k, D]``, in the dtype of these, as they will be stored.
     """
 
     head: tuple[Tensor, Tensor]
@@ -33,10 +35,11 @@ class LayerPairs:
     pinned: Tensor
     blocks: list[Block]
     ratio: float
+    stored: Callable[[Tensor], Tensor]
 
 
 class Refit(Protocol):
-    """Gives kept pairs other values, such that attention over them says what attention over all pairs said. A refit is never refitted."""
+    """Changes kept pairs such that attention over them says what attention over all pairs said. A refit is never refitted."""
 
     @property
     def every(self) -> int:
@@ -44,9 +47,10 @@ class Refit(Protocol):
         ...
 
     def identity(self) -> dict[str, Any] | None:
-        """Name, version and every parameter that changes a value; part of the context's key. None leaves values as they are."""
+        """Name, version and every parameter that changes a pair; part of the context's key. None leaves pairs as they are."""
         ...
 
-    def values(self, pairs: LayerPairs) -> Tensor:
-        """Values ``[H, m, D]`` in the dtype of the model's; those of pairs that are not kept may be anything."""
+    def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
+        """Keys, as they will be stored, and values ``[H, m, D]`` in the dtype of the model's; those of pairs that are not kept may be
+        anything."""
         ...

@@ -1,4 +1,4 @@
-"""Values as the model computed them."""
+"""Pairs as the model computed them."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ class NoRefit:
     def identity(self) -> None:
         return None
 
-    def values(self, pairs: LayerPairs) -> Tensor:
-        return pairs.values
+    def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
+        return pairs.keys, pairs.values

@@ -1,13 +1,25 @@
-"""Values by ridge regression towards those that the model computed.
+"""Kept pairs by ridge regression: keys that weigh what all pairs did, and values that say what all did.
 
-For a block of the context, with queries ``Q`` of its repeat: ``Y = softmax(Q K^T) V`` over the protected head and all pairs of the block,
-``A`` the attention of the same queries over the head and the kept pairs alone. The kept values become ``V + X`` with
+For a block of the context, with queries ``Q`` of its repeat (scaled): what is evicted takes weight from the block, and what it said.
+
+*Keys.* ``lost`` is how much the logarithm of the block's weight, the sum of ``exp(q k)`` over its pairs, has become smaller for a query.
+To first order, keys ``k + d`` change it by ``a d^T q``, ``a`` the attention of ``q`` among the kept pairs alone. So a step is
+
+    d = argmin |w (step lost - a d^T q)|^2 + mu m |d|^2
+
+over all queries, ``w^2`` the share of the block in the attention of a query, ``m`` the mean squared row; some steps, of a part of what is
+lost each, since it is no line, and none that changes a logit by more than ``most``. Bias and pair in one, at no byte: Attention Matching
+(arXiv 2602.16284) gives each pair a bias of its own.
+
+*Values.* ``Y = softmax(Q K^T) V`` over the protected head and all pairs of the block, ``A`` the attention of the same queries over the head
+and the kept pairs alone, with their new keys. The kept values become ``V + X`` with
 
     X = argmin |Y - A V - A X|^2 + (lambda m + prior r / v) |X|^2
 
 ``m`` is the mean diagonal of ``A^T A``, ``r`` and ``v`` the mean squares of a residual and a value: a head that keeps a few pairs must not
-make giants of them. ``lambda`` is chosen for each head and block, and with it whether anything is changed, by queries that the fit has not
-seen. That values can be fitted to attention's output is shown by Attention Matching (arXiv 2602.16284), which chooses pairs otherwise.
+make giants of them. That values can be fitted to attention's output is shown by Attention Matching, too, which chooses pairs otherwise.
+
+``lambda`` is chosen for each head and block, and with it whether values are changed, by queries that the fit has not seen.
 """
 
 from __future__ import annotations
@@ -31,70 +43,134 @@ class RidgeRefit:
 
     Attributes:
         every: of the repeated tokens, each how many-th's queries are fitted to.
-        lambdas: tried for each head and block.
+        steps: of the keys.
+        step: part of the lost weight that one of them gives back. All of it is too much where few pairs are kept.
+        mu, most: see above.
+        lambdas: tried for the values of each head and block.
         prior: see above.
     """
 
     every: int = 16
+    steps: int = 2
+    step: float = 0.6
+    mu: float = 0.1
+    most: float = 1.0
     lambdas: tuple[float, ...] = (0.1, 0.003)
     prior: float = 10.0
 
     def identity(self) -> dict[str, Any]:
-        return {"name": "ridge", "version": 1, "every": self.every, "lambdas": list(self.lambdas), "prior": self.prior}
+        return {
+            "name": "ridge",
+            "version": 2,
+            "every": self.every,
+            "steps": self.steps,
+            "step": self.step,
+            "mu": self.mu,
+            "most": self.most,
+            "lambdas": list(self.lambdas),
+            "prior": self.prior,
+        }
 
-    def values(self, pairs: LayerPairs) -> Tensor:
-        values = pairs.values.clone()
+    def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
+        keys, values = pairs.keys.clone(), pairs.values.clone()
         for block in _joined(pairs.blocks, pairs.ratio):
-            self._fit(block, pairs, values)
-        return values
+            self._fit(block, pairs, keys, values)
+        return keys, values
 
-    def _fit(self, block: list[Block], pairs: LayerPairs, values: Tensor) -> None:
-        """Change ``values`` in a block."""
+    def _fit(self, block: list[Block], pairs: LayerPairs, keys: Tensor, values: Tensor) -> None:
+        """Change ``keys`` and ``values`` in a block."""
         start, end, p = block[0].start - pairs.start, block[-1].end - pairs.start, pairs.head[0].shape[1]
         keep = pairs.keep[:, start:end]
-        fitted = keep & ~pairs.pinned[start:end]
-        m = int(fitted.sum(1).max())
+        m = int(keep.sum(1).max())
         if m == 0 or bool(keep.all()):
             return
-        keys, original = (
-            torch.cat([head, own[:, start:end]], 1).float() for head, own in zip(pairs.head, (pairs.keys, pairs.values), strict=True)
-        )
-        queries = torch.cat([part.queries for part in block], 1).float() * block[0].scaling
-        logits = queries @ keys.mT  # [H, R, p + T]
-        wanted = logits.softmax(-1) @ original
-        kept = torch.cat([keep.new_ones(len(keep), p), keep], 1)
-        attention = logits.masked_fill_(~kept.unsqueeze(1), -torch.inf).softmax(-1)
-        missing = wanted - attention @ original
-        # the fitted columns of each head, in front; heads with fewer have zeros behind them, which get zeros
-        there, columns = fitted.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        # the kept columns of each head, in front; heads with fewer have others behind them, which are hidden
+        there, columns = keep.to(torch.uint8).sort(dim=1, descending=True, stable=True)
         there, columns = there[:, :m].bool(), columns[:, :m]
-        attention = attention.gather(2, (p + columns).unsqueeze(1).expand(-1, attention.shape[1], -1)) * there.unsqueeze(1)
-        change = self._solve(attention, missing, original[:, p:].square().sum(2).mean(1))
-        heads, places = there.nonzero(as_tuple=True)
+        hidden, free = ~there.unsqueeze(1), there & ~pairs.pinned[start:end][columns]
+        heads, places = free.nonzero(as_tuple=True)
+        of_all_heads = torch.arange(len(keep), device=keep.device).unsqueeze(1)
+
+        queries = torch.cat([part.queries for part in block], 1).float() * block[0].scaling
+        (head_keys, all_keys), (head_values, all_values) = (
+            (head.float(), own[:, start:end].float()) for head, own in zip(pairs.head, (pairs.keys, pairs.values), strict=True)
+        )
+        before, logits = queries @ head_keys.mT, queries @ all_keys.mT  # [H, R, p], [H, R, T]
+        wanted = torch.cat([before, logits], 2).softmax(2) @ torch.cat([head_values, all_values], 1)
+        mass = logits.logsumexp(2)
+        share = (mass - torch.logaddexp(before.logsumexp(2), mass)).exp()
+        kept_keys, kept_values = all_keys[of_all_heads, columns], all_values[of_all_heads, columns]  # [H, m, D]
+        logits = logits.gather(2, columns.unsqueeze(1).expand(-1, logits.shape[1], -1)).masked_fill_(hidden, -torch.inf)
+        kept_keys += self._shift(queries, logits, mass, share, free)
+        kept_keys = pairs.stored(kept_keys.to(keys.dtype))
+        logits = (queries @ kept_keys.float().mT).masked_fill_(hidden, -torch.inf)
+        attention = torch.cat([before, logits], 2).softmax(2)
+        missing = wanted - attention @ torch.cat([head_values, kept_values], 1)
+        kept_values += self._change(attention[:, :, p:] * free.unsqueeze(1), missing, all_values.square().sum(2).mean(1))
         columns = start + columns[heads, places]
-        values[heads, columns] = (values[heads, columns].float() + change[heads, places]).to(values.dtype)
+        keys[heads, columns] = kept_keys[heads, places]
+        values[heads, columns] = kept_values[heads, places].to(values.dtype)
 
-    def _solve(self, attention: Tensor, missing: Tensor, value: Tensor) -> Tensor:
-        """``X [H, m, D]`` for ``A [H, R, m]`` and residuals ``[H, R, D]``; zeros where nothing is better on rows that are held out.
+    def _shift(self, queries: Tensor, logits: Tensor, mass: Tensor, share: Tensor, free: Tensor) -> Tensor:
+        """Of the keys ``[H, m, D]``; zeros where it cannot be computed.
 
-        There are fewer rows than pairs more often than not, so ``X = A^T (A A^T + weight)^-1 residual``.
+        Args:
+            queries: ``[H, R, D]``, scaled.
+            logits: ``[H, R, m]`` of the kept pairs.
+            mass: ``[H, R]``, log-sum-exp of the logits of all pairs of the block.
+            share: ``[H, R]``, of the block in the attention.
+            free: ``[H, m]`` bool, which may be changed.
+        """
+        weights = share.sqrt().unsqueeze(2)
+        weighed = weights * queries
+        alike = weighed @ weighed.mT
+        total = torch.zeros(*free.shape, queries.shape[2], device=queries.device)
+        for _ in range(self.steps):
+            kept = logits.logsumexp(2)
+            attention = (logits - kept.unsqueeze(2)).exp_() * free.unsqueeze(1)
+            products = (attention @ attention.mT).mul_(alike)
+            ridge = self.mu * products.diagonal(dim1=1, dim2=2).mean(1)
+            solution = _solved(products, weights * (self.step * (mass - kept)).unsqueeze(2), ridge.unsqueeze(0))[0]
+            shift = attention.mT @ (solution * weighed)
+            change = queries @ shift.mT
+            scale = (self.most / change.abs().amax(1)).clamp(max=1.0)
+            logits = logits + change * scale.unsqueeze(1)
+            total += shift * scale.unsqueeze(2)
+        return torch.where(total.isfinite().all(2).all(1)[:, None, None], total, 0.0)
+
+    def _change(self, attention: Tensor, missing: Tensor, value: Tensor) -> Tensor:
+        """Of the values ``[H, m, D]`` for ``A [H, R, m]`` and residuals ``[H, R, D]``.
 
         Args:
             value: ``[H]``, mean squared norm of the values.
         """
-        run = torch.arange(attention.shape[1], device=attention.device) // _RUN
-        seen = run % _HELD_OUT != _HELD_OUT - 1
         products = attention @ attention.mT
         columns = attention.amax(1).count_nonzero(1).clamp(min=1)
         mean = products.diagonal(dim1=1, dim2=2).sum(1) / columns  # of the diagonal of A^T A
         weights = torch.tensor(self.lambdas, device=attention.device).unsqueeze(1) * mean
         weights = weights + self.prior * missing.square().sum(2).mean(1) / value  # [L, H]
-        tried = products[:, ~seen][:, :, seen] @ _solved(products[:, seen][:, :, seen], missing[:, seen], weights)
-        errors = (missing[:, ~seen] - tried).square().sum((2, 3)).nan_to_num(nan=torch.inf)  # [L, H]
-        least, best = errors.min(0)
-        change = attention.mT @ _solved(products, missing, weights.gather(0, best.unsqueeze(0)))[0]
-        better = (least < missing[:, ~seen].square().sum((1, 2))) & change.isfinite().all(2).all(1)
-        return torch.where(better[:, None, None], change, 0.0)
+        solution, better = _solution(products, missing, weights)
+        return torch.where(better[:, None, None], attention.mT @ solution, 0.0)
+
+
+def _solution(products: Tensor, missing: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """A ridge regression in its dual form, as there are fewer rows than unknowns more often than not, with the best weight.
+
+    Args:
+        products: ``[H, R, R]``, inner products of the rows.
+        missing: ``[H, R, D]``.
+        weights: ``[L, H]`` to try.
+
+    Returns:
+        ``(products + weight I)^-1 missing``; and ``[H]`` bool, whether it exists and is better than zeros on rows that are held out.
+    """
+    run = torch.arange(products.shape[1], device=products.device) // _RUN
+    seen = run % _HELD_OUT != _HELD_OUT - 1
+    tried = products[:, ~seen][:, :, seen] @ _solved(products[:, seen][:, :, seen], missing[:, seen], weights)
+    errors = (missing[:, ~seen] - tried).square().sum((2, 3)).nan_to_num(nan=torch.inf)  # [L, H]
+    least, best = errors.min(0)
+    solution = _solved(products, missing, weights.gather(0, best.unsqueeze(0)))[0]
+    return solution, (least < missing[:, ~seen].square().sum((1, 2))) & solution.isfinite().all(2).all(1)
 
 
 def _solved(products: Tensor, missing: Tensor, weights: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from kvzip_memory.compression.prefill import Prefilled, Progress
 class Scorer(Protocol):
     """Gives every pair of the layers with full attention its importance.
 
-    One that reads the context once more may have an attribute ``has_rows`` that is true: its queries are what kept values are refitted to.
+    One that reads the context once more may have an attribute ``has_rows`` that is true: its queries are what kept pairs are refitted to.
     One whose scores depend on how far behind the text they are taken may have a method ``fading``, which gives the
     :class:`~kvzip_memory.compression.fading.Fading` of a prefix's model: scores of a context that grows are multiplied by it.
     """
