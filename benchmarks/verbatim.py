@@ -1,4 +1,4 @@
-"""What eviction loses first, with and without refitted values: strings, texts that repeat themselves, and questions unlike the text.
+"""What eviction loses first, with and without a refit: strings, texts that repeat themselves, and questions unlike the text.
 
     python benchmarks/verbatim.py --squad squad.json
 

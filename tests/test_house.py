@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ FOLDERS = {PACKAGE: ROOT, "langchain_kvzip": ROOT / "integrations", "llama_index
 ROOMS = ("system", "context", "attention", "prompting", "inference", "compression", "registry")
 #: Above them are the files at its root, above these the folders that use them, and above all the integrations.
 ABOVE = ("frameworks", "cli")
+#: Folders of methods, one a file.
+METHODS = ("scorers", "allocators", "refit", "codecs")
 #: What knows nothing of ours, and may be imported by all.
 GROUND = f"{PACKAGE}.errors"
 
@@ -89,3 +92,12 @@ def test_files_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES.values()}
     long = {path for path, count in lines.items() if count > MOST_LINES}
     assert not long, f"more than {MOST_LINES} lines: give each idea in them a file of its own"
+
+
+def test_the_map_names_every_file() -> None:
+    """The table of rooms; folders of commands and of methods are one entry each."""
+    rows = [line for line in (ROOT / "docs" / "architecture.md").read_text().splitlines() if line.startswith("| `")]
+    named = {PACKAGE, *(part for name in re.findall(r"`([\w/]+)`", "\n".join(rows)) for part in name.split("/"))}
+    assert {*ROOMS, *ABOVE, *METHODS} <= named
+    unnamed = [name for name in FILES if name.startswith(PACKAGE) and name.split(".")[-1] not in named]
+    assert not [name for name in unnamed if name.split(".")[-2] not in {*ABOVE, *METHODS}]
