@@ -124,7 +124,7 @@ class RidgeRefit:
         weights = share.sqrt().unsqueeze(2)
         weighed = weights * queries
         alike = weighed @ weighed.mT
-        total = torch.zeros(*free.shape, queries.shape[2], device=queries.device)
+        total = queries.new_zeros(*free.shape, queries.shape[2])
         for _ in range(self.steps):
             kept = logits.logsumexp(2)
             attention = (logits - kept.unsqueeze(2)).exp_() * free.unsqueeze(1)
@@ -147,7 +147,7 @@ class RidgeRefit:
         products = attention @ attention.mT
         columns = attention.amax(1).count_nonzero(1).clamp(min=1)
         mean = products.diagonal(dim1=1, dim2=2).sum(1) / columns  # of the diagonal of A^T A
-        weights = torch.tensor(self.lambdas, device=attention.device).unsqueeze(1) * mean
+        weights = mean.new_tensor(self.lambdas).unsqueeze(1) * mean
         weights = weights + self.prior * missing.square().sum(2).mean(1) / value  # [L, H]
         solution, better = _solution(products, missing, weights)
         return torch.where(better[:, None, None], attention.mT @ solution, 0.0)
