@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.compression.refit import LayerPairs, NoRefit, RidgeRefit
 from kvzip_memory.compression.rows import Block, Rows
@@ -20,7 +20,7 @@ KEPT = "8306"
 def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: torch.dtype = torch.float32) -> LayerPairs:
     """One layer of two heads with a protected head of three pairs and one block; the second pair is pinned."""
     make = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=make)  # noqa: E731
+    randn = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
     keep = torch.stack([torch.randperm(m, generator=make) < kept - 4 * head for head in range(2)])
     pinned = torch.zeros(m, dtype=torch.bool)
     pinned[1] = True
@@ -33,7 +33,7 @@ def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: t
         randn(2, m, 8).to(dtype),
         keep,
         pinned,
-        [Block(3, 3 + m, randn(2, rows, 8), 0.5)],
+        [Block(3, 3 + m, randn(2, rows, 8).float(), 0.5)],
         0.3,
         stored=lambda keys: keys,
     )
@@ -97,7 +97,8 @@ def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
             rows = weights * (attention.unsqueeze(2) * head.queries.unsqueeze(1)).flatten(1)  # [R, m * D]
             shift = ridge(rows, weights * refit.step * head.lost(keys).unsqueeze(1), refit.mu * rows.square().sum(1).mean())
             shift = shift.view(-1, keys.shape[1])
-            shift *= (most / (head.queries @ shift.T).abs().amax(0)).clamp(max=1.0).unsqueeze(1)
+            bounds = most / (head.queries @ shift.T).abs().amax(0), head.keys.square().sum(1).mean().sqrt() / shift.norm(dim=1)
+            shift *= torch.minimum(*bounds).clamp(max=1.0).unsqueeze(1)
             keys[head.free] += shift
         torch.testing.assert_close(fitted[number].double(), keys, atol=1e-4, rtol=1e-3)
         before, after = ((head.share() * head.lost(k).square()).sum() for k in (head.keys, keys))
@@ -146,9 +147,30 @@ def test_what_is_pinned_or_lost_is_left_alone() -> None:
         assert not changed[:, pairs.pinned].any()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_head_that_cannot_be_fitted_keeps_its_pairs(value: float) -> None:
+@pytest.mark.parametrize("size", [1e-2, 1e-5, 0.0])
+def test_a_head_that_hardly_looks_at_anything_gets_no_giants(size: float) -> None:
     pairs = a_layer()
+    pairs.blocks[0].queries[0] *= size
+    keys, _ = RidgeRefit().fit(pairs)
+    longest = pairs.keys[0].norm(dim=1)
+    assert keys[0].norm(dim=1).max() <= longest.max() + 2 * longest.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_model_with_such_a_head_stays_finite(dtype: torch.dtype) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight[:32] *= 3e-6  # of the first KV head
+    engine = KVzipEngine(model.to(dtype), tiny_tokenizer(), allocator="uniform")
+    context = engine.load(TEXT, ratio=0.4)
+    assert all(pairs.isfinite().all() for layer in context.layers for pairs in (layer.keys, layer.values))
+    assert engine.logits(context, engine.prompt_ids(context, "What?")).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_head_that_cannot_be_fitted_keeps_its_pairs(value: float, dtype: torch.dtype) -> None:
+    pairs = a_layer(dtype=dtype)
     pairs.blocks[0].queries[0] = value
     for fitted, original in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), strict=True):
         assert torch.equal(fitted[0], original[0])
@@ -190,6 +212,30 @@ def test_rows_are_taken_by_position_and_others_for_each_query_head() -> None:
     assert [t for t in taken if t < 40] == [0, 1, 2, 3, 4, 20, 36]
     assert [t - 40 for t in taken if t >= 40] == [0, 1, 2, 3, 12, 28]
     assert whole.pop(0) == []  # they are let go
+
+
+class Doubled:
+    """A refit of somebody else's that doubles everything, what is pinned too."""
+
+    every = 16
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "doubled"}
+
+    def fit(self, pairs: LayerPairs) -> tuple[torch.Tensor, torch.Tensor]:
+        return 2 * pairs.keys, 2 * pairs.values
+
+
+def test_what_is_pinned_stays_as_it_is_whatever_a_refit_gives() -> None:
+    plain, doubled = (tiny_engine(refit=refit).load(TEXT, ratio=0.4, keep=KEPT) for refit in ("none", Doubled()))
+    prompt = tiny_engine()
+    pinned = torch.zeros(plain.n_tokens, dtype=torch.bool)
+    for start, end in ((0, plain.protected), *prompt._contexts.prompt(prompt._language, TEXT, keep=[KEPT]).keep):
+        pinned[start:end] = True
+    for layer, other in zip(plain.layers, doubled.layers, strict=True):
+        times = 2 - pinned[layer.positions.long()].float().unsqueeze(1)
+        assert torch.equal(other.keys, times * layer.keys)
+        assert torch.equal(other.values, times * layer.values)
 
 
 def parts(context: CompressedContext) -> list[dict[str, Any]]:

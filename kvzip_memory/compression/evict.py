@@ -38,7 +38,7 @@ def gathered(
         values = torch.cat([parent.values[rows], values])[order]
         positions = torch.cat([parent.positions[rows].long(), positions])[order]
     if fitted is not None:
-        new = positions >= first
+        new = (positions >= first) & ~prefilled.pinned.to(positions.device)[positions]
         keys[new], values[new] = (x[heads[new], positions[new] - first] for x in fitted)
     return RaggedLayer(
         keys=keys,

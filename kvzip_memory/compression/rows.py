@@ -24,7 +24,7 @@ class Block(NamedTuple):
 
 
 class Rows:
-    """Some queries of a repeat pass: all of its instruction, and of the repeated tokens every eighth, other ones for each query head of a
+    """Some queries of a repeat pass: all of its instruction, and of the repeated tokens every few, other ones for each query head of a
     group. Chosen by position, so the same build takes the same.
 
     Those of models in float32 are kept in float16: a tenth of the dense cache's bytes.

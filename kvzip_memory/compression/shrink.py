@@ -17,7 +17,7 @@ from kvzip_memory.system.modes import plain
 
 def can_shrink(identity: Mapping[str, Any]) -> bool:
     """Whether a context of this identity may be cut from one of a larger ratio. Not one that is built in pieces, which have to choose
-    before everything is read; nor with values that are fitted to the pairs beside them; nor by an allocator that has no name.
+    before everything is read; nor one whose pairs are fitted to those beside them; nor by an allocator that has no name.
     """
     return identity.get("compress_every") is None and identity.get("refit") is None and identity.get("allocator") in ALLOCATORS
 

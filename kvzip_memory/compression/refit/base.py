@@ -51,6 +51,6 @@ class Refit(Protocol):
         ...
 
     def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
-        """Keys, as they will be stored, and values ``[H, m, D]`` in the dtype of the model's; those of pairs that are not kept may be
-        anything."""
+        """Keys, as they will be stored, and values ``[H, m, D]`` in the dtype of the model's. Those of pairs that are not kept may be
+        anything; those of pinned ones are not used."""
         ...

@@ -8,8 +8,9 @@ To first order, keys ``k + d`` change it by ``a d^T q``, ``a`` the attention of 
     d = argmin |w (step lost - a d^T q)|^2 + mu m |d|^2
 
 over all queries, ``w^2`` the share of the block in the attention of a query, ``m`` the mean squared row; some steps, of a part of what is
-lost each, since it is no line, and none that changes a logit by more than ``most``. Bias and pair in one, at no byte: Attention Matching
-(arXiv 2602.16284) gives each pair a bias of its own.
+lost each, since it is no line. A key's step is then made shorter if it changes a logit of these queries by more than ``most``, or is longer
+than the head's keys are: a head that hardly looks at anything must not make giants of them. Bias and pair in one, at no byte: Attention
+Matching (arXiv 2602.16284) gives each pair a bias of its own.
 
 *Values.* ``Y = softmax(Q K^T) V`` over the protected head and all pairs of the block, ``A`` the attention of the same queries over the head
 and the kept pairs alone, with their new keys. The kept values become ``V + X`` with
@@ -35,6 +36,7 @@ from kvzip_memory.compression.refit.base import LayerPairs
 from kvzip_memory.compression.rows import Block
 
 _RUN, _HELD_OUT = 8, 4  # rows in a run, and of so many runs one is held out
+_MOST_JOINED = 4
 
 
 @dataclass(frozen=True)
@@ -99,19 +101,19 @@ class RidgeRefit:
         wanted = torch.cat([before, logits], 2).softmax(2) @ torch.cat([head_values, all_values], 1)
         mass = logits.logsumexp(2)
         share = (mass - torch.logaddexp(before.logsumexp(2), mass)).exp()
-        kept_keys, kept_values = all_keys[of_all_heads, columns], all_values[of_all_heads, columns]  # [H, m, D]
+        kept_keys, kept_values = pairs.keys[:, start:end][of_all_heads, columns], all_values[of_all_heads, columns]  # [H, m, D]
         logits = logits.gather(2, columns.unsqueeze(1).expand(-1, logits.shape[1], -1)).masked_fill_(hidden, -torch.inf)
-        kept_keys += self._shift(queries, logits, mass, share, free)
-        kept_keys = pairs.stored(kept_keys.to(keys.dtype))
+        shift = self._shift(queries, logits, mass, share, free, all_keys.square().sum(2).mean(1).sqrt())
+        kept_keys = pairs.stored(_added(kept_keys, shift))
         logits = (queries @ kept_keys.float().mT).masked_fill_(hidden, -torch.inf)
         attention = torch.cat([before, logits], 2).softmax(2)
         missing = wanted - attention @ torch.cat([head_values, kept_values], 1)
-        kept_values += self._change(attention[:, :, p:] * free.unsqueeze(1), missing, all_values.square().sum(2).mean(1))
+        change = self._change(attention[:, :, p:] * free.unsqueeze(1), missing, all_values.square().sum(2).mean(1))
         columns = start + columns[heads, places]
         keys[heads, columns] = kept_keys[heads, places]
-        values[heads, columns] = kept_values[heads, places].to(values.dtype)
+        values[heads, columns] = _added(values[heads, columns], change[heads, places])
 
-    def _shift(self, queries: Tensor, logits: Tensor, mass: Tensor, share: Tensor, free: Tensor) -> Tensor:
+    def _shift(self, queries: Tensor, logits: Tensor, mass: Tensor, share: Tensor, free: Tensor, length: Tensor) -> Tensor:
         """Of the keys ``[H, m, D]``; zeros where it cannot be computed.
 
         Args:
@@ -120,6 +122,7 @@ class RidgeRefit:
             mass: ``[H, R]``, log-sum-exp of the logits of all pairs of the block.
             share: ``[H, R]``, of the block in the attention.
             free: ``[H, m]`` bool, which may be changed.
+            length: ``[H]``, of the keys, the root of the mean square.
         """
         weights = share.sqrt().unsqueeze(2)
         weighed = weights * queries
@@ -133,7 +136,7 @@ class RidgeRefit:
             solution = _solved(products, weights * (self.step * (mass - kept)).unsqueeze(2), ridge.unsqueeze(0))[0]
             shift = attention.mT @ (solution * weighed)
             change = queries @ shift.mT
-            scale = (self.most / change.abs().amax(1)).clamp(max=1.0)
+            scale = torch.minimum(self.most / change.abs().amax(1), length.unsqueeze(1) / shift.norm(dim=2)).clamp(max=1.0)
             logits = logits + change * scale.unsqueeze(1)
             total += shift * scale.unsqueeze(2)
         return torch.where(total.isfinite().all(2).all(1)[:, None, None], total, 0.0)
@@ -183,8 +186,16 @@ def _solved(products: Tensor, missing: Tensor, weights: Tensor) -> Tensor:
     return solution.masked_fill((failed > 0)[..., None, None], torch.nan)
 
 
+def _added(pairs: Tensor, change: Tensor) -> Tensor:
+    """In their dtype. Those that zeros are added to stay as they are, and so do those that would leave the dtype's range."""
+    changed = (pairs.to(torch.promote_types(pairs.dtype, change.dtype)) + change).to(pairs.dtype)
+    return torch.where(changed.isfinite().all(-1, keepdim=True), changed, pairs)
+
+
 def _joined(blocks: list[Block], ratio: float) -> Iterator[list[Block]]:
-    """Neighbouring blocks that are fitted as one: where few pairs are kept there have to be more of them for a fit, at the same cost."""
-    count = max(1, round(0.3 / ratio))
+    """Neighbouring blocks that are fitted as one: where few pairs are kept there have to be more of them for a fit. It costs time in
+    proportion to the square of their number, and more, so they are not many.
+    """
+    count = min(_MOST_JOINED, max(1, round(0.3 / ratio)))
     for i in range(0, len(blocks), count):
         yield blocks[i : i + count]
