@@ -22,6 +22,8 @@ from kvzip_memory.context import RaggedLayer
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
 
+_LAYERS_FREED = 4  # whose pages are returned together: what a refit works with would be fetched from the system anew for each
+
 
 @dataclass(frozen=True)
 class Stages:
@@ -107,7 +109,9 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
             fitted |= pairs is not None
             layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], pairs, stages.codec))
         prefilled.free(number)
-        return_freed_pages()
+        if number % _LAYERS_FREED == 0:
+            return_freed_pages()
+    return_freed_pages()
     prefilled.dense.clear()
     prefilled.parent.clear()
     ms = {"score": 1e3 * (scored - began), "refit": 1e3 * refitted, "evict": 1e3 * (time.perf_counter() - scored - refitted)}
