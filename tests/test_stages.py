@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kvzip_memory.compression import Prefilled, Progress, methods
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.refit import REFITS, LayerPairs
 from kvzip_memory.compression.scorers import SCORERS, KVzipScorer
+from kvzip_memory.errors import ModelError
 
 STAGES = {"scorer": SCORERS, "allocator": ALLOCATORS, "refit": REFITS}
 
@@ -127,3 +129,48 @@ def test_a_scorer_without_queries_has_nothing_refitted_and_says_so_where_that_wa
     assert "refit" not in context.identity
     with pytest.raises(InputError, match="refit='none'"):
         tiny_engine(scorer=Latest(), refit="ridge")
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "scorer": {
+        "nothing": None,
+        "one layer": torch.zeros(1, 2, 3),
+        "whole numbers": lambda given: given.long(),
+    },
+    "allocator": {
+        "nothing": None,
+        "a number": 7,
+        "scores": lambda given: given.float(),
+        "one head": lambda given: given[:, :1],
+    },
+    "refit": {
+        "nothing": None,
+        "values alone": lambda given: given[1],
+        "values that are missing": lambda given: (given[0], None),
+        "a row less": lambda given: (given[0][:, 1:], given[1]),
+        "another dtype": lambda given: (given[0], given[1].double()),
+        "values that are not finite": lambda given: (given[0], given[1] / 0),
+        "keys that are not finite": lambda given: (given[0] / 0, given[1]),
+    },
+}
+
+
+@pytest.mark.parametrize(("stage", "what"), [(stage, what) for stage, odd in ODD.items() for what in odd])
+def test_what_a_method_owes_is_looked_at_and_refused_by_its_name(stage: str, what: str, tmp_path: Path) -> None:
+    odd, method = ODD[stage][what], OWN[stage]()
+    way = {"scorer": "score", "allocator": "allocate", "refit": "fit"}[stage]
+    right = getattr(method, way)
+    setattr(method, way, lambda *args: odd(right(*args)) if callable(odd) else odd)
+    engine = tiny_engine(cache_dir=tmp_path, **{stage: method})
+    with pytest.raises(ModelError, match=re.escape(f"{method.identity()!r} gave")):
+        engine.load(TEXT, ratio=0.4)
+    assert engine.registry.contexts() == []
+
+
+def test_what_is_never_evicted_is_kept_whatever_an_allocator_says() -> None:
+    class Nothing(Lower):
+        def allocate(self, scores: Tensor, budget: int) -> Tensor:
+            return torch.zeros_like(scores, dtype=torch.bool)
+
+    context = tiny_engine(allocator=Nothing(), refit="none").load(TEXT, ratio=0.4)
+    assert {length for layer in context.layers for length in layer.lengths} == {context.protected}

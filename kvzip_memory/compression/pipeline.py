@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -122,11 +123,12 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
 def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> tuple[Tensor | None, Tensor]:
     """Scores ``[L, H, n]`` fp16, None where nothing is scored, and which pairs are kept, ``[L, H, n]`` bool."""
     full, n = prefilled.full_layers, len(prefilled.token_ids)
+    shape = len(full), prefilled.dense[full[0]][0].shape[0], n
     if ratio == 1.0 and not prefilled.scored_parent:
-        return None, torch.ones(len(full), prefilled.dense[full[0]][0].shape[0], n, dtype=torch.bool)
+        return None, torch.ones(shape, dtype=torch.bool)
     # Rounded before they are compared: dropping more pairs of a stored context later keeps the same ones as
     # building at that ratio would.
-    scores = stages.scorer.score(prefilled, progress).half()
+    scores = _owed(stages.scorer, "scores", stages.scorer.score(prefilled, progress), shape, torch.float32).half()
     if not bool(scores.isfinite().all()):
         raise ModelError(
             "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
@@ -137,13 +139,18 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
         scores[:, :, : prefilled.start] = torch.where(stored.isfinite(), (stored * fading).clamp(max=torch.finfo(stored.dtype).max), stored)
     scores[:, :, prefilled.pinned] = float("inf")
     budget = pairs_kept(ratio, n, prefilled.protected, len(scores) * scores.shape[1])
-    return scores, stages.allocator.allocate(scores, budget) & ~scores.isneginf()
+    keep = _owed(stages.allocator, "its choice", stages.allocator.allocate(scores, budget), shape, torch.bool)
+    return scores, (keep | scores.isposinf()) & ~scores.isneginf()
 
 
 def _fitted(
     prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Keys and values ``[H, n - first, D]`` of a layer's new pairs, fitted; None: as they are."""
+    """Keys and values ``[H, n - first, D]`` of a layer's new pairs, fitted; None: as they are.
+
+    Raises:
+        ModelError: the refit gave something else, or numbers that are not finite.
+    """
     first, n = prefilled.first, len(prefilled.token_ids)
     if not blocks or bool(keep[:, first:].all()):
         return None
@@ -151,7 +158,25 @@ def _fitted(
     head, keep, pinned = prefilled.pairs(layer, 0, prefilled.protected), keep[:, first:], prefilled.pinned[first:]
     on = keys.device
     stored = stages.codec.keys
-    return stages.refit.fit(LayerPairs(head, first, stored(keys), values, keep.to(on), pinned.to(on), blocks, ratio, stored))
+    fitted = stages.refit.fit(LayerPairs(head, first, stored(keys), values, keep.to(on), pinned.to(on), blocks, ratio, stored))
+    if not isinstance(fitted, tuple) or len(fitted) != 2:
+        raise ModelError(f"refit {brief(stages.refit.identity())} gave {brief(fitted)}, not keys and values")
+    for what, new, old in zip(("keys", "values"), fitted, (keys, values), strict=True):
+        if not bool(_owed(stages.refit, what, new, old.shape, old.dtype)[keep.to(on)].isfinite().all()):
+            raise ModelError(f"refit {brief(stages.refit.identity())} gave {what} that are not finite; use another one, or refit='none'")
+    return fitted
+
+
+def _owed(method: Any, what: str, given: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What a method has given, which may be somebody else's.
+
+    Raises:
+        ModelError: it is of another shape or dtype.
+    """
+    if isinstance(given, Tensor) and given.shape == shape and given.dtype == dtype:
+        return given
+    got = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else brief(given)
+    raise ModelError(f"{brief(method.identity())} gave {what} as {got}, not as a tensor {list(shape)} {dtype}; use another method")
 
 
 def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | None) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvzip_memory.system.digests import digest
+from kvzip_memory.system.modes import plain
 
 #: Values of each tensor that a stamp looks at. One that a step of an optimizer has left alone nearly everywhere is noticed by another's.
 SAMPLE = 32
@@ -84,7 +85,7 @@ class Watch:
             self._planned = where, groups, numbers
         which = (*which, *(vars(modules[i]).get(name) for i, name in numbers))
         tensors, first = tuple(zip(places, sizes, counts, strict=True)), len(parameters)
-        with torch.inference_mode():
+        with torch.inference_mode(), plain():
             sampled = [torch.cat([held[i].as_strided(size, stride) for i, size, stride in group]) for group in groups]
             sample = tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled)
         return Stamp(which, tensors[:first], tensors[first:], sample)
@@ -183,6 +184,7 @@ class Fingerprint:
 
 
 @torch.inference_mode()
+@plain()
 def fingerprint(model: nn.Module) -> str:
     """sha256 of every parameter and buffer by value, wherever they were loaded from and whatever was done to them since: nobody can make
     two models with one fingerprint.
@@ -205,6 +207,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.inference_mode()
+@plain()
 def checksum(model: nn.Module) -> str:
     """What tells by accident only that nothing of the same has changed: two models with one can be made on purpose.
 
