@@ -7,7 +7,7 @@ import gc
 import importlib.metadata
 import inspect
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,10 @@ from transformers import (
 
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.inference.cache import Row, Tail
+
+ROOT = Path(__file__).parent.parent
+TESTS = ROOT / "tests"
+STRESS = os.environ.get("KVZIP_STRESS") == "1"
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -122,7 +126,7 @@ def smollm2(smollm2_path: Path) -> KVzipEngine:
     return KVzipEngine.from_pretrained(smollm2_path)
 
 
-HANDBOOK = Path(__file__).parent.parent / "examples" / "handbook.md"
+HANDBOOK = ROOT / "examples" / "handbook.md"
 
 
 @pytest.fixture(scope="session")
@@ -242,3 +246,22 @@ def own_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) 
     with torch.inference_mode():
         everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
         return engine.model(input_ids=everything[None]).logits[0, context.n_tokens :].float()
+
+
+def batch_sizes(engine: KVzipEngine) -> list[int]:
+    """Rows of every forward from now on."""
+    sizes: list[int] = []
+    forward = engine._model._batcher._forward
+
+    def counted(rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[torch.Tensor]:
+        sizes.append(len(rows))
+        return forward(rows, ids, n_logits)
+
+    engine._model._batcher._forward = counted
+    return sizes
+
+
+def say(**figures: object) -> None:
+    """Figures of what was tried under stress."""
+    if STRESS:
+        print("\n" + "  ".join(f"{name} {value}" for name, value in figures.items()))  # noqa: T201
