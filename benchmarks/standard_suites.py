@@ -19,7 +19,7 @@ from transformers import pipeline
 
 from common import Outcomes, save
 
-sys.path.append(str(Path(__file__).parent.parent / "tests"))
+sys.path += [str(Path(__file__).parent.parent / "tests" / room) for room in ("", "integrations")]
 from test_langchain_standard import TestIntegration, TestIntegrationWithContext, TestUnit
 
 ROWS = {  # what the table says, and the classes run for it

@@ -338,10 +338,16 @@ async def test_every_turn_that_is_taken_is_read_again(tmp_path: Path, said: str)
     assert again._session("s").known.turns == known
 
 
-def test_what_nobody_would_read_is_not_written(tmp_path: Path) -> None:
+ANSWER = {"role": "assistant", "content": "It is."}
+
+
+@pytest.mark.parametrize(
+    "turn", ["Hello.", {**ANSWER, "tool_calls": None}, {**ANSWER, "tool_calls": "f"}, {**ANSWER, "reasoning": None}], ids=str
+)
+def test_what_nobody_would_read_is_not_written(tmp_path: Path, turn: Any) -> None:
     file = TurnsFile.of(tmp_path, "ana")
     with pytest.raises(InputError, match="are no turns"):
-        file.append({"turns": ["Hello."]}, "ana", None)
+        file.append({"turns": [turn]}, "ana", None)
     assert file.read()[0] == []
 
 

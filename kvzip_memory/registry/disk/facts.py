@@ -152,7 +152,7 @@ _CALL = _fields({"id": _or_none(_text), "name": _text, "arguments": lambda value
 _ROLES = {"system", "user", "assistant", "tool"}
 _TURN = _fields(
     {"role": lambda value: _text(value) and value in _ROLES, "content": _text},
-    {"reasoning": _or_none(_text), "tool_call_id": _or_none(_text), "tool_calls": _or_none(_list(_CALL))},
+    {"reasoning": _text, "tool_call_id": _or_none(_text), "tool_calls": _list(_CALL)},
 )
 _PLACE: Check = lambda value: _list(_whole())(value) and len(value) == 2  # noqa: E731
 _MADE: dict[str, Check] = {"context": is_id, "first": _PLACE, "last": _PLACE, "model": is_id}
