@@ -169,9 +169,18 @@ def a_device(path: Path) -> None:
         os.mkfifo(path)
 
 
+def copied(source: str | Path, target: str | Path) -> None:
+    """A sparse file stays one."""
+    if (size := os.stat(source).st_size) > 1 << 30:
+        Path(target).touch()
+        os.truncate(target, size)
+    else:
+        shutil.copy2(source, target)
+
+
 def a_copy(path: Path) -> None:
-    copy = shutil.copytree if path.is_dir() else shutil.copy
-    copy(path, path.with_name(f"{path.stem} (copy){path.suffix}"))
+    other = path.with_name(f"{path.stem} (copy){path.suffix}")
+    shutil.copytree(path, other, copy_function=copied) if path.is_dir() else copied(path, other)
 
 
 def sparse(path: Path) -> None:
