@@ -32,7 +32,8 @@ class UnsupportedModelError(KVzipError, ValueError):
 
 
 class ModelError(KVzipError, RuntimeError):
-    """The model computed numbers that are not finite, by which nothing can be ranked or sampled; or it is in training."""
+    """The model computed numbers that are not finite, by which nothing can be ranked or sampled; it is in training; or a scorer, allocator
+    or refit gave something else than it owes."""
 
 
 class SessionBusyError(KVzipError, RuntimeError):

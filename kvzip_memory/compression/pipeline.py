@@ -90,7 +90,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     At ratio 1.0 everything is kept and nothing is scored, unless the parent has scores.
 
     Raises:
-        ModelError: the model gave scores that are not finite.
+        ModelError: the model gave scores that are not finite, or a method something else than it owes.
     """
     dense_nbytes = sum(_nbytes(prefilled, *pairs, window) for pairs, window in zip(prefilled.dense, prefilled.model.windows, strict=True))
     began = time.perf_counter()

@@ -85,7 +85,7 @@ class Watch:
             self._planned = where, groups, numbers
         which = (*which, *(vars(modules[i]).get(name) for i, name in numbers))
         tensors, first = tuple(zip(places, sizes, counts, strict=True)), len(parameters)
-        with torch.inference_mode(), no_autocast(self._model):
+        with torch.inference_mode(), no_autocast():
             sampled = [torch.cat([held[i].as_strided(size, stride) for i, size, stride in group]) for group in groups]
             sample = tuple(values.view(torch.uint8).cpu().numpy().tobytes() for values in sampled)
         return Stamp(which, tensors[:first], tensors[first:], sample)
@@ -184,6 +184,7 @@ class Fingerprint:
 
 
 @torch.inference_mode()
+@no_autocast()
 def fingerprint(model: nn.Module) -> str:
     """sha256 of every parameter and buffer by value, wherever they were loaded from and whatever was done to them since: nobody can make
     two models with one fingerprint.
@@ -200,13 +201,13 @@ def fingerprint(model: nn.Module) -> str:
                 yield from (memoryview(piece.cpu().numpy()) for piece in data.split(_PIECE) if len(piece))
 
     whole = hashlib.sha256()
-    with no_autocast(model):
-        for each in _hashes(items()):
-            whole.update(each)
+    for each in _hashes(items()):
+        whole.update(each)
     return whole.hexdigest()
 
 
 @torch.inference_mode()
+@no_autocast()
 def checksum(model: nn.Module) -> str:
     """What tells by accident only that nothing of the same has changed: two models with one can be made on purpose.
 
@@ -214,11 +215,10 @@ def checksum(model: nn.Module) -> str:
     one changed bit changes a row's and a column's sum. Computed where the tensor lies.
     """
     summary = hashlib.sha256()
-    with no_autocast(model):
-        for label, tensor in _contents(model):
-            summary.update(label)
-            for part in () if tensor is None else _sums(tensor):
-                summary.update(part.cpu().numpy().tobytes())
+    for label, tensor in _contents(model):
+        summary.update(label)
+        for part in () if tensor is None else _sums(tensor):
+            summary.update(part.cpu().numpy().tobytes())
     return summary.hexdigest()
 
 

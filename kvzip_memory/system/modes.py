@@ -8,8 +8,8 @@ other contexts and lengths.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -90,16 +90,20 @@ def _bound(method: Any, module: nn.Module, copy: nn.Module) -> Any:
 
 
 @contextmanager
-def no_autocast(model: nn.Module) -> Iterator[None]:
-    """What is computed of a model's tensors where they lie, whatever autocast the caller is in. Cheaper than :func:`plain`, under which
-    each call of torch costs some microseconds more.
+def no_autocast() -> Iterator[None]:
+    """Tensors are computed in the dtypes they have, whatever autocast the caller is in. Within, calls of torch cost what they cost, where
+    under :func:`plain` each takes some microseconds more.
     """
-    first = next(model.parameters(), None)
-    if first is None or not torch.amp.is_autocast_available(first.device.type):
+    with ExitStack() as left:
+        for device in _devices():
+            left.enter_context(torch.autocast(device, enabled=False))
         yield
-    else:
-        with torch.autocast(first.device.type, enabled=False):
-            yield
+
+
+@cache
+def _devices() -> tuple[str, ...]:
+    """On which something may be cast by itself."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @contextmanager
@@ -108,5 +112,5 @@ def plain() -> Iterator[None]:
 
     The model's own thread has no modes; this is for what is computed in the threads of callers.
     """
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):
+    with torch.device("cpu"), no_autocast():
         yield

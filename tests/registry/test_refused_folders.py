@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 from llama_index.core import Document
+from prometheus_client import CollectorRegistry
 
 from conftest import tiny_engine
 from kvzip_memory import KVzipEngine, StorageError
+from kvzip_memory.metrics import export_metrics
 from kvzip_memory.registry import Forgotten
 from langchain_kvzip import KVzipChatModel, KVzipMemoryMiddleware, create_memory_tools
 from llama_index_kvzip import KVzipIndex, KVzipLLM, KVzipSynthesizer
@@ -79,10 +81,7 @@ def test_what_could_not_be_changed_is_refused_and_all_is_as_it_was(engine: KVzip
 def test_statistics_have_the_disk_and_say_why_it_is_not_used(engine: KVzipEngine) -> None:
     disk = engine.stats()["tiers"]["disk"]
     assert (disk["nbytes"], disk["contexts"], disk["unusable"]) == (0, 0, engine.registry.no_disk)
-    prometheus = pytest.importorskip("prometheus_client")
-    from kvzip_memory.metrics import export_metrics
-
-    registry = prometheus.CollectorRegistry()
+    registry = CollectorRegistry()
     export_metrics(engine, registry=registry)
     assert registry.get_sample_value("kvzip_tier_bytes", {"engine": "default", "tier": "disk"}) == 0
 
