@@ -36,6 +36,10 @@ class Speech:
             self._model.tokenizer = language.tokenizer
         return language
 
+    def forget(self) -> None:
+        """Keep no text that was read."""
+        self._language.prompts.forget()
+
     def guidance(self, language: Language) -> Guidance:
         """Makes grammars for answers of the model in a language."""
         model = self._model.model

@@ -54,6 +54,10 @@ class PromptBuilder:
         self._extensions = Extensions(self._layouts, self._prefixes, tokenizer)
         self._questions = Questions(self._layouts)
 
+    def forget(self) -> None:
+        """Keep no text that was read."""
+        self._encoder.forget()
+
     # -- prefixes ------------------------------------------------------------------------------------------------
 
     def documents(self, documents: Sequence[Document], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:

@@ -13,9 +13,11 @@ from llama_index.core import Document as LlamaIndexDocument
 from llama_index.core.llms import ChatMessage
 
 from conftest import TEXT, tiny_engine
+from kinds import KINDS, tiny
 from kvzip_memory import Document, InputError, KVzipEngine
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.prompting.documents import as_document
+from kvzip_memory.prompting.encoding import Encoder
 from kvzip_memory.prompting.messages import as_message, as_messages
 from kvzip_memory.system.printable import brief
 from langchain_kvzip import KVzipChatModel, create_memory_tools
@@ -189,3 +191,31 @@ def test_messages_of_frameworks_are_read_alike() -> None:
     for message in (HumanMessage(LONE), ChatMessage(LONE), {"role": "user", "content": [{"type": "text", "text": LONE}]}):
         assert as_message(message) == {"role": "user", "content": READ}
     assert as_messages(LONE)[0]["content"] == READ
+
+
+# -- long texts are remembered -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_is_read_again_as_it_was_read_first(kind: str) -> None:
+    tokenizer = tiny(kind)
+    for continued in (False, True):
+        encoder, fresh = (Encoder(tokenizer, {}) for _ in range(2))
+        texts = [TEXT * 9, TEXT * 9 + "日é\n\n ", " " * 2000]
+        for text in [*texts, *texts]:
+            fresh.forget()
+            read, wanted = encoder.tokens(text, continued), fresh.tokens(text, continued)
+            assert read.ids == wanted.ids
+            assert [*read.starts] == [*wanted.starts]
+            assert [*read.ends] == [*wanted.ends]
+            read.ids.clear()  # whoever gets them may change them
+        assert encoder._remembered.cache_info().hits == len(texts)
+
+
+def test_what_is_forgotten_is_remembered_as_no_text_either(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path)
+    remembered = engine._speech.now.prompts._encoder._remembered
+    engine.load(TEXT * 4, tags="gone")
+    assert remembered.cache_info().currsize
+    engine.forget("gone")
+    assert not remembered.cache_info().currsize

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ class Names:
         if not known:
             delete(path)
             return
-        text = json.dumps([asdict(label) for label in known.values()], default=str)
+        text = json.dumps([vars(label) for label in known.values()], default=str)
         temporary = path.with_name(f".{file}")  # one writer at a time
         write_text(temporary, self._checksums.seal("names", file, text))
         os.replace(temporary, path)

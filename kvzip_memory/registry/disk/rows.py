@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any
 
 from kvzip_memory.registry.disk import layout
@@ -69,11 +68,11 @@ class Rows:
 
     def change(self, entry: Entry) -> None:
         """Write the row of a stored context anew, in its place."""
-        self.index.set(_CONTEXT + entry.key, asdict(entry))
+        self.index.set(_CONTEXT + entry.key, vars(entry))
 
     def add(self, entry: Entry) -> None:
         """File a context, as the most recently used one. Its bytes are counted by who calls."""
-        self.index.move_to_end(_CONTEXT + entry.key, asdict(entry))
+        self.index.move_to_end(_CONTEXT + entry.key, vars(entry))
         self._list_add(_GROUP + entry.group, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         self._list_add(f"{_TOKENS}{family}:{tokens}", entry.key, _BEGINNING_SIZE)
@@ -117,7 +116,7 @@ class Rows:
         return self._entry(key, _LOST)
 
     def remember_lost(self, entry: Entry) -> None:
-        self.index.set(_LOST + entry.key, asdict(entry))
+        self.index.set(_LOST + entry.key, vars(entry))
 
     def forget_lost(self, key: str) -> None:
         self.index.delete(_LOST + key)
