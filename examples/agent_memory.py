@@ -52,7 +52,7 @@ def main(llm: KVzipChatModel, folder: Path, dialogue: Sequence[str] = DIALOGUE) 
             llm,
             tools=[look_up],
             system_prompt="You are a lighthouse keeper's assistant. Answer in one short sentence.",
-            middleware=[memory, choose],
+            middleware=[choose, memory],
             checkpointer=SqliteSaver(database),
         )
         thread: Any = {"configurable": {"thread_id": "ana"}}

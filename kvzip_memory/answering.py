@@ -30,6 +30,7 @@ from kvzip_memory.prompting.tools import Tool, checked_tools
 from kvzip_memory.session import Session
 from kvzip_memory.speech import Speech
 from kvzip_memory.streaming import Stream
+from kvzip_memory.system.printable import brief
 
 
 class Answerer:
@@ -109,6 +110,9 @@ class Answerer:
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if not ids:
             raise InputError("no ids to compute logits for; give at least one")
+        size = self._model.model.config.vocab_size
+        if odd := [i for i in ids if type(i) is not int or not 0 <= i < size]:
+            raise InputError(f"{brief(odd[0])} is no id of the model's, which are 0 to {size - 1:,}")
         start = context.n_tokens if context else 0
         if (tokens := start + len(ids)) > self._model.window:
             raise self._too_much(tokens, "give fewer ids")

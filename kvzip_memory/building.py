@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, co
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
-from kvzip_memory.errors import InputError
+from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Stamp
 from kvzip_memory.model_identity import ModelIdentity
@@ -29,6 +29,7 @@ from kvzip_memory.system.digests import digest
 from kvzip_memory.system.modes import plain
 
 _MAX_FADINGS = 64  # a few numbers each
+_STAGES = ("scorer", "allocator", "refit")
 
 
 def context_identity(
@@ -139,12 +140,13 @@ class Builder:
     @property
     def scorer(self) -> dict[str, Any]:
         """How pairs are ranked, as it is in keys."""
-        return self._stages.scorer.identity()
+        scorer: dict[str, Any] = self._stages.identity()["scorer"]
+        return scorer
 
     def is_way_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether the pairs of a context were ranked, chosen and refitted in the same way, if they were at all."""
         way = self._stages.identity()
-        return identity.get("scorer") is None or all(identity.get(stage) == way.get(stage) for stage in ("scorer", "allocator", "refit"))
+        return identity.get("scorer") is None or all(identity.get(stage) == way.get(stage) for stage in _STAGES)
 
     def identity(
         self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
@@ -183,13 +185,15 @@ class Builder:
         them meanwhile, or since the stamp of the model that ``computed`` pairs are of.
 
         Raises:
-            IdentityMismatchError: they are others, or were for a while.
-            ModelError: the model gave scores that are not finite.
+            IdentityMismatchError: they are others, or were for a while; or so is a method.
+            ModelError: the model gave scores that are not finite, or a method something else than it owes.
         """
         wanted, since = step.wanted, computed.since if computed else self._identity.stamp()
         where = f"context {wanted.key[:12]!r}"
         self._identity.check(wanted.identity, language, where)  # a handle may outlive the weights
+        self._check_way(wanted.identity, where)
         context, ms, fading = self._built(language, step, parent, report, computed)
+        self._check_way(wanted.identity, where)
         began = time.perf_counter()
         self._identity.prove(wanted.identity, language, where, since)
         ms["verify"] = 1e3 * (time.perf_counter() - began)
@@ -197,6 +201,18 @@ class Builder:
         for oldest in list(self._fadings)[:-_MAX_FADINGS]:
             self._fadings.pop(oldest, None)
         return replace(context, receipt=Receipt(wanted.key, hit=False, tier="built", ms=ms))
+
+    def _check_way(self, identity: Mapping[str, Any], where: str) -> None:
+        """Raises:
+        IdentityMismatchError: a method says now that it is another one.
+        """
+        now = self._stages.identity()
+        if fields := () if self.is_way_of(identity) else tuple(stage for stage in _STAGES if identity.get(stage) != now.get(stage)):
+            raise IdentityMismatchError(
+                f"{' and '.join(fields)} of {where} say that they are others than when it was loaded, and nothing is stored. Load it "
+                "again, and change no method meanwhile",
+                fields=fields,
+            )
 
     @plain()
     def _built(
@@ -209,7 +225,7 @@ class Builder:
         ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
         known = parent.n_tokens if parent else 0
         first = known if parent and parent.identity.get("scorer") else step.protected
-        total = len(ids) - known + (self._stages.scorer.cost(len(ids) - first) if scored else 0)
+        total = len(ids) - known + (self._stages.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
             beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes, parent.fitted) if parent and lease else _Beginning()
@@ -277,7 +293,7 @@ class Builder:
 
     def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
         """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""
-        measure: Callable[[Prefilled], Fading] | None = getattr(self._stages.scorer, "fading", None)
+        measure = self._stages.fading
         if not piece.scored_parent or measure is None:
             return {}
         model = [identity.get(field) for field in MODEL_FIELDS]

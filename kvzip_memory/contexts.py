@@ -271,7 +271,6 @@ class Contexts:
         self._registry.flush()
         check()  # from the first write on it is finished
         forgotten = self._registry.forget(Naming(tag))
-        self._speech.forget()
         if self._cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self._cache_dir, self._registry.tenant, tag, self._registry.checksums)
         return forgotten

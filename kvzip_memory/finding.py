@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ class Finder:
         sources = handle.sources
         if len(label.sources) == len(sources):
             told = zip(sources, label.sources, strict=True)
-            sources = tuple(replace(source, name=name, metadata=metadata) for source, (name, metadata) in told)
+            sources = tuple(replace(source, name=name, metadata=deepcopy(metadata)) for source, (name, metadata) in told)
         return replace(handle, name=label.name, sources=sources)
 
     def open(self, path: str | Path) -> CompressedContext:

@@ -95,6 +95,7 @@ class Library(Shared):
             tenant=salt,
             secret=secret,
             check=self._model.check_layers,
+            forgets=self._speech.forget,
         )
         self._model_identity = model_identity = ModelIdentity(self._model)
         builder = Builder(self._model, model_identity, stages, compress_every, progress, salt)

@@ -37,6 +37,7 @@ from kvzip_memory.streaming import Reply, Stream, Turn, Usage
 from kvzip_memory.system import calls
 from kvzip_memory.system.calls import Cancelled
 from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.printable import brief
 from kvzip_memory.system.sharing import NotPickled
 
 Tags = str | Sequence[str] | None
@@ -166,8 +167,8 @@ class Session(NotPickled):
         with self._lock:
             self._check_idle()
             ends = self._talk.ends
-            if keep < 0 or len(ends) <= keep:
-                raise InputError(f"keep is {keep}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
+            if type(keep) is not int or not 0 <= keep < len(ends):
+                raise InputError(f"keep is {brief(keep)}; there are {len(ends)} turns to fold, of which fewer can stay (0 or more)")
             turns, since = len(ends) - keep, self._model.watch.stamp()
             self._check_model(self._tail.length)
             self._tail.crop(self._talk.settle(self._tail.length))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvzip_memory.errors import InputError
 from kvzip_memory.inference.modeling import LanguageModel, eos_ids
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.prompting.language import Language
+from kvzip_memory.system.printable import brief
 
 
 class Speech:
@@ -19,10 +21,12 @@ class Speech:
         template_kwargs: variables of the chat template.
 
     Raises:
-        InputError: the tokenizer's chat template is none.
+        InputError: the tokenizer's chat template is none, or these are no variables.
     """
 
     def __init__(self, model: LanguageModel, tokenizer: Any, template_kwargs: Mapping[str, Any] | None) -> None:
+        if template_kwargs is not None and not isinstance(template_kwargs, Mapping):
+            raise InputError(f'template_kwargs is {brief(template_kwargs)}; give a mapping, such as {{"enable_thinking": False}}')
         self._model, self.tokenizer, self._template_kwargs = model, tokenizer, dict(template_kwargs or {})
         self._language = Language(tokenizer, self._template_kwargs, model.window)
         model.tokenizer = self._language.tokenizer

@@ -29,6 +29,7 @@ from kvzip_memory.frameworks.hidden import revealed, told
 from kvzip_memory.frameworks.options import CALL_OPTIONS, reused
 from kvzip_memory.prompting.forms import FORMS
 from kvzip_memory.registry.identity import tenant_digest
+from kvzip_memory.system.printable import brief
 from langchain_kvzip.answers import chunks_of
 from langchain_kvzip.messages import files_in, plain_messages, thread_tags, with_keys
 from langchain_kvzip.options import CallOptions, given_options
@@ -373,7 +374,7 @@ class KVzipChatModel(ChatModelSettings):
             kwargs: options of the call, such as ``parallel_tool_calls=True`` (several forced calls in one answer) or ``response_format``.
         """
         if not tools and tool_choice not in (None, False, "auto", "none"):
-            raise InputError(f"tool_choice is {tool_choice!r}, but there are no tools")
+            raise InputError(f"tool_choice is {brief(tool_choice)}, but there are no tools")
         if tool_choice is not None:
             kwargs["tool_choice"] = tool_choice
         return self.bind(tools=[openai_tool(tool) for tool in tools], **kwargs)
@@ -406,7 +407,7 @@ class KVzipChatModel(ChatModelSettings):
             InputError: another ``method``, or a schema that is none of these.
         """
         if method not in ("json_schema", "json_mode", "function_calling"):
-            raise InputError(f"method is {method!r}; use 'json_schema', 'json_mode' or 'function_calling'")
+            raise InputError(f"method is {brief(method)}; use 'json_schema', 'json_mode' or 'function_calling'")
         if kwargs:
             raise InputError(f"options {sorted(kwargs)} are unknown")
         wanted = Wanted.of({"type": "object"} if schema is None and method == "json_mode" else schema)

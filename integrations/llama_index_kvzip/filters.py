@@ -11,6 +11,7 @@ from llama_index.core.vector_stores.types import MetadataFilter, MetadataFilters
 from llama_index.core.vector_stores.utils import build_metadata_filter_fn, node_to_metadata_dict
 
 from kvzip_memory import InputError
+from kvzip_memory.system.printable import brief
 
 # What a group of filters inside another one gave, as a filter of the outer group sees it.
 _HOLDS, _HOLDS_NOT = 1, 0
@@ -33,10 +34,10 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not isinstance(self.filters, MetadataFilters | None):
-            raise InputError(f"filters is {self.filters!r}; give MetadataFilters(filters=[MetadataFilter(key=..., value=...)])")
+            raise InputError(f"filters is {brief(self.filters)}; give MetadataFilters(filters=[MetadataFilter(key=..., value=...)])")
         ids: Any = self.doc_ids
         if ids is not None and (not isinstance(ids, Collection) or isinstance(ids, str) or not all(isinstance(id_, str) for id_ in ids)):
-            raise InputError(f"doc_ids is {ids!r}; give a list of ids of documents")
+            raise InputError(f"doc_ids is {brief(ids)}; give a list of ids of documents")
 
     @property
     def is_of_all(self) -> bool:

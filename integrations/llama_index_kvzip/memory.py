@@ -19,11 +19,11 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine, KVzipError,
 from kvzip_memory.bridge import result_of
 from kvzip_memory.frameworks.engines import loads_of
 from kvzip_memory.prompting.cleaning import clean
-from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.messages import Message, says_something
 from kvzip_memory.registry import check_text
 from kvzip_memory.registry.holders import Naming, escaped
 from kvzip_memory.system.forks import refuse_after_fork
-from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.printable import brief, logger_of
 from kvzip_memory.turns import Mark, Turns, TurnsFile
 from llama_index_kvzip.llm import KVzipLLM, given_or_set_kvzip
 from llama_index_kvzip.messages import CONTEXT_KEY, plain_messages
@@ -97,6 +97,8 @@ class KVzipMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return self.context_tokens or self.llm.engine.window // 2
 
     def _session(self, session_id: str) -> _Session:
+        if not isinstance(session_id, str):
+            raise InputError(f"session_id is {brief(session_id)}; give a text")
         engine = self.llm.engine
         of_engine: _Sessions = engine.shared.get("llama_index.memory") or engine.shared.setdefault("llama_index.memory", _Sessions(engine))
         return of_engine.of(self.name, session_id)
@@ -176,7 +178,7 @@ class _Session:
 
     def grow(self, messages: list[ChatMessage], ratio: float | None, limit: int) -> None:
         """Take in turns, and put those that are in no context yet into it."""
-        turns = [turn for turn in plain_messages(messages)[0] if turn["content"].strip() or turn.get("tool_calls")]
+        turns = [turn for turn in plain_messages(messages)[0] if says_something(turn)]
         if not turns:
             return
         self.expire()

@@ -16,6 +16,7 @@ from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.inference.attribution import Span, blend, bm25
 from kvzip_memory.prompting.messages import Message
+from kvzip_memory.system.printable import brief
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
 TOKENS_KEY = "kvzip_tokens"
@@ -104,7 +105,7 @@ class Ranking:
     def __post_init__(self) -> None:
         if self.top_k is not None and not (is_whole(self.top_k) and self.top_k >= 1):
             raise InputError(
-                f"source_top_k is {self.top_k!r}; give a whole number of passages, at least 1, or None for whole documents "
+                f"source_top_k is {brief(self.top_k)}; give a whole number of passages, at least 1, or None for whole documents "
                 "(similarity_top_k is another name of it)"
             )
 

@@ -16,6 +16,7 @@ from llama_index.core.program.function_program import get_function_tool
 from pydantic import BaseModel
 
 from kvzip_memory import InputError
+from kvzip_memory.system.printable import brief
 from llama_index_kvzip.llm import KVzipLLM, given_or_set
 
 
@@ -34,7 +35,7 @@ def unwrapped(llm: Any, output_cls: type[BaseModel] | None = None) -> tuple[KVzi
             "set Settings.llm to one"
         )
     if output_cls is not None and not (isinstance(output_cls, type) and issubclass(output_cls, BaseModel)):
-        raise InputError(f"output_cls is {output_cls!r}; give a Pydantic class")
+        raise InputError(f"output_cls is {brief(output_cls)}; give a Pydantic class")
     return llm, output_cls
 
 

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from kvzip_memory.attention import cpu, flash, reference
 from kvzip_memory.attention.base import AttentionBackend, RowKV
 from kvzip_memory.errors import InputError
+from kvzip_memory.system.printable import brief
 
 __all__ = ["BACKENDS", "NAMES", "AttentionBackend", "AttentionCall", "Chosen", "RowKV", "attach", "choose"]
 
@@ -78,7 +79,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> Chosen:
         InputError: an unknown name, or one that cannot compute on this device or in this dtype.
     """
     if name not in NAMES:
-        raise InputError(f"attention {name!r} is unknown; use one of {', '.join(NAMES)}")
+        raise InputError(f"attention {brief(name)} is unknown; use one of {', '.join(NAMES)}")
     if name in BACKENDS:
         return Chosen(name, BACKENDS[name])
     wide = device.type == "cuda" and dtype is torch.float64  # which the kernels do not know

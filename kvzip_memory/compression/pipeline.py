@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
+from kvzip_memory.compression.choosing import choose
 from kvzip_memory.compression.codecs import Codec, NoCodec
 from kvzip_memory.compression.evict import gathered, return_freed_pages, visible
+from kvzip_memory.compression.fading import Fading
+from kvzip_memory.compression.methods import owed
 from kvzip_memory.compression.prefill import Prefilled, Progress
-from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.compression.refit import REFITS, LayerPairs, Refit
 from kvzip_memory.compression.rows import Block, Rows
 from kvzip_memory.compression.scorers import SCORERS, Scorer
@@ -43,11 +45,15 @@ class Stages:
             refit: ``"auto"`` is ``"ridge"`` where the scorer gives it queries to fit to, else ``"none"``.
 
         Raises:
-            InputError: one is neither; or a refit that wants queries with a scorer that has none.
+            InputError: one is neither, or lacks something that it owes; or a refit that wants queries with a scorer that has none.
         """
         ranks = SCORERS.of(scorer)
+        if (fading := getattr(ranks, "fading", None)) is not None and not callable(fading):
+            raise InputError(f"the fading of scorer {brief(ranks.identity())} is {brief(fading)}; it is a method, or is not there")
         has_rows = getattr(ranks, "has_rows", False)
         fits = REFITS.of(("ridge" if has_rows else "none") if isinstance(refit, str) and refit == "auto" else refit)
+        if type(fits.every) is not int or fits.every < 0:
+            raise InputError(f"every of refit {brief(fits.identity())} is {brief(fits.every)}; it is a whole number, 0 for no queries")
         if fits.every and not has_rows:
             raise InputError(
                 f"scorer {brief(ranks.identity())} has no queries that refit {brief(fits.identity())} could fit to; use refit='none', or "
@@ -56,13 +62,44 @@ class Stages:
         return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
 
     def identity(self) -> dict[str, Any]:
-        """Its part of a context's key. Pairs as the model computed them are not mentioned, as they were not when there were no others."""
-        refit = self.refit.identity()
+        """Its part of a context's key, as the methods say it now. Pairs as the model computed them are not mentioned, as they were not when
+        there were no others.
+
+        Raises:
+            InputError: a method says something else than a key can hold.
+        """
+        refit = REFITS.identity(self.refit)
         return {
-            "scorer": self.scorer.identity(),
-            "allocator": self.allocator.identity(),
+            "scorer": SCORERS.identity(self.scorer),
+            "allocator": ALLOCATORS.identity(self.allocator),
             **({} if refit is None else {"refit": refit}),
         }
+
+    def cost(self, n_tokens: int) -> int:
+        """Tokens that the scorer will report for a prefix of ``n_tokens``.
+
+        Raises:
+            ModelError: it gave something else.
+        """
+        cost = self.scorer.cost(n_tokens)
+        if type(cost) is not int or cost < 0:
+            raise ModelError(f"scorer {brief(self.scorer.identity())} gave its cost as {brief(cost)}, not as a number of tokens")
+        return cost
+
+    @property
+    def fading(self) -> Callable[[Prefilled], Fading] | None:
+        """Measures how scores fade; None if they do not."""
+        measure = getattr(self.scorer, "fading", None)
+        if measure is None:
+            return None
+
+        def measured(prefilled: Prefilled) -> Fading:
+            fading = measure(prefilled)
+            if not isinstance(fading, Fading):
+                raise ModelError(f"scorer {brief(self.scorer.identity())} gave its fading as {brief(fading)}, not as a Fading")
+            return fading
+
+        return measured
 
 
 @dataclass(frozen=True)
@@ -128,7 +165,7 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
         return None, torch.ones(shape, dtype=torch.bool)
     # Rounded before they are compared: dropping more pairs of a stored context later keeps the same ones as
     # building at that ratio would.
-    scores = _owed(stages.scorer, "scores", stages.scorer.score(prefilled, progress), shape, torch.float32).half()
+    scores = owed(stages.scorer, "scores", stages.scorer.score(prefilled, progress), shape, torch.float32).half()
     if not bool(scores.isfinite().all()):
         raise ModelError(
             "the model's attention gave scores that are not finite (usually float16 overflow); load the model in bfloat16 or float32"
@@ -138,9 +175,7 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
         fading = 1.0 if prefilled.fading is None else prefilled.fading.between(prefilled.start, n)
         scores[:, :, : prefilled.start] = torch.where(stored.isfinite(), (stored * fading).clamp(max=torch.finfo(stored.dtype).max), stored)
     scores[:, :, prefilled.pinned] = float("inf")
-    budget = pairs_kept(ratio, n, prefilled.protected, len(scores) * scores.shape[1])
-    keep = _owed(stages.allocator, "its choice", stages.allocator.allocate(scores, budget), shape, torch.bool)
-    return scores, (keep | scores.isposinf()) & ~scores.isneginf()
+    return scores, choose(stages.allocator, scores, ratio, prefilled.protected) & ~scores.isneginf()
 
 
 def _fitted(
@@ -155,28 +190,27 @@ def _fitted(
     if not blocks or bool(keep[:, first:].all()):
         return None
     keys, values = prefilled.pairs(layer, first, n)
-    head, keep, pinned = prefilled.pairs(layer, 0, prefilled.protected), keep[:, first:], prefilled.pinned[first:]
-    on = keys.device
-    stored = stages.codec.keys
-    fitted = stages.refit.fit(LayerPairs(head, first, stored(keys), values, keep.to(on), pinned.to(on), blocks, ratio, stored))
+    on, stored = keys.device, stages.codec.keys
+    keep, pinned = keep[:, first:].to(on), prefilled.pinned[first:].to(on)
+    head_keys, head_values = prefilled.pairs(layer, 0, prefilled.protected)
+    given = LayerPairs(  # all its own: whatever it does to them, what is not fitted stays as it is
+        (head_keys.clone(), head_values.clone()),
+        first,
+        stored(keys).clone(),
+        values.clone(),
+        keep.clone(),
+        pinned.clone(),
+        blocks,
+        ratio,
+        stored,
+    )
+    fitted = stages.refit.fit(given)
     if not isinstance(fitted, tuple) or len(fitted) != 2:
         raise ModelError(f"refit {brief(stages.refit.identity())} gave {brief(fitted)}, not keys and values")
     for what, new, old in zip(("keys", "values"), fitted, (keys, values), strict=True):
-        if not bool(_owed(stages.refit, what, new, old.shape, old.dtype)[keep.to(on)].isfinite().all()):
+        if not bool(owed(stages.refit, what, new, old.shape, old.dtype)[keep & ~pinned].isfinite().all()):
             raise ModelError(f"refit {brief(stages.refit.identity())} gave {what} that are not finite; use another one, or refit='none'")
     return fitted
-
-
-def _owed(method: Any, what: str, given: Any, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """What a method has given, which may be somebody else's.
-
-    Raises:
-        ModelError: it is of another shape or dtype.
-    """
-    if isinstance(given, Tensor) and given.shape == shape and given.dtype == dtype:
-        return given
-    got = f"{list(given.shape)} {given.dtype}" if isinstance(given, Tensor) else brief(given)
-    raise ModelError(f"{brief(method.identity())} gave {what} as {got}, not as a tensor {list(shape)} {dtype}; use another method")
 
 
 def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | None) -> int:

@@ -9,17 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvzip_memory.compression.allocators import ALLOCATORS
-from kvzip_memory.compression.ratios import pairs_kept
+from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
+from kvzip_memory.compression.choosing import choose
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.errors import InputError
 from kvzip_memory.system.modes import plain
 
 
 def can_shrink(identity: Mapping[str, Any]) -> bool:
     """Whether a context of this identity may be cut from one of a larger ratio. Not one that is built in pieces, which have to choose
-    before everything is read; nor one whose pairs are fitted to those beside them; nor by an allocator that has no name.
+    before everything is read; nor one whose pairs are fitted to those beside them; nor by an allocator that is not registered.
     """
-    return identity.get("compress_every") is None and identity.get("refit") is None and identity.get("allocator") in ALLOCATORS
+    return identity.get("compress_every") is None and identity.get("refit") is None and _allocator(identity) is not None
+
+
+def _allocator(identity: Mapping[str, Any]) -> Allocator | None:
+    """The one that is registered under its name in a context's identity, and says the same of itself."""
+    told = identity.get("allocator")
+    name = told.get("name") if isinstance(told, Mapping) else told
+    if name not in ALLOCATORS:
+        return None
+    try:
+        allocator = ALLOCATORS.of(name)
+    except InputError:  # what is registered now is none
+        return None
+    return allocator if ALLOCATORS.identity(allocator) == told else None
 
 
 @plain()
@@ -29,8 +43,12 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     Scores were rounded to fp16 before the first choice was made, and the allocator is the same, so the pairs are the
     same. None if it cannot be told: not if :func:`can_shrink` says so, without scores, or if a share of a layer is larger than what is
     left of it (the shares of ``per_layer`` and ``uniform`` are rounded).
+
+    Raises:
+        ModelError: an allocator of others gave something else than it owes.
     """
-    if not can_shrink(identity):
+    allocator = _allocator(identity)
+    if allocator is None or not can_shrink(identity):
         return None
     with context.lease() as lease:
         layers = lease.layers
@@ -39,9 +57,7 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
         return None
     n = context.n_tokens
     scores = torch.stack([layers[i].dense_scores(n) for i in full])
-    keep = ALLOCATORS.of(identity["allocator"]).allocate(
-        scores, pairs_kept(identity["ratio"], n, context.protected, len(scores) * scores.shape[1])
-    )
+    keep = choose(allocator, scores, identity["ratio"], context.protected)
     if bool((keep & scores.isneginf()).any()):
         return None
     kept = dict(zip(full, keep, strict=True))

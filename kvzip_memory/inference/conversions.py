@@ -93,8 +93,11 @@ def find(cache_dir: Path, reference: str) -> Conversion:
         InputError: none, or several.
     """
     found = [conversion for conversion in conversions(cache_dir) if reference and conversion.name.startswith(reference)]
-    if len(found) != 1:
-        names = ", ".join(conversion.name for conversion in found or conversions(cache_dir)) or "there is none"
+    if not found:
+        names = ", ".join(conversion.name for conversion in conversions(cache_dir)) or "there is none"
+        raise InputError(f"{reference!r} is the beginning of no conversion's name; give that of one of them: {names}")
+    if len(found) > 1:
+        names = ", ".join(conversion.name for conversion in found)
         raise InputError(f"{reference!r} is the beginning of {len(found)} conversions' names; give more of one of them: {names}")
     return found[0]
 

@@ -73,6 +73,8 @@ class GenerationParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _number(name, value, whole, holds, wanted))
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise InputError(f"grammar is {brief(self.grammar)}; give what engine.guidance makes of a schema")
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or ()
         if not isinstance(texts, Collection) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"stop is {brief(self.stop)}; it must be a text or a list of texts")

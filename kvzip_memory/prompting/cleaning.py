@@ -15,6 +15,7 @@ from kvzip_memory.system.printable import brief, logger_of
 MOST_KEPT = 1000
 #: Values that are handed in have no more lists and mappings than this within one another, and no more of them; schemas and tools fewer.
 DEEPEST, MOST_PARTS, MOST_OF_SCHEMA = 100, 1_000_000, 5_000
+_LARGEST_NUMBER = 14_000  # bits; Python writes and reads none of more than 4,300 digits
 
 logger = logger_of(__name__)
 
@@ -28,7 +29,7 @@ def clean(text: str, where: str) -> str:
     warning that names ``where`` the text is from and the place in it; one for each text, as conversations are read again every turn.
     """
     if not isinstance(text, str):
-        raise InputError(f"{where} is {str(text)[:80]!r}, of type {type(text).__name__}; give a text")
+        raise InputError(f"{where} is {brief(text)}, of type {type(text).__name__}; give a text")
     text = text.lstrip("\ufeff")
     try:
         text.encode()
@@ -91,6 +92,8 @@ def _cleaned(value: Any, where: str) -> Any:
         return {clean(str(key), where): _cleaned(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_cleaned(item, where) for item in value]
+    if isinstance(value, int) and value.bit_length() > _LARGEST_NUMBER:
+        raise InputError(f"{where} has a number of {value.bit_length():,} bits; give one of at most {_LARGEST_NUMBER:,}, or a text")
     return value if value is None or isinstance(value, int | float) else clean(str(value), where)
 
 

@@ -13,7 +13,7 @@ from kvzip_memory.prompting.documents import Document
 from kvzip_memory.prompting.frames import SEPARATOR
 from kvzip_memory.prompting.keeping import kept_spans
 from kvzip_memory.prompting.layouts import Layouts, check_ends_said, check_follows
-from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.messages import Message, says_something
 from kvzip_memory.prompting.prefixes import Prefixes
 from kvzip_memory.prompting.prompt import Prompt, digest_of
 from kvzip_memory.prompting.shown import in_one_text, sources_in
@@ -76,7 +76,7 @@ class Extensions:
                 spans = tuple(span for span in whole.keep if span[0] >= n)
                 return _grown(context, whole.token_ids[n:], whole.recipe, spans, context.sources)
             messages = []
-        if not messages or not any(message["content"].strip() or message.get("tool_calls") for message in messages):
+        if not messages or not any(map(says_something, messages)):
             raise InputError("these messages add nothing to the context")
         check_ends_said(messages)
         check_follows(context.recipe, messages)

@@ -108,6 +108,11 @@ def as_messages(question: Any) -> list[Message]:
     return messages  # type: ignore[return-value]
 
 
+def says_something(message: Message) -> bool:
+    """Whether a conversation is another one without it: a tool's empty result is one, too."""
+    return bool(message["content"].strip() or message.get("tool_calls") or message["role"] == "tool")
+
+
 def check_messages(messages: Sequence[Message]) -> None:
     """Raises:
     InputError: no message, an unknown role, or nothing but empty texts.

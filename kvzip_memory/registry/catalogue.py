@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -118,7 +119,7 @@ class Catalogue:
             return
         names, label = {}, None
         if wanted.name is not None:
-            told = tuple((source.name, source.metadata) for source in wanted.sources)
+            told = tuple((source.name, deepcopy(source.metadata)) for source in wanted.sources)  # the handle has the others
             identity = wanted.identity
             label = self._backing.names.give(Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told))
             names = {label.name: label.loaded}

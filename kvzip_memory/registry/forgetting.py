@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -26,10 +26,16 @@ class Forgotten:
 
 
 class Forgetting:
-    """Deletes contexts from every tier. It owns nothing: what was removed is noted in memory, and on disk for other processes."""
+    """Deletes contexts from every tier. It owns nothing: what was removed is noted in memory, and on disk for other processes.
 
-    def __init__(self, memory: Memory, backing: Backing, writing: Writing, catalogue: Catalogue) -> None:
-        self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
+    Args:
+        forgets: called where contexts were deleted: who remembers something of their texts forgets it.
+    """
+
+    def __init__(
+        self, memory: Memory, backing: Backing, writing: Writing, catalogue: Catalogue, forgets: Callable[[], object] = lambda: None
+    ) -> None:
+        self._memory, self._backing, self._writing, self._catalogue, self._forgets = memory, backing, writing, catalogue, forgets
 
     def is_removed(self, key: str) -> bool:
         """Whether a context was deleted here and loaded again neither here nor by another process."""
@@ -61,6 +67,7 @@ class Forgetting:
         for label in [label for label in self._backing.names.all() if label.key == entry.key]:
             self._backing.names.take(label.tenant, label.name, label.family, label.key)
         self._backing.attempt("clean", lambda disk: disk.clean(entry.key))
+        self._forgets()
         return replace(entry, names={})
 
     def _unname(self, entry: Entry, name: str) -> None:
@@ -119,6 +126,7 @@ class Forgetting:
                 held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
         if deleted and key not in self._memory.removed:  # loaded meanwhile
             self._writing.write_again(key)
+        self._forgets()
         return deleted
 
     def forget(self, let_go: LetGo) -> Forgotten:
@@ -166,4 +174,5 @@ class Forgetting:
         self._writing.flush()
         if self._backing.tier is not None:  # what was being written meanwhile
             self._backing.tier.forget_again(gone, let_go)
+        self._forgets()
         return Forgotten(tuple(gone.values()), tuple(stays.values()))

@@ -12,6 +12,7 @@ from kvzip_memory.compression.scorers import VERSIONS
 from kvzip_memory.context import Recipe
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.system.digests import digest
+from kvzip_memory.system.printable import brief
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
 FORMAT = 4
@@ -130,9 +131,11 @@ def explain(
         if (version := _of_versions(stored, wanted)) is not None:
             return version
         if differs == ("ratio",):
-            return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
+            return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had{_why(stored, wanted)}"
         shown = "; ".join(
-            f"{label(f)} differs (field {f}: stored {_short(stored.get(f))}, wanted {_short(wanted.get(f))})" for f in differs
+            f"{label(f)} differs (field {f}: stored {then}, wanted {now})"
+            for f in differs
+            for then, now in [_apart(stored.get(f), wanted.get(f))]
         )
         return differs, f"the same text is stored, but {shown}"
     if named:
@@ -140,6 +143,23 @@ def explain(
     if wanted["tenant"] is not None:
         return (), "not stored for this tenant (contexts of other tenants are never looked at)"
     return (), "not stored"
+
+
+def _why(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Why a context is not cut from a finer one."""
+    if stored["ratio"] < wanted["ratio"]:
+        return ""
+    if wanted.get("refit") is not None:
+        return ", since pairs are fitted to those that were evicted"
+    return "" if wanted.get("compress_every") is None else ", since it is compressed in pieces"
+
+
+def _apart(stored: Any, wanted: Any) -> tuple[str, str]:
+    """Two values of a field, of two mappings what differs."""
+    if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
+        return _short(stored), _short(wanted)
+    names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+    return brief({name: stored.get(name) for name in names}), brief({name: wanted.get(name) for name in names})
 
 
 def _of_versions(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:

@@ -51,6 +51,7 @@ class ContextRegistry(Shared):
             room: it is made where it was used longest ago, whoever's.
         secret: what is on disk is used only if it was written with it; None for none.
         check: as for :class:`DiskTier`.
+        forgets: called where contexts were deleted: who remembers something of their texts forgets it.
     """
 
     _way_out = "make one in each process, over the same folder"
@@ -68,6 +69,7 @@ class ContextRegistry(Shared):
         tenant: str | None = None,
         secret: str | None = None,
         check: CheckLayers | None = None,
+        forgets: Callable[[], object] = lambda: None,
     ) -> None:
         self.device, self.ttl = device, check_ttl(ttl)
         self.tenant, self.checksums = tenant, Checksums(secret)
@@ -79,7 +81,7 @@ class ContextRegistry(Shared):
         self._catalogue = Catalogue(self._memory, self._backing, self._writing)
         self._moves = Moves(self._memory, self._backing, self._writing, self._counts)
         self._lookup = Lookup(self._memory, self._backing, self._writing, self._moves, self._catalogue, self._counts)
-        self._forgetting = Forgetting(self._memory, self._backing, self._writing, self._catalogue)
+        self._forgetting = Forgetting(self._memory, self._backing, self._writing, self._catalogue, forgets)
         refuse_after_fork(self, "_backing", "_memory", "_writing", "_catalogue", "_moves", "_lookup", "_forgetting")
 
     @property

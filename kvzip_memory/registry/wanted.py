@@ -11,7 +11,7 @@ from kvzip_memory.context import LONGEST_NAME, CompressedContext, Source
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.holders import JOINT, LARGEST_HOLDERS
-from kvzip_memory.system.printable import printable
+from kvzip_memory.system.printable import brief, printable
 
 #: Called by a build: stage, tokens done, tokens in all.
 Report = Callable[[str, int, int], None]
@@ -67,7 +67,7 @@ def check_text(name: str) -> None:
             raise InputError(f"the name or tag {name[:80]!r}... has {len(name):,} characters; give one of at most {LONGEST_NAME:,}")
         name.encode()
     except (UnicodeEncodeError, AttributeError, TypeError):
-        raise InputError(f"{name!r} is not text that can be stored; give another name") from None
+        raise InputError(f"{brief(name)} is not text that can be stored; give another name") from None
 
 
 def check_tag(tag: str) -> None:
@@ -103,7 +103,7 @@ def check_ttl(ttl: float | None) -> float | None:
     if ttl is None:
         return None
     if isinstance(ttl, bool) or not isinstance(ttl, int | float) or not 0 < ttl <= TTL_LIMIT:
-        raise InputError(f"ttl is {printable(repr(ttl)[:80])}; give seconds above 0, at most {TTL_LIMIT:,} (100 years), or None for never")
+        raise InputError(f"ttl is {printable(brief(ttl))}; give seconds above 0, at most {TTL_LIMIT:,} (100 years), or None for never")
     return ttl
 
 
@@ -122,7 +122,8 @@ def parse_bytes(name: str, size: int | str | None) -> int | None:
     """
     if size is None:
         return None
-    match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([a-z]*)\s*", str(size).lower())
+    text = brief(size) if isinstance(size, int) else str(size).lower()
+    match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([a-z]*)\s*", text)
     if match is None or match[2] not in _UNITS:
-        raise InputError(f'{name} is {size!r}; give bytes as a number or a size such as "4GiB"')
+        raise InputError(f'{name} is {brief(size)}; give bytes as a number or a size such as "4GiB"')
     return int(float(match[1].replace("_", "")) * _UNITS[match[2]])

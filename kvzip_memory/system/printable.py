@@ -32,7 +32,15 @@ def logger_of(module: str) -> logging.Logger:
 
 
 _MOST_TOLD = 200
-_brief = reprlib.Repr()
+
+
+class _Brief(reprlib.Repr):
+    def repr_int(self, value: int, level: int) -> str:
+        """Python writes no number of more than 4,300 digits."""
+        return super().repr_int(value, level) if value.bit_length() < 1000 else f"a number of {value.bit_length():,} bits"
+
+
+_brief = _Brief()
 _brief.maxstring = _brief.maxother = 80
 _brief.maxlevel = 3
 

@@ -39,6 +39,11 @@ def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: t
     )
 
 
+def fit(pairs: LayerPairs, refit: RidgeRefit | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a copy, for what a refit is given it may change."""
+    return (refit or RidgeRefit()).fit(replace(pairs, keys=pairs.keys.clone(), values=pairs.values.clone()))
+
+
 class Head(NamedTuple):
     """One head of a layer, all of it written down anew in float64: ``before`` is the protected head."""
 
@@ -88,7 +93,7 @@ def ridge(rows: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> tor
 @pytest.mark.parametrize("seed", range(4))
 def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
     pairs, refit = a_layer(seed), RidgeRefit(most=most)
-    fitted, _ = refit.fit(pairs)
+    fitted, _ = fit(pairs, refit)
     for number in range(2):
         head = Head.of(pairs, number)
         keys, weights = head.keys.clone(), head.share().sqrt().unsqueeze(1)
@@ -109,7 +114,7 @@ def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
 def test_values_are_those_of_the_formula(seed: int) -> None:
     """Each lambda, over the unpinned kept pairs of one head at a time, which have their new keys."""
     pairs, refit = a_layer(seed), RidgeRefit(lambdas=(1.0, 0.01))
-    keys, fitted = refit.fit(pairs)
+    keys, fitted = fit(pairs, refit)
     (block,) = pairs.blocks
     unseen = torch.arange(block.queries.shape[1]) // 8 % 4 == 3
     for number in range(2):
@@ -131,8 +136,8 @@ def test_values_are_fitted_to_keys_as_they_are_stored() -> None:
     """A codec rounds keys; what comes out is rounded, and the values are those for such keys."""
     pairs = a_layer()
     rounded = replace(pairs, stored=lambda keys: keys.half().float().round(decimals=1))
-    keys, values = RidgeRefit().fit(rounded)
-    (exact, _), head = RidgeRefit().fit(pairs), Head.of(pairs, 0)
+    keys, values = fit(rounded)
+    (exact, _), head = fit(pairs), Head.of(pairs, 0)
     assert torch.equal(keys[0, head.free], rounded.stored(exact)[0, head.free])
     lacks = head.residual(keys[0].double(), values[0].double()).square().sum()
     assert lacks < head.residual(keys[0].double(), head.values).square().sum()
@@ -140,7 +145,7 @@ def test_values_are_fitted_to_keys_as_they_are_stored() -> None:
 
 def test_what_is_pinned_or_lost_is_left_alone() -> None:
     pairs = a_layer()
-    for fitted, original in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), strict=True):
+    for fitted, original in zip(fit(pairs), (pairs.keys, pairs.values), strict=True):
         changed = (fitted != original).any(-1)
         assert changed.any()
         assert not changed[~pairs.keep].any()
@@ -151,7 +156,7 @@ def test_what_is_pinned_or_lost_is_left_alone() -> None:
 def test_a_head_that_hardly_looks_at_anything_gets_no_giants(size: float) -> None:
     pairs = a_layer()
     pairs.blocks[0].queries[0] *= size
-    keys, _ = RidgeRefit().fit(pairs)
+    keys, _ = fit(pairs)
     longest = pairs.keys[0].norm(dim=1)
     assert keys[0].norm(dim=1).max() <= longest.max() + 2 * longest.square().mean().sqrt()
 
@@ -172,17 +177,17 @@ def test_a_model_with_such_a_head_stays_finite(dtype: torch.dtype) -> None:
 def test_a_head_that_cannot_be_fitted_keeps_its_pairs(value: float, dtype: torch.dtype) -> None:
     pairs = a_layer(dtype=dtype)
     pairs.blocks[0].queries[0] = value
-    for fitted, original in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), strict=True):
+    for fitted, original in zip(fit(pairs), (pairs.keys, pairs.values), strict=True):
         assert torch.equal(fitted[0], original[0])
         assert not torch.equal(fitted[1], original[1])
 
 
 def test_a_head_that_keeps_nothing_is_left_alone() -> None:
     pairs = a_layer()
-    alone = RidgeRefit().fit(pairs)
+    alone = fit(pairs)
     pairs.keep[0] = False
     pairs.pinned[1] = False
-    for fitted, original, other in zip(RidgeRefit().fit(pairs), (pairs.keys, pairs.values), alone, strict=True):
+    for fitted, original, other in zip(fit(pairs), (pairs.keys, pairs.values), alone, strict=True):
         assert torch.equal(fitted[0], original[0])
         assert not torch.equal(fitted[1], original[1])
         assert other.isfinite().all()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ import torch
 from torch import Tensor
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import InputError
+from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine
 from kvzip_memory.compression import Prefilled, Progress, methods
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.refit import REFITS, LayerPairs
 from kvzip_memory.compression.scorers import SCORERS, KVzipScorer
 from kvzip_memory.errors import ModelError
+from kvzip_memory.registry.identity import key_of
 
 STAGES = {"scorer": SCORERS, "allocator": ALLOCATORS, "refit": REFITS}
 
@@ -136,9 +139,13 @@ ODD: dict[str, dict[str, Any]] = {
         "nothing": None,
         "one layer": torch.zeros(1, 2, 3),
         "whole numbers": lambda given: given.long(),
+        "no numbers": lambda given: given.to("meta"),
+        "sparse ones": lambda given: given.to_sparse(),
     },
     "allocator": {
         "nothing": None,
+        "no numbers": lambda given: given.to("meta"),
+        "sparse ones": lambda given: given.to_sparse(),
         "a number": 7,
         "scores": lambda given: given.float(),
         "one head": lambda given: given[:, :1],
@@ -146,6 +153,7 @@ ODD: dict[str, dict[str, Any]] = {
     "refit": {
         "nothing": None,
         "values alone": lambda given: given[1],
+        "no numbers": lambda given: (given[0], given[1].to("meta")),
         "values that are missing": lambda given: (given[0], None),
         "a row less": lambda given: (given[0][:, 1:], given[1]),
         "another dtype": lambda given: (given[0], given[1].double()),
@@ -167,10 +175,264 @@ def test_what_a_method_owes_is_looked_at_and_refused_by_its_name(stage: str, wha
     assert engine.registry.contexts() == []
 
 
-def test_what_is_never_evicted_is_kept_whatever_an_allocator_says() -> None:
-    class Nothing(Lower):
-        def allocate(self, scores: Tensor, budget: int) -> Tensor:
-            return torch.zeros_like(scores, dtype=torch.bool)
+def nothing(scores: Tensor, budget: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool)
 
-    context = tiny_engine(allocator=Nothing(), refit="none").load(TEXT, ratio=0.4)
-    assert {length for layer in context.layers for length in layer.lengths} == {context.protected}
+
+def newest(scores: Tensor, budget: int) -> Tensor:
+    layers, heads, n = scores.shape
+    return (torch.arange(n) >= n - budget // (layers * heads)).expand(scores.shape)
+
+
+def in_place(scores: Tensor, budget: int) -> Tensor:
+    """Changes what it was given, for pairs that it does not like."""
+    scores[..., ::3] = torch.where(scores[..., ::3].isfinite(), -1e3, scores[..., ::3])
+    return ALLOCATORS.of("global").allocate(scores, budget)
+
+
+def wiping(scores: Tensor, budget: int) -> Tensor:
+    keep = newest(scores, budget).clone()
+    scores.fill_(-torch.inf)
+    return keep
+
+
+ALLOCATE = {"nothing": nothing, "newest": newest, "in place": in_place, "wiping": wiping, "lower": Lower().allocate}
+
+
+def allocator(name: str, identity: Any) -> Any:
+    """Registered under its name."""
+    made = type("Own", (), {"identity": lambda self: identity, "allocate": lambda self, *given: ALLOCATE[name](*given)})
+    ALLOCATORS.register(name, made)
+    return made()
+
+
+def pairs_of(context: CompressedContext) -> list[list[float]]:
+    return [part.flatten().tolist() for layer in context.layers for part in (layer.keys, layer.values, layer.positions, layer.heads())]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("kind", ["name", "mapping"])
+@pytest.mark.parametrize("name", ALLOCATE)
+def test_what_is_never_evicted_is_kept_whatever_an_allocator_says_and_a_cut_is_what_a_build_gives(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    own = allocator(name, name if kind == "name" else {"name": name, "version": 1})
+    kept, text = ("Ferdinand", "8306"), TEXT + "That is all."
+    built = tiny_engine(allocator=own, refit="none").load(text, ratio=0.3, keep=kept)
+    engine = tiny_engine(allocator=own, refit="none", cache_dir=tmp_path)
+    finer = engine.load(text, ratio=0.6, keep=kept)
+    cut = engine.load(text, ratio=0.3, keep=kept)
+    assert cut.key == built.key
+    assert cut.receipt is not None
+    if name != "newest":  # its share of a head is rounded down, and so can be larger than what is left
+        assert cut.receipt.shrunk_from == 0.6
+    engine.close()
+    again = tiny_engine(allocator=own, refit="none", cache_dir=tmp_path).load(text, ratio=0.3, keep=kept)
+    assert again.receipt is not None
+    assert again.receipt.tier == "disk"
+    for context in (cut, again):
+        assert pairs_of(context) == pairs_of(built)
+    spans = [span for word in kept for span in spans_of(built, word)]
+    assert spans
+    for context in (finer, built, cut):
+        never = {*range(context.protected), *(i for start, end in spans for i in range(start, end))}
+        for layer in context.layers:
+            for head in range(layer.n_heads):
+                there = set(layer.positions[layer.heads() == head].tolist())
+                assert never <= there
+                assert name != "nothing" or there == never
+
+
+def spans_of(context: CompressedContext, word: str) -> list[tuple[int, int]]:
+    """Tokens of the tiny tokenizer, which are characters."""
+    text = TEXT + "That is all."
+    start = context.sources[0].start
+    assert context.sources[0].end - start >= len(text) - 1
+    return [(start + found.start(), start + found.end()) for found in re.finditer(word, text)]
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("what", ODD["allocator"])
+def test_what_an_allocator_gives_for_a_cut_is_looked_at_too(what: str) -> None:
+    odd, asked = ODD["allocator"][what], []
+
+    def allocate(scores: Tensor, budget: int) -> Tensor:
+        asked.append(budget)
+        right = ALLOCATORS.of("global").allocate(scores, budget)
+        return right if len(asked) == 1 else odd(right) if callable(odd) else odd
+
+    own = type("Odd", (), {"identity": lambda self: "odd", "allocate": lambda self, *given: allocate(*given)})
+    ALLOCATORS.register("odd", own)
+    engine = tiny_engine(allocator=own(), refit="none")
+    finer = engine.load(TEXT, ratio=0.6)
+    with pytest.raises(ModelError, match="'odd' gave its choice"):
+        engine.load(TEXT, ratio=0.3)
+    assert [entry.key for entry in engine.registry.contexts()] == [finer.key]
+
+
+@pytest.mark.parametrize("part", ["head", "keys", "values", "keep", "pinned"])
+@pytest.mark.parametrize("filled", [0, 1, float("nan")])
+def test_what_a_refit_is_given_is_its_own(part: str, filled: float) -> None:
+    class Filling(Halved):
+        def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
+            right = pairs.keys.clone(), pairs.values.clone()
+            for tensor in pairs.head if part == "head" else [getattr(pairs, part)]:
+                tensor.fill_(filled)
+            return right
+
+    context = tiny_engine(refit=Filling()).load(TEXT, ratio=0.4, keep="8306")
+    assert pairs_of(context) == pairs_of(tiny_engine(refit="none").load(TEXT, ratio=0.4, keep="8306"))
+
+
+def test_what_a_refit_gives_for_pinned_pairs_is_not_used() -> None:
+    class Pinning(Halved):
+        def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
+            pairs.keys[:, pairs.pinned] = torch.nan
+            pairs.values[:, pairs.pinned] = torch.inf
+            return pairs.keys, pairs.values
+
+    context = tiny_engine(refit=Pinning()).load(TEXT, ratio=0.4, keep="8306")
+    assert pairs_of(context) == pairs_of(tiny_engine(refit="none").load(TEXT, ratio=0.4, keep="8306"))
+
+
+# -- what a method says of itself --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    name: str = "facts"
+
+
+NO_IDENTITY: dict[str, Any] = {
+    "nothing": None,
+    "an empty text": "",
+    "an empty mapping": {},
+    "false": False,
+    "a number": 3,
+    "a list": ["own", 1],
+    "bytes": {"name": b"own"},
+    "a set": {"name": "own", "layers": {1}},
+    "no number": {"name": "own", "weight": float("nan")},
+    "a tensor": {"name": "own", "weight": torch.ones(1)},
+    "a dataclass": Facts(),
+    "a dataclass in it": {"name": "own", "facts": Facts()},
+    "a proxy": MappingProxyType({"name": "own"}),
+    "keys of two kinds": {"name": "own", ("a", 1): 2},
+    "a number that is too long": {"name": "own", "n": 10**5000},
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "what"),
+    [(stage, what) for stage in STAGES for what in NO_IDENTITY if (stage, what) != ("refit", "nothing")],  # which changes nothing
+)
+def test_an_identity_that_no_key_can_hold_is_refused_at_once(stage: str, what: str) -> None:
+    method = OWN[stage]()
+    method.identity = lambda: NO_IDENTITY[what]
+    with pytest.raises(InputError, match=f"{stage}.* says that it is"):
+        tiny_engine(**{stage: method})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_identity_is_what_json_makes_of_it_in_every_process(stage: str, tmp_path: Path) -> None:
+    def engine() -> KVzipEngine:
+        method = OWN[stage]()
+        method.identity = lambda: {"name": "own", "layers": (1, 2), "by": {3: (4,)}}
+        return tiny_engine(cache_dir=tmp_path, **{"refit": "none", stage: method})
+
+    first = engine()
+    talk = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "I see."}]
+    context, more = first.load(talk, ratio=0.4), [{"role": "user", "content": "And then?"}]
+    assert context.identity[stage] == {"name": "own", "layers": [1, 2], "by": {"3": [4]}}
+    first.close()
+    again = engine()
+    assert again.get(context.key).identity == context.identity
+    assert again.load(talk, ratio=0.4).receipt.tier in ("disk", "device")
+    assert again.generate(None, [*talk, *more], max_new_tokens=1, reuse=0.4).receipt.key == context.key
+    assert again.extend(context, more).identity["parent"] == context.key
+    assert again.stats()["quarantined"] == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_identity_may_change_between_two_loads_and_not_while_one_is_built(stage: str, tmp_path: Path) -> None:
+    method, facts = OWN[stage](), {"name": "own", "weight": 1.0, "of": {"text": "the same"}}
+    method.identity = lambda: facts
+    engine = tiny_engine(cache_dir=tmp_path, **{"refit": "none", stage: method})
+    first = engine.load(TEXT, ratio=0.4)
+    engine.registry.flush()
+    facts["weight"] = 2.0
+    second = engine.load(TEXT, ratio=0.4)
+    assert first.identity[stage]["weight"] == 1.0
+    assert key_of(first.identity) == first.key != second.key
+    assert second.receipt is not None
+    assert second.receipt.differs == (stage,)
+    assert "stored {'weight': 1.0}, wanted {'weight': 2.0}" in str(second.receipt.reason)
+    if stage == "scorer":
+        with pytest.raises(InputError, match="were ranked by"):
+            engine.extend(first, "More.")
+    way = {"scorer": "score", "allocator": "allocate", "refit": "fit"}[stage]
+    right = getattr(method, way)
+
+    def changing(*args: Any) -> Any:
+        facts["weight"] += 1.0
+        return right(*args)
+
+    setattr(method, way, changing)
+    with pytest.raises(IdentityMismatchError, match=f"{stage} of context"):
+        engine.load(TEXT * 2, ratio=0.4)
+    engine.registry.flush()
+    assert {entry.key for entry in engine.registry.contexts()} == {first.key, second.key}
+    setattr(method, way, right)
+    assert engine.load(TEXT * 2, ratio=0.4).receipt.tier == "built"
+    engine.registry.remove(first.key)
+    with pytest.raises(IdentityMismatchError, match=f"{stage} of context"):  # it would have to be built as it was
+        engine.generate(first, "Why?", max_new_tokens=1)
+
+
+ODD_FACTS: dict[str, tuple[str, str, list[Any]]] = {
+    "every": ("refit", "every", ["4", [1], -1, 1.5, float("nan"), True, None]),
+    "fading": ("scorer", "fading", [3, "slow", ()]),
+}
+
+
+@pytest.mark.parametrize(("fact", "value"), [(fact, value) for fact, (_, _, values) in ODD_FACTS.items() for value in values])
+def test_odd_facts_of_a_method_are_refused_at_once(fact: str, value: Any) -> None:
+    stage, name, _ = ODD_FACTS[fact]
+    method = KVzipScorer() if stage == "scorer" else OWN[stage]()
+    given = type("Own", (type(method),), {name: value})()
+    with pytest.raises(InputError, match=name):
+        tiny_engine(**{stage: given})
+
+
+@pytest.mark.parametrize("value", [None, "4", 1.5, -1, True])
+def test_a_cost_that_is_no_number_of_tokens_is_refused_and_nothing_is_stored(value: Any) -> None:
+    engine = tiny_engine(scorer=type("Own", (Latest,), {"cost": lambda self, n: value})())
+    with pytest.raises(ModelError, match="cost"):
+        engine.load(TEXT, ratio=0.4)
+    assert engine.registry.contexts() == []
+
+
+@pytest.mark.parametrize("value", [None, 1.0, "slow", [1.0]])
+def test_a_fading_that_is_none_is_refused_and_nothing_is_stored(value: Any) -> None:
+    engine = tiny_engine(scorer=type("Own", (KVzipScorer,), {"fading": lambda self, prefilled: value})())
+    parent = engine.load(TEXT, ratio=0.4)
+    with pytest.raises(ModelError, match="fading"):
+        engine.extend(parent, "More of it.")
+    assert [entry.key for entry in engine.registry.contexts()] == [parent.key]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_what_makes_a_method_can_be_registered(stage: str) -> None:
+    with pytest.raises(InputError, match=f"makes no {stage}"):
+        STAGES[stage].register("own", OWN[stage]())  # type: ignore[arg-type]
+    assert "own" not in STAGES[stage]
+
+
+def test_why_a_context_is_not_cut_from_a_finer_one_is_said() -> None:
+    engine = tiny_engine()
+    engine.load(TEXT, ratio=0.6)
+    assert "fitted to those that were evicted" in str(engine.load(TEXT, ratio=0.3).receipt.reason)
+    assert "fitted" not in str(engine.load(TEXT, ratio=0.8).receipt.reason)
+    pieces = tiny_engine(refit="none", compress_every=64)
+    pieces.load(TEXT, ratio=0.6)
+    assert "in pieces" in str(pieces.load(TEXT, ratio=0.3).receipt.reason)

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gc
 import json
 import os
 import sqlite3
@@ -29,6 +30,7 @@ import kvzip_memory
 from conftest import TEXT, tiny_engine
 from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
+from kvzip_memory.prompting import encoding as encoder
 from kvzip_memory.registry.disk import leaving
 from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.disk.tidying import Tidying
@@ -83,6 +85,12 @@ def grep(folder: Path, wanted: dict[str, bytes]) -> list[str]:
             content = path.read_bytes()
             found += [f"{name} in {path.relative_to(folder)}" for name, trace in wanted.items() if trace in content]
     return found
+
+
+def remembered(engine: KVzipEngine) -> list[str]:
+    """Texts whose ids an engine remembers."""
+    held = gc.get_referents(engine._speech.now.prompts._encoder._remembered)
+    return [text for rows in held if isinstance(rows, dict) for text in rows if isinstance(text, str)]
 
 
 Way = Callable[[KVzipEngine], Callable[[], object]]
@@ -223,8 +231,12 @@ def memory_tools(engine: KVzipEngine) -> Callable[[], object]:
 
 
 @pytest.fixture(params=WAYS)
-def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[KVzipEngine, Callable[[], object], dict[str, bytes]]]:
+def filled(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[KVzipEngine, Callable[[], object], dict[str, bytes]]]:
     """An engine that has read the secret in one way, and something else; how to forget it; and what must not be found then."""
+    monkeypatch.setattr(encoder, "_LONG", 16)  # shorter texts are not remembered
+    monkeypatch.setattr(encoder, "_REMEMBERED", 1000)
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     engine.load(TEXT, name="page")
     forget = WAYS[request.param](engine)
@@ -237,6 +249,8 @@ def filled(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[KVz
     assert any("keys" in name for name in wanted)
     assert any("ids <i4" in name for name in grep(tmp_path, wanted))
     assert any("values" in name for name in grep(tmp_path, wanted))
+    leaves = request.param in ("middleware", "memory_tools")  # contexts behind, and forgets as it goes
+    assert leaves or any(SECRET in text for text in remembered(engine))
     yield engine, forget, wanted
     engine.close()
 
@@ -246,6 +260,7 @@ def test_nothing_of_it_is_in_the_folder_whichever_way_it_came_in(
 ) -> None:
     engine, forget, wanted = filled
     forget()
+    assert not any(SECRET in text for text in remembered(engine))
     assert grep(tmp_path, wanted) == []
     engine.close()
     assert grep(tmp_path, wanted) == []

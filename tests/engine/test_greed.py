@@ -13,6 +13,8 @@ import re
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import kvzip_memory
 import langchain_kvzip
 import llama_index_kvzip
 from conftest import ROOT, TEXT, tiny_engine
-from kvzip_memory import Document, InputError, KVzipEngine, QueueFullError, WindowError, turns
+from kvzip_memory import Document, InputError, KVzipEngine, KVzipError, QueueFullError, WindowError, turns
 from kvzip_memory.cli import app
 from kvzip_memory.context.facts import LONGEST_NAME
 from kvzip_memory.inference.generation import LONGEST_STOP, MOST_STOPS, GenerationParams, StopMatcher
@@ -374,8 +376,35 @@ def test_calls_that_are_too_deep_are_left_out(form: str, deep: int) -> None:
 
 
 def test_values_in_messages_are_short() -> None:
-    for value in ("a" * 10**7, [["a"] * 10**6] * 3, _deep(100_000), _own(), {n: n for n in range(10**6)}):
+    for value in ("a" * 10**7, [["a"] * 10**6] * 3, _deep(100_000), _own(), {n: n for n in range(10**6)}, 10**5000, [-(10**5000)]):
         assert len(brief(value)) < 500
+
+
+# Python writes it into no text.
+UNWRITABLE = 10**5000
+TAKE: dict[str, Callable[[KVzipEngine, str], Any]] = {
+    "__init__": lambda engine, option: KVzipEngine(engine.model, engine.tokenizer, **{option: UNWRITABLE}),
+    "generate": lambda engine, option: engine.generate(engine.load(TEXT), "Why?", **{"max_new_tokens": 1, option: UNWRITABLE}),
+    "load": lambda engine, option: engine.load(TEXT, **{option: UNWRITABLE}),
+    "extend": lambda engine, option: engine.extend(engine.load(TEXT), "More.", **{option: UNWRITABLE}),
+    "get": lambda engine, option: engine.get(UNWRITABLE),  # type: ignore[arg-type]
+    "forget": lambda engine, option: engine.forget(UNWRITABLE),  # type: ignore[arg-type]
+    "logits": lambda engine, option: engine.logits(None, [UNWRITABLE]),
+    "fold": lambda engine, option: engine.session(engine.load(TEXT)).fold(**{option: UNWRITABLE}),
+}
+
+
+def options_of(method: str) -> list[str]:
+    kind: Any = Session if method == "fold" else KVzipEngine
+    taken = [p.name for p in inspect.signature(getattr(kind, method)).parameters.values() if p.default is not p.empty]
+    taken += [field.name for field in fields(GenerationParams)] if method == "generate" else []
+    return taken or [""]
+
+
+@pytest.mark.parametrize(("method", "option"), [(method, option) for method in TAKE for option in options_of(method)])
+def test_a_number_that_no_text_can_hold_is_used_or_refused(method: str, option: str) -> None:
+    with suppress(KVzipError):
+        TAKE[method](tiny_engine(), option)
 
 
 # -- names and tags --------------------------------------------------------------------------------------------------

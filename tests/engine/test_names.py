@@ -303,6 +303,22 @@ def test_everybody_has_the_sources_that_they_loaded(tmp_path: Path, disk: bool) 
     assert b"private" not in blob(tmp_path, ann).read_bytes()
 
 
+@pytest.mark.parametrize("disk", [True, False], ids=["disk", "memory"])
+@pytest.mark.parametrize("how", ["load", "get"])
+def test_what_is_done_to_a_handles_metadata_is_nobody_elses(tmp_path: Path, how: str, disk: bool) -> None:
+    engine = tiny_engine(**({"cache_dir": tmp_path} if disk else {}))
+    mine, odd = {"who": {"names": ["Ana"]}}, {(1, 2): {3}, "who": "Bob"}
+    loaded = engine.load(Document(TEXT, "page", mine), name="page")
+    handle = loaded if how == "load" else engine.get("page")
+    handle.sources[0].metadata["who"]["names"].append("Bob")
+    handle.sources[0].metadata.update(odd)
+    mine["who"]["names"].append("Cy")
+    assert told(engine.get("page")) == [("page", {"who": {"names": ["Ana"]}})]
+    engine.close()
+    if disk:
+        assert told(tiny_engine(cache_dir=tmp_path).get("page")) == [("page", {"who": {"names": ["Ana"]}})]
+
+
 def test_sources_follow_a_text_that_grows_is_cut_folded_and_saved(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.6, refit="none")
     ann, bob = both(engine)

@@ -165,7 +165,7 @@ def test_conversions_are_listed_and_deleted_by_their_names(source: Path, tmp_pat
     assert {each["conversion"] for each in listed} == {folder.name for folder in folders}
     assert all(each["nbytes"] > len(FILES["model.safetensors"]) and each["used"] for each in listed)
     assert "beginning of 2" in run(tmp_path, "rm", "--conversion", "model", code=1)
-    assert "beginning of 0" in run(tmp_path, "rm", "--conversion", "mine", code=1)
+    assert "beginning of no" in run(tmp_path, "rm", "--conversion", "mine", code=1)
     assert run(tmp_path, "rm", "--conversion", folders[0].name)["conversion"] == folders[0].name
     assert [each.folder for each in conversions(tmp_path)] == folders[1:]
     assert (tmp_path / "gguf" / "mine").is_dir()

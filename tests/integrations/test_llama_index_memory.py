@@ -220,6 +220,35 @@ async def test_calls_and_their_results_are_remembered_together(llm: KVzipLLM) ->
     assert said(block, [handle]) == said(block, [*asked, *ended])
 
 
+@pytest.mark.parametrize("result", ["", " ", "\n"])
+@pytest.mark.parametrize("apart", [False, True])
+async def test_a_call_without_a_result_to_tell_is_remembered_with_it(llm: KVzipLLM, result: str, apart: bool) -> None:
+    call = ToolCallBlock(tool_call_id="c1", tool_name="save", tool_kwargs={"page": 3})
+    everything = [
+        ChatMessage("Save it.", role="user"),
+        ChatMessage(role="assistant", blocks=[call]),
+        ChatMessage(result, role="tool", additional_kwargs={"tool_call_id": "c1"}),
+    ]
+    block = KVzipMemoryBlock(llm=llm, ratio=1.0)
+    for chunk in [everything[:2], everything[2:]] if apart else [everything]:
+        await flush(block, chunk)
+    [handle] = await block.aget([], session_id="ana")
+    context = block.context("ana")
+    assert context is not None
+    assert handle.additional_kwargs == {"kvzip_context": context.key}
+    assert said(block, [handle]) == said(block, everything)
+
+
+@pytest.mark.parametrize("session_id", [5, None, ["ana"], b"ana"])
+async def test_a_session_id_that_is_no_text_is_refused(llm: KVzipLLM, session_id: Any) -> None:
+    block = KVzipMemoryBlock(llm=llm)
+    for call in (block.context, block.forget):
+        with pytest.raises(InputError, match="session_id is"):
+            call(session_id)
+    with pytest.raises(InputError, match="session_id is"):
+        await block.aput([ChatMessage("A.", additional_kwargs={"session_id": session_id})])
+
+
 def test_a_turn_is_the_message_it_was() -> None:
     call = ToolCallBlock(tool_call_id="1", tool_name="f", tool_kwargs={"a": "b"})
     message = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), TextBlock(text="yes"), call])

@@ -210,12 +210,3 @@ def test_a_long_text_is_read_again_as_it_was_read_first(kind: str) -> None:
             assert [*read.ends] == [*wanted.ends]
             read.ids.clear()  # whoever gets them may change them
         assert encoder._remembered.cache_info().hits == len(texts)
-
-
-def test_what_is_forgotten_is_remembered_as_no_text_either(tmp_path: Path) -> None:
-    engine = tiny_engine(cache_dir=tmp_path)
-    remembered = engine._speech.now.prompts._encoder._remembered
-    engine.load(TEXT * 4, tags="gone")
-    assert remembered.cache_info().currsize
-    engine.forget("gone")
-    assert not remembered.cache_info().currsize

@@ -8,7 +8,7 @@ from kvzip_memory.compression.methods import Methods
 
 #: Allocators by name.
 ALLOCATORS: Methods[Allocator] = Methods(
-    "allocator", ("identity", "allocate"), {"global": GlobalTopK, "per_layer": PerLayer, "uniform": Uniform}
+    "allocator", ("allocate",), (str, dict), {"global": GlobalTopK, "per_layer": PerLayer, "uniform": Uniform}
 )
 
 __all__ = ["ALLOCATORS", "Allocator", "GlobalTopK", "PerLayer", "Uniform"]

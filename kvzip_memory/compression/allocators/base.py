@@ -15,14 +15,16 @@ class Allocator(Protocol):
     """
 
     def identity(self) -> Any:
-        """Its name, with version and parameters if it has any: whatever JSON can hold; part of the context's key."""
+        """Its name, or a mapping with ``name``, ``version`` and parameters, as JSON can hold it; part of the context's key. Only of one
+        that is registered under this name a context may be cut to a smaller ratio."""
         ...
 
     def allocate(self, scores: Tensor, budget: int) -> Tensor:
         """Choose.
 
         Args:
-            scores: ``[L, H, n]``, higher means keep; ``inf`` marks a protected pair, ``-inf`` one that is gone.
+            scores: ``[L, H, n]`` fp16, a copy, higher means keep; ``inf`` marks a pair that is never evicted, and is kept whatever comes
+                back, ``-inf`` one that is gone.
             budget: pairs to keep, over all layers and heads.
 
         Returns:

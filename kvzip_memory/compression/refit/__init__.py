@@ -6,6 +6,6 @@ from kvzip_memory.compression.refit.none import NoRefit
 from kvzip_memory.compression.refit.ridge import RidgeRefit
 
 #: Refits by name.
-REFITS: Methods[Refit] = Methods("refit", ("every", "identity", "fit"), {"none": NoRefit, "ridge": RidgeRefit})
+REFITS: Methods[Refit] = Methods("refit", ("every", "fit"), (dict, type(None)), {"none": NoRefit, "ridge": RidgeRefit})
 
 __all__ = ["REFITS", "LayerPairs", "NoRefit", "Refit", "RidgeRefit"]

@@ -13,7 +13,7 @@ from kvzip_memory.compression.rows import Block
 
 @dataclass(frozen=True)
 class LayerPairs:
-    """A layer's pairs as a refit sees them: all of them, and which are kept.
+    """A layer's pairs as a refit sees them: all of them, and which are kept. They are copies, which it may change and give back.
 
     Attributes:
         head: keys and values ``[H, p, D]`` of the protected head of the context, which are always kept, as they are.

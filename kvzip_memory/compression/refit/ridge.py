@@ -74,13 +74,12 @@ class RidgeRefit:
         }
 
     def fit(self, pairs: LayerPairs) -> tuple[Tensor, Tensor]:
-        keys, values = pairs.keys.clone(), pairs.values.clone()
         for block in _joined(pairs.blocks, pairs.ratio):
-            self._fit(block, pairs, keys, values)
-        return keys, values
+            self._fit(block, pairs)
+        return pairs.keys, pairs.values
 
-    def _fit(self, block: list[Block], pairs: LayerPairs, keys: Tensor, values: Tensor) -> None:
-        """Change ``keys`` and ``values`` in a block."""
+    def _fit(self, block: list[Block], pairs: LayerPairs) -> None:
+        """Change keys and values of a block, which no other one looks at."""
         start, end, p = block[0].start - pairs.start, block[-1].end - pairs.start, pairs.head[0].shape[1]
         keep = pairs.keep[:, start:end]
         m = int(keep.sum(1).max())
@@ -110,8 +109,8 @@ class RidgeRefit:
         missing = wanted - attention @ torch.cat([head_values, kept_values], 1)
         change = self._change(attention[:, :, p:] * free.unsqueeze(1), missing, all_values.square().sum(2).mean(1))
         columns = start + columns[heads, places]
-        keys[heads, columns] = kept_keys[heads, places]
-        values[heads, columns] = _added(values[heads, columns], change[heads, places])
+        pairs.keys[heads, columns] = kept_keys[heads, places]
+        pairs.values[heads, columns] = _added(pairs.values[heads, columns], change[heads, places])
 
     def _shift(self, queries: Tensor, logits: Tensor, mass: Tensor, share: Tensor, free: Tensor, length: Tensor) -> Tensor:
         """Of the keys ``[H, m, D]``; zeros where it cannot be computed.

@@ -6,7 +6,7 @@ from kvzip_memory.compression.scorers.base import Scorer
 from kvzip_memory.compression.scorers.kvzip import KVzipScorer
 
 #: Scorers by name.
-SCORERS: Methods[Scorer] = Methods("scorer", ("identity", "cost", "score"), {"kvzip": KVzipScorer})
+SCORERS: Methods[Scorer] = Methods("scorer", ("cost", "score"), (dict,), {"kvzip": KVzipScorer})
 
 #: Version of each method's scores, by its name.
 VERSIONS = {"kvzip": kvzip.VERSION}
