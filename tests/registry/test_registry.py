@@ -354,7 +354,7 @@ def test_what_was_refitted_is_not_cut_but_built(tmp_path: Path) -> None:
     receipt = engine.load(TEXT, ratio=0.45).receipt
     assert receipt is not None
     assert (receipt.tier, receipt.shrunk_from, receipt.differs) == ("built", None, ("ratio",))
-    assert receipt.reason == "ratio: stored with 0.5, from which 0.45 cannot be had"
+    assert receipt.reason == "ratio: stored with 0.5, from which 0.45 cannot be had, since pairs are fitted to those that were evicted"
 
 
 def test_a_larger_ratio_never_comes_out_of_a_smaller_one(tmp_path: Path) -> None:
