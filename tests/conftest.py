@@ -131,8 +131,8 @@ HANDBOOK = ROOT / "examples" / "handbook.md"
 
 @pytest.fixture(scope="session")
 def excerpt() -> str:
-    """The first part of the demo's handbook, about 1,000 tokens."""
-    return HANDBOOK.read_text()[:4200]
+    """The first part of the demo's handbook, about 600 tokens."""
+    return HANDBOOK.read_text()[:2500]
 
 
 @pytest.fixture(scope="session")

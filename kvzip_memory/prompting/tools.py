@@ -23,8 +23,10 @@ _CLOSERS = re.compile("</(?=tool)", re.IGNORECASE)
 
 def checked_tools(tools: Sequence[Tool] | None) -> list[Tool]:
     """Raises:
-    InputError: a tool that is no mapping of OpenAI's form, two of one name, or what is too deep or too much to be described.
+    InputError: no list of tools, one that is no mapping of OpenAI's form, two of one name, or what is too deep or too much to be described.
     """
+    if tools is not None and not isinstance(tools, Sequence):
+        raise InputError(f"tools is {brief(tools)}; give a list of tools")
     check_nesting(list(tools or ()), "tools", MOST_OF_SCHEMA)
     checked = [cleaned(tool, f"tool {number}") if isinstance(tool, Mapping) else tool for number, tool in enumerate(tools or (), 1)]
     for tool in checked:

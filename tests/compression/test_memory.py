@@ -14,8 +14,9 @@ from kvzip_memory import CompressedContext, KVzipEngine
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 1.0])
-def test_nbytes_is_the_storages_own_size_and_follows_the_ratio(smollm2: KVzipEngine, excerpt: str, ratio: float) -> None:
-    context = smollm2.load(excerpt[:1200], ratio=ratio)
+def test_nbytes_is_the_storages_own_size_and_follows_the_ratio(ratio: float) -> None:
+    engine = KVzipEngine(tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=64), tiny_tokenizer())
+    context = engine.load(TEXT * 4, ratio=ratio)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in context.layers for t in layer.tensors()}
     assert context.nbytes == sum(storages.values()) + context.token_ids.untyped_storage().nbytes()
     pair = 2 * context.layers[0].keys.shape[1] * context.layers[0].keys.element_size()

@@ -384,7 +384,7 @@ def test_values_in_messages_are_short() -> None:
 UNWRITABLE = 10**5000
 TAKE: dict[str, Callable[[KVzipEngine, str], Any]] = {
     "__init__": lambda engine, option: KVzipEngine(engine.model, engine.tokenizer, **{option: UNWRITABLE}),
-    "generate": lambda engine, option: engine.generate(engine.load(TEXT), "Why?", **{"max_new_tokens": 1, option: UNWRITABLE}),
+    "stream": lambda engine, option: next(engine.stream(engine.load(TEXT), "Why?", **{"max_new_tokens": 1, option: UNWRITABLE})),
     "load": lambda engine, option: engine.load(TEXT, **{option: UNWRITABLE}),
     "extend": lambda engine, option: engine.extend(engine.load(TEXT), "More.", **{option: UNWRITABLE}),
     "get": lambda engine, option: engine.get(UNWRITABLE),  # type: ignore[arg-type]
@@ -397,7 +397,7 @@ TAKE: dict[str, Callable[[KVzipEngine, str], Any]] = {
 def options_of(method: str) -> list[str]:
     kind: Any = Session if method == "fold" else KVzipEngine
     taken = [p.name for p in inspect.signature(getattr(kind, method)).parameters.values() if p.default is not p.empty]
-    taken += [field.name for field in fields(GenerationParams)] if method == "generate" else []
+    taken += [field.name for field in fields(GenerationParams)] if method == "stream" else []
     return taken or [""]
 
 

@@ -74,7 +74,7 @@ def test_the_oracle_is_what_transformers_calls_attentions(engine: KVzipEngine) -
 
 
 async def test_of_several_contexts_the_one_that_a_question_is_about_alone_is_asked(smollm2: KVzipEngine) -> None:
-    llm = KVzipLLM(engine=smollm2, ratio=0.5, max_tokens=8)
+    llm = KVzipLLM(engine=smollm2, ratio=0.5, max_tokens=4)
     documents = [Document(text=page, doc_id=str(number)) for number, page in enumerate(PAGES)]
     index = KVzipIndex.from_documents(documents, llm=llm, context_tokens=140)
 
@@ -90,7 +90,8 @@ async def test_of_several_contexts_the_one_that_a_question_is_about_alone_is_ask
         assert response.metadata["usage"] == alone.metadata["usage"]
     assert {n.node.ref_doc_id for n in index.as_query_engine(source_top_k=2).query("Who is given two carrots?").source_nodes} == {"1"}
     for question in ("Summarise all documents.", "¿Quién es?", "Who is given two carrots, and who is the keeper of the lamp?"):
-        assert asked(query_engine.query(question)) == asked(await query_engine.aquery(question)) == ["0", "1", "2"]
+        assert asked(query_engine.query(question)) == ["0", "1", "2"]
+    assert asked(await query_engine.aquery("Summarise all documents.")) == ["0", "1", "2"]
     everything = index.as_query_engine(response_mode="accumulate").query("Who is given two carrots?")
     assert len(everything.metadata["parts"]) == 3
 
