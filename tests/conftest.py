@@ -45,7 +45,7 @@ SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 2048,
@@ -61,7 +61,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "phi3": Phi3Config(**SHAPE),
     # sliding layers of 32 tokens, and a softmax scale that is not 1 / sqrt(head_dim)
     "gemma3": Gemma3TextConfig(
-        **SHAPE,
+        **{**SHAPE, "num_hidden_layers": 4},
         head_dim=16,
         sliding_window=32,
         query_pre_attn_scalar=40,

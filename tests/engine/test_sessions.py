@@ -111,7 +111,7 @@ def test_a_model_that_fails_half_way_leaves_the_session_as_it_was(engine: KVzipE
     def fail(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    handle = engine.model.model.layers[2].register_forward_pre_hook(fail)
+    handle = engine.model.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         next(session.stream(QUESTIONS[1])) if streamed else session.ask(QUESTIONS[1])
     handle.remove()

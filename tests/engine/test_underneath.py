@@ -354,7 +354,7 @@ def model_with_dropout() -> Any:
     model = tiny_model(attention_dropout=0.4)
     mlp = model.model.layers[0].mlp
     mlp.active_adapters, mlp.scaling, mlp.disable_adapters, mlp.merged = ["a"], {"a": 1.0}, False, False
-    model.model.layers[2].mlp.act_fn = nn.Sequential(model.model.layers[2].mlp.act_fn, nn.Dropout(0.4))
+    model.model.layers[1].mlp.act_fn = nn.Sequential(model.model.layers[1].mlp.act_fn, nn.Dropout(0.4))
     return model.eval()
 
 

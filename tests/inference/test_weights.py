@@ -422,7 +422,7 @@ class Counting(nn.Module):
 def counting() -> tuple[KVzipEngine, Any]:
     engine = tiny_engine(ratio=0.5)
     model: Any = engine.model
-    model.model.layers[2].mlp = Counting(model.model.layers[2].mlp)
+    model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
     return engine, model.model
 
 
@@ -439,7 +439,7 @@ def test_a_model_that_writes_to_its_own_buffers_is_always_the_same() -> None:
     assert engine.stats()["built"] == 3
 
 
-@pytest.mark.parametrize(("where", "name"), [("rotary_emb", "inv_freq"), ("layers.2.self_attn.k_proj", "weight")])
+@pytest.mark.parametrize(("where", "name"), [("rotary_emb", "inv_freq"), ("layers.1.self_attn.k_proj", "weight")])
 def test_what_others_write_to_beside_it_is_noticed(where: str, name: str) -> None:
     engine, model = counting()
     session = engine.session(engine.load(TEXT))

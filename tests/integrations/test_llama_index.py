@@ -109,7 +109,9 @@ async def test_documents_beyond_a_context_go_into_several_asked_together(llm: KV
     assert str(index.as_query_engine(streaming=True).query("Who?")) == str(response)
 
 
-async def test_answers_that_no_prompt_takes_are_combined_in_rounds(llm: KVzipLLM, engine: KVzipEngine) -> None:
+async def test_answers_that_no_prompt_takes_are_combined_in_rounds() -> None:
+    engine = KVzipEngine(tiny_model(num_hidden_layers=4), tiny_tokenizer())  # whose answers are long
+    llm = KVzipLLM(engine=engine, ratio=0.4, max_tokens=12)
     documents = [Document(text=f"Text {i}. " * 8, doc_id=str(i)) for i in range(6)]
     counter = TokenCountingHandler(tokenizer=engine.tokenizer.tokenize)
     llm.callback_manager = CallbackManager([counter])
@@ -128,7 +130,8 @@ async def test_answers_that_no_prompt_takes_are_combined_in_rounds(llm: KVzipLLM
 
 
 def test_answers_of_several_contexts_leave_room_to_combine_them() -> None:
-    llm = KVzipLLM(engine=KVzipEngine(tiny_model(max_position_embeddings=1024), tiny_tokenizer()), ratio=0.4, max_tokens=12)
+    model = tiny_model(max_position_embeddings=1024, num_hidden_layers=4)  # whose answers are long
+    llm = KVzipLLM(engine=KVzipEngine(model, tiny_tokenizer()), ratio=0.4, max_tokens=12)
     index = KVzipIndex.from_documents([Document(text=f"Text {i}. " * 8) for i in range(2)], llm=llm, context_tokens=180)
     response = index.as_query_engine(max_tokens=1000).query("Who?")
     assert response.metadata["usage"]["completion_tokens"] > 2 * 256

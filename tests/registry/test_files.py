@@ -125,7 +125,7 @@ def test_files_that_are_something_else_are_refused(engine: KVzipEngine, tmp_path
 def edited_weights() -> KVzipEngine:
     engine = tiny_engine()
     with torch.no_grad():
-        engine.model.model.layers[3].mlp.up_proj.weight[5, 7] += 1e-6
+        engine.model.model.layers[1].mlp.up_proj.weight[5, 7] += 1e-6
     return engine
 
 

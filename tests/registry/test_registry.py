@@ -71,7 +71,7 @@ def edit_json(path: Path, change: Callable[[Any], None]) -> None:
 
 def edit_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] += 1e-6
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-6
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -962,7 +962,8 @@ def in_a_mount(folder: Path, size: str, prepare: str, script: str) -> str:
     return out.stdout
 
 
-def test_a_full_file_system(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["640k", "650k", "660k"])  # it is full at a file, or at its row
+def test_a_full_file_system(size: str, tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, 'tests')\n"
         "from conftest import TEXT, tiny_engine\n"
@@ -970,12 +971,16 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         "contexts = [engine.load(str(i) + TEXT) for i in range(8)]\n"
         "engine.registry.flush()\n"
         "assert all(engine.generate(c, 'Who?', max_new_tokens=2).text for c in contexts)\n"
-        "stats = engine.stats()\n"
-        "print(stats['stored'], stats['disk_errors'], stats['tiers']['disk']['nbytes'] == engine.registry._backing.tier.measured())\n"
+        "stats, measured = engine.stats(), engine.registry._backing.tier.measured\n"
+        "print(stats['stored'], stats['disk_errors'], stats['tiers']['disk']['nbytes'] >= measured())\n"
+        f"open('{tmp_path / 'small' / 'filler'}', 'w').close()\n"  # somebody makes room
+        "print(engine.stats()['tiers']['disk']['nbytes'] == measured())\n"
     )
-    stored, errors, exact = in_a_mount(tmp_path / "small", "600k", "true", script).split()
+    fill = f"head -c 60000 /dev/zero > {tmp_path / 'small' / 'filler'}"
+    stored, errors, enough, exact = in_a_mount(tmp_path / "small", size, fill, script).split()
     assert int(stored) + int(errors) == 8
     assert int(errors) >= 3
+    assert enough == "True"  # what is there is counted
     assert exact == "True"
 
 

@@ -6,17 +6,18 @@ import os
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry.disk.entry import Entry, completed
 from kvzip_memory.registry.disk.files import PreparedFile
 from kvzip_memory.registry.disk.folder import Folder
-from kvzip_memory.registry.disk.index import IndexHeldError
+from kvzip_memory.registry.disk.index import IndexHeldError, IndexUnavailableError
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
 from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.locks import QUIET_S
-from kvzip_memory.system.private import check_file, make_folder
+from kvzip_memory.system.private import check_file, delete, make_folder
 
 
 class Putting:
@@ -50,7 +51,7 @@ class Putting:
                         left.unlink(missing_ok=True)
                 make_folder(path.parent)
                 prepared.write(path, temporary)
-                self._insert(entry)
+                self._insert(entry, path)
             except BaseException:
                 self._keeper.owed.add(entry.key)
                 self._tidying.doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
@@ -71,13 +72,22 @@ class Putting:
             stored, writing = rows.totals()
             rows.set_totals(stored, {**writing, entry.key: entry.file_nbytes})
 
-    def _insert(self, entry: Entry) -> None:
-        """Turn the reservation into a row. The file is there, so it has some patience."""
-        for _ in range(9):
-            with suppress(IndexHeldError):
-                return self._insert_now(entry)
-            time.sleep(QUIET_S)
-        self._insert_now(entry)
+    def _insert(self, entry: Entry, path: Path) -> None:
+        """Turn the reservation into a row. The file is there, so it has some patience; where another process holds the index for longer
+        it stays, and gets its row later. Any other index, as on a full disk, may have room for its rows only without the file.
+        """
+        try:
+            for _ in range(9):
+                with suppress(IndexHeldError):
+                    return self._insert_now(entry)
+                time.sleep(QUIET_S)
+            self._insert_now(entry)
+        except IndexHeldError:
+            raise
+        except IndexUnavailableError:
+            with suppress(OSError):
+                delete(path)
+            raise
 
     @needs_index
     def _insert_now(self, entry: Entry) -> None:
