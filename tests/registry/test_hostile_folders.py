@@ -170,8 +170,10 @@ def a_device(path: Path) -> None:
 
 
 def copied(source: str | Path, target: str | Path) -> None:
-    """A sparse file stays one."""
-    if (size := os.stat(source).st_size) > 1 << 30:
+    """A sparse file stays one. What is no file is not copied: a device would be read until the disk is full."""
+    if not stat.S_ISREG((status := os.stat(source)).st_mode):
+        raise shutil.SpecialFileError(f"{source} is no file")
+    if (size := status.st_size) > 1 << 30:
         Path(target).touch()
         os.truncate(target, size)
     else:
