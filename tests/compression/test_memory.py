@@ -37,7 +37,8 @@ def test_the_dense_cache_is_really_freed() -> None:
 import json, psutil
 from conftest import HANDBOOK, tiny_model, tiny_tokenizer
 from kvzip_memory import KVzipEngine
-model = tiny_model(num_attention_heads=8, num_key_value_heads=8, head_dim=64, max_position_embeddings=4096)  # 16 KiB a token
+shape = dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=8, head_dim=64)  # 16 KiB a token
+model = tiny_model(**shape, max_position_embeddings=4096)
 engine = KVzipEngine(model, tiny_tokenizer())
 text = HANDBOOK.read_text()
 resident = lambda: psutil.Process().memory_info().rss
