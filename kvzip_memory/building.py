@@ -145,8 +145,12 @@ class Builder:
 
     def is_way_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether the pairs of a context were ranked, chosen and refitted in the same way, if they were at all."""
+        return not self._other_stages(identity)
+
+    def _other_stages(self, identity: Mapping[str, Any]) -> tuple[str, ...]:
+        """The stages by whose methods, as they are now, pairs of a context would be ranked, chosen or refitted otherwise."""
         way = self._stages.identity()
-        return identity.get("scorer") is None or all(identity.get(stage) == way.get(stage) for stage in _STAGES)
+        return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if identity.get(stage) != way.get(stage))
 
     def identity(
         self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
@@ -206,8 +210,7 @@ class Builder:
         """Raises:
         IdentityMismatchError: a method says now that it is another one.
         """
-        now = self._stages.identity()
-        if fields := () if self.is_way_of(identity) else tuple(stage for stage in _STAGES if identity.get(stage) != now.get(stage)):
+        if fields := self._other_stages(identity):
             raise IdentityMismatchError(
                 f"{' and '.join(fields)} of {where} say that they are others than when it was loaded, and nothing is stored. Load it "
                 "again, and change no method meanwhile",
@@ -293,12 +296,12 @@ class Builder:
 
     def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
         """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""
-        measure = self._stages.fading
-        if not piece.scored_parent or measure is None:
+        if not piece.scored_parent:
             return {}
         model = [identity.get(field) for field in MODEL_FIELDS]
         name = digest([model, piece.opening, piece.closing, piece.token_ids[: piece.protected]])
-        return {name: self._fadings.get(name) or measure(piece)}
+        fading = self._fadings.get(name) or self._stages.fading(piece)
+        return {} if fading is None else {name: fading}
 
 
 def _ends(first: int, n: int, every: int | None) -> list[int]:

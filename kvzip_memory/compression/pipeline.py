@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -86,20 +85,19 @@ class Stages:
             raise ModelError(f"scorer {brief(self.scorer.identity())} gave its cost as {brief(cost)}, not as a number of tokens")
         return cost
 
-    @property
-    def fading(self) -> Callable[[Prefilled], Fading] | None:
-        """Measures how scores fade; None if they do not."""
+    def fading(self, prefilled: Prefilled) -> Fading | None:
+        """How scores of the scorer fade, measured; None if they do not.
+
+        Raises:
+            ModelError: it gave something else.
+        """
         measure = getattr(self.scorer, "fading", None)
         if measure is None:
             return None
-
-        def measured(prefilled: Prefilled) -> Fading:
-            fading = measure(prefilled)
-            if not isinstance(fading, Fading):
-                raise ModelError(f"scorer {brief(self.scorer.identity())} gave its fading as {brief(fading)}, not as a Fading")
-            return fading
-
-        return measured
+        fading = measure(prefilled)
+        if not isinstance(fading, Fading):
+            raise ModelError(f"scorer {brief(self.scorer.identity())} gave its fading as {brief(fading)}, not as a Fading")
+        return fading
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.system.modes import plain
 
 
-def can_shrink(identity: Mapping[str, Any]) -> bool:
-    """Whether a context of this identity may be cut from one of a larger ratio. Not one that is built in pieces, which have to choose
-    before everything is read; nor one whose pairs are fitted to those beside them; nor by an allocator that is not registered.
-    """
-    return identity.get("compress_every") is None and identity.get("refit") is None and _allocator(identity) is not None
+def obstacle(identity: Mapping[str, Any]) -> str | None:
+    """Why a context of this identity cannot be cut from one of a larger ratio; None if it can."""
+    if identity.get("refit") is not None:
+        return "pairs are fitted to those that were evicted"
+    if identity.get("compress_every") is not None:
+        return "it is compressed in pieces, before everything is read"
+    return "its allocator is not registered under its name" if _allocator(identity) is None else None
 
 
 def _allocator(identity: Mapping[str, Any]) -> Allocator | None:
@@ -41,14 +43,14 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     """The context a build at ``identity["ratio"]`` would give, cut from one built at a larger ratio.
 
     Scores were rounded to fp16 before the first choice was made, and the allocator is the same, so the pairs are the
-    same. None if it cannot be told: not if :func:`can_shrink` says so, without scores, or if a share of a layer is larger than what is
+    same. None if it cannot be told: not if :func:`obstacle` says why, without scores, or if a share of a layer is larger than what is
     left of it (the shares of ``per_layer`` and ``uniform`` are rounded).
 
     Raises:
         ModelError: an allocator of others gave something else than it owes.
     """
     allocator = _allocator(identity)
-    if allocator is None or not can_shrink(identity):
+    if allocator is None or obstacle(identity) is not None:
         return None
     with context.lease() as lease:
         layers = lease.layers

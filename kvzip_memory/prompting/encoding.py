@@ -173,7 +173,7 @@ class Encoder:
         """
         read, found = _SPARSE * max(most, 1), 0
         while read < len(text) and found <= most:
-            found = self._encoded(text[:read]).before(read - _WINDOW)
+            found = self._encode(text[:read]).before(read - _WINDOW)
             read *= 4
         return found
 

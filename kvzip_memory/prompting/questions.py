@@ -10,7 +10,7 @@ from kvzip_memory.context import Recipe
 from kvzip_memory.errors import InputError
 from kvzip_memory.prompting.frames import CUT
 from kvzip_memory.prompting.layouts import Layouts, check_follows
-from kvzip_memory.prompting.messages import Message, as_message, as_messages
+from kvzip_memory.prompting.messages import Message, as_message, as_messages, says_something
 from kvzip_memory.prompting.prompt import digest_of
 from kvzip_memory.prompting.stand_ins import ASKED
 from kvzip_memory.prompting.template import Layout
@@ -82,7 +82,7 @@ class Questions:
         if not awaits or question or not isinstance(question, Sequence) or isinstance(question, str):
             messages = as_messages(question)
             self._window.check_messages(messages)
-            if messages[-1]["role"] not in ("user", "tool") or not (messages[-1]["content"].strip() or messages[-1]["role"] == "tool"):
+            if messages[-1]["role"] not in ("user", "tool") or not says_something(messages[-1]):
                 raise InputError(f"the last message is from {messages[-1]['role']!r} or empty; an answer follows what a user says")
         layout = self._layouts.alone(messages, tools, fixed) if recipe is None else self._following(recipe, messages, tools)
         if thinks or not self._layouts.template.opens_thought(layout.text):

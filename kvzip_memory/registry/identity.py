@@ -131,12 +131,8 @@ def explain(
         if (version := _of_versions(stored, wanted)) is not None:
             return version
         if differs == ("ratio",):
-            return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had{_why(stored, wanted)}"
-        shown = "; ".join(
-            f"{label(f)} differs (field {f}: stored {then}, wanted {now})"
-            for f in differs
-            for then, now in [_apart(stored.get(f), wanted.get(f))]
-        )
+            return differs, f"ratio: stored with {stored['ratio']}, from which {wanted['ratio']} cannot be had"
+        shown = "; ".join(_told(field, stored.get(field), wanted.get(field)) for field in differs)
         return differs, f"the same text is stored, but {shown}"
     if named:
         return ("text",), "text differs from what is stored under this name"
@@ -145,21 +141,13 @@ def explain(
     return (), "not stored"
 
 
-def _why(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Why a context is not cut from a finer one."""
-    if stored["ratio"] < wanted["ratio"]:
-        return ""
-    if wanted.get("refit") is not None:
-        return ", since pairs are fitted to those that were evicted"
-    return "" if wanted.get("compress_every") is None else ", since it is compressed in pieces"
-
-
-def _apart(stored: Any, wanted: Any) -> tuple[str, str]:
-    """Two values of a field, of two mappings what differs."""
-    if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
-        return _short(stored), _short(wanted)
-    names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
-    return brief({name: stored.get(name) for name in names}), brief({name: wanted.get(name) for name in names})
+def _told(field: str, stored: Any, wanted: Any) -> str:
+    """How a field differs; of two mappings what of them does."""
+    then, now = _short(stored), _short(wanted)
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+        then, now = (brief({name: value.get(name) for name in names}) for value in (stored, wanted))
+    return f"{label(field)} differs (field {field}: stored {then}, wanted {now})"
 
 
 def _of_versions(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:

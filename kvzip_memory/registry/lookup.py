@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvzip_memory.compression.shrink import can_shrink, shrink
+from kvzip_memory.compression.shrink import obstacle, shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.beginnings import beginnings
@@ -147,8 +147,8 @@ class Lookup:
         near = self._near(wanted)
         ratio = wanted.identity["ratio"]
         finer = [(i["ratio"], key) for key, i in near if i["ratio"] > ratio and only_ratio_differs(i, wanted.identity)]
-        finer = finer if can_shrink(wanted.identity) else []
-        for finer_ratio, key in sorted(finer):
+        in_the_way = obstacle(wanted.identity) if finer else None
+        for finer_ratio, key in [] if in_the_way else sorted(finer):
             with self._borrowed(key) as (source, tier):
                 context = None if source is None else shrink(source, wanted.key, wanted.identity)
             if context is not None:
@@ -157,6 +157,7 @@ class Lookup:
                 return context
         if story.absent or self._backing.tier is None:
             story.differs, text = explain(wanted.identity, [identity for _, identity in near], self._named_identities(wanted))
+            text += f", since {in_the_way}" if in_the_way and story.differs == ("ratio",) else ""
             story.reason = text if self._backing.tier is not None else f"{text}; {story.reason}"
         return None
 

@@ -436,3 +436,6 @@ def test_why_a_context_is_not_cut_from_a_finer_one_is_said() -> None:
     pieces = tiny_engine(refit="none", compress_every=64)
     pieces.load(TEXT, ratio=0.6)
     assert "in pieces" in str(pieces.load(TEXT, ratio=0.3).receipt.reason)
+    own = tiny_engine(refit="none", allocator=Lower())
+    own.load(TEXT, ratio=0.6)
+    assert "allocator is not registered" in str(own.load(TEXT, ratio=0.3).receipt.reason)

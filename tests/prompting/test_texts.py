@@ -14,7 +14,7 @@ from llama_index.core.llms import ChatMessage
 
 from conftest import TEXT, tiny_engine
 from kinds import KINDS, tiny
-from kvzip_memory import Document, InputError, KVzipEngine
+from kvzip_memory import Document, InputError, KVzipEngine, WindowError
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.prompting.documents import as_document
 from kvzip_memory.prompting.encoding import Encoder
@@ -210,3 +210,11 @@ def test_a_long_text_is_read_again_as_it_was_read_first(kind: str) -> None:
             assert [*read.ends] == [*wanted.ends]
             read.ids.clear()  # whoever gets them may change them
         assert encoder._remembered.cache_info().hits == len(texts)
+
+
+def test_what_is_read_only_to_be_refused_is_not_remembered(engine: KVzipEngine) -> None:
+    with pytest.raises(WindowError):
+        engine.load("a " * 20_000)
+    with pytest.raises(WindowError):
+        engine.generate(None, "a " * 20_000)
+    assert not engine._speech.now.prompts._encoder._remembered.cache_info().currsize
