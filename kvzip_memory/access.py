@@ -11,6 +11,7 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.registry import Entry
+from kvzip_memory.system.digests import same
 
 
 class Access:
@@ -55,7 +56,7 @@ class Access:
         """
         self.check(language, checked_context(context))
         scorer = context.identity.get("scorer")
-        if scorer not in (None, self._builder.scorer):
+        if scorer is not None and not same(scorer, self._builder.scorer):
             raise InputError(
                 f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._builder.scorer} cannot be "
                 "compared; extend it with an engine of that scorer, or load the text again"

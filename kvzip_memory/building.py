@@ -25,7 +25,7 @@ from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
 from kvzip_memory.registry.identity import MODEL_FIELDS, key_of, recipe_digest, tokens_digest
-from kvzip_memory.system.digests import digest
+from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
 _MAX_FADINGS = 64  # a few numbers each
@@ -150,7 +150,7 @@ class Builder:
     def _other_stages(self, identity: Mapping[str, Any]) -> tuple[str, ...]:
         """The stages by whose methods, as they are now, pairs of a context would be ranked, chosen or refitted otherwise."""
         way = self._stages.identity()
-        return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if identity.get(stage) != way.get(stage))
+        return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if not same(identity.get(stage), way.get(stage)))
 
     def identity(
         self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
@@ -299,7 +299,7 @@ class Builder:
         if not piece.scored_parent:
             return {}
         model = [identity.get(field) for field in MODEL_FIELDS]
-        name = digest([model, piece.opening, piece.closing, piece.token_ids[: piece.protected]])
+        name = digest([model, identity["scorer"], piece.opening, piece.closing, piece.token_ids[: piece.protected]])
         fading = self._fadings.get(name) or self._stages.fading(piece)
         return {} if fading is None else {name: fading}
 

@@ -40,8 +40,10 @@ class Methods(Generic[T]):
             make: the method with its defaults, such as its class.
 
         Raises:
-            InputError: another one has that name, or this is nothing that makes one.
+            InputError: another one has that name, it is no text, or this is nothing that makes one.
         """
+        if not isinstance(name, str) or not name:
+            raise InputError(f"the name of a {self._stage} is {brief(name)}; give a text")
         if not callable(make):
             raise InputError(f"{brief(make)} makes no {self._stage}; give what does, such as its class")
         if self._known.setdefault(name, make) is not make:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
 from kvzip_memory.compression.choosing import choose
 from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
-from kvzip_memory.errors import InputError
+from kvzip_memory.system.digests import same
 from kvzip_memory.system.modes import plain
 
 
@@ -22,20 +22,21 @@ def obstacle(identity: Mapping[str, Any]) -> str | None:
         return "pairs are fitted to those that were evicted"
     if identity.get("compress_every") is not None:
         return "it is compressed in pieces, before everything is read"
-    return "its allocator is not registered under its name" if _allocator(identity) is None else None
+    return "its allocator is not registered as one whose choices are nested" if _allocator(identity) is None else None
 
 
 def _allocator(identity: Mapping[str, Any]) -> Allocator | None:
-    """The one that is registered under its name in a context's identity, and says the same of itself."""
+    """The one that is registered under its name in a context's identity, says the same of itself, and makes nested choices."""
     told = identity.get("allocator")
     name = told.get("name") if isinstance(told, Mapping) else told
     if name not in ALLOCATORS:
         return None
     try:
         allocator = ALLOCATORS.of(name)
-    except InputError:  # what is registered now is none
+        nested = getattr(allocator, "nested", False) is True and same(ALLOCATORS.identity(allocator), told)
+    except Exception:  # what others have registered cannot be made, or is none
         return None
-    return allocator if ALLOCATORS.identity(allocator) == told else None
+    return allocator if nested else None
 
 
 @plain()

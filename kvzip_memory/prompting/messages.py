@@ -124,7 +124,7 @@ def check_messages(messages: Sequence[Message]) -> None:
             raise InputError(
                 f"message role {brief(message['role'])} is not supported; use one of {', '.join(dict.fromkeys(_ROLES.values()))}"
             )
-    if not any(message["content"].strip() for message in messages):
+    if not any(map(says_something, messages)):
         raise InputError("the text is empty; there is nothing to ask or load")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from kvzip_memory.compression.scorers import VERSIONS
 from kvzip_memory.context import Recipe
 from kvzip_memory.errors import IdentityMismatchError, InputError
-from kvzip_memory.system.digests import digest
+from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.printable import brief
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
@@ -80,12 +80,12 @@ def tokens_digest(ids: Sequence[int] | np.ndarray) -> str:
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields that are not the same; those that follow from others only if nothing else differs."""
-    fields = [field for field in {**wanted, **stored} if stored.get(field) != wanted.get(field)]
+    fields = [field for field in {**wanted, **stored} if not same(stored.get(field), wanted.get(field))]
     return tuple(field for field in fields if field not in _DERIVED) or tuple(fields)
 
 
 def only_ratio_differs(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    return {**stored, "ratio": None} == {**wanted, "ratio": None}
+    return same({**stored, "ratio": None}, {**wanted, "ratio": None})
 
 
 def other_version(identity: Mapping[str, Any]) -> Literal["older", "newer"] | None:
@@ -145,7 +145,7 @@ def _told(field: str, stored: Any, wanted: Any) -> str:
     """How a field differs; of two mappings what of them does."""
     then, now = _short(stored), _short(wanted)
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        names = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+        names = [name for name in {**stored, **wanted} if not same(stored.get(name), wanted.get(name))]
         then, now = (brief({name: value.get(name) for name in names}) for value in (stored, wanted))
     return f"{label(field)} differs (field {field}: stored {then}, wanted {now})"
 

@@ -17,6 +17,7 @@ from conftest import TEXT, tiny_engine
 from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine
 from kvzip_memory.compression import Prefilled, Progress, methods
 from kvzip_memory.compression.allocators import ALLOCATORS
+from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.refit import REFITS, LayerPairs
 from kvzip_memory.compression.scorers import SCORERS, KVzipScorer
 from kvzip_memory.errors import ModelError
@@ -201,7 +202,8 @@ ALLOCATE = {"nothing": nothing, "newest": newest, "in place": in_place, "wiping"
 
 def allocator(name: str, identity: Any) -> Any:
     """Registered under its name."""
-    made = type("Own", (), {"identity": lambda self: identity, "allocate": lambda self, *given: ALLOCATE[name](*given)})
+    facts = {"nested": True, "identity": lambda self: identity, "allocate": lambda self, *given: ALLOCATE[name](*given)}
+    made = type("Own", (), facts)
     ALLOCATORS.register(name, made)
     return made()
 
@@ -261,7 +263,7 @@ def test_what_an_allocator_gives_for_a_cut_is_looked_at_too(what: str) -> None:
         right = ALLOCATORS.of("global").allocate(scores, budget)
         return right if len(asked) == 1 else odd(right) if callable(odd) else odd
 
-    own = type("Odd", (), {"identity": lambda self: "odd", "allocate": lambda self, *given: allocate(*given)})
+    own = type("Odd", (), {"nested": True, "identity": lambda self: "odd", "allocate": lambda self, *given: allocate(*given)})
     ALLOCATORS.register("odd", own)
     engine = tiny_engine(allocator=own(), refit="none")
     finer = engine.load(TEXT, ratio=0.6)
@@ -439,3 +441,75 @@ def test_why_a_context_is_not_cut_from_a_finer_one_is_said() -> None:
     own = tiny_engine(refit="none", allocator=Lower())
     own.load(TEXT, ratio=0.6)
     assert "allocator is not registered" in str(own.load(TEXT, ratio=0.3).receipt.reason)
+
+
+class Relative:
+    """By scores relative to the mean of those that are there, which are others for a cut."""
+
+    def identity(self) -> str:
+        return "relative"
+
+    def allocate(self, scores: Tensor, budget: int) -> Tensor:
+        given = scores.float()
+        mean = torch.where(given.isfinite(), given, 0.0).sum(-1, keepdim=True) / given.isfinite().sum(-1, keepdim=True).clamp(min=1)
+        return ALLOCATORS.of("global").allocate(torch.where(given.isfinite(), given / mean, given), budget)
+
+
+def broken() -> Any:
+    raise ModuleNotFoundError("no such package")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("make", [Relative, lambda: Relative(1), broken, lambda: 3])  # type: ignore[call-arg]
+def test_only_by_a_registered_allocator_of_nested_choices_a_context_is_cut(make: Any) -> None:
+    ALLOCATORS.register("relative", make)
+    engine = tiny_engine(allocator=Relative(), refit="none")
+    engine.load(TEXT, ratio=0.6)
+    context = engine.load(TEXT, ratio=0.3)
+    assert context.receipt is not None
+    assert context.receipt.tier == "built"
+    assert pairs_of(context) == pairs_of(tiny_engine(allocator=Relative(), refit="none").load(TEXT, ratio=0.3))
+
+
+@pytest.mark.usefixtures("registered")
+def test_true_is_not_one_where_methods_are_compared() -> None:
+    one, true = ({"name": "lower", "first": first} for first in (1, True))
+    facts = {"nested": True, "allocate": lambda self, *given: ALLOCATORS.of("global").allocate(*given)}
+    ALLOCATORS.register("lower", type("One", (), {**facts, "identity": lambda self: one}))
+    engine = tiny_engine(allocator=type("True", (), {**facts, "identity": lambda self: true})(), refit="none")
+    finer = engine.load(TEXT, ratio=0.6)
+    assert engine.load(TEXT, ratio=0.3).receipt.tier == "built"
+    scorer = type("Own", (Latest,), {"identity": lambda self: {"name": "latest", "first": 1}})
+    ranked = tiny_engine(scorer=scorer()).load(TEXT, ratio=0.4)
+    with pytest.raises(InputError, match="were ranked by"):
+        tiny_engine(scorer=type("Own", (Latest,), {"identity": lambda self: {"name": "latest", "first": True}})()).extend(ranked, "More.")
+    assert finer.key != tiny_engine(allocator="lower", refit="none").load(TEXT, ratio=0.6).key
+
+
+def test_how_scores_fade_is_measured_of_each_scorer() -> None:
+    class Own(KVzipScorer):
+        weight = 0.1
+
+        def identity(self) -> dict[str, Any]:
+            return {**super().identity(), "name": "own", "weight": Own.weight}
+
+        def fading(self, prefilled: Prefilled) -> Fading:
+            return Fading((1.0, 4096.0), (0.0, -Own.weight * 9))
+
+    def grown(engine: KVzipEngine) -> CompressedContext:
+        return engine.extend(engine.load(TEXT, ratio=0.4), "More of it. " * 20)
+
+    engine = tiny_engine(scorer=Own(), refit="none")
+    slow = grown(engine)
+    Own.weight = 3.0
+    fast = grown(engine)
+    assert pairs_of(fast) == pairs_of(grown(tiny_engine(scorer=Own(), refit="none"))) != pairs_of(slow)
+
+
+@pytest.mark.parametrize("name", [None, 5, "", b"own", ["own"], {}])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_methods_name_is_a_text(stage: str, name: Any) -> None:
+    before = [*STAGES[stage]]
+    with pytest.raises(InputError, match=f"name of a {stage}"):
+        STAGES[stage].register(name, OWN[stage])
+    assert [*STAGES[stage]] == before

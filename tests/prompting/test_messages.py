@@ -606,3 +606,20 @@ def test_whatever_is_no_message_is_our_error() -> None:
             assert as_message(message) == message
             read += 1
     assert read > 1000
+
+
+@pytest.mark.parametrize("result", ["", " "])
+def test_a_tools_empty_result_is_a_result_behind_a_context_too(engine: KVzipEngine, result: str) -> None:
+    asked = {"role": "user", "content": "Save it."}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "name": "save", "arguments": {"page": 3}}]}
+    told = {"role": "tool", "content": result, "tool_call_id": "1"}
+    talk = engine.load([asked], ratio=1.0)
+    whole = engine.load([asked, call, told], ratio=1.0)
+    grown = engine.extend(talk, [call, told])
+    assert grown.token_ids.tolist() == whole.token_ids.tolist()
+    texts = [
+        engine.generate(talk, [call, told], max_new_tokens=8).text,
+        engine.session(talk).ask([call, told], max_new_tokens=8).text,
+        engine.generate(None, [asked, call, told], max_new_tokens=8, reuse=False).text,
+    ]
+    assert len({*texts}) == 1

@@ -30,9 +30,10 @@ from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.context import Resident
 from kvzip_memory.inference import loading
 from kvzip_memory.registry import ContextRegistry, Report, parse_bytes
-from kvzip_memory.registry.disk.index import Index, IndexDamagedError
+from kvzip_memory.registry.disk.index import Index, IndexDamagedError, IndexUnavailableError
+from kvzip_memory.registry.disk.putting import Putting
 from kvzip_memory.registry.disk.store import DiskTier
-from kvzip_memory.registry.tier import packed
+from kvzip_memory.registry.tier import packed, to_host
 from kvzip_memory.registry.wanted import TTL_LIMIT
 from kvzip_memory.system.locks import held
 
@@ -550,6 +551,28 @@ def test_what_the_disk_cannot_take_costs_nothing_that_is_stored(tmp_path: Path) 
     assert engine.stats()["tiers"]["disk"] == stats
     assert len(engine.registry.contexts()) == 4  # one in memory only
     engine.close()
+
+
+def test_what_is_stored_stays_when_it_cannot_be_stored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    context = engine.load(TEXT, name="page", tags="red")
+    engine.registry.pin("page")
+    [held], tier = engine.registry._memory.in_memory([context.key]), engine.registry._backing.tier
+    assert tier is not None
+
+    def full(*args: Any) -> None:
+        raise IndexUnavailableError("SQLite: database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Putting, "_insert_now", full)
+        with pytest.raises(IndexUnavailableError):
+            tier.put(to_host(held.context), held.group)
+    assert tier.usage() == tier.measured() > 0
+    engine.close()
+    again = tiny_engine(cache_dir=tmp_path, ratio=0.4)
+    assert again.get("page").key == context.key
+    [entry] = again.registry.contexts()
+    assert (entry.pinned, entry.tags, list(entry.names)) == (True, ("red",), ["page"])
 
 
 def test_what_is_built_while_the_engine_is_closed_stays_in_memory(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 
 class GlobalTopK:
+    nested = True
+
     def identity(self) -> str:
         return "global"
 

@@ -9,6 +9,8 @@ from kvzip_memory.compression.allocators.global_topk import largest
 
 
 class PerLayer:
+    nested = True
+
     def identity(self) -> str:
         return "per_layer"
 

@@ -8,6 +8,8 @@ from kvzip_memory.compression.allocators.per_layer import evenly
 
 
 class Uniform:
+    nested = True
+
     def identity(self) -> str:
         return "uniform"
 

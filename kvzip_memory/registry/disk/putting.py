@@ -45,13 +45,13 @@ class Putting:
         with self._one:  # two writers of one key would have one reservation
             try:
                 self._keeper.owed.discard(entry.key)
-                self._reserve(entry)
+                replaces = self._reserve(entry)
                 for left in self._folder.temporaries():  # by a writer of this key that was killed
                     if left.name.startswith(f"{entry.key}."):
                         left.unlink(missing_ok=True)
                 make_folder(path.parent)
                 prepared.write(path, temporary)
-                self._insert(entry, path)
+                self._insert(entry, None if replaces else path)
             except BaseException:
                 self._keeper.owed.add(entry.key)
                 self._tidying.doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
@@ -60,8 +60,8 @@ class Putting:
                 raise
 
     @needs_index
-    def _reserve(self, entry: Entry) -> None:
-        """Make room for a file and count it as being written."""
+    def _reserve(self, entry: Entry) -> bool:
+        """Make room for a file and count it as being written; whether it takes the place of an older one."""
         self._keeper.collect_dead_writers()
         with self._keeper.changing() as rows:
             old = rows.entry(entry.key)
@@ -71,10 +71,14 @@ class Putting:
                 rows.remember_lost(old)
             stored, writing = rows.totals()
             rows.set_totals(stored, {**writing, entry.key: entry.file_nbytes})
+        return old is not None
 
-    def _insert(self, entry: Entry, path: Path) -> None:
+    def _insert(self, entry: Entry, unless: Path | None) -> None:
         """Turn the reservation into a row. The file is there, so it has some patience; where another process holds the index for longer
         it stays, and gets its row later. Any other index, as on a full disk, may have room for its rows only without the file.
+
+        Args:
+            unless: the file that goes then; None for one that stays, as something was stored in its place before.
         """
         try:
             for _ in range(9):
@@ -85,8 +89,9 @@ class Putting:
         except IndexHeldError:
             raise
         except IndexUnavailableError:
-            with suppress(OSError):
-                delete(path)
+            if unless is not None:
+                with suppress(OSError):
+                    delete(unless)
             raise
 
     @needs_index

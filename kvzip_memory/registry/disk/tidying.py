@@ -179,7 +179,8 @@ class Tidying:
                     deleted += 1
                     continue
                 if entry is not None:
-                    rows.add(entry)
+                    rows.add(completed(entry, rows.lost(key)))
+                    rows.forget_lost(key)
                 stored += nbytes
         for path in self._folder.temporaries():
             if path.name[:64] not in writing and (".catalog." not in path.name or self._folder.delete_dead(path)):
