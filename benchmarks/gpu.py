@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
 
 from common import save
-from kvzip_memory.attention import RowKV, attach, choose, flash, reference
+from kvzip_memory.attention import RowKV, Softmax, attach, choose, flash, reference
 from kvzip_memory.attention import triton as kernels
 from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, storage_nbytes
 from kvzip_memory.context.upload import upload
@@ -146,9 +146,11 @@ def check(size: Size) -> str:
                 for c, t in ((layer, 64), (None, 64), (layer, 70))]  # fmt: skip
         query = random(size, len(rows), size.heads * size.group, tokens, size.dim)
         chosen = choose(name, size.device, size.dtype)
-        expected = reference.attention(query, rows, size.dim**-0.5, None)
         tolerance = 2e-2 if size.dtype == torch.bfloat16 else 1e-4
-        torch.testing.assert_close(chosen.attend(query, rows, size.dim**-0.5, None), expected, atol=tolerance, rtol=tolerance)
+        plain = Softmax(size.dim**-0.5)
+        for softmax in (plain, plain._replace(cap=2.0), plain._replace(sinks=random(size, size.heads * size.group))):
+            expected = reference.attention(query, rows, softmax, None)
+            torch.testing.assert_close(chosen.attend(query, rows, softmax, None), expected, atol=tolerance, rtol=tolerance)
     return choose("auto", size.device, size.dtype).name
 
 
@@ -174,9 +176,8 @@ class Attention:
     def run(self) -> torch.Tensor:
         for items, parts in zip(self._items, self._parts, strict=True):
             out = torch.empty_like(self._query.transpose(1, 2))
-            kernels.attend(
-                self._query, items, parts, self._entries, self._lengths, self._lengths, self._size.dim**-0.5, None, self._blocks, out
-            )
+            tables = items, parts, self._entries, self._lengths, self._lengths
+            kernels.attend(self._query, *tables, Softmax(self._size.dim**-0.5), None, self._blocks, out)
         return out
 
 
@@ -242,7 +243,7 @@ class DenseCall(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, softmax: Softmax) -> torch.Tensor:
         return self._attend(query, *self._pairs)
 
 

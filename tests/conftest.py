@@ -19,7 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -67,6 +69,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         query_pre_attn_scalar=40,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
+    # logits that are capped, low enough to tell
+    "gemma2": Gemma2Config(**SHAPE, head_dim=16, sliding_window=32, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
+    # sinks, and experts
+    "gpt_oss": GptOssConfig(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
 }
 ARCHITECTURES = sorted(CONFIGS)
 
@@ -79,6 +92,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: object) ->
     for parameter in model.parameters():
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.15)
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, mean=2.0)
     return model
 
 
@@ -209,8 +225,18 @@ def _masked(
 
     def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         groups = query.shape[1] // key.shape[1]
+        cap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        logits = query @ key.mT * scaling
+
+        def capped(logits: torch.Tensor) -> torch.Tensor:
+            return logits if cap is None else cap * (logits / cap).tanh()
+
+        def softmax(logits: torch.Tensor) -> torch.Tensor:
+            if sinks is None:
+                return logits.softmax(-1)
+            return torch.cat([logits, sinks.view(1, -1, 1, 1).expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+
+        logits = capped(query @ key.mT * scaling)
         total = key.shape[2]
         positions = torch.arange(total)
         hidden = positions[None] > positions[:, None]
@@ -220,15 +246,15 @@ def _masked(
         hidden = hidden.expand(query.shape[1], total, total).clone()
         for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
             hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
-        weights = logits.masked_fill(hidden[None], float("-inf")).softmax(-1)
+        weights = softmax(logits.masked_fill(hidden[None], float("-inf")))
         out = weights @ value
         for seen_from, _, _, layers in kept:  # what is behind a context sees the pairs that it has
             layer, (keys, values) = layers[module.layer_idx], (key.clone(), value.clone())
             for group in range(groups):
                 for stored, own in ((keys, layer.keys), (values, layer.values)):
                     stored[0, layer.heads() * groups + group, layer.positions.long()] = own
-            logits = query[:, :, seen_from:] @ keys.mT * scaling
-            weights[:, :, seen_from:] = logits.masked_fill(hidden[None, :, seen_from:], float("-inf")).softmax(-1)
+            logits = capped(query[:, :, seen_from:] @ keys.mT * scaling)
+            weights[:, :, seen_from:] = softmax(logits.masked_fill(hidden[None, :, seen_from:], float("-inf")))
             out[:, :, seen_from:] = weights[:, :, seen_from:] @ values
         attention.append(weights[0, :, n:])
         return out.transpose(1, 2).contiguous(), None

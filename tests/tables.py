@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvzip_memory.attention import triton
+from kvzip_memory.attention import Softmax, triton
 from kvzip_memory.attention.triton import blocks, context_owner, fitting_width, plan, programs, tail_owner
 
 __all__ = ["append", "attend", "blocks", "context_owner", "fitting_width", "plan", "programs", "tail_owner"]
@@ -39,7 +39,7 @@ def attend(
     entries: torch.Tensor,
     lengths: torch.Tensor,
     positions: torch.Tensor,
-    scaling: float,
+    softmax: Softmax,
     window: int | None,
     size: triton.Blocks,
     out: torch.Tensor,
@@ -51,6 +51,8 @@ def attend(
         for head in range(parts.shape[1]):
             first_c, number_c, first_t, number_t = parts[entry, head].tolist()
             logits, values = [np.empty((group, 0))], [np.empty((0, dim))]
+            assert softmax.cap is None
+            assert softmax.sinks is None
             heads = slice(head * group, head * group + group)
             q = query[row, heads, n - 1 - behind].numpy()
             for item in [*range(first_c, first_c + number_c), *range(first_t, first_t + number_t)]:
@@ -68,7 +70,7 @@ def attend(
                     key_positions = np.frombuffer((ctypes.c_int32 * count).from_address(where), np.int32)
                 if window is not None:
                     seen &= key_positions > position - window
-                logits.append(np.where(seen, q @ floats(keys, count * dim).reshape(count, dim).T * scaling, -np.inf))
+                logits.append(np.where(seen, q @ floats(keys, count * dim).reshape(count, dim).T * softmax.scaling, -np.inf))
                 values.append(np.where(seen[:, None], floats(vals, count * dim).reshape(count, dim), 0.0))
             row_logits = np.concatenate(logits, 1)
             weights = np.exp(row_logits - row_logits.max(1, keepdims=True, initial=-1e30))

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from kvzip_memory.attention import cpu, flash, reference
-from kvzip_memory.attention.base import AttentionBackend, RowKV
+from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.printable import brief
 
-__all__ = ["BACKENDS", "NAMES", "AttentionBackend", "AttentionCall", "Chosen", "RowKV", "attach", "choose"]
+__all__ = ["BACKENDS", "NAMES", "AttentionBackend", "AttentionCall", "Chosen", "RowKV", "Softmax", "attach", "choose"]
 
 #: Those in plain torch; they compute on every device.
 BACKENDS: dict[str, AttentionBackend] = {"cpu": cpu.attention, "reference": reference.attention}
@@ -39,14 +39,14 @@ _PREFIX = "kvzip:"
 class AttentionCall(Protocol):
     """What travels with one forward as ``kvzip=``."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention of one layer.
 
         Args:
             layer: index of the layer.
             query: ``[B, H * G, n, D]``, post-RoPE.
             key, value: ``[B, H, n, D]``, this call's own pairs, post-RoPE.
-            scaling: factor of the logits.
+            softmax: of the layer.
 
         Returns:
             ``[B, n, H * G, D]``.
@@ -115,10 +115,10 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 
 def _by_length(decode: AttentionBackend, read: AttentionBackend) -> AttentionBackend:
-    def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
         tokens, dim = query.shape[2:]
-        backend = read if tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 else decode
-        return backend(query, rows, scaling, window)
+        backend = read if tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 and softmax.cap is None else decode
+        return backend(query, rows, softmax, window)
 
     return attention
 
@@ -148,7 +148,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     if kvzip is None:
         return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
-    return kvzip.attend(module.layer_idx, query, key, value, kwargs["scaling"]), None  # type: ignore[arg-type]
+    softmax = Softmax(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    return kvzip.attend(module.layer_idx, query, key, value, softmax), None  # type: ignore[arg-type]
 
 
 def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

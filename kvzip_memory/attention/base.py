@@ -10,6 +10,28 @@ from torch import Tensor
 from kvzip_memory.context import RaggedLayer
 
 
+class Softmax(NamedTuple):
+    """How a layer makes weights of what queries and keys give.
+
+    Attributes:
+        scaling: factor of their products; that makes logits of them.
+        cap: logits ``x`` become ``cap * tanh(x / cap)``, before any is masked; None if they do not.
+        sinks: ``[H * G]``, one more logit for each query head, which is without a value; None if there is none.
+    """
+
+    scaling: float
+    cap: float | None = None
+    sinks: Tensor | None = None
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """Logits with the cap applied, in place."""
+        return logits if self.cap is None else logits.div_(self.cap).tanh_().mul_(self.cap)
+
+    def sinks_of(self, n_heads: int, n_tokens: int) -> Tensor | None:
+        """The sink of each query of so many tokens, in the order of ``[H, G * n_tokens]``; fp32, None if there is none."""
+        return None if self.sinks is None else self.sinks.float().view(n_heads, -1).repeat_interleave(n_tokens, 1)
+
+
 class RowKV(NamedTuple):
     """The pairs one row of a batch may see in one layer.
 
@@ -28,13 +50,13 @@ class RowKV(NamedTuple):
 
 
 class AttentionBackend(Protocol):
-    def __call__(self, query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+    def __call__(self, query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
         """Attention of every row's new tokens over its context and, causally, its tail.
 
         Args:
             query: ``[B, H * G, n, D]``, post-RoPE; G query heads share a KV head.
             rows: one entry a row of the batch. Several rows may share one context.
-            scaling: factor of the logits, as the model gives it.
+            softmax: of the layer.
             window: the layer's sliding window: a token sees the last ``window`` positions, itself included.
 
         Returns:

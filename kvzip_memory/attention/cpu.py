@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV, rows_by_context
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
 from kvzip_memory.context import RaggedLayer
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
@@ -24,51 +24,62 @@ BLOCK_ELEMENTS = 8 << 20
 PART_PAIRS = 256
 
 
-def _has_fused(device: torch.device) -> bool:
-    return device.type == "cpu"
+def _has_fused(device: torch.device, softmax: Softmax) -> bool:
+    return device.type == "cpu" and softmax.cap is None
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added."""
-    if _has_fused(query.device):
+    if _has_fused(query.device, softmax):
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=mask, scale=scaling
+            query, keys, values, attn_mask=mask, scale=softmax.scaling
         )
         return found[0], found[1].float()  # the kernel's is float64 where the queries are
-    logits = torch.matmul(query * scaling, keys.mT).float()
+    logits = softmax.capped(torch.matmul(query * softmax.scaling, keys.mT).float())
     if mask is not None:
         logits += mask
     lse = logits.logsumexp(-1)
     return torch.matmul(logits.sub_(lse.unsqueeze(-1)).exp_().to(values.dtype), values), lse
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     if batch == 1:  # no padding, nothing to put together
-        merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, scaling, window)
+        merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, softmax, window)
         return merged.view(1, query_heads, n, dim).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, dim)
     for members in rows_by_context([row.context for row in rows]):
         counts = [rows[b].n_new for b in members]
         n_heads = rows[members[0]].keys.shape[0]
         queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
-        merged = _attend_rows(queries, [rows[b] for b in members], scaling, window)
+        merged = _attend_rows(queries, [rows[b] for b in members], softmax, window)
         for b, count, part in zip(members, counts, merged.split([q.shape[1] for q in queries], 1), strict=True):
             out[b, n - count :] = part.reshape(query_heads, count, dim).transpose(0, 1)
     return out
 
 
-def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """Attention of rows on one context, each with queries ``[H, G * n_new, D]``: of all of them, one behind another in dimension 1."""
     context = rows[0].context
-    outs, lses = _joined([_attend_tail(q, row, scaling, window) for q, row in zip(queries, rows, strict=True)])
+    outs, lses = _joined([_attend_tail(q, row, softmax, window) for q, row in zip(queries, rows, strict=True)])
     if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
         seen = None if window is None else _first_seen(rows, window, queries[0].shape[1] // rows[0].n_new, queries[0].device)
-        parts = _attend_context(_cat(queries), context, scaling, seen)
+        parts = _attend_context(_cat(queries), context, softmax, seen)
         outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
     merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
+    sinks = [found for row in rows if (found := softmax.sinks_of(len(merged), row.n_new)) is not None]
+    if sinks:
+        merged, _ = beside_sinks(merged, lses.logsumexp(1), _cat(sinks))
     return merged.to(queries[0].dtype)
+
+
+def beside_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention ``[H, R, D]`` and log-sum-exp ``[H, R]``, with one more logit ``[H, R]`` beside that has no value."""
+    if sinks is None:
+        return out, lse
+    whole = torch.logaddexp(lse, sinks)
+    return out * (lse - whole).exp().unsqueeze(-1), whole
 
 
 def _cat(tensors: list[Tensor]) -> Tensor:
@@ -80,20 +91,20 @@ def _joined(tails: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return _cat([out for out, _ in tails]).unsqueeze(1), _cat([lse for _, lse in tails]).unsqueeze(1)
 
 
-def _attend_tail(query: Tensor, row: RowKV, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _attend_tail(query: Tensor, row: RowKV, softmax: Softmax, window: int | None) -> tuple[Tensor, Tensor]:
     """Causal attention of one row's ``query [H, G * n_new, D]`` over its tail: fp32 of that shape, and ``[H, G * n_new]``."""
     keys, values = row.keys, row.values
     if row.n_new == 1:
         if window is not None:
             keys, values = keys[:, -window:], values[:, -window:]
-        out, lse = _attend(query[None], keys[None], values[None], scaling)
+        out, lse = _attend(query[None], keys[None], values[None], softmax)
         return out[0].float(), lse[0]
     if window is not None:
-        return _causal_masked(query, keys, values, row.n_new, scaling, window)
-    return causal(query, keys, values, row.n_new, scaling)
+        return _causal_masked(query, keys, values, row.n_new, softmax, window)
+    return causal(query, keys, values, row.n_new, softmax)
 
 
-def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: float) -> tuple[Tensor, Tensor]:
+def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Attention of the last ``n_new`` tokens over all so far. Those before them are seen by all and need no mask.
 
     Args:
@@ -103,31 +114,33 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: flo
     Returns:
         fp32 of the query's shape, and log-sum-exp ``[H, G * n_new]``.
     """
-    if not _has_fused(query.device):
-        return _causal_masked(query, keys, values, n_new, scaling, None)
+    if not _has_fused(query.device, softmax):
+        return _causal_masked(query, keys, values, n_new, softmax, None)
     past = keys.shape[1] - n_new
     own = (query.unflatten(1, (-1, n_new)), keys[:, None, past:], values[:, None, past:])
     shape = own[0].shape
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*(x.expand(shape) for x in own), is_causal=True, scale=scaling)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *(x.expand(shape) for x in own), is_causal=True, scale=softmax.scaling
+    )
     out, lse = out.flatten(1, 2).float(), lse.flatten(1, 2).float()
     if not past:
         return out, lse
-    before, before_lse = _attend(query[None], keys[None, :, :past], values[None, :, :past], scaling)
+    before, before_lse = _attend(query[None], keys[None, :, :past], values[None, :, :past], softmax)
     share = (before_lse[0] - lse).sigmoid_()  # of what came before
     return out.lerp_(before[0].float(), share.unsqueeze(-1)), torch.logaddexp(lse, before_lse[0])
 
 
-def with_context(out: Tensor, lse: Tensor, query: Tensor, context: RaggedLayer, scaling: float) -> tuple[Tensor, Tensor]:
+def with_context(out: Tensor, lse: Tensor, query: Tensor, context: RaggedLayer, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """What :func:`causal` gave for a query, with the pairs of a context beside those that it has seen; full attention only."""
-    outs, lses = _attend_context(query, context, scaling, None)
+    outs, lses = _attend_context(query, context, softmax, None)
     lses = torch.cat([lse.unsqueeze(1), lses], 1)
     return (torch.cat([out.unsqueeze(1), outs], 1) * lses.softmax(1).unsqueeze(-1)).sum(1), lses.logsumexp(1)
 
 
-def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scaling: float, window: int | None) -> tuple[Tensor, Tensor]:
+def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Softmax, window: int | None) -> tuple[Tensor, Tensor]:
     """:func:`causal` with a mask, in blocks; of the last ``window`` tokens only if there is one."""
     n_heads, n_tail, _ = keys.shape
-    query = (query * scaling).unflatten(1, (-1, n_new))  # before the products, which overflow float16 otherwise
+    query = (query * softmax.scaling).unflatten(1, (-1, n_new))  # before the products, which overflow float16 otherwise
     key_index = torch.arange(n_tail, device=query.device)
     query_index = torch.arange(n_tail - n_new, n_tail, device=query.device)
     step = max(1, BLOCK_ELEMENTS // (n_heads * query.shape[1] * n_tail))
@@ -138,7 +151,7 @@ def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, scal
         hidden = key_index > index
         if window is not None:
             hidden |= key_index <= index - window
-        logits = torch.matmul(block, keys.mT).float().unflatten(1, (-1, len(index)))
+        logits = softmax.capped(torch.matmul(block, keys.mT).float()).unflatten(1, (-1, len(index)))
         logits.masked_fill_(hidden, float("-inf"))
         lse = logits.logsumexp(-1)
         weights = logits.sub_(lse.unsqueeze(-1)).exp_().flatten(1, 2).to(values.dtype)
@@ -156,13 +169,13 @@ def _first_seen(rows: Sequence[RowKV], window: int, group: int, device: torch.de
     return torch.cat(starts).to(device)
 
 
-def _attend_context(query: Tensor, context: RaggedLayer, scaling: float, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend_context(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
-        return _attend_sliding(query, context, scaling, first_seen)
-    heads = _views(context, torch.get_num_threads() if _has_fused(query.device) else 1)
+        return _attend_sliding(query, context, softmax, first_seen)
+    heads = _views(context, torch.get_num_threads() if _has_fused(query.device, softmax) else 1)
     queries = query.unsqueeze(1).expand(-1, heads[0].parts, -1, -1).unsqueeze(2).unbind()
-    found = [_attend_head(q, head, scaling) for q, head in zip(queries, heads, strict=True)]
+    found = [_attend_head(q, head, softmax) for q, head in zip(queries, heads, strict=True)]
     return torch.cat([out for out, _ in found], 1).transpose(0, 1).float(), torch.cat([lse for _, lse in found], 1).transpose(0, 1)
 
 
@@ -210,34 +223,37 @@ def _mask(parts: int, rest: int, size: int, dtype: torch.dtype, device: torch.de
     return mask
 
 
-def _attend_head(query: Tensor, head: _HeadView, scaling: float) -> tuple[Tensor, Tensor]:
+def _attend_head(query: Tensor, head: _HeadView, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Attention of ``query [P, 1, R, D]`` over one head: ``[P, 1, R, D]`` and ``[P, 1, R]``."""
     if len(head.keys) == head.parts and head.keys.shape[2]:
-        return _attend(query, head.keys, head.values, scaling, head.mask)
+        return _attend(query, head.keys, head.values, softmax, head.mask)
     out = torch.zeros_like(query)
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
     if head.keys.shape[2]:
-        out[:1], lse[:1] = _attend(query[:1], head.keys, head.values, scaling)
+        out[:1], lse[:1] = _attend(query[:1], head.keys, head.values, softmax)
     return out, lse
 
 
-def _attend_sliding(query: Tensor, context: RaggedLayer, scaling: float, first_seen: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_sliding(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor) -> tuple[Tensor, Tensor]:
     found = []
     for head in range(context.n_heads):
         keys, values = context.head(head)
         positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
-        found.append(_attend_masked(query[head] * scaling, keys, values, positions, first_seen))
+        found.append(_attend_masked(query[head], keys, values, positions, softmax, first_seen))
     return torch.stack([out for out, _ in found]), torch.stack([lse for _, lse in found])
 
 
-def _attend_masked(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, first_seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention of scaled ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
+def _attend_masked(
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, softmax: Softmax, first_seen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
+    query = query * softmax.scaling
     out = query.new_empty(1, *query.shape, dtype=torch.float32)
     lse = query.new_empty(1, len(query), dtype=torch.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))
     for start in range(0, len(query), step):
         block = slice(start, start + step)
-        logits = torch.matmul(query[block], keys.T).float()
+        logits = softmax.capped(torch.matmul(query[block], keys.T).float())
         logits.masked_fill_(positions <= first_seen[block, None], float("-inf"))
         lse[0, block] = logits.logsumexp(-1)
         # A query that sees nothing here has lse = -inf: subtract 0 in its place, its weights are exp(-inf) = 0.

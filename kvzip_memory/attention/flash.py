@@ -2,7 +2,7 @@
 
 Over a context every query sees every pair, so the query heads that share a KV head and the rows on the context are queries
 of one sequence. Over a tail, where attention is causal, rows and KV heads are the sequences. Nothing of a context is
-copied. Sliding layers, whose windows are short, take plain products with a mask.
+copied. Sliding layers, whose windows are short, and capped logits take plain products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention import cpu
-from kvzip_memory.attention.base import AttentionBackend, RowKV, rows_by_context
+from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, rows_by_context
 from kvzip_memory.context import RaggedLayer
 
 
@@ -45,22 +45,24 @@ class Varlen(Protocol):
 def backend(varlen: Varlen) -> AttentionBackend:
     """An attention backend that computes with the given library."""
 
-    def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
         """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
-        if window is not None:
-            return cpu.attention(query, rows, scaling, window)
+        if window is not None or softmax.cap is not None:
+            return cpu.attention(query, rows, softmax, window)
         batch, query_heads, n, dim = query.shape
         n_heads = rows[0].keys.shape[0]
         queries = [query[b, :, n - row.n_new :].reshape(n_heads, -1, row.n_new, dim).transpose(1, 2) for b, row in enumerate(rows)]
-        found = _attend_tails(varlen, queries, rows, scaling)  # each [H, n_new, G, D] and [H, n_new, G]
+        found = _attend_tails(varlen, queries, rows, softmax.scaling)  # each [H, n_new, G, D] and [H, n_new, G]
         out = query.new_zeros(batch, n, query_heads, dim)
         for members in rows_by_context([row.context for row in rows]):
             context = rows[members[0]].context
-            outs = torch.cat([found[b][0] for b in members], 1)
+            outs, lses = (torch.cat([found[b][i] for b in members], 1) for i in (0, 1))
             if context is not None and any(context.lengths):
-                lses = torch.cat([found[b][1] for b in members], 1)
-                theirs, their_lses = _attend_context(varlen, torch.cat([queries[b] for b in members], 1), context, scaling)
+                theirs, their_lses = _attend_context(varlen, torch.cat([queries[b] for b in members], 1), context, softmax.scaling)
                 outs = outs.lerp(theirs, torch.sigmoid(their_lses - lses).unsqueeze(-1))  # the softmax of two log-sum-exps
+                lses = torch.logaddexp(lses, their_lses)
+            if softmax.sinks is not None:
+                outs = outs * torch.sigmoid(lses - softmax.sinks.float().view(n_heads, 1, -1)).unsqueeze(-1)
             for b, part in zip(members, outs.split([rows[b].n_new for b in members], 1), strict=True):
                 out[b, n - rows[b].n_new :] = part.transpose(0, 1).flatten(1, 2).to(out.dtype)
         return out

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def attend(
@@ -14,6 +16,7 @@ def attend(
     out,  # [W, BLOCK_M, DIM] fp32
     lse,  # [W, BLOCK_M] fp32, base 2
     scale,  # of the logits, times log2(e)
+    cap,  # of the logits, times log2(e)
     n,
     window,
     stride_b,
@@ -25,6 +28,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -78,7 +82,10 @@ def attend(
             position = tl.load(key_positions + index, mask=inside & (in_tail == 0), other=0)
             position = tl.where(in_tail, last - length + 1 + first + index, position)
             visible = visible & (position[None, :] > horizon[:, None])
-        logits = tl.where(visible, logits * scale, float("-inf"))
+        logits *= scale
+        if CAPPED:
+            logits = cap * (2.0 / (1.0 + tl.exp2(logits * (-2.0 * LOG2_E) / cap)) - 1.0)  # tanh
+        logits = tl.where(visible, logits, float("-inf"))
         highest = tl.maximum(best, tl.max(logits, 1))
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         weights = tl.exp2(logits - shift[:, None])
@@ -109,6 +116,7 @@ def merge(
     entries,
     parts_out,  # what attend() wrote
     parts_lse,
+    sinks,  # [H * GROUP], or None
     out,  # [B, n, H * GROUP, DIM] contiguous
     n,
     heads,
@@ -130,6 +138,9 @@ def merge(
     slot_c, slot_t = _slot(items, tl.load(fields), entry, GROUP, BLOCK_M), _slot(items, tl.load(fields + 2), entry, GROUP, BLOCK_M)
     best = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
+    if sinks is not None:
+        best = tl.load(sinks + query_head).to(tl.float32) * LOG2_E
+        total = tl.full([], 1.0, tl.float32)
     acc = tl.full([BLOCK_D], 0.0, tl.float32)
     for begin in range(0, number, BLOCK_P):
         part = begin + tl.arange(0, BLOCK_P)

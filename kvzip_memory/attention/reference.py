@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV
+from kvzip_memory.attention.base import RowKV, Softmax
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`. Computes in float64."""
     batch, query_heads, n, dim = query.shape
     out = query.new_zeros(batch, n, query_heads, dim)
@@ -33,6 +33,8 @@ def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int 
                 if window is not None:
                     visible &= positions > position - window
                 q = query[b, head, n - row.n_new + i].double()
-                logits = (keys.double() @ q * scaling).masked_fill(~visible, float("-inf"))
-                out[b, n - row.n_new + i, head] = (logits.softmax(0) @ values.double()).to(out.dtype)
+                logits = softmax.capped(keys.double() @ q * softmax.scaling).masked_fill(~visible, float("-inf"))
+                if softmax.sinks is not None:
+                    logits = torch.cat([logits, softmax.sinks[head : head + 1].double()])
+                out[b, n - row.n_new + i, head] = (logits.softmax(0)[: len(values)] @ values.double()).to(out.dtype)
     return out

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import knobs
 
 from kvzip_memory.attention import kernels
-from kvzip_memory.attention.base import RowKV, rows_by_context
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
 from kvzip_memory.context import RaggedLayer
 
 Int64 = npt.NDArray[np.int64]
@@ -189,7 +189,7 @@ def blocks(n_entries: int, group: int, dim: int, itemsize: int) -> Blocks:
     return Blocks(m, 64 if d * itemsize <= 256 else 32, d, m // group)
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     groups = rows_by_context([row.context for row in rows])
@@ -213,7 +213,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], scaling: float, window: int 
     lengths, positions = torch.tensor([tail_lengths, last], device=query.device)
     table = torch.tensor(entries, dtype=torch.int32, device=query.device)
     out = query.new_zeros(batch, n, query_heads, dim)
-    return attend(query, items, parts, table, lengths, positions, scaling, window, size, out)
+    return attend(query, items, parts, table, lengths, positions, softmax, window, size, out)
 
 
 def attend(
@@ -223,7 +223,7 @@ def attend(
     entries: Tensor,
     lengths: Tensor,
     positions: Tensor,
-    scaling: float,
+    softmax: Softmax,
     window: int | None,
     size: Blocks,
     out: Tensor,
@@ -236,7 +236,7 @@ def attend(
         entries: ``[E, 2]`` int32: the row of each entry, and how many of the row's tokens come after it.
         lengths: ``[B]`` int64, pairs in the tails, this call's included.
         positions: ``[B]`` int64, position of each row's last token.
-        scaling, window: see :class:`~kvzip_memory.attention.base.AttentionBackend`.
+        softmax, window: see :class:`~kvzip_memory.attention.base.AttentionBackend`.
         size: what the plan was made for.
     """
     _, query_heads, n, dim = query.shape
@@ -254,7 +254,8 @@ def attend(
             positions,
             part_out,
             part_lse,
-            scaling * log2(np.e),
+            softmax.scaling * log2(np.e),
+            (softmax.cap or 0.0) * log2(np.e),
             n,
             window or 0,
             *query.stride()[:3],
@@ -264,13 +265,14 @@ def attend(
             BLOCK_M=size.m,
             BLOCK_N=size.n,
             WINDOWED=window is not None,
+            CAPPED=softmax.cap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             WIDE=INTERPRETED,
             num_warps=warps(size),
             num_stages=_stages(query.device),
         )
         kernels.merge[(len(entries), query_heads)](
-            parts, items, entries, part_out, part_lse, out, n, query_heads, group, dim, size.d, size.m, BLOCK_P=16
+            parts, items, entries, part_out, part_lse, softmax.sinks, out, n, query_heads, group, dim, size.d, size.m, BLOCK_P=16
         )
     return out
 

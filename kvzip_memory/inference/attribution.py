@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import Cache
 
-from kvzip_memory.attention import BACKENDS, RowKV
+from kvzip_memory.attention import BACKENDS, RowKV, Softmax
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.system.modes import plain
@@ -68,18 +68,19 @@ class _Watch(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._row.length
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         row, n = self._row, query.shape[2]
         keys, values = row.tail.append(layer, key[0], value[0])
         if self._windows[layer] is None:
-            mass = self._mass(layer, query[0].unflatten(0, (len(keys), -1)) * scaling, keys)
+            mass = self._mass(layer, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
-        return BACKENDS["cpu"](query, [RowKV(row.layers[layer], keys, values, n, row.start)], scaling, self._windows[layer])
+        return BACKENDS["cpu"](query, [RowKV(row.layers[layer], keys, values, n, row.start)], softmax, self._windows[layer])
 
-    def _mass(self, layer: int, query: Tensor, tail_keys: Tensor) -> Tensor:
-        """``[H, spans]`` fp32: what the rows of ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
+    def _mass(self, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
+        """``[H, spans]`` fp32: what the rows of scaled ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
         context, (n_heads, group, n, _) = self._row.layers[layer], query.shape
         past = self._row.tail.length
+        sinks = None if softmax.sinks is None else softmax.sinks.float().view(n_heads, group, 1, 1)
         mass = query.new_zeros(n_heads, group, self._edges.shape[1], dtype=torch.float32)
         for head in range(n_heads):
             keys, _ = context.head(head)
@@ -90,7 +91,10 @@ class _Watch(Cache):
                 own = rows @ tail_keys[head].T
                 positions = torch.arange(past + n, device=own.device)
                 later = positions > positions[past + start : past + start + rows.shape[1], None]
-                logits = torch.cat([rows @ keys.T, own.masked_fill(later, float("-inf"))], -1).float()
+                logits = softmax.capped(torch.cat([rows @ keys.T, own], -1).float())
+                logits[..., len(keys) :].masked_fill_(later, float("-inf"))
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[head].expand(-1, rows.shape[1], 1)], -1)
                 paid = pad(logits.softmax(-1)[..., : len(keys)].sum(1).cumsum(-1), (1, 0))
                 mass[head] += paid[:, at[1]] - paid[:, at[0]]
         return mass.mean(1)

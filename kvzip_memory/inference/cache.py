@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 from transformers import Cache
 
-from kvzip_memory.attention import AttentionBackend, RowKV
+from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
 from kvzip_memory.context import RaggedLayer
 
 
@@ -127,11 +127,11 @@ class SessionCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(row.length for row in self._rows)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         rows, n = [], query.shape[2]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
             rows.append(RowKV(row.layers[layer] if row.layers else None, keys, values, count, row.start))
         if layer == self._last:
             raise LastLayerSeen
-        return self._backend(query, rows, scaling, self._windows[layer])
+        return self._backend(query, rows, softmax, self._windows[layer])

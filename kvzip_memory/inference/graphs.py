@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvzip_memory.attention.base import rows_by_context
+from kvzip_memory.attention.base import Softmax, rows_by_context
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.system.modes import evaluation_copy, in_evaluation
 from kvzip_memory.system.printable import logger_of
@@ -224,12 +224,12 @@ class _Batch:
         logits: Tensor = output.logits
         return logits
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         kernels = self._kernels
         kernels.append(key, value, self._tails[layer], self._lengths, self._counts)
         out = query.new_empty(self._size, self._width, *query.shape[1::2])
         tables = self._items[layer], self._parts[layer], self._entries
-        attended: Tensor = kernels.attend(query, *tables, self._lengths, self._last, scaling, self._windows[layer], self._blocks, out)
+        attended: Tensor = kernels.attend(query, *tables, self._lengths, self._last, softmax, self._windows[layer], self._blocks, out)
         return attended
 
 

@@ -387,9 +387,8 @@ def _check(model: PreTrainedModel) -> list[str]:
         raise UnsupportedModelError(f"{kind!r} has layers of type {foreign}; only full and sliding-window attention keep pairs to evict")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
-    for name in ("attn_logit_softcapping", "num_kv_shared_layers"):
-        if getattr(config, name, None):
-            raise UnsupportedModelError(f"{kind!r} uses {name}={getattr(config, name)}, which our attention does not compute")
+    if shared := getattr(config, "num_kv_shared_layers", None):
+        raise UnsupportedModelError(f"{kind!r} uses num_kv_shared_layers={shared}, which our attention does not compute")
     return layer_types
 
 

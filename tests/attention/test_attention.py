@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvzip_memory.attention import AttentionBackend, RowKV, flash, reference
+from kvzip_memory.attention import AttentionBackend, RowKV, Softmax, flash, reference
 from kvzip_memory.attention import cpu as cpu_backend
 from kvzip_memory.context import RaggedLayer
 
 HEADS, GROUP, DIM = 3, 2, 8
-Call = tuple[torch.Tensor, list[RowKV], float, int | None]
+Call = tuple[torch.Tensor, list[RowKV], Softmax, int | None]
 
 
 def plain_varlen(
@@ -49,10 +49,10 @@ def backend_named(name: str) -> AttentionBackend:
 
 
 def check(name: str, call: Call) -> None:
-    query, rows, scaling, window = call
+    query, rows, softmax, window = call
     tolerance = 2e-5 if query.dtype == torch.float32 else 2e-2
-    expected = reference.attention(query, rows, scaling, window)
-    torch.testing.assert_close(backend_named(name)(query, rows, scaling, window), expected, atol=tolerance, rtol=tolerance)
+    expected = reference.attention(query, rows, softmax, window)
+    torch.testing.assert_close(backend_named(name)(query, rows, softmax, window), expected, atol=tolerance, rtol=tolerance)
 
 
 def ragged(lengths: tuple[int, ...], n: int, seed: int = 0) -> RaggedLayer:
@@ -78,8 +78,8 @@ def test_a_backend_equals_the_reference(backend: str, block: int, window: int | 
         RowKV(other, *tail(15), n_new=2, context_tokens=12),
     ]
     query = torch.randn(len(rows), HEADS * GROUP, 4, DIM)
-    expected = reference.attention(query, rows, 0.3, window)
-    torch.testing.assert_close(backend_named(backend)(query, rows, 0.3, window), expected, atol=1e-5, rtol=1e-5)
+    expected = reference.attention(query, rows, Softmax(0.3), window)
+    torch.testing.assert_close(backend_named(backend)(query, rows, Softmax(0.3), window), expected, atol=1e-5, rtol=1e-5)
 
 
 @st.composite
@@ -102,7 +102,9 @@ def calls(draw: st.DrawFn) -> Call:
         keys, values = (torch.randn(heads, before + n_new, dim).to(dtype) for _ in range(2))
         rows.append(RowKV(context, keys, values, n_new, n if context is not None else 0))
     query = torch.randn(len(rows), heads * group, max(row.n_new for row in rows), dim).to(dtype)
-    return query, rows, dim**-0.5, draw(st.sampled_from([None, None, 1, 16, 200]))
+    sinks = draw(st.sampled_from([None, torch.randn(heads * group).mul(3).to(dtype)]))
+    softmax = Softmax(dim**-0.5, draw(st.sampled_from([None, None, 1.5, 50.0])), sinks)
+    return query, rows, softmax, draw(st.sampled_from([None, None, 1, 16, 200]))
 
 
 EXAMPLES = int(os.environ.get("KVZIP_EXAMPLES", "80"))
@@ -125,9 +127,9 @@ def test_where_torch_has_no_fused_kernel_plain_products_give_the_same(monkeypatc
     """What runs on other devices, computed on this one."""
     row = RowKV(ragged((900, 0, 1301), 2000), *tail(9), n_new=1, context_tokens=2000)
     query = torch.randn(1, HEADS * GROUP, 1, DIM)
-    fused = cpu_backend.attention(query, [row], 0.3, None)
-    monkeypatch.setattr(cpu_backend, "_has_fused", lambda device: False)
-    torch.testing.assert_close(cpu_backend.attention(query, [row], 0.3, None), fused, atol=1e-5, rtol=1e-5)
+    fused = cpu_backend.attention(query, [row], Softmax(0.3), None)
+    monkeypatch.setattr(cpu_backend, "_has_fused", lambda *given: False)
+    torch.testing.assert_close(cpu_backend.attention(query, [row], Softmax(0.3), None), fused, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
@@ -135,5 +137,5 @@ def test_a_head_divided_among_threads_is_the_whole_head(threads: int, monkeypatc
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     row = RowKV(ragged((1700, 7, 1301), 2000), *tail(3), n_new=1, context_tokens=2000)
     query = torch.randn(1, HEADS * GROUP, 1, DIM)
-    expected = reference.attention(query, [row], 0.3, None)
-    torch.testing.assert_close(cpu_backend.attention(query, [row], 0.3, None), expected, atol=1e-5, rtol=1e-5)
+    expected = reference.attention(query, [row], Softmax(0.3), None)
+    torch.testing.assert_close(cpu_backend.attention(query, [row], Softmax(0.3), None), expected, atol=1e-5, rtol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from test_attention import plain_varlen
 
 from kvzip_memory import InputError
-from kvzip_memory.attention import FEW_TOKENS, _by_length, choose, flash
+from kvzip_memory.attention import FEW_TOKENS, Softmax, _by_length, choose, flash
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -91,5 +91,5 @@ def test_on_a_gpu_triton_decodes_and_a_library_reads_questions(monkeypatch: pyte
 def test_long_questions_go_to_the_library_if_it_takes_them(tokens: int, dim: int, expected: str) -> None:
     names: list[str] = []
     attention = _by_length(*(lambda *call, name=name: names.append(name) for name in ("decode", "read")))
-    attention(torch.empty(1, 1, tokens, dim), [], 1.0, None)
+    attention(torch.empty(1, 1, tokens, dim), [], Softmax(1.0), None)
     assert names == [expected]

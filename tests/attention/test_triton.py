@@ -65,12 +65,13 @@ def test_many_contexts_and_tails_are_cut_into_more_programs_than_run_at_one_time
 
 
 def test_logits_beyond_float16_do_not_overflow() -> None:
-    from kvzip_memory.attention import RowKV, reference
+    from kvzip_memory.attention import RowKV, Softmax, reference
 
     keys, values = torch.full((1, 40, 64), 60.0).half(), torch.randn(1, 40, 64).half()
     row = RowKV(None, keys, values, n_new=1, context_tokens=0)
     query = torch.full((1, 1, 1, 64), 60.0).half()  # 64 * 60 * 60 is beyond float16
-    torch.testing.assert_close(triton.attention(query, [row], 0.125, None), reference.attention(query, [row], 0.125, None))
+    call = query, [row], Softmax(0.125), None
+    torch.testing.assert_close(triton.attention(*call), reference.attention(*call))
 
 
 COMPILE = """
@@ -89,16 +90,20 @@ def compiled(kernel, types, constants, capability, **options):
 
 strides = {f"{prefix}stride_{axis}": "i32" for prefix in ("", "key_", "value_") for axis in "bhn"}
 tables = {"items": "*i64", "entries": "*i32", "parts": "*i32", "tails": "*i64", "lengths": "*i64", "positions": "*i64", "counts": "*i64"}
-scalars = {"scale": "fp32", "n": "i32", "window": "i32", "heads": "i32"}
+scalars = {"scale": "fp32", "cap": "fp32", "n": "i32", "window": "i32", "heads": "i32"}
 for capability, limit, calls in (
-    (80, 163 << 10, [(8, 128, False)]),
-    (90, 227 << 10, [(1, 128, False), (8, 128, False), (32, 128, True), (1, 256, False)]),
+    (80, 163 << 10, [(8, 128, False, False)]),
+    (
+        90,
+        227 << 10,
+        [(1, 128, False, False), (8, 128, False, False), (8, 128, False, True), (32, 128, True, False), (1, 256, False, False)],
+    ),
 ):
-    for rows, dim, windowed in calls:
+    for rows, dim, windowed, capped in calls:
         size = triton.blocks(rows, 4, dim, 2)
         shape = {"GROUP": 4, "DIM": dim, "BLOCK_D": size.d, "BLOCK_M": size.m}
         types = tables | strides | scalars | {"query": "*bf16", "out": "*fp32", "lse": "*fp32"}
-        constants = shape | {"BLOCK_N": size.n, "WINDOWED": windowed, "PRECISION": "tf32", "WIDE": False, "n": 1}
+        constants = shape | {"BLOCK_N": size.n, "WINDOWED": windowed, "CAPPED": capped, "PRECISION": "tf32", "WIDE": False, "n": 1}
         found = compiled(kernels.attend, types, constants, capability, num_warps=triton.warps(size), num_stages=3)
         programs = triton.PROGRAMS if rows <= 8 and dim <= 128 else 1
         assert programs * found.metadata.shared <= limit, ("shared memory", capability, size, found.metadata.shared)
@@ -111,8 +116,10 @@ for capability, limit, calls in (
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         assert re.search(r"STACK:0 ", usage), ("registers spill", usage)
     if capability == 90:
-        types = tables | scalars | {"parts_out": "*fp32", "parts_lse": "*fp32", "out": "*bf16"}
-        compiled(kernels.merge, types, {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16}, capability)
+        types = tables | scalars | {"parts_out": "*fp32", "parts_lse": "*fp32", "out": "*bf16", "sinks": "*bf16"}
+        shape = {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16}
+        compiled(kernels.merge, types, shape, capability)
+        compiled(kernels.merge, types, shape | {"sinks": None}, capability)
         compiled(kernels.append, tables | strides | scalars | {"key": "*bf16", "value": "*bf16"}, {"DIM": 128, "BLOCK_D": 128}, capability)
 print("compiled")
 """

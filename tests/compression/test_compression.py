@@ -10,11 +10,19 @@ import torch
 
 from conftest import TEXT, kept_at, kept_positions, masked_logits, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, ModelError
+from kvzip_memory.attention import Softmax
 from kvzip_memory.compression import Compressed, Prefilled, Stages, compress, prefill
 from kvzip_memory.compression.allocators import ALLOCATORS
 from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.compression.scorers import kvzip as kvzip_module
 from kvzip_memory.context import Resident
+
+
+def with_sinks(logits: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+    """``[..., heads, T, columns]``, the sink of each head behind them."""
+    if softmax.sinks is None:
+        return logits
+    return torch.cat([logits, softmax.sinks.double().view(-1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
 
 
 def silent(stage: str, tokens: int) -> None:
@@ -102,21 +110,21 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
 
     seen = []
 
-    def formula(query: torch.Tensor, key: torch.Tensor, dense: torch.Tensor, scaling: float) -> torch.Tensor:
+    def formula(query: torch.Tensor, key: torch.Tensor, dense: torch.Tensor, softmax: Softmax) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
         columns = torch.cat([dense[:, :, :head], dense[:, :, start:end], key], 2).repeat_interleave(groups, 1)
-        logits = query.double() @ columns.double().mT * scaling
+        logits = softmax.capped(query.double() @ columns.double().mT * softmax.scaling)
         rows = query.shape[2]
         logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
-        p = logits.softmax(-1)[0, :, :, head : head + end - start].unflatten(0, (-1, groups))
+        p = with_sinks(logits, softmax).softmax(-1)[0, :, :, head : head + end - start].unflatten(0, (-1, groups))
         return p.amax((1, 2)) if aggregation == "max" else p.square().sum((1, 2)).sqrt()
 
     original = kvzip_module._RepeatCall.attend
 
-    def attend(self, layer, query, key, value, scaling):  # type: ignore[no-untyped-def]
+    def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
         if prefilled.model.windows[layer] is None:
-            seen.append(formula(query, key, prefilled.dense[layer][0][None], scaling))
-        return original(self, layer, query, key, value, scaling)
+            seen.append(formula(query, key, prefilled.dense[layer][0][None], softmax))
+        return original(self, layer, query, key, value, softmax)
 
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
     scorer.score_chunk(prefilled, ids, head, start, end)
@@ -137,17 +145,20 @@ def test_what_a_parent_has_kept_stands_beside_a_chunk(architecture: str, ratio: 
     seen: list[torch.Tensor] = []
     original = kvzip_module._RepeatCall.attend
 
-    def attend(self, layer, query, key, value, scaling):  # type: ignore[no-untyped-def]
+    def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
         if whole.model.windows[layer] is None:
             parent, rows, scores = layers[layer], query.shape[2], []
             for h, queries in enumerate(query[0].double().unflatten(0, (parent.n_heads, -1))):
                 keys, positions = parent.head(h)[0], parent.positions[parent.offsets[h] : parent.offsets[h + 1]]
                 near = keys[(positions < head) | (positions >= start - lead)]
-                logits = queries @ torch.cat([near, whole.dense[layer][0][h, start:], key[0, h]]).double().T * scaling
+                logits = queries @ torch.cat([near, whole.dense[layer][0][h, start:], key[0, h]]).double().T * softmax.scaling
+                logits = softmax.capped(logits)
                 logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
+                sinks = None if softmax.sinks is None else softmax.sinks.unflatten(0, (parent.n_heads, -1))[h]
+                logits = with_sinks(logits, softmax._replace(sinks=sinks))
                 scores.append(logits.softmax(-1)[..., len(near) : len(near) + n - start].square().sum((0, 1)).sqrt())
             seen.append(torch.stack(scores))
-        return original(self, layer, query, key, value, scaling)
+        return original(self, layer, query, key, value, softmax)
 
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
     ours = scorer.score_chunk(prefilled, ids, head, start, n, lead=lead)

@@ -11,13 +11,16 @@ import torch
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, KVzipEngine
+from kvzip_memory.attention import Softmax
 from kvzip_memory.compression.refit import LayerPairs, NoRefit, RidgeRefit
 from kvzip_memory.compression.rows import Block, Rows
 
 KEPT = "8306"
 
 
-def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: torch.dtype = torch.float32) -> LayerPairs:
+def a_layer(
+    seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: torch.dtype = torch.float32, kind: str = "plain"
+) -> LayerPairs:
     """One layer of two heads with a protected head of three pairs and one block; the second pair is pinned."""
     make = torch.Generator().manual_seed(seed)
     randn = lambda *shape: torch.randn(*shape, generator=make, dtype=torch.float64)  # noqa: E731
@@ -26,14 +29,16 @@ def a_layer(seed: int = 0, m: int = 40, kept: int = 12, rows: int = 96, dtype: t
     pinned[1] = True
     keep[:, 1] = True
     head = (randn(2, 3, 8).to(dtype), randn(2, 3, 8).to(dtype))
+    own = randn(2, m, 8).to(dtype), randn(2, m, 8).to(dtype)
+    queries = randn(2, rows, 8).float()
+    cap, sinks = 1.5 if "capped" in kind else None, 3 * randn(2, rows).float() if "sinks" in kind else None
     return LayerPairs(
         head,
         3,
-        randn(2, m, 8).to(dtype),
-        randn(2, m, 8).to(dtype),
+        *own,
         keep,
         pinned,
-        [Block(3, 3 + m, randn(2, rows, 8).float(), 0.5)],
+        [Block(3, 3 + m, queries, 0.5, cap, sinks)],
         0.3,
         stored=lambda keys: keys,
     )
@@ -53,6 +58,8 @@ class Head(NamedTuple):
     values: torch.Tensor
     keep: torch.Tensor
     free: torch.Tensor
+    cap: float | None
+    sinks: torch.Tensor | None
 
     @classmethod
     def of(cls, pairs: LayerPairs, head: int) -> Head:
@@ -60,27 +67,41 @@ class Head(NamedTuple):
         queries = block.queries[head].double() * block.scaling
         before = pairs.head[0][head].double(), pairs.head[1][head].double()
         keep = pairs.keep[head]
-        return cls(queries, before, pairs.keys[head].double(), pairs.values[head].double(), keep, keep & ~pairs.pinned)
+        sinks = None if block.sinks is None else block.sinks[head].double()
+        own = pairs.keys[head].double(), pairs.values[head].double()
+        return cls(queries, before, *own, keep, keep & ~pairs.pinned, block.cap, sinks)
+
+    def logits(self, keys: torch.Tensor) -> torch.Tensor:
+        """``[R, keys]``."""
+        logits = self.queries @ keys.T
+        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+
+    def weights(self, keys: torch.Tensor) -> torch.Tensor:
+        """``[R, p + m]``, over the protected head and all pairs."""
+        return self.softmax(self.logits(torch.cat([self.before[0], keys])))
+
+    def softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.sinks is None:
+            return logits.softmax(1)
+        return torch.cat([logits, self.sinks.unsqueeze(1)], 1).softmax(1)[:, :-1]
 
     def lost(self, keys: torch.Tensor) -> torch.Tensor:
         """``[R]``: the logarithm of what all pairs weigh over what the kept ones do with these keys."""
-        return (self.queries @ self.keys.T).logsumexp(1) - (self.queries @ keys[self.keep].T).logsumexp(1)
+        return self.logits(self.keys).logsumexp(1) - self.logits(keys[self.keep]).logsumexp(1)
 
     def share(self) -> torch.Tensor:
         """``[R]``: of all pairs in the attention."""
-        weights = (self.queries @ torch.cat([self.before[0], self.keys]).T).softmax(1)
-        return weights[:, len(self.before[0]) :].sum(1)
+        return self.weights(self.keys)[:, len(self.before[0]) :].sum(1)
 
     def attention(self, keys: torch.Tensor) -> torch.Tensor:
         """``[R, p + m]``, over the protected head and the kept pairs."""
-        logits = self.queries @ torch.cat([self.before[0], keys]).T
-        return logits.masked_fill(~torch.cat([torch.ones(len(self.before[0]), dtype=torch.bool), self.keep]), -torch.inf).softmax(1)
+        seen = torch.cat([torch.ones(len(self.before[0]), dtype=torch.bool), self.keep])
+        return self.softmax(self.logits(torch.cat([self.before[0], keys])).masked_fill(~seen, -torch.inf))
 
     def residual(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """``[R, D]``: what attention over the kept pairs lacks."""
         all_values = torch.cat([self.before[1], self.values])
-        wanted = (self.queries @ torch.cat([self.before[0], self.keys]).T).softmax(1) @ all_values
-        return wanted - self.attention(keys) @ torch.cat([self.before[1], values])
+        return self.weights(self.keys) @ all_values - self.attention(keys) @ torch.cat([self.before[1], values])
 
 
 def ridge(rows: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -89,16 +110,22 @@ def ridge(rows: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> tor
     return torch.linalg.lstsq(torch.cat([rows, unit]), torch.cat([wanted, wanted.new_zeros(len(unit), wanted.shape[1])])).solution
 
 
+KINDS = ["plain", "capped", "sinks", "capped, with sinks"]
+
+
 @pytest.mark.parametrize("most", [1.0, 0.05])
 @pytest.mark.parametrize("seed", range(4))
-def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
-    pairs, refit = a_layer(seed), RidgeRefit(most=most)
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_are_those_of_the_formula(kind: str, seed: int, most: float) -> None:
+    pairs, refit = a_layer(seed, kind=kind), RidgeRefit(most=most)
     fitted, _ = fit(pairs, refit)
     for number in range(2):
         head = Head.of(pairs, number)
         keys, weights = head.keys.clone(), head.share().sqrt().unsqueeze(1)
         for _ in range(refit.steps):
-            attention = (head.queries @ keys.T).masked_fill(~head.keep, -torch.inf).softmax(1)[:, head.free]
+            logits = head.logits(keys)
+            slope = torch.ones_like(logits) if head.cap is None else 1 - (logits / head.cap).square()
+            attention = (logits.masked_fill(~head.keep, -torch.inf).softmax(1) * slope)[:, head.free]
             rows = weights * (attention.unsqueeze(2) * head.queries.unsqueeze(1)).flatten(1)  # [R, m * D]
             shift = ridge(rows, weights * refit.step * head.lost(keys).unsqueeze(1), refit.mu * rows.square().sum(1).mean())
             shift = shift.view(-1, keys.shape[1])
@@ -111,9 +138,10 @@ def test_keys_are_those_of_the_formula(seed: int, most: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_values_are_those_of_the_formula(seed: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_of_the_formula(kind: str, seed: int) -> None:
     """Each lambda, over the unpinned kept pairs of one head at a time, which have their new keys."""
-    pairs, refit = a_layer(seed), RidgeRefit(lambdas=(1.0, 0.01))
+    pairs, refit = a_layer(seed, kind=kind), RidgeRefit(lambdas=(1.0, 0.01))
     keys, fitted = fit(pairs, refit)
     (block,) = pairs.blocks
     unseen = torch.arange(block.queries.shape[1]) // 8 % 4 == 3
@@ -197,20 +225,26 @@ def test_a_head_that_keeps_nothing_is_left_alone() -> None:
 def test_rows_are_in_one_order_in_whatever_pieces_they_come(size: int) -> None:
     """The fit holds some out by their number; how long pieces are depends on the device, and on whether answers run."""
     queries, opening = torch.randn(2, 3, 300, 8, generator=torch.Generator().manual_seed(0)), 11
-    whole, pieces = Rows(4), Rows(4)
-    whole.take(0, 0, 289, queries, 0.5, -opening)
+    sinks = torch.arange(6.0)
+    queries[..., 0] = sinks.view(2, 3, 1)  # each query says which head's it is
+    whole, pieces, softmax = Rows(4), Rows(4), Softmax(0.5, sinks=sinks)
+    whole.take(0, 0, 289, queries, softmax, -opening)
     for start in range(0, 300, size):
-        pieces.take(0, 0, 289, queries[:, :, start : start + size], 0.5, start - opening)
-    assert torch.equal(whole.pop(0)[0].queries, pieces.pop(0)[0].queries)
+        pieces.take(0, 0, 289, queries[:, :, start : start + size], softmax, start - opening)
+    (one,), (other,) = whole.pop(0), pieces.pop(0)
+    assert torch.equal(one.queries, other.queries)
+    for block in (one, other):
+        assert block.sinks is not None
+        assert torch.equal(block.sinks, block.queries[..., 0].float())
 
 
 def test_rows_are_taken_by_position_and_others_for_each_query_head() -> None:
     queries = torch.arange(2 * 40, dtype=torch.float32).view(1, 2, 40, 1)
     pieces, whole = Rows(16), Rows(16)
-    whole.take(0, 0, 36, queries, 1.0, -4)
+    whole.take(0, 0, 36, queries, Softmax(1.0), -4)
     for start in (0, 7, 25):
         end = {0: 7, 7: 25, 25: 40}[start]
-        pieces.take(0, 0, 36, queries[:, :, start:end], 1.0, start - 4)
+        pieces.take(0, 0, 36, queries[:, :, start:end], Softmax(1.0), start - 4)
     (one,), (other,) = whole.pop(0), pieces.pop(0)
     assert sorted(one.queries[0, :, 0].tolist()) == sorted(other.queries[0, :, 0].tolist())
     taken = one.queries[0, :, 0].tolist()

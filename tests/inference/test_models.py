@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DeepseekV3Config,
-    Gemma2Config,
     MambaConfig,
     MistralConfig,
     OlmoConfig,
@@ -44,7 +43,6 @@ REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
         ),
         "latent",
     ),
-    "softcap": (Gemma2Config(**_TINY), "attn_logit_softcapping"),
     "all sliding": (MistralConfig(**_TINY, sliding_window=64, max_position_embeddings=2048), "no full-attention cache"),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ import torch
 
 from conftest import TEXT, masked_logits, own_logits, row_over, tiny_engine, tiny_model
 from kvzip_memory import CompressedContext, KVzipEngine
-from kvzip_memory.attention import BACKENDS, RowKV
+from kvzip_memory.attention import BACKENDS, RowKV, Softmax
 
 QUESTION = "Which day does the donkey carry oil?"
 
@@ -86,7 +86,7 @@ def test_an_attention_switched_after_the_engine_was_made_changes_nothing(engine:
 def test_float16_products_that_would_overflow_do_not() -> None:
     query, keys = torch.full((1, 2, 1, 64), 60.0).half(), torch.full((1, 3, 64), 60.0).half()
     row = RowKV(None, keys, torch.ones(1, 3, 64).half(), 1, 0)
-    out = BACKENDS["cpu"](query, [row], 0.125, None)  # 64 * 60 * 60 is beyond float16
+    out = BACKENDS["cpu"](query, [row], Softmax(0.125), None)  # 64 * 60 * 60 is beyond float16
     torch.testing.assert_close(out, torch.ones_like(out), atol=5e-3, rtol=0)
 
 

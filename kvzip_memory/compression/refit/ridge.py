@@ -31,7 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from kvzip_memory.attention import Softmax
 from kvzip_memory.compression.refit.base import LayerPairs
 from kvzip_memory.compression.rows import Block
 
@@ -92,19 +94,24 @@ class RidgeRefit:
         heads, places = free.nonzero(as_tuple=True)
         of_all_heads = torch.arange(len(keep), device=keep.device).unsqueeze(1)
 
-        queries = torch.cat([part.queries for part in block], 1).float() * block[0].scaling
+        softmax = Softmax(block[0].scaling, block[0].cap)
+        queries = torch.cat([part.queries for part in block], 1).float() * softmax.scaling
         (head_keys, all_keys), (head_values, all_values) = (
             (head.float(), own[:, start:end].float()) for head, own in zip(pairs.head, (pairs.keys, pairs.values), strict=True)
         )
-        before, logits = queries @ head_keys.mT, queries @ all_keys.mT  # [H, R, p], [H, R, T]
+        before, logits = (softmax.capped(queries @ keys.mT) for keys in (head_keys, all_keys))  # [H, R, p], [H, R, T]
+        sinks = [part.sinks for part in block if part.sinks is not None]
+        if sinks:  # one more pair of the head, without a value
+            before, p = torch.cat([before, torch.cat(sinks, 1).unsqueeze(2)], 2), p + 1
+            head_values = pad(head_values, (0, 0, 0, 1))
         wanted = torch.cat([before, logits], 2).softmax(2) @ torch.cat([head_values, all_values], 1)
         mass = logits.logsumexp(2)
         share = (mass - torch.logaddexp(before.logsumexp(2), mass)).exp()
         kept_keys, kept_values = pairs.keys[:, start:end][of_all_heads, columns], all_values[of_all_heads, columns]  # [H, m, D]
         logits = logits.gather(2, columns.unsqueeze(1).expand(-1, logits.shape[1], -1)).masked_fill_(hidden, -torch.inf)
-        shift = self._shift(queries, logits, mass, share, free, all_keys.square().sum(2).mean(1).sqrt())
+        shift = self._shift(queries, logits, kept_keys.float(), softmax, mass, share, free, all_keys.square().sum(2).mean(1).sqrt())
         kept_keys = pairs.stored(_added(kept_keys, shift))
-        logits = (queries @ kept_keys.float().mT).masked_fill_(hidden, -torch.inf)
+        logits = softmax.capped(queries @ kept_keys.float().mT).masked_fill_(hidden, -torch.inf)
         attention = torch.cat([before, logits], 2).softmax(2)
         missing = wanted - attention @ torch.cat([head_values, kept_values], 1)
         change = self._change(attention[:, :, p:] * free.unsqueeze(1), missing, all_values.square().sum(2).mean(1))
@@ -112,12 +119,16 @@ class RidgeRefit:
         pairs.keys[heads, columns] = kept_keys[heads, places]
         pairs.values[heads, columns] = _added(pairs.values[heads, columns], change[heads, places])
 
-    def _shift(self, queries: Tensor, logits: Tensor, mass: Tensor, share: Tensor, free: Tensor, length: Tensor) -> Tensor:
+    def _shift(
+        self, queries: Tensor, logits: Tensor, keys: Tensor, softmax: Softmax, mass: Tensor, share: Tensor, free: Tensor, length: Tensor
+    ) -> Tensor:
         """Of the keys ``[H, m, D]``; zeros where it cannot be computed.
 
         Args:
             queries: ``[H, R, D]``, scaled.
-            logits: ``[H, R, m]`` of the kept pairs.
+            logits: ``[H, R, m]`` of the kept pairs; -inf where there is none.
+            keys: ``[H, m, D]`` of the kept pairs, fp32.
+            softmax: of the layer, without its sinks.
             mass: ``[H, R]``, log-sum-exp of the logits of all pairs of the block.
             share: ``[H, R]``, of the block in the attention.
             free: ``[H, m]`` bool, which may be changed.
@@ -130,14 +141,19 @@ class RidgeRefit:
         for _ in range(self.steps):
             kept = logits.logsumexp(2)
             attention = (logits - kept.unsqueeze(2)).exp_() * free.unsqueeze(1)
+            if softmax.cap is not None:  # a logit follows its key the less the closer it is to the cap
+                attention *= 1 - (logits / softmax.cap).clamp(min=-1).square()
             products = (attention @ attention.mT).mul_(alike)
             ridge = self.mu * products.diagonal(dim1=1, dim2=2).mean(1)
             solution = _solved(products, weights * (self.step * (mass - kept)).unsqueeze(2), ridge.unsqueeze(0))[0]
             shift = attention.mT @ (solution * weighed)
             change = queries @ shift.mT
             scale = torch.minimum(self.most / change.abs().amax(1), length.unsqueeze(1) / shift.norm(dim=2)).clamp(max=1.0)
-            logits = logits + change * scale.unsqueeze(1)
             total += shift * scale.unsqueeze(2)
+            if softmax.cap is None:
+                logits = logits + change * scale.unsqueeze(1)
+            else:
+                logits = softmax.capped(queries @ (keys + total).mT).masked_fill_(logits.isneginf(), -torch.inf)
         return torch.where(total.isfinite().all(2).all(1)[:, None, None], total, 0.0)
 
     def _change(self, attention: Tensor, missing: Tensor, value: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from kvzip_memory.attention import BACKENDS
-from kvzip_memory.attention.cpu import causal, with_context
+from kvzip_memory.attention import BACKENDS, Softmax
+from kvzip_memory.attention.cpu import beside_sinks, causal, with_context
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
 from kvzip_memory.context import RaggedLayer
@@ -173,7 +173,7 @@ class _RepeatCall(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return len(self._prefilled.token_ids)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         prefilled, window = self._prefilled, self._prefilled.model.windows[layer]
         last = layer == len(prefilled.model.windows) - 1
         own_keys, own_values = key[0], value[0]
@@ -184,11 +184,11 @@ class _RepeatCall(Cache):
         if window is not None:
             if last:
                 raise LastLayerSeen
-            return BACKENDS["cpu"](query, [row()], scaling, window)
+            return BACKENDS["cpu"](query, [row()], softmax, window)
         if prefilled.rows is not None:
             grouped = query[0].unflatten(0, (len(own_keys), -1))
             first = own_keys.shape[1] - query.shape[2] - self._opening
-            prefilled.rows.take(layer, self._start, self._end, grouped, scaling, first, self._lead)
+            prefilled.rows.take(layer, self._start, self._end, grouped, softmax, first, self._lead)
         beside = self._beside(layer) if self._lead else None
         before = 0 if beside else self._head
         head_keys, head_values = prefilled.pairs(layer, 0, before)
@@ -197,13 +197,13 @@ class _RepeatCall(Cache):
         scored = slice(before, before + self._end - self._start)
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
         if last:
-            self._attend(query[0], near_keys, near_keys, scaling, scored, scores, beside)
+            self._attend(query[0], near_keys, near_keys, softmax, scored, scores, beside)
             raise LastLayerSeen
         if self._scorer.repeat == "local":
             near_values = torch.cat([head_values, chunk_values, own_values], 1)
-            return self._attend(query[0], near_keys, near_values, scaling, scored, scores, beside)[None]
-        self._attend(query[0], near_keys, near_keys, scaling, scored, scores, beside)
-        return BACKENDS["cpu"](query, [row()], scaling, None)
+            return self._attend(query[0], near_keys, near_values, softmax, scored, scores, beside)[None]
+        self._attend(query[0], near_keys, near_keys, softmax, scored, scores, beside)
+        return BACKENDS["cpu"](query, [row()], softmax, None)
 
     def _beside(self, layer: int) -> RaggedLayer:
         """The protected head, and what the parent has kept of those of its tokens that are repeated."""
@@ -215,7 +215,7 @@ class _RepeatCall(Cache):
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        scaling: float,
+        softmax: Softmax,
         scored: slice,
         scores: Tensor,
         beside: RaggedLayer | None,
@@ -226,19 +226,23 @@ class _RepeatCall(Cache):
         """
         n_heads, n_rows = len(keys), query.shape[1]
         grouped = query.reshape(n_heads, -1, query.shape[2])  # [H, G * T, D]
-        out, lse = causal(grouped, keys, values, n_rows, scaling)
+        out, lse = causal(grouped, keys, values, n_rows, softmax)
         if beside is not None:
-            out, lse = with_context(out, lse, grouped, beside, scaling)
-        self._aggregate(scores, grouped * scaling, keys[:, scored].mT, lse.unsqueeze(-1))
+            out, lse = with_context(out, lse, grouped, beside, softmax)
+        out, lse = beside_sinks(out, lse, softmax.sinks_of(n_heads, n_rows))
+        self._aggregate(scores, grouped * softmax.scaling, keys[:, scored].mT, lse.unsqueeze(-1), softmax)
         return out.to(query.dtype).unflatten(1, (-1, n_rows)).flatten(0, 1).transpose(0, 1)
 
-    def _aggregate(self, scores: Tensor, query: Tensor, keys: Tensor, lse: Tensor) -> None:
-        """Add the probabilities ``exp(query [H, R, D] @ keys [H, D, C] - lse [H, R, 1])`` to the scores ``[H, C]``, in blocks of rows."""
+    def _aggregate(self, scores: Tensor, query: Tensor, keys: Tensor, lse: Tensor, softmax: Softmax) -> None:
+        """Add the probabilities ``exp(query [H, R, D] @ keys [H, D, C] - lse [H, R, 1])`` to the scores ``[H, C]``, in blocks of rows.
+
+        The logits are capped as the layer caps its own."""
         squares = self._scorer.aggregation == "sum_of_squares"
         if squares:  # the square of exp(x) is exp(2 x)
             query, lse = 2 * query, 2 * lse
+            softmax = softmax._replace(cap=softmax.cap and 2 * softmax.cap)
         for block, block_lse in zip(*(x.split(max(1, BLOCK_ELEMENTS // scores.numel()), 1) for x in (query, lse)), strict=True):
-            logits = torch.bmm(block, keys).float().sub_(block_lse)
+            logits = softmax.capped(torch.bmm(block, keys).float()).sub_(block_lse)
             if squares:
                 scores += logits.exp_().sum(1)
             else:
