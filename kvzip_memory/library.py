@@ -26,6 +26,7 @@ from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.owned import tokenizer_of
 from kvzip_memory.prompting.tools import Tool
 from kvzip_memory.registry import ContextRegistry, Forgotten
 from kvzip_memory.registry.identity import tenant_digest
@@ -72,6 +73,7 @@ class Library(Shared):
         self.ratio = checked_ratio(ratio)
         Builder.check_every(compress_every)
         stages = Stages.of(scorer, allocator, refit)
+        tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         self._speech = Speech(self._model, tokenizer, template_kwargs)
         salt, device = tenant_digest(tenant), self._model.device

@@ -8,12 +8,24 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
+from kvzip_memory.inference.text_part import text_config, text_part
+from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.printable import logger_of
 
 logger = logger_of(__name__)
@@ -27,15 +39,22 @@ _TOKENIZER_PROBE = (
 )
 
 
+# What the language model of a multimodal checkpoint is called there, and in one of its own.
+_TEXT_KEYS = {
+    r"^(model\.language_model|language_model\.model|model\.text_model)\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+
+
 def load_model(
     model: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, cache_dir: Path | None, **model_kwargs: Any
 ) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer, on ``device``, in evaluation mode.
+    """Model and tokenizer, on ``device``, in evaluation mode. Of one that also sees or hears the language model alone.
 
     A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
 
     Raises:
-        InputError: a ``.gguf`` file that does not exist.
+        InputError: a ``.gguf`` file that does not exist, or weights that do not fit into the memory that is free.
         OSError: what transformers raises for an unknown hub id or folder.
     """
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -51,10 +70,47 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, **shared)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **model_kwargs)
+        config = model_kwargs.pop("config", None) or AutoConfig.from_pretrained(model, **shared)
+        if text_config(config) is not config and tokenizer.chat_template is None:
+            tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
+        if "device_map" not in model_kwargs:
+            _check_room(model, config, dtype, device)
+        loaded = _read(model, config, dtype=dtype, **model_kwargs)
         if "device_map" not in model_kwargs:
             loaded = loaded.to(device)
     return loaded.eval(), tokenizer
+
+
+def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """A model with its weights. Those of a multimodal one that texts do not need are left where they are, if transformers can do that."""
+    text = text_config(config)
+    if text is config:
+        return AutoModelForCausalLM.from_pretrained(model, config=config, **options)
+    if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+        loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)
+        if not found["missing_keys"]:
+            return loaded
+        del loaded
+    return text_part(AutoModelForMultimodalLM.from_pretrained(model, config=config, **options))
+
+
+def _check_room(model: str | Path, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device) -> None:
+    """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
+    text = text_config(config)
+    if getattr(config, "quantization_config", None) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    with torch.device("meta"):
+        shapes = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)](text)
+    kind = (getattr(text, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+    size = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
+    needed = size * sum(parameter.numel() for parameter in shapes.parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, host_nbytes())
+    if needed > free:
+        raise InputError(
+            f"the weights of {str(model)!r} take {needed / 1e9:,.1f} GB in {str(kind).removeprefix('torch.')}, and {free / 1e9:,.1f} GB of "
+            f"the memory of {device} are free; give another dtype, a quantised model, a smaller one, or a device_map"
+        )
 
 
 def _converted(source: Path, dtype: str | torch.dtype, cache_dir: Path) -> Path:

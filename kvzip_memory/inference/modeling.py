@@ -20,6 +20,7 @@ from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
 from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.graphs import DecodeSteps
+from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
 from kvzip_memory.inference.worker import Worker
 from kvzip_memory.system.calls import Gate, check, within
@@ -55,7 +56,8 @@ class LanguageModel:
     by chunk.
 
     Args:
-        model: a transformers causal language model; it goes on working for others. A compiled one is run as it was written.
+        model: a transformers causal language model; it goes on working for others. A compiled one is run as it was written, and of one
+            that also sees or hears the part that is about texts.
         tokenizer: its tokenizer.
         backend: attention, one of :data:`~kvzip_memory.attention.NAMES`.
         max_running: answers decoded together.
@@ -79,7 +81,7 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
     ) -> None:
-        model = as_written(model)
+        model = text_part(as_written(model))
         config = model.config
         layer_types = _check(model)
         self.model = model

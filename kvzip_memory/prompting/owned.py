@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from tokenizers import Tokenizer
+from transformers import ProcessorMixin
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.prompting.encoding import added_tokens
@@ -24,6 +25,17 @@ _SPENT = ("_vocab", "_merges")
 _TRIES = 5
 #: More added tokens are not looked at one by one, which takes 0.1 ms for Llama's 256 and 5 ms for Gemma's 6,000: only further ones.
 FEW = 64
+
+
+def tokenizer_of(given: Any) -> Any:
+    """The tokenizer in a processor, with the processor's chat template if it has none of its own; a tokenizer is given back."""
+    if not isinstance(given, ProcessorMixin):
+        return given
+    tokenizer: Any = given.tokenizer
+    if tokenizer.chat_template is None and given.chat_template is not None:
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = given.chat_template
+    return tokenizer
 
 
 class Owned:

@@ -1,0 +1,74 @@
+"""Tiny multimodal models with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+_TEXT = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+_ROTATION = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+_QWEN = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
+_SIGLIP = {"model_type": "siglip_vision_model"}
+_IMAGE = {"image_token_id": 299}
+_UNTIED = {"tie_word_embeddings": False}
+_MARKS = _IMAGE | {"video_token_id": 298, "vision_start_token_id": 297, "vision_end_token_id": 296}
+
+
+def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], marks: dict[str, Any]) -> PreTrainedConfig:
+    return type(AutoConfig.for_model(kind))(text_config=_TEXT | text, vision_config=_VISION | vision, **marks)
+
+
+_GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_DEEP = {"deepstack_visual_indexes": [0]}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gemma3": lambda: _config("gemma3", _GEMMA, {}, {"mm_tokens_per_image": 4, "image_token_index": 299}),
+    "mistral3": lambda: _config(
+        "mistral3",
+        {"model_type": "mistral", "sliding_window": None},
+        {"model_type": "pixtral", "head_dim": 16},
+        {"image_token_index": 299} | _UNTIED,
+    ),
+    "qwen2_vl": lambda: _config("qwen2_vl", _ROTATION, {"depth": 1, "num_heads": 2, "embed_dim": 32, "hidden_size": 64}, _MARKS),
+    "qwen2_5_vl": lambda: _config("qwen2_5_vl", _ROTATION, _QWEN, _MARKS),
+    "qwen3_vl": lambda: _config("qwen3_vl", _ROTATION, _QWEN | _DEEP, _MARKS),
+    "qwen3_vl_moe": lambda: _config("qwen3_vl_moe", _ROTATION | _EXPERTS, _QWEN | _DEEP, _MARKS),
+    "glm4v": lambda: _config("glm4v", _ROTATION, _QWEN, _IMAGE | {"video_token_id": 298}),
+    "internvl": lambda: _config("internvl", {"model_type": "qwen2"}, {"image_size": [28, 28], "patch_size": [14, 14]}, _IMAGE | _UNTIED),
+    "smolvlm": lambda: _config("smolvlm", {"model_type": "llama"}, {}, _IMAGE),
+    "idefics3": lambda: _config("idefics3", {"model_type": "llama"}, {}, _IMAGE),
+    "llava": lambda: _config("llava", {"model_type": "llama"}, {"model_type": "clip_vision_model"}, {"image_token_index": 299}),
+    "llava_onevision": lambda: _config(
+        "llava_onevision", {"model_type": "qwen2"}, _SIGLIP, {"image_token_index": 299, "video_token_index": 298}
+    ),
+    # its head gives other logits than that of the language model alone: they are not scaled
+    "cohere2_vision": lambda: _config(
+        "cohere2_vision", {"model_type": "cohere2", "sliding_window": 32, "layer_types": _GEMMA["layer_types"]}, _SIGLIP, _IMAGE
+    ),
+}
+
+
+def tiny_multimodal(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose attention is sharp enough for evictions to matter."""
+    torch.manual_seed(seed)
+    model = AutoModelForImageTextToText.from_config(CONFIGS[kind](), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
