@@ -170,13 +170,15 @@ class Builder:
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
         """Bytes the context will take, from the model's shape."""
-        config, n = self._model.model.config, len(prompt.token_ids)
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pair = 2 * dim * self._model.model.dtype.itemsize + 4
-        heads = config.num_key_value_heads
-        full = sum(window is None for window in self._model.windows) * heads
-        sliding = sum(heads * min(n, window - 1) for window in self._model.windows if window is not None)
-        return pairs_kept(ratio, n, prompt.protected, full) * (pair + (2 if ratio < 1.0 else 0)) + sliding * pair + 4 * n
+        model, n = self._model, len(prompt.token_ids)
+        layers = [
+            (window, n_heads, 2 * dim * model.model.dtype.itemsize + 4)
+            for window, (n_heads, dim) in zip(model.windows, model.shapes, strict=True)
+        ]
+        full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
+        sliding = sum(n_heads * min(n, window - 1) * pair for window, n_heads, pair in layers if window is not None)
+        kept = pairs_kept(ratio, n, prompt.protected, sum(n_heads for n_heads, _ in full))
+        return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + 4 * n
 
     def bar(self, name: str | None) -> Bar:
         """For the progress of a context of this name, from now on until it is there."""

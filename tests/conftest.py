@@ -21,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -68,6 +69,19 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         sliding_window=32,
         query_pre_attn_scalar=40,
         layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    # heads and dimensions that differ, layers that reuse others' pairs, and embeddings of each layer's own
+    "gemma4": Gemma4TextConfig(
+        **{**SHAPE, "num_hidden_layers": 6},
+        head_dim=8,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        num_kv_shared_layers=2,
+        sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=300,
     ),
     # logits that are capped, low enough to tell
     "gemma2": Gemma2Config(**SHAPE, head_dim=16, sliding_window=32, attn_logit_softcapping=2.0, query_pre_attn_scalar=16),
@@ -240,16 +254,17 @@ def _masked(
         total = key.shape[2]
         positions = torch.arange(total)
         hidden = positions[None] > positions[:, None]
-        window = getattr(module, "sliding_window", None)
+        window = kwargs.get("sliding_window")
+        layer_idx = engine._model.sources[module.layer_idx]
         if window:
             hidden = hidden | (positions[None] <= positions[:, None] - window)
         hidden = hidden.expand(query.shape[1], total, total).clone()
         for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
-            hidden[:, seen_from:, :end] |= ~masks[module.layer_idx].repeat_interleave(groups, 0)[:, None]
+            hidden[:, seen_from:, :end] |= ~masks[layer_idx].repeat_interleave(groups, 0)[:, None]
         weights = softmax(logits.masked_fill(hidden[None], float("-inf")))
         out = weights @ value
         for seen_from, _, _, layers in kept:  # what is behind a context sees the pairs that it has
-            layer, (keys, values) = layers[module.layer_idx], (key.clone(), value.clone())
+            layer, (keys, values) = layers[layer_idx], (key.clone(), value.clone())
             for group in range(groups):
                 for stored, own in ((keys, layer.keys), (values, layer.values)):
                     stored[0, layer.heads() * groups + group, layer.positions.long()] = own

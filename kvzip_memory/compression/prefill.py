@@ -143,7 +143,7 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
         return prefill_behind(model, (), 0, token_ids, progress)
     cache = _PairsOnly(config=model.model.config)
     cache.layers = [
-        _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=True)
+        _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=False)
     ]
     for count in model.fill(token_ids, 0, cache):
         progress("prefill", count)

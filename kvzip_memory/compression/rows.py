@@ -38,13 +38,14 @@ class Rows:
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._taken: dict[int, dict[tuple[int, int], list[Block]]] = {}
+        self._taken: dict[int, dict[tuple[int, int], dict[int, list[Block]]]] = {}
 
-    def take(self, layer: int, start: int, end: int, queries: Tensor, softmax: Softmax, first: int, lead: int = 0) -> None:
+    def take(self, layer: int, start: int, end: int, queries: Tensor, softmax: Softmax, first: int, lead: int = 0, asks: int = 0) -> None:
         """Queries ``[H, G, T, D]`` of consecutive tokens of the repeat of ``[start, end)``.
 
         Args:
             first: which of the repeated tokens the first of them stands for; below zero for those of the instruction.
+            asks: the layer whose queries they are, which may be another than the one whose pairs they ask.
             lead: so many between instruction and block repeat what stands before the block, and ask nothing of it.
         """
         _, n_group, n_rows, _ = queries.shape
@@ -59,12 +60,12 @@ class Rows:
         if sinks is not None:
             sinks = sinks.unflatten(1, (n_group, n_rows)).mT[:, wanted]
         block = Block(start, end, taken, softmax.scaling, softmax.cap, sinks)
-        self._taken.setdefault(layer, {}).setdefault((start, end), []).append(block)
+        self._taken.setdefault(layer, {}).setdefault((start, end), {}).setdefault(asks, []).append(block)
 
     def pop(self, layer: int) -> list[Block]:
         """Those of a layer, in the order of their blocks; they are let go."""
         blocks = sorted(self._taken.pop(layer, {}).items())
-        return [_joined(pieces) for _, pieces in blocks]
+        return [_joined([piece for _, pieces in sorted(asked.items()) for piece in pieces]) for _, asked in blocks]
 
 
 def _joined(pieces: list[Block]) -> Block:

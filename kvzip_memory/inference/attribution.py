@@ -58,7 +58,7 @@ class _Watch(Cache):
 
     def __init__(self, model: LanguageModel, row: Row, spans: Sequence[Span], first: int) -> None:
         super().__init__(layers=[])
-        self._row, self._first, self._windows = row, first, model.windows
+        self._row, self._first, self._windows, self._sources = row, first, model.windows, model.sources
         self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).view(-1, 2).T.contiguous()  # [2, spans]
         self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
 
@@ -69,12 +69,12 @@ class _Watch(Cache):
         return self._row.length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        row, n = self._row, query.shape[2]
-        keys, values = row.tail.append(layer, key[0], value[0])
-        if self._windows[layer] is None:
-            mass = self._mass(layer, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
+        row, n, source = self._row, query.shape[2], self._sources[layer]
+        keys, values = row.tail.append(layer, key[0], value[0]) if source == layer else row.tail.seen(source, n)
+        if self._windows[source] is None:
+            mass = self._mass(source, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
-        return BACKENDS["cpu"](query, [RowKV(row.layers[layer], keys, values, n, row.start)], softmax, self._windows[layer])
+        return BACKENDS["cpu"](query, [RowKV(row.layers[source], keys, values, n, row.start)], softmax, self._windows[source])
 
     def _mass(self, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
         """``[H, spans]`` fp32: what the rows of scaled ``query [H, G, n, D]`` that count pay to the spans, summed over them."""

@@ -35,12 +35,17 @@ class Tail:
         end = self.length + keys.shape[1]
         self.reserve(end)
         if layer not in self._layers:
-            n_heads, _, dim = keys.shape
-            self._layers[layer] = (keys.new_empty(n_heads, self.capacity, dim), keys.new_empty(n_heads, self.capacity, dim))
+            shapes = ((len(new), self.capacity, new.shape[2]) for new in (keys, values))
+            self._layers[layer] = tuple(keys.new_empty(shape) for shape in shapes)  # type: ignore[assignment]
         tail_keys, tail_values = self._layers[layer]
         tail_keys[:, self.length : end] = keys
         tail_values[:, self.length : end] = values
         return tail_keys[:, :end], tail_values[:, :end]
+
+    def seen(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
+        """What :meth:`append` has returned for the last ``n`` entries of a layer, which do not count yet."""
+        keys, values = self._layers[layer]
+        return keys[:, : self.length + n], values[:, : self.length + n]
 
     def reserve(self, entries: int) -> None:
         """Make room for so many entries in every layer."""
@@ -113,11 +118,12 @@ class SessionCache(Cache):
         rows: Sequence[Row],
         counts: Sequence[int],
         windows: Sequence[int | None],
+        sources: Sequence[int],
         backend: AttentionBackend,
         pairs_only: bool = False,
     ) -> None:
         super().__init__(layers=[])
-        self._rows, self._counts, self._windows, self._backend = rows, counts, windows, backend
+        self._rows, self._counts, self._windows, self._sources, self._backend = rows, counts, windows, sources, backend
         self._last = len(windows) - 1 if pairs_only else None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -128,10 +134,14 @@ class SessionCache(Cache):
         return max(row.length for row in self._rows)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        rows, n = [], query.shape[2]
+        rows, n, source = [], query.shape[2], self._sources[layer]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
-            keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
-            rows.append(RowKV(row.layers[layer] if row.layers else None, keys, values, count, row.start))
+            if source == layer:
+                keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
+            else:
+                keys, values = row.tail.seen(source, count)
+            # of those that reuse pairs the model may ask for the last tokens alone
+            rows.append(RowKV(row.layers[source] if row.layers else None, keys, values, min(count, n), row.start))
         if layer == self._last:
             raise LastLayerSeen
-        return self._backend(query, rows, softmax, self._windows[layer])
+        return self._backend(query, rows, softmax, self._windows[source])

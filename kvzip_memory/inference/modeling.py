@@ -65,7 +65,9 @@ class LanguageModel:
 
     Attributes:
         window: tokens the model can hold: context, questions and answers together.
-        windows: sliding window of each layer, None for full attention.
+        sources: for each layer with attention the one whose pairs it attends to: itself, or one before it, whose pairs it reuses.
+        windows: sliding window of each layer that has pairs, None for full attention.
+        shapes: KV heads and head dimension of each of these.
         tokenizer: the engine's copy.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
@@ -86,9 +88,14 @@ class LanguageModel:
         layer_types = _check(model)
         self.model = model
         self.window = _window(config)
+        self.sources = _sources(config, layer_types)
+        owners = [layer for layer, source in enumerate(self.sources) if layer == source]
         self.windows = tuple(
-            config.sliding_window if layer == "sliding_attention" and config.sliding_window < self.window else None for layer in layer_types
+            config.sliding_window if layer_types[i] == "sliding_attention" and config.sliding_window < self.window else None for i in owners
         )
+        self.shapes = tuple(_shape(config, i) for i in owners)
+        if len({shape for shape, window in zip(self.shapes, self.windows, strict=True) if window is None}) > 1:
+            raise UnsupportedModelError(f"{config.model_type!r} has layers with full attention of different numbers of heads or dimensions")
         if all(self.windows):
             raise UnsupportedModelError(
                 f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
@@ -122,9 +129,8 @@ class LanguageModel:
             raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
         if config.model_type not in TESTED:
             return
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        made = (config.num_key_value_heads, dim, dim, self.model.dtype, self.model.dtype)
-        for i, layer in enumerate(layers):
+        for i, (layer, (n_heads, dim)) in enumerate(zip(layers, self.shapes, strict=True)):
+            made = (n_heads, dim, dim, self.model.dtype, self.model.dtype)
             if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
                 raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
 
@@ -154,7 +160,8 @@ class LanguageModel:
     def _choose(self) -> None:
         chosen, self._dtype = choose(self._attention, self.device, self.model.dtype), self.model.dtype
         self.backend, self._backend = chosen.name, chosen.attend
-        self._steps = None if chosen.kernels is None else DecodeSteps(self.model, self.windows, chosen.kernels)
+        alike = len(self.windows) == len(self.sources) and len(set(self.shapes)) == 1
+        self._steps = DecodeSteps(self.model, self.windows, chosen.kernels) if chosen.kernels is not None and alike else None
 
     def changed(self, moved: bool) -> None:
         """Go on with weights that were changed: with what can attend in their dtype, and without old graphs if they have ``moved``.
@@ -220,7 +227,7 @@ class LanguageModel:
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
-            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self._backend)
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self.sources, self._backend)
             try:
                 logits: Tensor = model(
                     input_ids=input_ids.to(self.device),
@@ -257,7 +264,7 @@ class LanguageModel:
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
         for chunk in self._chunks(ids):
-            cache = SessionCache([row], [len(chunk)], self.windows, self._backend, pairs_only=True)
+            cache = SessionCache([row], [len(chunk)], self.windows, self.sources, self._backend, pairs_only=True)
             self._fill(chunk, row.length, cache, cache)
             row.tail.advance(len(chunk))
             yield len(chunk)
@@ -381,7 +388,7 @@ def _check(model: PreTrainedModel) -> list[str]:
         raise UnsupportedModelError(
             f"{kind!r} caches latents shared by all heads (multi-head latent attention); there are no pairs a head to evict"
         )
-    if not hasattr(config, "num_key_value_heads"):
+    if not _differ(config) and not hasattr(config, "num_key_value_heads"):
         raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
     layer_types = _layer_types(config)
     foreign = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
@@ -389,8 +396,6 @@ def _check(model: PreTrainedModel) -> list[str]:
         raise UnsupportedModelError(f"{kind!r} has layers of type {foreign}; only full and sliding-window attention keep pairs to evict")
     if not getattr(model, "_supports_attention_backend", False):
         raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
-    if shared := getattr(config, "num_kv_shared_layers", None):
-        raise UnsupportedModelError(f"{kind!r} uses num_kv_shared_layers={shared}, which our attention does not compute")
     return layer_types
 
 
@@ -400,6 +405,32 @@ def _layer_types(config: Any) -> list[str]:
         sliding = getattr(config, "sliding_window", None) is not None
         types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
     return list(types)
+
+
+def _sources(config: Any, layer_types: list[str]) -> tuple[int, ...]:
+    """For each layer the one whose pairs it attends to; those that reuse some come last.
+
+    Raises:
+        UnsupportedModelError: they do not.
+    """
+    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(layer_types)
+    owners = [layer for layer, mode in enumerate(modes) if mode != "reuse"]
+    if owners != list(range(len(owners))):
+        raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
+    last = {layer_types[layer]: layer for layer in owners}
+    return tuple(layer if layer < len(owners) else last[layer_types[layer]] for layer in range(len(modes)))
+
+
+def _differ(config: Any) -> bool:
+    """Whether a configuration has other values for some layers; for these it has none as a whole."""
+    return bool(getattr(config, "is_heterogeneous", False))
+
+
+def _shape(config: Any, layer: int) -> tuple[int, int]:
+    """KV heads and head dimension of a layer."""
+    if _differ(config):
+        config = config.per_layer_config[layer]
+    return config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _window(config: Any) -> int:

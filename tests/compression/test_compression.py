@@ -108,7 +108,7 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
     scorer = KVzipScorer(aggregation=aggregation, repeat=repeat)  # type: ignore[arg-type]
     scores = scorer.score_chunk(prefilled, ids, head, start, end)
 
-    seen = []
+    seen: dict[int, list[torch.Tensor]] = {}  # by the layer whose pairs are asked
 
     def formula(query: torch.Tensor, key: torch.Tensor, dense: torch.Tensor, softmax: Softmax) -> torch.Tensor:
         groups = query.shape[1] // key.shape[1]
@@ -117,18 +117,21 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
         rows = query.shape[2]
         logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
         p = with_sinks(logits, softmax).softmax(-1)[0, :, :, head : head + end - start].unflatten(0, (-1, groups))
-        return p.amax((1, 2)) if aggregation == "max" else p.square().sum((1, 2)).sqrt()
+        return p.amax((1, 2)) if aggregation == "max" else p.square().sum((1, 2))
 
     original = kvzip_module._RepeatCall.attend
 
     def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
-        if prefilled.model.windows[layer] is None:
-            seen.append(formula(query, key, prefilled.dense[layer][0][None], softmax))
+        source = prefilled.model.sources[layer]
+        if prefilled.model.windows[source] is None:
+            seen.setdefault(source, []).append(formula(query, key, prefilled.dense[source][0][None], softmax))
         return original(self, layer, query, key, value, softmax)
 
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
     scorer.score_chunk(prefilled, ids, head, start, end)
-    torch.testing.assert_close(scores, torch.stack(seen).float(), atol=1e-5, rtol=1e-4)
+    asked = [torch.stack(parts) for parts in seen.values()]
+    expected = [parts.amax(0) if aggregation == "max" else parts.sum(0).sqrt() for parts in asked]
+    torch.testing.assert_close(scores, torch.stack(expected).float(), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.4])
@@ -142,28 +145,29 @@ def test_what_a_parent_has_kept_stands_beside_a_chunk(architecture: str, ratio: 
     layers = compress(first, ratio, Stages.of(), silent).layers
     prefilled = replace(whole, dense=[(k[:, start:], v[:, start:]) for k, v in whole.dense], parent=list(layers), start=start)
     ids = [7, 8, 9, *whole.token_ids[start - lead :]]
-    seen: list[torch.Tensor] = []
+    seen: dict[int, torch.Tensor] = {}  # squares, by the layer whose pairs are asked
     original = kvzip_module._RepeatCall.attend
 
     def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
-        if whole.model.windows[layer] is None:
-            parent, rows, scores = layers[layer], query.shape[2], []
+        source = whole.model.sources[layer]
+        if whole.model.windows[source] is None:
+            parent, rows, scores = layers[source], query.shape[2], []
             for h, queries in enumerate(query[0].double().unflatten(0, (parent.n_heads, -1))):
                 keys, positions = parent.head(h)[0], parent.positions[parent.offsets[h] : parent.offsets[h + 1]]
                 near = keys[(positions < head) | (positions >= start - lead)]
-                logits = queries @ torch.cat([near, whole.dense[layer][0][h, start:], key[0, h]]).double().T * softmax.scaling
+                logits = queries @ torch.cat([near, whole.dense[source][0][h, start:], key[0, h]]).double().T * softmax.scaling
                 logits = softmax.capped(logits)
                 logits[..., -rows:].masked_fill_(torch.ones(rows, rows, dtype=torch.bool).triu(1), float("-inf"))
                 sinks = None if softmax.sinks is None else softmax.sinks.unflatten(0, (parent.n_heads, -1))[h]
                 logits = with_sinks(logits, softmax._replace(sinks=sinks))
-                scores.append(logits.softmax(-1)[..., len(near) : len(near) + n - start].square().sum((0, 1)).sqrt())
-            seen.append(torch.stack(scores))
+                scores.append(logits.softmax(-1)[..., len(near) : len(near) + n - start].square().sum((0, 1)))
+            seen[source] = seen.get(source, 0) + torch.stack(scores)
         return original(self, layer, query, key, value, softmax)
 
     monkeypatch.setattr(kvzip_module._RepeatCall, "attend", attend)
     ours = scorer.score_chunk(prefilled, ids, head, start, n, lead=lead)
     monkeypatch.undo()
-    torch.testing.assert_close(ours, torch.stack(seen).float(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours, torch.stack([*seen.values()]).sqrt().float(), atol=1e-5, rtol=1e-4)
     if ratio == 1.0 and not any(whole.model.windows):
         torch.testing.assert_close(ours, scorer.score_chunk(whole, ids, head, start - lead, n)[:, :, lead:], atol=1e-5, rtol=1e-4)
 

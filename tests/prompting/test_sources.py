@@ -44,7 +44,7 @@ def masses(engine: KVzipEngine, context: CompressedContext, ids: list[int], firs
 def mean_mass(weights: torch.Tensor, context: CompressedContext) -> torch.Tensor:
     """``[H, spans]`` of attention ``[H * G, n, tokens]``."""
     of_each = torch.stack([weights[..., start:end].sum(-1).mean(-1) for start, end in SPANS], -1)
-    return of_each.unflatten(0, (context.layers[0].n_heads, -1)).mean(1)
+    return of_each.unflatten(0, (next(layer.n_heads for layer in context.layers if layer.window is None), -1)).mean(1)
 
 
 # -- the attention -----------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def mean_mass(weights: torch.Tensor, context: CompressedContext) -> torch.Tensor
 def test_the_mass_of_a_span_is_that_of_the_models_own_attention(architecture: str, ratio: float) -> None:
     engine = tiny_engine(architecture)
     context, ids, first = engine.load(TEXT, ratio=ratio), list(range(20, 60)), 12
-    full = [layer.window is None for layer in context.layers]
+    full = [context.layers[source].window is None for source in engine._model.sources]
     weights = compress(masked_attention(engine, context, ids), full)
     expected = torch.stack([mean_mass(of_layer[:, first:], context) for of_layer in weights])
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)

@@ -174,12 +174,15 @@ class _RepeatCall(Cache):
         return len(self._prefilled.token_ids)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        prefilled, window = self._prefilled, self._prefilled.model.windows[layer]
-        last = layer == len(prefilled.model.windows) - 1
-        own_keys, own_values = key[0], value[0]
-        if layer in self._own:
-            own_keys, own_values = (torch.cat(pair, 1) for pair in zip(self._own[layer], (own_keys, own_values), strict=True))
-        self._own[layer] = own_keys, own_values
+        prefilled, sources = self._prefilled, self._prefilled.model.sources
+        asks, layer, last = layer, sources[layer], layer == len(sources) - 1
+        window = prefilled.model.windows[layer]
+        if asks == layer:
+            new = key[0], value[0]
+            if layer in self._own:
+                new = torch.cat([self._own[layer][0], new[0]], 1), torch.cat([self._own[layer][1], new[1]], 1)
+            self._own[layer] = new
+        own_keys, own_values = self._own[layer]
         row = partial(prefilled.row, layer, own_keys, own_values, query.shape[2])
         if window is not None:
             if last:
@@ -188,7 +191,7 @@ class _RepeatCall(Cache):
         if prefilled.rows is not None:
             grouped = query[0].unflatten(0, (len(own_keys), -1))
             first = own_keys.shape[1] - query.shape[2] - self._opening
-            prefilled.rows.take(layer, self._start, self._end, grouped, softmax, first, self._lead)
+            prefilled.rows.take(layer, self._start, self._end, grouped, softmax, first, self._lead, asks)
         beside = self._beside(layer) if self._lead else None
         before = 0 if beside else self._head
         head_keys, head_values = prefilled.pairs(layer, 0, before)
