@@ -35,10 +35,23 @@ def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], marks: dict
 
 
 _GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA4 = {
+    "num_hidden_layers": 6,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 300,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _DEEP = {"deepstack_visual_indexes": [0]}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: _config("gemma3", _GEMMA, {}, {"mm_tokens_per_image": 4, "image_token_index": 299}),
+    "gemma4": lambda: _config("gemma4", _GEMMA4, {}, _IMAGE),
     "mistral3": lambda: _config(
         "mistral3",
         {"model_type": "mistral", "sliding_window": None},

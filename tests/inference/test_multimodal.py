@@ -22,7 +22,7 @@ from multimodal import CONFIGS, tiny_multimodal
 
 QUESTION = "Which day does the donkey carry oil?"
 #: Transformers has a class of its own for their language model.
-OWN_CLASS = ["gemma3", "mistral3", "smolvlm"]
+OWN_CLASS = ["gemma3", "gemma4", "mistral3", "smolvlm"]
 
 
 @pytest.fixture(params=sorted(CONFIGS))
@@ -57,9 +57,9 @@ def test_below_ratio_1_logits_equal_dense_attention_with_evicted_pairs_masked(ki
     engine = KVzipEngine(tiny_multimodal(kind), tiny_tokenizer())
     context = engine.load(TEXT, ratio=0.3)
     ids = engine.prompt_ids(context, QUESTION)
-    torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=2e-5, rtol=0)
+    torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=1e-4, rtol=0)
     grown = engine.extend(context, "The lamp is blue.")
-    torch.testing.assert_close(engine.logits(grown, ids), masked_logits(engine, grown, ids, context), atol=2e-5, rtol=0)
+    torch.testing.assert_close(engine.logits(grown, ids), masked_logits(engine, grown, ids, context), atol=1e-4, rtol=0)
 
 
 def test_what_is_not_about_texts_is_no_part_of_a_key(kind: str, tmp_path: Path) -> None:
