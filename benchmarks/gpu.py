@@ -164,10 +164,10 @@ class Attention:
         self._size, pair = size, size.dim * layers[0].keys.element_size()
         tail = size.heads, TAIL, size.dim
         self.tails = [[(random(size, *tail), random(size, *tail)) for _ in layers] for _ in range(rows)]
-        self._blocks = kernels.blocks(rows, size.group, size.dim, layers[0].keys.element_size())
+        self._blocks = kernels.blocks(rows, size.group, (size.dim, size.dim), layers[0].keys.element_size())
         owners = [kernels.context_owner(layers, (0, rows))]
         owners += [kernels.tail_owner(tail, TAIL, (b, b + 1)) for b, tail in enumerate(self.tails)]
-        plan = kernels.plan(owners, rows, self._blocks.entries, pair, kernels.programs(size.device))
+        plan = kernels.plan(owners, rows, self._blocks.entries, (pair, pair), kernels.programs(size.device))
         self._items, self._parts = (torch.from_numpy(table).to(size.device) for table in plan)
         self._entries = torch.tensor([(b, 0) for b in range(rows)], dtype=torch.int32, device=size.device)
         self._lengths = torch.full((rows,), TAIL, device=size.device)

@@ -22,11 +22,12 @@ def floats(address: int, count: int) -> Any:
 
 
 def append(key: torch.Tensor, value: torch.Tensor, tails: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> None:
-    batch, n_heads, n, dim = key.shape
+    batch, n_heads, n, _ = key.shape
     for b in range(batch):
         *addresses, capacity = tails[b].tolist()
         count, length = int(counts[b]), int(lengths[b])
         for address, new in zip(addresses, (key, value), strict=True):
+            dim = new.shape[3]
             if count:
                 tail = floats(address, n_heads * capacity * dim).reshape(n_heads, capacity, dim)
                 tail[:, length - count : length] = new[b, :, n - count :].numpy()
@@ -45,12 +46,13 @@ def attend(
     out: torch.Tensor,
 ) -> torch.Tensor:
     _, query_heads, n, dim = query.shape
+    dim_v = out.shape[3]
     group = query_heads // parts.shape[1]
     for entry, (row, behind) in enumerate(entries.tolist()):
         length, position = int(lengths[row]), int(positions[row]) - behind
         for head in range(parts.shape[1]):
             first_c, number_c, first_t, number_t = parts[entry, head].tolist()
-            logits, values = [np.empty((group, 0))], [np.empty((0, dim))]
+            logits, values = [np.empty((group, 0))], [np.empty((0, dim_v))]
             assert softmax.cap is None
             assert softmax.sinks is None
             heads = slice(head * group, head * group + group)
@@ -71,7 +73,7 @@ def attend(
                 if window is not None:
                     seen &= key_positions > position - window
                 logits.append(np.where(seen, q @ floats(keys, count * dim).reshape(count, dim).T * softmax.scaling, -np.inf))
-                values.append(np.where(seen[:, None], floats(vals, count * dim).reshape(count, dim), 0.0))
+                values.append(np.where(seen[:, None], floats(vals, count * dim_v).reshape(count, dim_v), 0.0))
             row_logits = np.concatenate(logits, 1)
             weights = np.exp(row_logits - row_logits.max(1, keepdims=True, initial=-1e30))
             result = weights @ np.concatenate(values) / np.maximum(weights.sum(1, keepdims=True), 1e-30)

@@ -45,11 +45,11 @@ class AttentionCall(Protocol):
         Args:
             layer: index of the layer.
             query: ``[B, H * G, n, D]``, post-RoPE.
-            key, value: ``[B, H, n, D]``, this call's own pairs, post-RoPE.
+            key, value: ``[B, H, n, D]`` and ``[B, H, n, DV]``, this call's own pairs, keys post-RoPE.
             softmax: of the layer.
 
         Returns:
-            ``[B, n, H * G, D]``.
+            ``[B, n, H * G, DV]``, DV the dimension of the values.
         """
         ...
 
@@ -117,8 +117,8 @@ def _kernels(device: torch.device) -> ModuleType | None:
 def _by_length(decode: AttentionBackend, read: AttentionBackend) -> AttentionBackend:
     def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
         tokens, dim = query.shape[2:]
-        backend = read if tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 and softmax.cap is None else decode
-        return backend(query, rows, softmax, window)
+        library = tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 and softmax.cap is None and rows[0].values.shape[2] == dim
+        return (read if library else decode)(query, rows, softmax, window)
 
     return attention
 
@@ -149,7 +149,7 @@ def _attention(
     if kvzip is None:
         return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
     softmax = Softmax(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
-    return kvzip.attend(module.layer_idx, query, key, value, softmax), None  # type: ignore[arg-type]
+    return kvzip.attend(module.layer_idx, query, key, value, softmax).contiguous(), None  # type: ignore[arg-type]
 
 
 def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -37,7 +37,7 @@ class RowKV(NamedTuple):
 
     Attributes:
         context: the shared compressed pairs, None for a row without a context.
-        keys, values: ``[H, t, D]``, the row's own tail; its last ``n_new`` entries belong to this call's queries.
+        keys, values: ``[H, t, D]`` and ``[H, t, DV]``, the row's own tail; its last ``n_new`` entries belong to this call's queries.
         n_new: how many of the batch's query columns are this row's; they are the last ones (rows are left-padded).
         context_tokens: logical length of the context. Entry ``i`` of the tail has position ``context_tokens + i``.
     """
@@ -60,7 +60,7 @@ class AttentionBackend(Protocol):
             window: the layer's sliding window: a token sees the last ``window`` positions, itself included.
 
         Returns:
-            ``[B, n, H * G, D]`` in the dtype of ``query``; zero where a row has no query.
+            ``[B, n, H * G, DV]`` in the dtype of ``query``; zero where a row has no query.
         """
         ...
 

@@ -24,13 +24,13 @@ BLOCK_ELEMENTS = 8 << 20
 PART_PAIRS = 256
 
 
-def _has_fused(device: torch.device, softmax: Softmax) -> bool:
-    return device.type == "cpu" and softmax.cap is None
+def _has_fused(query: Tensor, values: Tensor, softmax: Softmax) -> bool:
+    return query.device.type == "cpu" and softmax.cap is None and query.shape[-1] == values.shape[-1]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added."""
-    if _has_fused(query.device, softmax):
+    if _has_fused(query, values, softmax):
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=mask, scale=softmax.scaling
         )
@@ -47,15 +47,15 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: in
     batch, query_heads, n, dim = query.shape
     if batch == 1:  # no padding, nothing to put together
         merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, softmax, window)
-        return merged.view(1, query_heads, n, dim).transpose(1, 2)
-    out = query.new_zeros(batch, n, query_heads, dim)
+        return merged.view(1, query_heads, n, -1).transpose(1, 2)
+    out = query.new_zeros(batch, n, query_heads, rows[0].values.shape[2])
     for members in rows_by_context([row.context for row in rows]):
         counts = [rows[b].n_new for b in members]
         n_heads = rows[members[0]].keys.shape[0]
         queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
         merged = _attend_rows(queries, [rows[b] for b in members], softmax, window)
         for b, count, part in zip(members, counts, merged.split([q.shape[1] for q in queries], 1), strict=True):
-            out[b, n - count :] = part.reshape(query_heads, count, dim).transpose(0, 1)
+            out[b, n - count :] = part.reshape(query_heads, count, -1).transpose(0, 1)
     return out
 
 
@@ -109,12 +109,12 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Sof
 
     Args:
         query: ``[H, G * n_new, D]``.
-        keys, values: ``[H, m, D]``, the new tokens' last.
+        keys, values: ``[H, m, D]`` and ``[H, m, DV]``, the new tokens' last.
 
     Returns:
-        fp32 of the query's shape, and log-sum-exp ``[H, G * n_new]``.
+        fp32 ``[H, G * n_new, DV]``, and log-sum-exp ``[H, G * n_new]``.
     """
-    if not _has_fused(query.device, softmax):
+    if not _has_fused(query, values, softmax):
         return _causal_masked(query, keys, values, n_new, softmax, None)
     past = keys.shape[1] - n_new
     own = (query.unflatten(1, (-1, n_new)), keys[:, None, past:], values[:, None, past:])
@@ -173,7 +173,7 @@ def _attend_context(query: Tensor, context: RaggedLayer, softmax: Softmax, first
     """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
         return _attend_sliding(query, context, softmax, first_seen)
-    heads = _views(context, torch.get_num_threads() if _has_fused(query.device, softmax) else 1)
+    heads = _views(context, torch.get_num_threads() if _has_fused(query, context.values, softmax) else 1)
     queries = query.unsqueeze(1).expand(-1, heads[0].parts, -1, -1).unsqueeze(2).unbind()
     found = [_attend_head(q, head, softmax) for q, head in zip(queries, heads, strict=True)]
     return torch.cat([out for out, _ in found], 1).transpose(0, 1).float(), torch.cat([lse for _, lse in found], 1).transpose(0, 1)
@@ -209,8 +209,10 @@ def _divided(keys: Tensor, values: Tensor, parts: int) -> _HeadView:
     step, rest = divmod(len(keys), parts)
     if not step:
         return _HeadView(parts, keys[None, None], values[None, None], None)
-    shape, strides = (parts, 1, step + rest, keys.shape[1]), (step * keys.stride(0), 0, keys.stride(0), 1)
-    keys, values = (x.as_strided(shape, strides, x.storage_offset()) for x in (keys, values))
+    keys, values = (
+        x.as_strided((parts, 1, step + rest, x.shape[1]), (step * x.stride(0), 0, x.stride(0), 1), x.storage_offset())
+        for x in (keys, values)
+    )
     mask = _mask(parts, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
     return _HeadView(parts, keys, values, mask)
 
@@ -227,7 +229,7 @@ def _attend_head(query: Tensor, head: _HeadView, softmax: Softmax) -> tuple[Tens
     """Attention of ``query [P, 1, R, D]`` over one head: ``[P, 1, R, D]`` and ``[P, 1, R]``."""
     if len(head.keys) == head.parts and head.keys.shape[2]:
         return _attend(query, head.keys, head.values, softmax, head.mask)
-    out = torch.zeros_like(query)
+    out = query.new_zeros(*query.shape[:3], head.values.shape[3])
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
     if head.keys.shape[2]:
         out[:1], lse[:1] = _attend(query[:1], head.keys, head.values, softmax)
@@ -248,7 +250,7 @@ def _attend_masked(
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
     query = query * softmax.scaling
-    out = query.new_empty(1, *query.shape, dtype=torch.float32)
+    out = query.new_empty(1, len(query), values.shape[1], dtype=torch.float32)
     lse = query.new_empty(1, len(query), dtype=torch.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))
     for start in range(0, len(query), step):

@@ -2,7 +2,8 @@
 
 Over a context every query sees every pair, so the query heads that share a KV head and the rows on the context are queries
 of one sequence. Over a tail, where attention is causal, rows and KV heads are the sequences. Nothing of a context is
-copied. Sliding layers, whose windows are short, and capped logits take plain products.
+copied. Sliding layers, whose windows are short, capped logits and values of another
+dimension than keys take plain products.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def backend(varlen: Varlen) -> AttentionBackend:
 
     def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
         """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
-        if window is not None or softmax.cap is not None:
+        if window is not None or softmax.cap is not None or rows[0].values.shape[2] != query.shape[3]:
             return cpu.attention(query, rows, softmax, window)
         batch, query_heads, n, dim = query.shape
         n_heads = rows[0].keys.shape[0]

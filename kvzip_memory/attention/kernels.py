@@ -13,7 +13,7 @@ def attend(
     entries,  # [E, 2] int32: row, how many of the row's tokens come after this one
     lengths,  # [B] int64: pairs in each row's tail, those of this call included
     positions,  # [B] int64: position of each row's last token
-    out,  # [W, BLOCK_M, DIM] fp32
+    out,  # [W, BLOCK_M, DIM_V] fp32
     lse,  # [W, BLOCK_M] fp32, base 2
     scale,  # of the logits, times log2(e)
     cap,  # of the logits, times log2(e)
@@ -24,7 +24,9 @@ def attend(
     stride_n,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -50,6 +52,7 @@ def attend(
 
     offset_m = tl.arange(0, BLOCK_M)
     offset_d = tl.arange(0, BLOCK_D)
+    offset_v = tl.arange(0, BLOCK_DV)
     m = start * GROUP + offset_m
     live = m < end * GROUP
     row = tl.load(entries + m // GROUP * 2, mask=live, other=0)
@@ -68,14 +71,14 @@ def attend(
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    acc = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
     for begin in range(0, stop, BLOCK_N):
         index = begin + tl.arange(0, BLOCK_N)
         inside = index < stop
-        kv_offset = index[:, None] * DIM + offset_d[None, :]
-        kv_mask = inside[:, None] & (offset_d < DIM)[None, :]
-        k = tl.load(keys + kv_offset, mask=kv_mask, other=0.0)
-        v = tl.load(values + kv_offset, mask=kv_mask, other=0.0)
+        k_mask = inside[:, None] & (offset_d < DIM)[None, :]
+        v_mask = inside[:, None] & (offset_v < DIM_V)[None, :]
+        k = tl.load(keys + index[:, None] * DIM + offset_d[None, :], mask=k_mask, other=0.0)
+        v = tl.load(values + index[:, None] * DIM_V + offset_v[None, :], mask=v_mask, other=0.0)
         logits = tl.dot(q, tl.trans(k.to(product)), input_precision=PRECISION)
         visible = inside[None, :] & ((first + index)[None, :] < limit[:, None])
         if WINDOWED:
@@ -98,7 +101,8 @@ def attend(
     slot = item.to(tl.int64) * BLOCK_M + offset_m
     seen = total > 0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
-    tl.store(out + slot[:, None] * DIM + offset_d[None, :], acc, mask=q_mask)
+    out_mask = live[:, None] & (offset_v < DIM_V)[None, :]
+    tl.store(out + slot[:, None] * DIM_V + offset_v[None, :], acc, mask=out_mask)
     tl.store(lse + slot, tl.where(seen, best + tl.log2(tl.where(seen, total, 1.0)), float("-inf")), mask=live)
 
 
@@ -163,7 +167,7 @@ def merge(
 @triton.jit
 def append(
     key,  # [B, H, n, DIM], any strides but the last
-    value,
+    value,  # [B, H, n, DIM_V], the same
     tails,  # [B, 3] int64: keys, values, capacity
     lengths,  # [B] int64, the new pairs included
     counts,  # [B] int64, how many of the last columns are new pairs; 0 where there is no row
@@ -175,7 +179,9 @@ def append(
     value_stride_h,
     value_stride_n,
     DIM: tl.constexpr,
+    DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """One row, KV head and column: its new pair, written behind those of its tail."""
     row = tl.program_id(0)
@@ -185,10 +191,11 @@ def append(
     if behind < tl.load(counts + row):
         fields = tails + row * 3
         offset_d = tl.arange(0, BLOCK_D)
-        mask = offset_d < DIM
+        offset_v = tl.arange(0, BLOCK_DV)
         pointer = tl.pointer_type(key.dtype.element_ty)
-        at = (head * tl.load(fields + 2) + tl.load(lengths + row) - 1 - behind) * DIM + offset_d
-        new_key = tl.load(key + row * key_stride_b + head * key_stride_h + column * key_stride_n + offset_d, mask=mask)
-        new_value = tl.load(value + row * value_stride_b + head * value_stride_h + column * value_stride_n + offset_d, mask=mask)
-        tl.store(tl.load(fields).to(pointer) + at, new_key, mask=mask)
-        tl.store(tl.load(fields + 1).to(pointer) + at, new_value, mask=mask)
+        at = head * tl.load(fields + 2) + tl.load(lengths + row) - 1 - behind
+        new_key = tl.load(key + row * key_stride_b + head * key_stride_h + column * key_stride_n + offset_d, mask=offset_d < DIM)
+        from_value = value + row * value_stride_b + head * value_stride_h + column * value_stride_n
+        new_value = tl.load(from_value + offset_v, mask=offset_v < DIM_V)
+        tl.store(tl.load(fields).to(pointer) + at * DIM + offset_d, new_key, mask=offset_d < DIM)
+        tl.store(tl.load(fields + 1).to(pointer) + at * DIM_V + offset_v, new_value, mask=offset_v < DIM_V)

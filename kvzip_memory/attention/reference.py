@@ -12,8 +12,8 @@ from kvzip_memory.attention.base import RowKV, Softmax
 
 def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`. Computes in float64."""
-    batch, query_heads, n, dim = query.shape
-    out = query.new_zeros(batch, n, query_heads, dim)
+    batch, query_heads, n, _ = query.shape
+    out = query.new_zeros(batch, n, query_heads, rows[0].values.shape[2])
     for b, row in enumerate(rows):
         group = query_heads // row.keys.shape[0]
         n_tail = row.keys.shape[1]

@@ -84,23 +84,24 @@ def context_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int]) -> Ow
 
 def tail_owner(buffers: Sequence[tuple[Tensor, Tensor]], counts: int, entries: tuple[int, int]) -> Owner:
     """The first ``counts`` pairs of each head in buffers ``[H, capacity, D]``."""
-    n_heads, _, dim = buffers[0][0].shape
-    assert buffers[0][0].stride()[1:] == (dim, 1), "the kernel reads pairs one behind another"
-    stride = buffers[0][0].stride(0) // dim
+    n_heads, stride = len(buffers[0][0]), buffers[0][0].stride(0) // buffers[0][0].shape[2]
+    for buffer in buffers[0]:
+        dim = buffer.shape[2]
+        assert buffer.stride() == (stride * dim, dim, 1), "the kernel reads pairs one behind another, of all heads alike"
     shape = (len(buffers), n_heads)
     offsets = np.broadcast_to(np.arange(n_heads, dtype=np.int64) * stride, shape)
     keys, values = [pair[0].data_ptr() for pair in buffers], [pair[1].data_ptr() for pair in buffers]
     return Owner(keys, values, [0] * len(buffers), offsets, np.full(shape, counts, np.int64), entries, tail=True)
 
 
-def plan(owners: Sequence[Owner], n_entries: int, block: int, pair_nbytes: int, programs: int, width: int | None = None) -> Plan:
+def plan(owners: Sequence[Owner], n_entries: int, block: int, nbytes: tuple[int, int], programs: int, width: int | None = None) -> Plan:
     """Cut what the owners hold into items.
 
     Args:
         owners: of the same layers and heads. An entry belongs to one context at most and to one tail.
         n_entries: entries, those included that see nothing.
         block: entries that one program takes.
-        pair_nbytes: bytes of one key.
+        nbytes: of one key and of one value.
         programs: programs the device runs at one time.
         width: items of every layer, idle ones included; as few as are needed if None.
     """
@@ -112,12 +113,12 @@ def plan(owners: Sequence[Owner], n_entries: int, block: int, pair_nbytes: int, 
             end = min(start + block, owner.entries[1])
             seen[start:end, :, int(owner.tail)] = n_heads * len(spans) + np.arange(n_heads)
             span = np.empty((n_layers, n_heads, 9), np.int64)
-            for column, address, nbytes in (
-                (KEYS, owner.keys, pair_nbytes),
-                (VALUES, owner.values, pair_nbytes),
+            for column, address, size in (
+                (KEYS, owner.keys, nbytes[0]),
+                (VALUES, owner.values, nbytes[1]),
                 (POSITIONS, owner.positions, 0 if owner.tail else 4),
             ):
-                span[..., column] = np.array(address, np.int64)[:, None] + owner.offsets * nbytes
+                span[..., column] = np.array(address, np.int64)[:, None] + owner.offsets * size
             span[..., FIRST], span[..., COUNT], span[..., HEAD] = 0, owner.counts, np.arange(n_heads)
             span[..., START], span[..., END], span[..., TAIL] = start, end, owner.tail
             spans.append(span)
@@ -133,8 +134,8 @@ def plan(owners: Sequence[Owner], n_entries: int, block: int, pair_nbytes: int, 
         skipped = (np.arange(len(which)) - firsts[layer][which]) * run[layer]
         cut = items[layer, : len(which)]
         cut[:] = table[layer][which]
-        cut[:, KEYS] += skipped * pair_nbytes
-        cut[:, VALUES] += skipped * pair_nbytes
+        cut[:, KEYS] += skipped * nbytes[0]
+        cut[:, VALUES] += skipped * nbytes[1]
         cut[:, POSITIONS] += skipped * np.where(cut[:, TAIL], 0, 4)
         cut[:, FIRST] = skipped
         cut[:, COUNT] = np.minimum(cut[:, COUNT] - skipped, run[layer])
@@ -172,26 +173,37 @@ class Blocks(NamedTuple):
         m: query vectors of one program.
         n: pairs of one tile.
         d: the head dimension, rounded up to a power of two.
+        dv: the same of values.
         entries: entries of one program.
     """
 
     m: int
     n: int
     d: int
+    dv: int
     entries: int
 
 
-def blocks(n_entries: int, group: int, dim: int, itemsize: int) -> Blocks:
-    """Sizes for so many entries that may see one context: as many in one program as its registers hold."""
-    d = max(16, 1 << (dim - 1).bit_length())
-    most = max(128 if d <= 128 else 64, 1 << (group - 1).bit_length())
+def blocks(n_entries: int, group: int, dims: tuple[int, int], itemsize: int) -> Blocks:
+    """Sizes for so many entries that may see one context: as many in one program as its registers hold.
+
+    Args:
+        dims: of keys and of values.
+    """
+    d, dv = (_padded(dim) for dim in dims)
+    most = max(128 if max(d, dv) <= 128 else 64, 1 << (group - 1).bit_length())
     m = min(max(16, 1 << (n_entries * group - 1).bit_length()), most)
-    return Blocks(m, 64 if d * itemsize <= 256 else 32, d, m // group)
+    return Blocks(m, 64 if max(d, dv) * itemsize <= 256 else 32, d, dv, m // group)
+
+
+def _padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
+    dims, itemsize = (dim, rows[0].values.shape[2]), query.element_size()
     groups = rows_by_context([row.context for row in rows])
     entries: list[tuple[int, int]] = []
     contexts, tails = [], []
@@ -205,14 +217,15 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: in
             contexts.append(context_owner([context], (first, len(entries))))
     group = query_heads // rows[0].keys.shape[0]
     most = max(sum(rows[b].n_new for b in members) for members in groups)
-    size = blocks(most, group, dim, query.element_size())
-    made = plan([*contexts, *tails], len(entries), size.entries, dim * query.element_size(), programs(query.device))
+    size = blocks(most, group, dims, itemsize)
+    nbytes = dims[0] * itemsize, dims[1] * itemsize
+    made = plan([*contexts, *tails], len(entries), size.entries, nbytes, programs(query.device))
     tail_lengths = [row.keys.shape[1] for row in rows]
     last = [row.context_tokens + length - 1 for row, length in zip(rows, tail_lengths, strict=True)]
     items, parts = (torch.from_numpy(table[0]).to(query.device) for table in made)
     lengths, positions = torch.tensor([tail_lengths, last], device=query.device)
     table = torch.tensor(entries, dtype=torch.int32, device=query.device)
-    out = query.new_zeros(batch, n, query_heads, dim)
+    out = query.new_zeros(batch, n, query_heads, dims[1])
     return attend(query, items, parts, table, lengths, positions, softmax, window, size, out)
 
 
@@ -228,7 +241,7 @@ def attend(
     size: Blocks,
     out: Tensor,
 ) -> Tensor:
-    """Run one layer's items and merge their parts into ``out [B, n, H * G, D]``, where entries say.
+    """Run one layer's items and merge their parts into ``out [B, n, H * G, DV]``, where entries say.
 
     Args:
         query: ``[B, H * G, n, D]``.
@@ -240,8 +253,8 @@ def attend(
         size: what the plan was made for.
     """
     _, query_heads, n, dim = query.shape
-    group = query_heads // parts.shape[1]
-    part_out = query.new_empty(len(items), size.m, dim, dtype=torch.float32)
+    group, dim_v = query_heads // parts.shape[1], out.shape[3]
+    part_out = query.new_empty(len(items), size.m, dim_v, dtype=torch.float32)
     part_lse = query.new_empty(len(items), size.m, dtype=torch.float32)
     if query.stride(-1) != 1:
         query = query.contiguous()
@@ -261,7 +274,9 @@ def attend(
             *query.stride()[:3],
             GROUP=group,
             DIM=dim,
+            DIM_V=dim_v,
             BLOCK_D=size.d,
+            BLOCK_DV=size.dv,
             BLOCK_M=size.m,
             BLOCK_N=size.n,
             WINDOWED=window is not None,
@@ -272,13 +287,13 @@ def attend(
             num_stages=_stages(query.device),
         )
         kernels.merge[(len(entries), query_heads)](
-            parts, items, entries, part_out, part_lse, softmax.sinks, out, n, query_heads, group, dim, size.d, size.m, BLOCK_P=16
+            parts, items, entries, part_out, part_lse, softmax.sinks, out, n, query_heads, group, dim_v, size.dv, size.m, BLOCK_P=16
         )
     return out
 
 
 def append(key: Tensor, value: Tensor, tails: Tensor, lengths: Tensor, counts: Tensor) -> None:
-    """Write each row's new pairs, the last of ``[B, H, n, D]``, to the end of its tail.
+    """Write each row's new pairs, the last of ``[B, H, n, D]`` and ``[B, H, n, DV]``, to the end of its tail.
 
     Args:
         tails: ``[B, 3]`` int64, addresses of a layer's keys and values and their capacity.
@@ -286,10 +301,11 @@ def append(key: Tensor, value: Tensor, tails: Tensor, lengths: Tensor, counts: T
         counts: ``[B]`` int64, new pairs of each row, 0 where there is no row.
     """
     batch, n_heads, n, dim = key.shape
+    dim_v = value.shape[3]
     with torch.cuda.device_of(key):
         strides = (*key.stride()[:3], *value.stride()[:3])
-        block = max(16, 1 << (dim - 1).bit_length())
-        kernels.append[(batch, n_heads, n)](key, value, tails, lengths, counts, n, *strides, DIM=dim, BLOCK_D=block)
+        sizes = {"DIM": dim, "DIM_V": dim_v, "BLOCK_D": _padded(dim), "BLOCK_DV": _padded(dim_v)}
+        kernels.append[(batch, n_heads, n)](key, value, tails, lengths, counts, n, *strides, **sizes)
 
 
 def warps(size: Blocks) -> int:

@@ -57,11 +57,11 @@ def visible(prefilled: Prefilled, layer: int, window: int) -> RaggedLayer:
         keys = torch.cat([parent.keys.unflatten(0, (parent.n_heads, -1)), keys], 1)
         values = torch.cat([parent.values.unflatten(0, (parent.n_heads, -1)), values], 1)
     keys, values = keys[:, 1 - window :].contiguous(), values[:, 1 - window :].contiguous()
-    n_heads, n_kept, dim = keys.shape
+    n_heads, n_kept = keys.shape[:2]
     n = len(prefilled.token_ids)
     return RaggedLayer(
-        keys=keys.view(-1, dim),
-        values=values.view(-1, dim),
+        keys=keys.flatten(0, 1),
+        values=values.flatten(0, 1),
         lengths=(n_kept,) * n_heads,
         positions=torch.arange(n - n_kept, n, dtype=torch.int32, device=keys.device).repeat(n_heads),
         window=window,
@@ -70,10 +70,10 @@ def visible(prefilled: Prefilled, layer: int, window: int) -> RaggedLayer:
 
 def _whole(keys: Tensor, values: Tensor, scores: Tensor | None) -> RaggedLayer:
     """All pairs ``[H, n, D]``, without copying them if possible."""
-    n_heads, n, dim = keys.shape
+    n_heads, n = keys.shape[:2]
     return RaggedLayer(
-        keys=keys.reshape(-1, dim),
-        values=values.reshape(-1, dim),
+        keys=keys.flatten(0, 1),
+        values=values.flatten(0, 1),
         lengths=(n,) * n_heads,
         positions=torch.arange(n, dtype=torch.int32, device=keys.device).repeat(n_heads),
         scores=None if scores is None else scores.flatten(),

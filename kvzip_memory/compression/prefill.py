@@ -113,8 +113,8 @@ class _Preallocated(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        shape = (*key_states.shape[:2], self._n, key_states.shape[3])
-        self._buffers = key_states.new_empty(shape), value_states.new_empty(shape)
+        keys, values = (new.new_empty(*new.shape[:2], self._n, new.shape[3]) for new in (key_states, value_states))
+        self._buffers = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:

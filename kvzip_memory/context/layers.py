@@ -15,7 +15,7 @@ class RaggedLayer:
 
     Attributes:
         keys: ``[sum(lengths), D]``, post-RoPE at their original positions, dtype of the model.
-        values: ``[sum(lengths), D]``, dtype of the model.
+        values: ``[sum(lengths), DV]``, dtype of the model; DV is D in most models.
         lengths: pairs kept by each KV head.
         positions: ``[sum(lengths)]`` int32, position of each pair in the context.
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
@@ -39,7 +39,7 @@ class RaggedLayer:
         return len(self.lengths)
 
     def head(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one KV head, each ``[lengths[index], D]``: views, nothing is copied."""
+        """Keys and values of one KV head, ``[lengths[index], D]`` and ``[lengths[index], DV]``: views, nothing is copied."""
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.keys[rows], self.values[rows]
 

@@ -125,7 +125,7 @@ class DecodeSteps:
                 self._batches.clear()
                 self._weights, batch = weights, None
             if batch is None:
-                like = rows[0].tail.pairs(1)[0][0]
+                like = rows[0].tail.pairs(1)[0]
                 batch = self._batches[shape] = _Batch(self._model, self._windows, self._kernels, *shape, like, self._pool)
             batch.place(rows)
         try:
@@ -141,12 +141,20 @@ class _Batch:
     """The step of up to ``size`` rows of up to ``width`` tokens, and its tables. The rest of it is padding, never written to a tail."""
 
     def __init__(
-        self, model: PreTrainedModel, windows: Sequence[int | None], kernels: ModuleType, size: int, width: int, like: Tensor, pool: Any
+        self,
+        model: PreTrainedModel,
+        windows: Sequence[int | None],
+        kernels: ModuleType,
+        size: int,
+        width: int,
+        pair: tuple[Tensor, Tensor],
+        pool: Any,
     ) -> None:
-        n_heads, _, dim = like.shape
+        like, n_heads = pair[0], len(pair[0])
         self._kernels, self._windows, self._size, self._width = kernels, windows, size, width
-        self._pair_nbytes = dim * like.element_size()
-        self._blocks = kernels.blocks(size * width, model.config.num_attention_heads // n_heads, dim, like.element_size())
+        dims = pair[0].shape[2], pair[1].shape[2]
+        self._dim_v, self._nbytes = dims[1], tuple(dim * like.element_size() for dim in dims)
+        self._blocks = kernels.blocks(size * width, model.config.num_attention_heads // n_heads, dims, like.element_size())
         self._programs = kernels.programs(like.device)
         # A row has at most a context and a tail of its own.
         n_items = kernels.fitting_width(2 * size * -(-width // self._blocks.entries) * n_heads, self._programs)
@@ -186,7 +194,7 @@ class _Batch:
             if layers:
                 contexts.append(kernels.context_owner(layers, (first, len(order) * width)))
         n_items = self._items.shape[1]
-        made = kernels.plan([*contexts, *tails], self._size * width, self._blocks.entries, self._pair_nbytes, self._programs, n_items)
+        made = kernels.plan([*contexts, *tails], self._size * width, self._blocks.entries, self._nbytes, self._programs, n_items)
         self._items.copy_(torch.from_numpy(made.items))
         self._parts.copy_(torch.from_numpy(made.parts))
         order += range(len(rows), self._size)
@@ -227,7 +235,7 @@ class _Batch:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         kernels = self._kernels
         kernels.append(key, value, self._tails[layer], self._lengths, self._counts)
-        out = query.new_empty(self._size, self._width, *query.shape[1::2])
+        out = query.new_empty(self._size, self._width, query.shape[1], self._dim_v)
         tables = self._items[layer], self._parts[layer], self._entries
         attended: Tensor = kernels.attend(query, *tables, self._lengths, self._last, softmax, self._windows[layer], self._blocks, out)
         return attended

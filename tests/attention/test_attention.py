@@ -88,18 +88,19 @@ def calls(draw: st.DrawFn) -> Call:
     torch.manual_seed(draw(st.integers(0, 2**16)))
     heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     dim = draw(st.sampled_from([32, 64, 80, 96, 128, 256]))
+    dim_v = draw(st.sampled_from([dim, dim, dim, 16, 64, 192]))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     n = draw(st.integers(1, 300))
     contexts: list[RaggedLayer | None] = [None]
     for _ in range(draw(st.integers(1, 3))):
         lengths = tuple(draw(st.lists(st.sampled_from([0, 1, min(2, n), n // 3, n]), min_size=heads, max_size=heads)))
         positions = torch.cat([torch.randperm(n)[:length].sort().values for length in lengths]).int()
-        keys, values = (torch.randn(sum(lengths), dim).to(dtype) for _ in range(2))
+        keys, values = (torch.randn(sum(lengths), d).to(dtype) for d in (dim, dim_v))
         contexts.append(RaggedLayer(keys, values, lengths, positions))
     rows = []
     for context in draw(st.lists(st.sampled_from(contexts), min_size=1, max_size=9)):
         n_new, before = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([0, 1, 7, 40]))
-        keys, values = (torch.randn(heads, before + n_new, dim).to(dtype) for _ in range(2))
+        keys, values = (torch.randn(heads, before + n_new, d).to(dtype) for d in (dim, dim_v))
         rows.append(RowKV(context, keys, values, n_new, n if context is not None else 0))
     query = torch.randn(len(rows), heads * group, max(row.n_new for row in rows), dim).to(dtype)
     sinks = draw(st.sampled_from([None, torch.randn(heads * group).mul(3).to(dtype)]))

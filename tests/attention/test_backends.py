@@ -9,7 +9,7 @@ import torch
 from test_attention import plain_varlen
 
 from kvzip_memory import InputError
-from kvzip_memory.attention import FEW_TOKENS, Softmax, _by_length, choose, flash
+from kvzip_memory.attention import FEW_TOKENS, RowKV, Softmax, _by_length, choose, flash
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -86,10 +86,19 @@ def test_on_a_gpu_triton_decodes_and_a_library_reads_questions(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dim", "expected"), [(1, 128, "decode"), (FEW_TOKENS, 128, "decode"), (FEW_TOKENS + 1, 128, "read"), (99, 512, "decode")]
+    ("tokens", "dim", "dim_v", "cap", "expected"),
+    [
+        (1, 128, 128, None, "decode"),
+        (FEW_TOKENS, 128, 128, None, "decode"),
+        (FEW_TOKENS + 1, 128, 128, None, "read"),
+        (99, 512, 512, None, "decode"),
+        (99, 128, 64, None, "decode"),
+        (99, 128, 128, 50.0, "decode"),
+    ],
 )
-def test_long_questions_go_to_the_library_if_it_takes_them(tokens: int, dim: int, expected: str) -> None:
+def test_long_questions_go_to_the_library_if_it_takes_them(tokens: int, dim: int, dim_v: int, cap: float | None, expected: str) -> None:
     names: list[str] = []
     attention = _by_length(*(lambda *call, name=name: names.append(name) for name in ("decode", "read")))
-    attention(torch.empty(1, 1, tokens, dim), [], Softmax(1.0), None)
+    row = RowKV(None, torch.empty(1, tokens, dim), torch.empty(1, tokens, dim_v), tokens, 0)
+    attention(torch.empty(1, 1, tokens, dim), [row], Softmax(1.0, cap), None)
     assert names == [expected]

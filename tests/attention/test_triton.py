@@ -34,8 +34,8 @@ def cut(contexts: list[RaggedLayer], rows: int, tail: int = 256) -> np.ndarray:
     each = [triton.context_owner([layer], (rows * i, rows * (i + 1))) for i, layer in enumerate(contexts)]
     buffer = torch.empty(N_HEADS, tail, DIM, dtype=torch.bfloat16)
     tails = [triton.tail_owner([(buffer, buffer)], tail, (b, b + 1)) for b in range(rows * len(contexts))]
-    size = triton.blocks(rows, GROUP, DIM, 2)
-    return triton.plan([*each, *tails], rows * len(contexts), size.entries, 2 * DIM, H100).items[0]
+    size = triton.blocks(rows, GROUP, (DIM, DIM), 2)
+    return triton.plan([*each, *tails], rows * len(contexts), size.entries, (2 * DIM, 2 * DIM), H100).items[0]
 
 
 @pytest.mark.parametrize("tokens", [32_768, 131_072])
@@ -100,8 +100,8 @@ for capability, limit, calls in (
     ),
 ):
     for rows, dim, windowed, capped in calls:
-        size = triton.blocks(rows, 4, dim, 2)
-        shape = {"GROUP": 4, "DIM": dim, "BLOCK_D": size.d, "BLOCK_M": size.m}
+        size = triton.blocks(rows, 4, (dim, dim), 2)
+        shape = {"GROUP": 4, "DIM": dim, "DIM_V": dim, "BLOCK_D": size.d, "BLOCK_DV": size.dv, "BLOCK_M": size.m}
         types = tables | strides | scalars | {"query": "*bf16", "out": "*fp32", "lse": "*fp32"}
         constants = shape | {"BLOCK_N": size.n, "WINDOWED": windowed, "CAPPED": capped, "PRECISION": "tf32", "WIDE": False, "n": 1}
         found = compiled(kernels.attend, types, constants, capability, num_warps=triton.warps(size), num_stages=3)
@@ -120,7 +120,8 @@ for capability, limit, calls in (
         shape = {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16}
         compiled(kernels.merge, types, shape, capability)
         compiled(kernels.merge, types, shape | {"sinks": None}, capability)
-        compiled(kernels.append, tables | strides | scalars | {"key": "*bf16", "value": "*bf16"}, {"DIM": 128, "BLOCK_D": 128}, capability)
+        shape = {"DIM": 128, "DIM_V": 128, "BLOCK_D": 128, "BLOCK_DV": 128}
+        compiled(kernels.append, tables | strides | scalars | {"key": "*bf16", "value": "*bf16"}, shape, capability)
 print("compiled")
 """
 
