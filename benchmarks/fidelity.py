@@ -139,7 +139,7 @@ def main() -> None:
                 questions.append({"kind": kind, "question": ids, "answer": answer})
         reference = [engine.logits(full, q["question"] + q["answer"][:-1])[-len(q["answer"]) :] for q in questions]
         job["contexts"].append({"ids": list(prompt.token_ids), "questions": questions})
-        pairs = prefill(engine._model, prompt.token_ids, lambda *_: None)
+        pairs, _ = prefill(engine._model, prompt.token_ids, lambda *_: None)
         prefilled = Prefilled(
             engine._model, pairs, prompt.token_ids, prompt.protected, prompt.recipe.opening, prompt.recipe.closing, engine._prompts.text_ids
         )

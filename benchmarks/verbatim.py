@@ -88,7 +88,7 @@ def main() -> None:
         questions = [(kind, engine.prompt_ids(full, question)) for kind, question in asked]
         questions = [(kind, ids, answer) for kind, ids in questions if (answer := greedy(engine, full, ids))]
         expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for _, ids, answer in questions]
-        pairs, recipe = prefill(engine._model, prompt.token_ids, lambda *_: None), prompt.recipe
+        (pairs, _), recipe = prefill(engine._model, prompt.token_ids, lambda *_: None), prompt.recipe
         prefilled = Prefilled(
             engine._model, pairs, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids
         )

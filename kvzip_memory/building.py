@@ -15,7 +15,7 @@ from kvzip_memory.chain import Step
 from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.ratios import pairs_kept
-from kvzip_memory.context import CompressedContext, RaggedLayer, Receipt, Resident, as_told
+from kvzip_memory.context import NO_STATES, CompressedContext, Lease, RaggedLayer, Receipt, Resident, States, as_told
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Stamp
@@ -90,6 +90,7 @@ class _Beginning:
         fitted: spans of positions whose pairs were refitted.
         ms: milliseconds of each stage, over all pieces.
         fading: the curve that was used, under its name.
+        states: what layers without attention remember at its end.
     """
 
     n_tokens: int = 0
@@ -98,6 +99,12 @@ class _Beginning:
     fitted: tuple[tuple[int, int], ...] = ()
     ms: dict[str, float] = field(default_factory=dict)
     fading: dict[str, Fading] = field(default_factory=dict)
+    states: States = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parent: CompressedContext, lease: Lease) -> _Beginning:
+        """A whole context."""
+        return cls(parent.n_tokens, list(lease.layers), parent.dense_nbytes, parent.fitted, states=lease.states)
 
 
 class Builder:
@@ -173,7 +180,7 @@ class Builder:
         model, n = self._model, len(prompt.token_ids)
         layers = [
             (window, n_heads, 2 * dim * model.model.dtype.itemsize + 4)
-            for window, (n_heads, dim) in zip(model.windows, model.shapes, strict=True)
+            for window, (n_heads, dim) in zip(model.windows, model.layout.shapes, strict=True)
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * min(n, window - 1) * pair for window, n_heads, pair in layers if window is not None)
@@ -233,7 +240,7 @@ class Builder:
         total = len(ids) - known + (self._stages.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
-            beginning = _Beginning(known, list(lease.layers), parent.dense_nbytes, parent.fitted) if parent and lease else _Beginning()
+            beginning = _Beginning.of(parent, lease) if parent and lease else _Beginning()
             for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed)
         ratio = wanted.identity["ratio"]
@@ -241,7 +248,7 @@ class Builder:
             key=wanted.key,
             identity=wanted.identity,
             token_ids=token_ids,
-            storage=Resident(tuple(beginning.layers)),
+            storage=Resident(tuple(beginning.layers), states=beginning.states),
             protected=step.protected,
             ratio=ratio,
             dense_nbytes=beginning.dense_nbytes,
@@ -267,13 +274,14 @@ class Builder:
         assert step.recipe is not None
         start, layers, n = beginning.n_tokens, beginning.layers, len(ids)
         began = time.perf_counter()
+        states = NO_STATES
         if computed is not None:
             pairs = computed.pairs
             progress("prefill", n - start)
         elif layers:
-            pairs = prefill_behind(self._model, layers, start, ids[start:], progress)
+            pairs, states = prefill_behind(self._model, layers, beginning.states, start, ids[start:], progress)
         else:
-            pairs = prefill(self._model, ids, progress)
+            pairs, states = prefill(self._model, ids, progress)
         read = time.perf_counter()
         piece = Prefilled(
             self._model,
@@ -286,6 +294,7 @@ class Builder:
             tuple((first, min(last, n)) for first, last in step.keep if first < n),
             layers,
             start,
+            states,
         )
         fading = beginning.fading or self._fading(piece, step.wanted.identity)
         measured = 1e3 * (time.perf_counter() - read)
@@ -294,7 +303,7 @@ class Builder:
         took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": measured + compressed.ms["score"]}
         ms = {stage: beginning.ms.get(stage, 0.0) + more for stage, more in took.items()}
         dense_nbytes, fitted = beginning.dense_nbytes + compressed.dense_nbytes, beginning.fitted + compressed.fitted
-        return _Beginning(n, list(compressed.layers), dense_nbytes, fitted, ms, fading)
+        return _Beginning(n, list(compressed.layers), dense_nbytes, fitted, ms, fading, states)
 
     def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
         """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""

@@ -154,7 +154,7 @@ class Finder:
                 raise
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None  # as for a key that is not stored
         self._identity.check(context.identity, self._speech.now, str(path))
-        self._model.check_layers(context.layers, str(path))
+        self._model.check_layers(context.layers, context.states, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms, fitted=context.fitted)
         return replace(context, receipt=receipt, created=time.time(), expires=None)

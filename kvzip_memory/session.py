@@ -176,7 +176,7 @@ class Session(NotPickled):
             if cut > self._tail.length:
                 try:
                     with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                        deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
+                        deque(self._model.append(Row(lease.layers, self._start, self._tail, lease.states), self._pending), maxlen=0)
                 finally:
                     self._computed(since, self._model.watch.stamp())
             pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
@@ -281,12 +281,13 @@ class Session(NotPickled):
         sampler = Sampler(turn.params, model.device, limit, seen, turn.settings, model.model.config, turn.eos_ids)
         complete = False
         tail.crop(start)
+        tail.mark()
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 since = model.watch.stamp()
                 self._begin(start)
-                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail), limit, seen)
+                tokens = self._tokens(turn, sampler, Row(lease.layers, self._start, tail, lease.states), limit, seen)
                 stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)
@@ -337,7 +338,8 @@ class Session(NotPickled):
         if turn.cancelled.is_set():  # while it waited
             return
         lookup = PromptLookup(seen, model.device.type)
-        chosen = model.feed(row, turn.asked.ids, partial(sampler.follow, ()), cancelled=turn.cancelled)
+        again = self._talk.ids[row.tail.length : turn.asked.start]  # behind a mark, where the tail could not be cut anywhere
+        chosen = model.feed(row, [*again, *turn.asked.ids], partial(sampler.follow, ()), cancelled=turn.cancelled)
         turn.prefilled = time.perf_counter()
         left = limit
         while chosen:
@@ -347,7 +349,7 @@ class Session(NotPickled):
             left -= len(chosen)
             lookup.append(chosen)
             guess: list[int] = []
-            if turn.params.speculate and model.alone:
+            if turn.params.speculate and model.alone and not model.layout.stateful:
                 guess = lookup.guess(left - 1, sampler.guide.forced() if sampler.guide else ())
                 guess = list(takewhile(lambda token: token not in turn.eos_ids, guess))
             length = row.tail.length

@@ -255,7 +255,7 @@ def _masked(
         positions = torch.arange(total)
         hidden = positions[None] > positions[:, None]
         window = kwargs.get("sliding_window")
-        layer_idx = engine._model.sources[module.layer_idx]
+        layer_idx = engine._model.layout.places[module.layer_idx]
         if window:
             hidden = hidden | (positions[None] <= positions[:, None] - window)
         hidden = hidden.expand(query.shape[1], total, total).clone()

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from kvzip_memory.attention import RowKV
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import NO_STATES, RaggedLayer, States
 from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 
@@ -36,6 +36,7 @@ class Prefilled:
         closing: ids that end a user's turn and open the assistant's.
         encode: tokenises plain text.
         keep: spans ``[start, end)`` that are never evicted either.
+        states: what layers without attention remember at the end of the prefix.
         parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
         start: tokens the parent stands for.
         fading: how scores of the parent's pairs fade behind more tokens; None if they do not, or there are none.
@@ -53,6 +54,7 @@ class Prefilled:
     keep: tuple[tuple[int, int], ...] = ()
     parent: list[RaggedLayer] = field(default_factory=list)
     start: int = 0
+    states: States = field(default_factory=dict)
     fading: Fading | None = None
     rows: Rows | None = None
     scored_parent: bool = field(init=False)
@@ -137,10 +139,12 @@ class _PairsOnly(DynamicCache):
         return pairs
 
 
-def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> DensePairs:
-    """The pairs of ``token_ids``, by the model's own attention. On a CPU ours is faster, which needs no masks and no copies of pairs."""
-    if model.device.type == "cpu" and not any(model.windows):  # what a window hides is not kept here
-        return prefill_behind(model, (), 0, token_ids, progress)
+def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) -> tuple[DensePairs, States]:
+    """The pairs of ``token_ids`` and the states behind them, by the model's own attention. On a CPU ours is faster, which needs no masks
+    and no copies of pairs.
+    """
+    if model.layout.stateful or (model.device.type == "cpu" and not any(model.windows)):  # what a window hides is not kept here
+        return prefill_behind(model, (), NO_STATES, 0, token_ids, progress)
     cache = _PairsOnly(config=model.model.config)
     cache.layers = [
         _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=False)
@@ -151,14 +155,14 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
     for i, window in enumerate(model.windows):
         if window is not None:  # a slice of all it has seen; keep no more than the window
             pairs[i] = (pairs[i][0].clone(), pairs[i][1].clone())
-    return pairs
+    return pairs, NO_STATES
 
 
 def prefill_behind(
-    model: LanguageModel, parent: Sequence[RaggedLayer], start: int, token_ids: Sequence[int], progress: Progress
-) -> DensePairs:
-    """The pairs of ``token_ids`` behind a compressed parent of ``start`` tokens, which is only read."""
-    row = Row(tuple(parent), start, Tail(len(token_ids)))
+    model: LanguageModel, parent: Sequence[RaggedLayer], states: States, start: int, token_ids: Sequence[int], progress: Progress
+) -> tuple[DensePairs, States]:
+    """The pairs of ``token_ids`` and the states behind them, behind a compressed parent of ``start`` tokens, which is only read."""
+    row = Row(tuple(parent), start, Tail(len(token_ids)), states)
     for count in model.append(row, token_ids):
         progress("prefill", count)
-    return row.tail.pairs(len(token_ids))
+    return row.tail.pairs(len(token_ids)), row.remembered

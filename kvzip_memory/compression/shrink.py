@@ -54,7 +54,7 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     if allocator is None or obstacle(identity) is not None:
         return None
     with context.lease() as lease:
-        layers = lease.layers
+        layers, states = lease.layers, {name: state.clone() for name, state in lease.states.items()}
     full = [i for i, layer in enumerate(layers) if layer.window is None]
     if any(layers[i].scores is None for i in full):
         return None
@@ -67,7 +67,9 @@ def shrink(context: CompressedContext, key: str, identity: Mapping[str, Any]) ->
     cut = tuple(_cut(layer, kept[i]) if i in kept else _copied(layer) for i, layer in enumerate(layers))
     ratio: float = identity["ratio"]
     coarsest = min(ratio, context.coarsest)
-    return replace(context, key=key, identity=dict(identity), ratio=ratio, coarsest=coarsest, storage=Resident(cut), receipt=None)
+    return replace(
+        context, key=key, identity=dict(identity), ratio=ratio, coarsest=coarsest, storage=Resident(cut, states=states), receipt=None
+    )
 
 
 def _cut(layer: RaggedLayer, keep: Tensor) -> RaggedLayer:

@@ -2,10 +2,11 @@
 
 from kvzip_memory.context.context import CompressedContext, Lease, Resident, Storage, Writer, checked_context
 from kvzip_memory.context.facts import LONGEST_NAME, Receipt, Recipe, Source, as_told
-from kvzip_memory.context.layers import RaggedLayer, storage_nbytes
+from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, storage_nbytes
 
 __all__ = [
     "LONGEST_NAME",
+    "NO_STATES",
     "CompressedContext",
     "Lease",
     "RaggedLayer",
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "Resident",
     "Source",
+    "States",
     "Storage",
     "Writer",
     "as_told",

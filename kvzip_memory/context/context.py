@@ -5,14 +5,14 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kvzip_memory.context.facts import Receipt, Recipe, Source
-from kvzip_memory.context.layers import RaggedLayer, storage_nbytes
+from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, storage_nbytes
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.paths import as_path
 from kvzip_memory.system.sharing import Shared
@@ -25,12 +25,14 @@ class Lease:
     """A context's layers on the model's device, there for as long as the lease is held.
 
     Attributes:
-        layers: one :class:`RaggedLayer` a layer.
+        layers: one :class:`RaggedLayer` for each layer that has pairs.
         receipt: where they came from.
+        states: what layers without attention remember.
     """
 
     layers: tuple[RaggedLayer, ...]
     receipt: Receipt
+    states: States = field(default_factory=dict)
 
 
 @runtime_checkable  # pydantic models hold contexts
@@ -57,15 +59,15 @@ class Resident(Shared):
 
     _way_out = "save() the context that they belong to and open() the file"
 
-    def __init__(self, layers: tuple[RaggedLayer, ...], write: Writer | None = None) -> None:
-        self.layers, self.write = layers, write
+    def __init__(self, layers: tuple[RaggedLayer, ...], write: Writer | None = None, states: States = NO_STATES) -> None:
+        self.layers, self.write, self.states = layers, write, states
         full = [layer for layer in layers if layer.window is None]
-        self.nbytes = storage_nbytes([t for layer in layers for t in layer.tensors()])
+        self.nbytes = storage_nbytes([*(t for layer in layers for t in layer.tensors()), *states.values()])
         self.kept_pairs = sum(sum(layer.lengths) for layer in full)
         self.full_heads = sum(layer.n_heads for layer in full)
 
     def lease(self, key: str) -> AbstractContextManager[Lease]:
-        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes)))
+        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -126,6 +128,12 @@ class CompressedContext(Shared):
         """The layers, brought to the device if they are not there. For looking at them; answers take a :meth:`lease`."""
         with self.lease() as lease:
             return lease.layers
+
+    @property
+    def states(self) -> States:
+        """What layers without attention remember, brought to the device if it is not there; nothing for most models."""
+        with self.lease() as lease:
+            return lease.states
 
     @property
     def n_tokens(self) -> int:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+#: What layers without attention remember at a context's end, whole: tensors ``[1, ...]`` by ``"<layer>.conv.<i>"`` or
+#: ``"<layer>.recurrent.<i>"``, <i> counting the states of a layer. Nobody writes to them.
+States = Mapping[str, Tensor]
+NO_STATES: States = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)

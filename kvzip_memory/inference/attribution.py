@@ -16,11 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import Cache
 
 from kvzip_memory.attention import BACKENDS, RowKV, Softmax
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.inference.modeling import LanguageModel
+from kvzip_memory.inference.states import StateCache
 from kvzip_memory.system.modes import plain
 
 #: Asked of every context, to know where heads look when they look for nothing.
@@ -53,12 +53,12 @@ def compared(asked: Tensor, neutral: Tensor) -> Tensor:
     return (terms * terms.sum(-1, keepdim=True).clamp(min=0)).mean((0, 1))
 
 
-class _Watch(Cache):
+class _Watch(StateCache):
     """Cache and attention of one forward over a context, fed in pieces; adds up what every head pays to the spans."""
 
     def __init__(self, model: LanguageModel, row: Row, spans: Sequence[Span], first: int) -> None:
-        super().__init__(layers=[])
-        self._row, self._first, self._windows, self._sources = row, first, model.windows, model.sources
+        super().__init__([row.remembered])
+        self._row, self._first, self._layout = row, first, model.layout
         self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).view(-1, 2).T.contiguous()  # [2, spans]
         self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
 
@@ -69,12 +69,13 @@ class _Watch(Cache):
         return self._row.length
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        row, n, source = self._row, query.shape[2], self._sources[layer]
-        keys, values = row.tail.append(layer, key[0], value[0]) if source == layer else row.tail.seen(source, n)
-        if self._windows[source] is None:
-            mass = self._mass(source, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
+        row, n, place = self._row, query.shape[2], self._layout.places[layer]
+        own, window = layer == self._layout.owners[place], self._layout.windows[place]
+        keys, values = row.tail.append(place, key[0], value[0]) if own else row.tail.seen(place, n)
+        if window is None:
+            mass = self._mass(place, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
-        return BACKENDS["cpu"](query, [RowKV(row.layers[source], keys, values, n, row.start)], softmax, self._windows[source])
+        return BACKENDS["cpu"](query, [RowKV(row.layers[place], keys, values, n, row.start)], softmax, window)
 
     def _mass(self, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
         """``[H, spans]`` fp32: what the rows of scaled ``query [H, G, n, D]`` that count pay to the spans, summed over them."""

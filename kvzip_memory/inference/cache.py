@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
-from transformers import Cache
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import NO_STATES, RaggedLayer, States
+from kvzip_memory.inference.states import StateCache
+
+
+class Layout(NamedTuple):
+    """Which layers of a model have pairs. These are counted from 0, whatever lies between them; a context has as many.
+
+    Attributes:
+        owners: of those with pairs the number that the model gives them.
+        windows: their sliding windows, None for full attention.
+        shapes: their KV heads and head dimensions.
+        places: of each layer with attention the one whose pairs it attends to, which may be an earlier layer's.
+        stateful: whether there are layers that remember states in place of pairs.
+    """
+
+    owners: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    shapes: tuple[tuple[int, int], ...]
+    places: Mapping[int, int]
+    stateful: bool
 
 
 class Tail:
@@ -20,11 +38,14 @@ class Tail:
     Attributes:
         length: pairs a head that count.
         capacity: pairs a head there is room for, the same in every layer.
+        states: what layers without attention remember behind them; None for what they did before.
     """
 
     def __init__(self, capacity: int = 0) -> None:
         self.length = 0
         self.capacity = capacity
+        self.states: States | None = None
+        self._marks: dict[int, States] = {}  # states behind fewer pairs, by their number
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,17 +80,26 @@ class Tail:
         new[:, : self.length] = old[:, : self.length]
         return new
 
-    def advance(self, n: int) -> None:
-        """Count the ``n`` entries every layer has just been given."""
-        self.length += n
+    def advance(self, n: int, states: States | None = None) -> None:
+        """Count the ``n`` entries every layer has just been given, behind which layers without attention remember ``states``."""
+        self.length, self.states = self.length + n, states
+
+    def mark(self) -> None:
+        """Remember the states here, so that :meth:`crop` can go back to them. Only the last mark is kept."""
+        self._marks = {} if self.states is None else {self.length: self.states}
 
     def crop(self, length: int) -> None:
-        """Forget everything after the first ``length`` entries."""
-        self.length = min(self.length, length)
+        """Forget everything after the first ``length`` entries; where there are states, everything after the last mark before that."""
+        if length >= self.length:
+            return
+        if self.states is not None:
+            length = max((at for at in self._marks if at <= length), default=0)
+            self.states = self._marks.get(length)
+        self.length = length
 
     def clear(self) -> None:
         """Forget everything, also what the entries are made of."""
-        self.length, self.capacity, self._layers = 0, 0, {}
+        self.length, self.capacity, self.states, self._marks, self._layers = 0, 0, None, {}, {}
 
     def pairs(self, end: int) -> list[tuple[Tensor, Tensor]]:
         """Views of the first ``end`` entries, keys and values ``[H, end, D]`` of every layer."""
@@ -78,7 +108,8 @@ class Tail:
     def copy(self, start: int = 0) -> Tail:
         """An independent tail with the same entries from ``start`` on."""
         twin = Tail()
-        twin.length, twin.capacity = self.length - start, self.capacity - start
+        twin.length, twin.capacity, twin.states = self.length - start, self.capacity - start, self.states
+        twin._marks = {at - start: states for at, states in self._marks.items() if at >= start}
         twin._layers = {i: (keys[:, start:].clone(), values[:, start:].clone()) for i, (keys, values) in self._layers.items()}
         return twin
 
@@ -90,23 +121,30 @@ class Row(NamedTuple):
         layers: the context's, leased for the time of the call; empty without a context.
         start: tokens the context stands for.
         tail: what came after them.
+        states: the context's.
     """
 
     layers: tuple[RaggedLayer, ...]
     start: int
     tail: Tail
+    states: States = NO_STATES
 
     @property
     def length(self) -> int:
         """Logical length: the position of the row's next token."""
         return self.start + self.tail.length
 
+    @property
+    def remembered(self) -> States:
+        """What layers without attention remember at its end."""
+        return self.states if self.tail.states is None else self.tail.states
+
 
 class LastLayerSeen(Exception):
     """Ends a forward where what follows would be computed for nobody."""
 
 
-class SessionCache(Cache):
+class SessionCache(StateCache):
     """The cache of one forward: rows with their own contexts and tails, left-padded to the same number of tokens.
 
     New pairs go into the tails; contexts are only read. It is also the :class:`~kvzip_memory.attention.AttentionCall`
@@ -114,17 +152,11 @@ class SessionCache(Cache):
     """
 
     def __init__(
-        self,
-        rows: Sequence[Row],
-        counts: Sequence[int],
-        windows: Sequence[int | None],
-        sources: Sequence[int],
-        backend: AttentionBackend,
-        pairs_only: bool = False,
+        self, rows: Sequence[Row], counts: Sequence[int], layout: Layout, backend: AttentionBackend, pairs_only: bool = False
     ) -> None:
-        super().__init__(layers=[])
-        self._rows, self._counts, self._windows, self._sources, self._backend = rows, counts, windows, sources, backend
-        self._last = len(windows) - 1 if pairs_only else None
+        super().__init__([row.remembered for row in rows])
+        self._rows, self._counts, self._layout, self._backend = rows, counts, layout, backend
+        self._last = layout.owners[-1] if pairs_only and not layout.stateful else None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Nothing: :meth:`attend` stores the pairs, it knows which of the columns are padding."""
@@ -134,14 +166,20 @@ class SessionCache(Cache):
         return max(row.length for row in self._rows)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        rows, n, source = [], query.shape[2], self._sources[layer]
+        rows, n, place = [], query.shape[2], self._layout.places[layer]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
-            if source == layer:
-                keys, values = row.tail.append(layer, key[b, :, n - count :], value[b, :, n - count :])
+            if layer == self._layout.owners[place]:
+                keys, values = row.tail.append(place, key[b, :, n - count :], value[b, :, n - count :])
             else:
-                keys, values = row.tail.seen(source, count)
+                keys, values = row.tail.seen(place, count)
             # of those that reuse pairs the model may ask for the last tokens alone
-            rows.append(RowKV(row.layers[source] if row.layers else None, keys, values, min(count, n), row.start))
+            rows.append(RowKV(row.layers[place] if row.layers else None, keys, values, min(count, n), row.start))
         if layer == self._last:
             raise LastLayerSeen
-        return self._backend(query, rows, softmax, self._windows[source])
+        return self._backend(query, rows, softmax, self._layout.windows[place])
+
+    def advance(self) -> None:
+        """Count what the forward has computed."""
+        states = self.states() if self._layout.stateful else [None] * len(self._rows)
+        for row, count, remembered in zip(self._rows, self._counts, states, strict=True):
+            row.tail.advance(count, remembered)

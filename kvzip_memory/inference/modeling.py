@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, States
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
-from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
+from kvzip_memory.inference.cache import LastLayerSeen, Layout, Row, SessionCache, Tail
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
@@ -26,7 +26,7 @@ from kvzip_memory.inference.worker import Worker
 from kvzip_memory.system.calls import Gate, check, within
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.modes import as_written, evaluation_copy, in_evaluation
-from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.printable import brief, logger_of
 
 T = TypeVar("T")
 
@@ -35,6 +35,11 @@ logger = logger_of(__name__)
 #: Architectures compared with transformers' own output in our tests. Others are compared once, when they are loaded.
 TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"})
 
+
+# Kinds of layers, as transformers names them. Those of "hybrid" ones have attention beside a recurrence.
+_ATTENDING = frozenset({"full_attention", "sliding_attention", "hybrid"})
+_STATEFUL = frozenset({"linear_attention", "mamba", "conv", "hybrid"})
+_NEITHER = frozenset({"mlp", "moe"})
 
 #: Tokens of one forward of a question, a prefill or a repeat. It bounds the memory of activations and how long running
 #: answers wait: while answers run chunks of builds are half as long. Larger chunks were no faster there.
@@ -65,9 +70,9 @@ class LanguageModel:
 
     Attributes:
         window: tokens the model can hold: context, questions and answers together.
-        sources: for each layer with attention the one whose pairs it attends to: itself, or one before it, whose pairs it reuses.
+        layout: which of its layers have pairs, and of what kind.
         windows: sliding window of each layer that has pairs, None for full attention.
-        shapes: KV heads and head dimension of each of these.
+        state_kinds: shape and dtype of what layers without attention remember.
         tokenizer: the engine's copy.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
@@ -88,14 +93,9 @@ class LanguageModel:
         layer_types = _check(model)
         self.model = model
         self.window = _window(config)
-        self.sources = _sources(config, layer_types)
-        owners = [layer for layer, source in enumerate(self.sources) if layer == source]
-        self.windows = tuple(
-            config.sliding_window if layer_types[i] == "sliding_attention" and config.sliding_window < self.window else None for i in owners
-        )
-        self.shapes = tuple(_shape(config, i) for i in owners)
-        if len({shape for shape, window in zip(self.shapes, self.windows, strict=True) if window is None}) > 1:
-            raise UnsupportedModelError(f"{config.model_type!r} has layers with full attention of different numbers of heads or dimensions")
+        self.layout = _layout(config, layer_types, self.window)
+        self.windows = self.layout.windows
+        self.state_kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if all(self.windows):
             raise UnsupportedModelError(
                 f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
@@ -115,11 +115,12 @@ class LanguageModel:
         self.places = Places(max_running, max_waiting, away=max_waiting, admission=self._admission)
         self.loads = Places(LOADS, max_waiting)
         refuse_after_fork(self, "_worker", "_building", "_batcher", "_admission", "_builders", "places", "loads")
-        if config.model_type not in TESTED:
+        if config.model_type not in TESTED or self.layout.stateful:
             self._compare_with_original()
 
-    def check_layers(self, layers: Sequence[RaggedLayer], where: str) -> None:
-        """Look whether layers are such as this model makes. Of an architecture that is not tested only the windows are known.
+    def check_layers(self, layers: Sequence[RaggedLayer], states: States, where: str) -> None:
+        """Look whether layers and states are such as this model makes. Of layers of an architecture that is not tested only the windows
+        are known.
 
         Raises:
             CorruptFileError: they are not.
@@ -127,9 +128,11 @@ class LanguageModel:
         config = self.model.config
         if tuple(layer.window for layer in layers) != self.windows:
             raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
+        if (kinds := {name: (tuple(state.shape), state.dtype) for name, state in states.items()}) != self.state_kinds:
+            raise CorruptFileError(f"{where}: its states are {brief(kinds)}, and the model's {brief(self.state_kinds)}")
         if config.model_type not in TESTED:
             return
-        for i, (layer, (n_heads, dim)) in enumerate(zip(layers, self.shapes, strict=True)):
+        for i, (layer, (n_heads, dim)) in enumerate(zip(layers, self.layout.shapes, strict=True)):
             made = (n_heads, dim, dim, self.model.dtype, self.model.dtype)
             if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
                 raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
@@ -160,7 +163,8 @@ class LanguageModel:
     def _choose(self) -> None:
         chosen, self._dtype = choose(self._attention, self.device, self.model.dtype), self.model.dtype
         self.backend, self._backend = chosen.name, chosen.attend
-        alike = len(self.windows) == len(self.sources) and len(set(self.shapes)) == 1
+        layout = self.layout
+        alike = len(layout.owners) == len(layout.places) and len(set(layout.shapes)) == 1 and not layout.stateful
         self._steps = DecodeSteps(self.model, self.windows, chosen.kernels) if chosen.kernels is not None and alike else None
 
     def changed(self, moved: bool) -> None:
@@ -212,14 +216,29 @@ class LanguageModel:
     def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
         attach(self.model)  # again, should somebody have switched the model's attention since
         counts = [len(row_ids) for row_ids in ids]
-        logits = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
-        if logits is None:
-            logits = self._eager(rows, ids, counts, n_logits)
-        for row, count in zip(rows, counts, strict=True):
-            row.tail.advance(count)
+        logits: Iterable[Tensor] | None = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
+        if logits is not None:
+            for row, count in zip(rows, counts, strict=True):
+                row.tail.advance(count)
+        elif self.layout.stateful:
+            logits = self._in_groups(rows, ids, n_logits)
+        else:
+            logits = self._eager(rows, ids, n_logits)
         return [row_logits[-min(n_logits, count) :].float() for row_logits, count in zip(logits, counts, strict=True)]
 
-    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], counts: list[int], n_logits: int) -> Tensor:
+    def _in_groups(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
+        """Rows of one number of tokens together: padding would change what is remembered."""
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for b, row in enumerate(rows):
+            groups.setdefault((len(ids[b]), bool(row.remembered)), []).append(b)
+        found = [(b, logits) for group in groups.values() for b, logits in zip(group, self._group(rows, ids, group, n_logits), strict=True)]
+        return [logits for _, logits in sorted(found, key=lambda pair: pair[0])]
+
+    def _group(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], members: list[int], n_logits: int) -> Tensor:
+        return self._eager([rows[b] for b in members], [ids[b] for b in members], n_logits)
+
+    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor:
+        counts = [len(row_ids) for row_ids in ids]
         width = max(counts)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
         positions = torch.zeros(len(rows), width, dtype=torch.long)
@@ -227,7 +246,7 @@ class LanguageModel:
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
-            model, cache = self._evaluating(), SessionCache(rows, counts, self.windows, self.sources, self._backend)
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.layout, self._backend)
             try:
                 logits: Tensor = model(
                     input_ids=input_ids.to(self.device),
@@ -243,6 +262,7 @@ class LanguageModel:
                     raise
                 continue
             if not self._switched(model):
+                cache.advance()
                 return logits
 
     def _evaluating(self) -> PreTrainedModel:
@@ -264,9 +284,9 @@ class LanguageModel:
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
         for chunk in self._chunks(ids):
-            cache = SessionCache([row], [len(chunk)], self.windows, self.sources, self._backend, pairs_only=True)
+            cache = SessionCache([row], [len(chunk)], self.layout, self._backend, pairs_only=True)
             self._fill(chunk, row.length, cache, cache)
-            row.tail.advance(len(chunk))
+            cache.advance()
             yield len(chunk)
 
     def feed(self, row: Row, ids: Sequence[int], choose: Choose, n_logits: int = 1, cancelled: threading.Event | None = None) -> list[int]:
@@ -377,6 +397,7 @@ class LanguageModel:
                 f"{kind!r} computes something our attention does not: on a test forward logits differ by {difference:.3g} "
                 f"(largest logit {largest:.3g})"
             )
+        self.state_kinds = {name: (tuple(state.shape), state.dtype) for name, state in row.remembered.items()}
         logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)
 
 
@@ -397,10 +418,15 @@ def _check(model: PreTrainedModel) -> list[str]:
     if not _differ(config) and not hasattr(config, "num_key_value_heads"):
         raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
     layer_types = _layer_types(config)
-    foreign = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
+    foreign = sorted({*layer_types} - _ATTENDING - _STATEFUL - _NEITHER)
     if foreign:
-        raise UnsupportedModelError(f"{kind!r} has layers of type {foreign}; only full and sliding-window attention keep pairs to evict")
-    if not getattr(model, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{kind!r} has layers of type {foreign}; we know those of full and sliding-window attention, which have pairs to evict, and "
+            "recurrent and convolution layers, which remember states"
+        )
+    if not {*layer_types} & _ATTENDING:
+        raise UnsupportedModelError(f"{kind!r} has no layer with attention; there are no pairs to evict")
+    if not getattr(model, "_supports_attention_backend", False) and not {*layer_types} & _STATEFUL:
         raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
     return layer_types
 
@@ -413,18 +439,24 @@ def _layer_types(config: Any) -> list[str]:
     return list(types)
 
 
-def _sources(config: Any, layer_types: list[str]) -> tuple[int, ...]:
-    """For each layer the one whose pairs it attends to; those that reuse some come last.
+def _layout(config: Any, layer_types: list[str], length: int) -> Layout:
+    """Which layers have pairs. Those that reuse others' come behind those.
 
     Raises:
-        UnsupportedModelError: they do not.
+        UnsupportedModelError: they do not, or pairs of layers with full attention differ.
     """
     modes = getattr(config, "kv_sharing_modes", None) or [None] * len(layer_types)
-    owners = [layer for layer, mode in enumerate(modes) if mode != "reuse"]
-    if owners != list(range(len(owners))):
+    attending = [layer for layer, kind in enumerate(layer_types) if kind in _ATTENDING]
+    owners = [layer for layer in attending if modes[layer] != "reuse"]
+    if owners != attending[: len(owners)]:
         raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
-    last = {layer_types[layer]: layer for layer in owners}
-    return tuple(layer if layer < len(owners) else last[layer_types[layer]] for layer in range(len(modes)))
+    last = {layer_types[layer]: place for place, layer in enumerate(owners)}
+    windows = [config.sliding_window if layer_types[i] == "sliding_attention" and config.sliding_window < length else None for i in owners]
+    shapes = [_shape(config, i) for i in owners]
+    if len({shape for shape, window in zip(shapes, windows, strict=True) if window is None}) > 1:
+        raise UnsupportedModelError(f"{config.model_type!r} has layers with full attention of different numbers of heads or dimensions")
+    places = {layer: owners.index(layer) if layer in owners else last[layer_types[layer]] for layer in attending}
+    return Layout(tuple(owners), tuple(windows), tuple(shapes), places, any(kind in _STATEFUL for kind in layer_types))
 
 
 def _differ(config: Any) -> bool:

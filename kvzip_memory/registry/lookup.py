@@ -90,7 +90,7 @@ class Lookup:
                 fitted=held.context.fitted,
             )
             with held.context.lease() as resident:
-                yield held.context, Lease(resident.layers, receipt)
+                yield held.context, Lease(resident.layers, receipt, resident.states)
 
     def _acquire(self, use: Use, wanted: Wanted, build: Build, waiting: Report, story: Story) -> None:
         """Begin to use a context on the device. One thread at a time brings it; who waited tries for itself when that one failed."""

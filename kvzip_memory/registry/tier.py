@@ -200,9 +200,11 @@ def to_device(context: CompressedContext, device: torch.device) -> CompressedCon
     """The context with its layers on ``device``; the same object if they are there."""
     if _device(context) == device:
         return context
-    layers = tuple(arrival.wait() for arrival in upload(_layers(context), device))
+    resident = _resident(context)
+    layers = tuple(arrival.wait() for arrival in upload(resident.layers, device))
+    states = {name: state.to(device) for name, state in resident.states.items()}
     _synchronize(device)  # whoever gives the context may free it
-    return replace(context, storage=Resident(layers))
+    return replace(context, storage=Resident(layers, states=states))
 
 
 def to_host(context: CompressedContext) -> CompressedContext:
@@ -216,7 +218,8 @@ def packed(context: CompressedContext) -> CompressedContext:
     torch's own pinned memory comes in powers of two, up to twice what is needed. This is an anonymous mapping that is
     registered with the driver, and given back when the last tensor is gone.
     """
-    tensors = [t for layer in _layers(context) for t in layer.tensors()]
+    resident = _resident(context)
+    tensors = [*(t for layer in resident.layers for t in layer.tensors()), *resident.states.values()]
     sizes = {id(t): t.numel() * t.element_size() for t in tensors}
     buffer, views, start = _page_locked(sum(sizes.values())), {}, 0
     for tensor in sorted(tensors, key=lambda t: -t.element_size()):  # so that no gaps are needed
@@ -225,8 +228,9 @@ def packed(context: CompressedContext) -> CompressedContext:
     for tensor in tensors:
         views[id(tensor)].copy_(tensor, non_blocking=True)
     _synchronize(_device(context))
-    layers = tuple(_with(layer, [views[id(tensor)] for tensor in layer.tensors()]) for layer in _layers(context))
-    return replace(context, storage=Resident(layers))
+    layers = tuple(_with(layer, [views[id(tensor)] for tensor in layer.tensors()]) for layer in resident.layers)
+    states = {name: views[id(state)] for name, state in resident.states.items()}
+    return replace(context, storage=Resident(layers, states=states))
 
 
 def _with(layer: RaggedLayer, tensors: list[Tensor]) -> RaggedLayer:
@@ -240,13 +244,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _layers(context: CompressedContext) -> tuple[RaggedLayer, ...]:
+def _resident(context: CompressedContext) -> Resident:
     assert isinstance(context.storage, Resident), "tiers hold contexts that hold their pairs themselves"
-    return context.storage.layers
+    return context.storage
 
 
 def _device(context: CompressedContext) -> torch.device:
-    return _layers(context)[0].keys.device
+    return _resident(context).layers[0].keys.device
 
 
 def _page_locked(nbytes: int) -> Tensor:

@@ -31,9 +31,9 @@ def silent(stage: str, tokens: int) -> None:
 
 def prefilled_of(engine: KVzipEngine, text: str = TEXT) -> Prefilled:
     prompt = engine._contexts.prompt(engine._language, text)
-    pairs = prefill(engine._model, prompt.token_ids, silent)
-    recipe = prompt.recipe
-    return Prefilled(engine._model, pairs, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, engine._prompts.text_ids)
+    pairs, states = prefill(engine._model, prompt.token_ids, silent)
+    recipe, encode = prompt.recipe, engine._prompts.text_ids
+    return Prefilled(engine._model, pairs, prompt.token_ids, prompt.protected, recipe.opening, recipe.closing, encode, states=states)
 
 
 @pytest.mark.parametrize("allocator", sorted(ALLOCATORS))
@@ -122,7 +122,7 @@ def test_scores_equal_the_formula_written_out(architecture: str, aggregation: st
     original = kvzip_module._RepeatCall.attend
 
     def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
-        source = prefilled.model.sources[layer]
+        source = prefilled.model.layout.places[layer]
         if prefilled.model.windows[source] is None:
             seen.setdefault(source, []).append(formula(query, key, prefilled.dense[source][0][None], softmax))
         return original(self, layer, query, key, value, softmax)
@@ -149,7 +149,7 @@ def test_what_a_parent_has_kept_stands_beside_a_chunk(architecture: str, ratio: 
     original = kvzip_module._RepeatCall.attend
 
     def attend(self, layer, query, key, value, softmax):  # type: ignore[no-untyped-def]
-        source = whole.model.sources[layer]
+        source = whole.model.layout.places[layer]
         if whole.model.windows[source] is None:
             parent, rows, scores = layers[source], query.shape[2], []
             for h, queries in enumerate(query[0].double().unflatten(0, (parent.n_heads, -1))):

@@ -54,7 +54,7 @@ def mean_mass(weights: torch.Tensor, context: CompressedContext) -> torch.Tensor
 def test_the_mass_of_a_span_is_that_of_the_models_own_attention(architecture: str, ratio: float) -> None:
     engine = tiny_engine(architecture)
     context, ids, first = engine.load(TEXT, ratio=ratio), list(range(20, 60)), 12
-    full = [context.layers[source].window is None for source in engine._model.sources]
+    full = [context.layers[place].window is None for place in engine._model.layout.places.values()]
     weights = compress(masked_attention(engine, context, ids), full)
     expected = torch.stack([mean_mass(of_layer[:, first:], context) for of_layer in weights])
     torch.testing.assert_close(masses(engine, context, ids, first), expected, atol=1e-5, rtol=1e-4)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from kvzip_memory.attention import BACKENDS, Softmax
 from kvzip_memory.attention.cpu import beside_sinks, causal, with_context
@@ -24,6 +23,7 @@ from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import LastLayerSeen
+from kvzip_memory.inference.states import StateCache
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -116,9 +116,8 @@ class KVzipScorer:
         """
         model, head = prefilled.model, prefilled.token_ids[: min(prefilled.protected, PROBE_TOKENS)]
         ids = (*head, *prefilled.encode(PROBE)[:PROBE_TOKENS])
-        probe = Prefilled(
-            model, prefill(model, ids, lambda *_: None), ids, len(head), prefilled.opening, prefilled.closing, prefilled.encode
-        )
+        pairs, states = prefill(model, ids, lambda *_: None)
+        probe = Prefilled(model, pairs, ids, len(head), prefilled.opening, prefilled.closing, prefilled.encode, states=states)
         repeat_ids = self._repeat_ids(probe, len(head), len(ids))
         farthest = model.window - len(ids) - len(repeat_ids)
         away = sorted({0, *(256 * 4**i for i in range(20) if 512 * 4**i <= farthest), max(0, farthest)})
@@ -151,11 +150,11 @@ def _seen_from(prefilled: Prefilled, far: int) -> Prefilled:
     return replace(prefilled, dense=seen)
 
 
-class _RepeatCall(Cache):
+class _RepeatCall(StateCache):
     """Cache and attention of one repeat, fed in pieces: reads the dense cache, adds nothing to it, collects scores."""
 
     def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int, opening: int, lead: int) -> None:
-        super().__init__(layers=[])
+        super().__init__([prefilled.states])
         self._opening, self._lead = opening, lead  # tokens before those of the chunk; how many of them are repeated, too
         self._prefilled, self._scorer = prefilled, scorer
         self._head, self._start, self._end = head, start, end
@@ -174,10 +173,10 @@ class _RepeatCall(Cache):
         return len(self._prefilled.token_ids)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
-        prefilled, sources = self._prefilled, self._prefilled.model.sources
-        asks, layer, last = layer, sources[layer], layer == len(sources) - 1
-        window = prefilled.model.windows[layer]
-        if asks == layer:
+        prefilled, layout = self._prefilled, self._prefilled.model.layout
+        asks, layer, last = layer, layout.places[layer], layer == max(layout.places)
+        window = layout.windows[layer]
+        if asks == layout.owners[layer]:
             new = key[0], value[0]
             if layer in self._own:
                 new = torch.cat([self._own[layer][0], new[0]], 1), torch.cat([self._own[layer][1], new[1]], 1)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, States
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -39,7 +39,7 @@ _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 def read_layers(
     file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
-) -> tuple[tuple[RaggedLayer, ...], Tensor]:
+) -> tuple[tuple[RaggedLayer, ...], States, Tensor]:
     """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
 
     Layers go on to the device as they come, while the next ones are read. The token ids come last.
@@ -49,7 +49,7 @@ def read_layers(
     starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
     parts: dict[str, list[int]] = {}
     for i, extent in enumerate(extents):
-        parts.setdefault(extent["name"].rpartition(".")[0], []).append(i)
+        parts.setdefault("" if extent["name"] == "token_ids" else ".".join(extent["name"].split(".")[:2]), []).append(i)
 
     def read(part: list[int]) -> None:
         for i in part:
@@ -70,11 +70,13 @@ def read_layers(
                 yield read
 
         arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
-        done[""]()
+        for finish in done.values():
+            finish()
+        states = {name: tensors[f"state.{name}"].to(device) for name in facts.get("states", ())}
     wanted = facts["identity"].get("tokens")
     if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
         raise CorruptFileError(f"{path}: its token ids are not those of its key")
-    return arrived, tensors["token_ids"]
+    return arrived, states, tensors["token_ids"]
 
 
 def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:

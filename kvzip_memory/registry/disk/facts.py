@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
@@ -88,6 +89,11 @@ def _odd(facts: Mapping[str, Any], required: Mapping[str, Check], optional: Mapp
 def _only(check: Check, kind: type) -> Check:
     known = {field.name for field in fields(kind)}
     return lambda value: check(value) and value.keys() <= known
+
+
+def _state(value: Any) -> bool:
+    """What a state is called."""
+    return _text(value) and re.fullmatch(r"\d{1,4}\.(conv|recurrent)\.\d{1,4}", value) is not None
 
 
 _ANYTHING: Check = _mapping(lambda _: True)
@@ -208,11 +214,13 @@ def check_header(facts: Any) -> None:
     """
     if type(facts) is not dict:
         raise OddFactError("the facts are no mapping")
-    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN)}):
+    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN), "states": _list(_state)}):
         raise OddFactError(f"{odd} is missing or of another kind")
     n, expected = facts["n_tokens"], _tensors(facts)
     if facts["protected"] > n or any(not source["start"] <= source["end"] <= n for source in facts["sources"]):
         raise OddFactError("protected or sources go beyond the tokens")
+    if sorted({*facts.get("states", ())}) != [*facts.get("states", ())]:
+        raise OddFactError("a state is there twice, or out of order")
     edges = [edge for span in facts.get("fitted", ()) for edge in span]
     if edges != sorted(edges) or edges[-1:] > [n]:
         raise OddFactError("the fitted spans are none of its tokens")
@@ -227,7 +235,8 @@ def check_header(facts: Any) -> None:
         raise OddFactError("the extents are not those of the layers")
     for extent, (name, rows, types) in zip(facts["extents"], expected, strict=True):
         shape, size = extent["shape"], math.prod(extent["shape"]) * ELEMENT[extent["dtype"]]
-        if shape[:1] != [rows] or len(shape) != (2 if types is _FLOATS else 1) or extent["dtype"] not in types:
+        ragged = not name.startswith("state.")
+        if shape[:1] != [rows] or (ragged and len(shape) != (2 if types is _FLOATS else 1)) or extent["dtype"] not in types:
             raise OddFactError(f"the extent {name} is not as its layer says")
         if extent["padded"] != size + -size % ALIGNMENT:
             raise OddFactError(f"the extent {name} has another size than its shape")
@@ -241,4 +250,5 @@ def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, int, set[str]]]:
         expected += [(f"layer.{i}.key", rows, _FLOATS), (f"layer.{i}.value", rows, _FLOATS), (f"layer.{i}.position", rows, {"I32"})]
         if f"layer.{i}.score" in named:
             expected.append((f"layer.{i}.score", rows, {"F16"}))
+    expected += [(f"state.{name}", 1, _FLOATS) for name in facts.get("states", ())]
     return [*expected, ("token_ids", facts["n_tokens"], {"I32"})]

@@ -4,7 +4,7 @@ Layout, readable by any safetensors reader::
 
     8 bytes   length of the header
     header    JSON, padded with spaces so that the data starts at a multiple of 4 KiB
-    data      per layer: K, V, positions, scores, each an extent padded to 4 KiB; then the token ids;
+    data      per layer: K, V, positions, scores, each an extent padded to 4 KiB; then states, if there are any; then the token ids;
               last, 8 bytes: xxh3-64 of everything up to the start of the data
 
 The header's metadata holds the identity, the lengths of the heads and an xxh3-64 of every extent, padding included,
@@ -129,8 +129,8 @@ def read_context(
         facts = read_header(file, path, checksums)
         if admit is not None:
             admit(facts)
-        layers, token_ids = read_layers(file, facts, path, device, checksums)
-    return _context(facts, Resident(layers, partial(write_context, checksums=checksums)), token_ids)
+        layers, states, token_ids = read_layers(file, facts, path, device, checksums)
+    return _context(facts, Resident(layers, partial(write_context, checksums=checksums), states), token_ids)
 
 
 def open_context(path: Path, follow_links: bool) -> BinaryIO:
@@ -301,6 +301,8 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
         yield f"layer.{i}.position", layer.positions
         if layer.scores is not None:
             yield f"layer.{i}.score", layer.scores
+    for name, state in sorted(context.states.items()):
+        yield f"state.{name}", state
     yield "token_ids", context.token_ids
 
 
@@ -320,6 +322,7 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "recipe": vars(context.recipe),
         "sources": [vars(source) for source in context.sources],
         "layers": [{"lengths": layer.lengths, "window": layer.window} for layer in context.layers],
+        "states": sorted(context.states),
     }
 
 

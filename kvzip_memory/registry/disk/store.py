@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kvzip_memory.context import CompressedContext, RaggedLayer
+from kvzip_memory.context import CompressedContext, RaggedLayer, States
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.disk import layout
@@ -43,7 +43,7 @@ from kvzip_memory.system.private import delete, is_file
 logger = logger_of(__name__)
 
 #: Looks at layers that were read from a path, and raises a CorruptFileError.
-CheckLayers = Callable[[Sequence[RaggedLayer], str], None]
+CheckLayers = Callable[[Sequence[RaggedLayer], States, str], None]
 
 
 class NotStoredError(Exception):
@@ -177,7 +177,7 @@ class DiskTier:
             if context.key != key:
                 raise CorruptFileError(f"{path}: holds the context {context.key[:12]}")
             if check is not None:
-                check(context.layers, str(path))
+                check(context.layers, context.states, str(path))
         except FileNotFoundError:
             raise AbsentError() from None
         except OSError as error:
