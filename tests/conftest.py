@@ -178,7 +178,7 @@ def same_pairs(one: CompressedContext, other: CompressedContext) -> bool:
 
 
 def row_over(context: CompressedContext | None, tail: Tail | None = None) -> Row:
-    return Row(context.layers if context else (), context.n_tokens if context else 0, tail or Tail())
+    return Row(context.layers, context.n_tokens, tail or Tail(), context.states) if context else Row((), 0, tail or Tail())
 
 
 async def results(result: Any) -> None:
@@ -260,12 +260,13 @@ def _masked(
             hidden = hidden | (positions[None] <= positions[:, None] - window)
         hidden = hidden.expand(query.shape[1], total, total).clone()
         for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
-            hidden[:, seen_from:, :end] |= ~masks[layer_idx].repeat_interleave(groups, 0)[:, None]
+            mask = masks[layer_idx]
+            hidden[:, seen_from:, :end] |= ~mask.repeat_interleave(query.shape[1] // len(mask), 0)[:, None]
         weights = softmax(logits.masked_fill(hidden[None], float("-inf")))
         out = weights @ value
         for seen_from, _, _, layers in kept:  # what is behind a context sees the pairs that it has
             layer, (keys, values) = layers[layer_idx], (key.clone(), value.clone())
-            for group in range(groups):
+            for group in () if layer.shared else range(groups):  # latents are as the model computed them
                 for stored, own in ((keys, layer.keys), (values, layer.values)):
                     stored[0, layer.heads() * groups + group, layer.positions.long()] = own
             logits = capped(query[:, :, seen_from:] @ keys.mT * scaling)

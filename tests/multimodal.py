@@ -77,6 +77,25 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+#: Checkpoints of each family.
+EXAMPLES = {
+    "cohere2_vision": "Command A Vision",
+    "gemma3": "Gemma 3 4B, 12B, 27B",
+    "gemma4": "Gemma 4 with its towers",
+    "glm4v": "GLM-4.1V",
+    "idefics3": "Idefics3",
+    "internvl": "InternVL3",
+    "llava": "LLaVA",
+    "llava_onevision": "LLaVA-OneVision",
+    "mistral3": "Mistral Small 3.1, 3.2",
+    "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen2_vl": "Qwen2-VL",
+    "qwen3_vl": "Qwen3-VL",
+    "qwen3_vl_moe": "Qwen3-VL 30B-A3B",
+    "smolvlm": "SmolVLM",
+}
+
+
 def tiny_multimodal(kind: str, seed: int = 0) -> PreTrainedModel:
     """A model whose attention is sharp enough for evictions to matter."""
     torch.manual_seed(seed)

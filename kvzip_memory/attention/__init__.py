@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from kvzip_memory.attention import cpu, flash, reference
 from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax
+from kvzip_memory.attention.latent import absorbed, expanded
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.printable import brief
 
@@ -37,7 +38,13 @@ _PREFIX = "kvzip:"
 
 
 class AttentionCall(Protocol):
-    """What travels with one forward as ``kvzip=``."""
+    """What travels with one forward as ``kvzip=``.
+
+    Attributes:
+        latents: what a layer with latent attention caches, ``[B, 1, n, R + rope]``, from its call of the cache to its attention.
+    """
+
+    latents: dict[int, Tensor]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention of one layer.
@@ -45,7 +52,8 @@ class AttentionCall(Protocol):
         Args:
             layer: index of the layer.
             query: ``[B, H * G, n, D]``, post-RoPE.
-            key, value: ``[B, H, n, D]`` and ``[B, H, n, DV]``, this call's own pairs, keys post-RoPE.
+            key, value: ``[B, H, n, D]`` and ``[B, H, n, DV]``, this call's own pairs, keys post-RoPE. One tensor if keys are their own
+                values, see :mod:`~kvzip_memory.attention.latent`.
             softmax: of the layer.
 
         Returns:
@@ -148,8 +156,12 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     if kvzip is None:
         return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
+    layer: int = module.layer_idx  # type: ignore[assignment]
     softmax = Softmax(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
-    return kvzip.attend(module.layer_idx, query, key, value, softmax).contiguous(), None  # type: ignore[arg-type]
+    latent = kvzip.latents.pop(layer, None)
+    if latent is None:
+        return kvzip.attend(layer, query, key, value, softmax).contiguous(), None
+    return expanded(module, kvzip.attend(layer, absorbed(module, query), latent, latent, softmax)).contiguous(), None
 
 
 def _original(name: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

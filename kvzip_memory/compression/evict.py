@@ -26,23 +26,25 @@ def gathered(
     keys, values = prefilled.dense[layer]
     parent = prefilled.parent[layer] if prefilled.parent else None
     keep, scores = keep.to(keys.device), None if scores is None else scores.to(keys.device)
+    shared = values is keys  # then nothing is fitted, and nothing rounded
     if parent is None and bool(keep.all()):
-        return _whole(codec.keys(keys), codec.values(values), scores)
+        return _whole(codec.keys(keys), None if shared else codec.values(values), scores)
     start, first = prefilled.start, prefilled.first
     heads, columns = keep[:, start:].nonzero(as_tuple=True)
-    keys, values, positions = codec.keys(keys)[heads, columns], values[heads, columns], columns + start
+    keys, positions = codec.keys(keys)[heads, columns], columns + start
+    values = keys if shared else values[heads, columns]
     if parent is not None:
         rows = keep[parent.heads(), parent.positions.long()].nonzero().squeeze(1)
         heads, order = torch.cat([parent.heads()[rows], heads]).sort(stable=True)
         keys = torch.cat([parent.keys[rows], keys])[order]
-        values = torch.cat([parent.values[rows], values])[order]
+        values = keys if shared else torch.cat([parent.values[rows], values])[order]
         positions = torch.cat([parent.positions[rows].long(), positions])[order]
     if fitted is not None:
         new = (positions >= first) & ~prefilled.pinned.to(positions.device)[positions]
         keys[new], values[new] = (x[heads[new], positions[new] - first] for x in fitted)
     return RaggedLayer(
         keys=keys,
-        values=codec.values(values),
+        values=keys if shared else codec.values(values),
         lengths=tuple(keep.sum(1).tolist()),
         positions=positions.to(torch.int32),
         scores=None if scores is None else scores[heads, positions],
@@ -68,12 +70,13 @@ def visible(prefilled: Prefilled, layer: int, window: int) -> RaggedLayer:
     )
 
 
-def _whole(keys: Tensor, values: Tensor, scores: Tensor | None) -> RaggedLayer:
-    """All pairs ``[H, n, D]``, without copying them if possible."""
+def _whole(keys: Tensor, values: Tensor | None, scores: Tensor | None) -> RaggedLayer:
+    """All pairs ``[H, n, D]``, without copying them if possible; no values are the keys."""
     n_heads, n = keys.shape[:2]
+    flat = keys.flatten(0, 1)
     return RaggedLayer(
-        keys=keys.flatten(0, 1),
-        values=values.flatten(0, 1),
+        keys=flat,
+        values=flat if values is None else values.flatten(0, 1),
         lengths=(n,) * n_heads,
         positions=torch.arange(n, dtype=torch.int32, device=keys.device).repeat(n_heads),
         scores=None if scores is None else scores.flatten(),

@@ -60,6 +60,22 @@ class Stages:
             )
         return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
 
+    def of_latents(self, refit: Refit | str) -> Stages:
+        """The same for pairs of which keys are their own values: what fits the one would change the other.
+
+        Args:
+            refit: as it was given; ``"auto"`` is ``"none"``.
+
+        Raises:
+            InputError: it is another refit.
+        """
+        if refit != "auto" and self.refit.every:
+            raise InputError(
+                f"refit {brief(self.refit.identity())} fits keys and values, and this model caches latents, which are both; "
+                "use refit='none'"
+            )
+        return replace(self, refit=REFITS.of("none"))
+
     def identity(self) -> dict[str, Any]:
         """Its part of a context's key, as the methods say it now. Pairs as the model computed them are not mentioned, as they were not when
         there were no others.
@@ -215,4 +231,4 @@ def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | No
     """Bytes that a layer's dense cache of all tokens has more than that of the parent's."""
     start, n = prefilled.start, len(prefilled.token_ids)
     tokens = n - start if window is None else min(n, window - 1) - min(start, window - 1)
-    return tokens * (keys.nbytes + values.nbytes) // keys.shape[1]
+    return tokens * (keys.nbytes + (0 if values is keys else values.nbytes)) // keys.shape[1]

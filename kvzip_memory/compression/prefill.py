@@ -92,18 +92,26 @@ class Prefilled:
         keys, values = self.dense[layer]
         dense = slice(max(start - self.start, 0), max(end - self.start, 0))
         if start >= self.start:
-            return keys[:, dense], values[:, dense]
+            return _alike(keys, values, lambda pairs: pairs[:, dense])
         parent, end = self.parent[layer], min(end, self.start)
         rows = [slice(offset + start, offset + end) for offset in parent.offsets[:-1]]  # none is missing before them
-        old_keys, old_values = (torch.stack([x[r] for r in rows]) for x in (parent.keys, parent.values))
-        return torch.cat([old_keys, keys[:, dense]], 1), torch.cat([old_values, values[:, dense]], 1)
+        old_keys, old_values = _alike(parent.keys, parent.values, lambda pairs: torch.stack([pairs[r] for r in rows]))
+        new_keys = torch.cat([old_keys, keys[:, dense]], 1)
+        return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
 
     def row(self, layer: int, key: Tensor, value: Tensor, n_new: int) -> RowKV:
         """What tokens behind the prefix see in a layer; ``key`` and ``value`` ``[H, t, D]`` are their own, the last ``n_new`` new."""
         keys, values = self.dense[layer]
         position = len(self.token_ids) - keys.shape[1]
         parent = self.parent[layer] if self.parent else None
-        return RowKV(parent, torch.cat([keys, key], 1), torch.cat([values, value], 1), n_new, position)
+        both = torch.cat([keys, key], 1)
+        return RowKV(parent, both, both if values is keys else torch.cat([values, value], 1), n_new, position)
+
+
+def _alike(keys: Tensor, values: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values, changed alike; one tensor if they are."""
+    changed = change(keys)
+    return changed, changed if values is keys else change(values)
 
 
 class _Preallocated(DynamicLayer):
@@ -143,7 +151,8 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
     """The pairs of ``token_ids`` and the states behind them, by the model's own attention. On a CPU ours is faster, which needs no masks
     and no copies of pairs.
     """
-    if model.layout.stateful or (model.device.type == "cpu" and not any(model.windows)):  # what a window hides is not kept here
+    ours = model.device.type == "cpu" and not any(model.windows)  # what a window hides is not kept there
+    if ours or model.layout.stateful or model.layout.latent:
         return prefill_behind(model, (), NO_STATES, 0, token_ids, progress)
     cache = _PairsOnly(config=model.model.config)
     cache.layers = [

@@ -76,9 +76,9 @@ def _cut(layer: RaggedLayer, keep: Tensor) -> RaggedLayer:
     """The pairs of ``keep`` ``[H, n]``, copied so that the rest can be freed."""
     rows = keep[layer.heads().cpu(), layer.positions.long().cpu()].nonzero().squeeze(1).to(layer.keys.device)
     assert layer.scores is not None
-    return RaggedLayer(layer.keys[rows], layer.values[rows], tuple(keep.sum(1).tolist()), layer.positions[rows], layer.scores[rows])
+    return RaggedLayer(*layer.pick(rows), tuple(keep.sum(1).tolist()), layer.positions[rows], layer.scores[rows])
 
 
 def _copied(layer: RaggedLayer) -> RaggedLayer:
     """A sliding layer, free of the storage it shares with what is dropped."""
-    return RaggedLayer(layer.keys.clone(), layer.values.clone(), layer.lengths, layer.positions.clone(), window=layer.window)
+    return layer.having([tensor.clone() for tensor in layer.tensors()])

@@ -170,7 +170,7 @@ class CompressedContext(Shared):
         if write is None:
             raise InputError(f"{self!r} was made by hand, and nothing is known of how to write it; load its text with an engine")
         with self.lease() as lease:
-            return write(replace(self, storage=Resident(lease.layers)), file)
+            return write(replace(self, storage=Resident(lease.layers, states=lease.states)), file)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""

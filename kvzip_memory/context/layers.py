@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
 
@@ -22,7 +22,7 @@ class RaggedLayer:
 
     Attributes:
         keys: ``[sum(lengths), D]``, post-RoPE at their original positions, dtype of the model.
-        values: ``[sum(lengths), DV]``, dtype of the model; DV is D in most models.
+        values: ``[sum(lengths), DV]``, dtype of the model; DV is D in most models. The keys themselves where these are their own values.
         lengths: pairs kept by each KV head.
         positions: ``[sum(lengths)]`` int32, position of each pair in the context.
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
@@ -59,7 +59,18 @@ class RaggedLayer:
         """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores."""
         heads = self.heads()[wanted]
         lengths = tuple(torch.bincount(heads, minlength=self.n_heads).tolist())
-        return RaggedLayer(self.keys[wanted], self.values[wanted], lengths, self.positions[wanted], window=self.window)
+        keys, values = self.pick(wanted)
+        return RaggedLayer(keys, values, lengths, self.positions[wanted], window=self.window)
+
+    @property
+    def shared(self) -> bool:
+        """Whether keys are their own values."""
+        return self.values is self.keys
+
+    def pick(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of some keys and values, one tensor if they are shared."""
+        keys = self.keys[rows]
+        return keys, keys if self.shared else self.values[rows]
 
     def dense_scores(self, n: int) -> Tensor:
         """``[H, n]`` fp16 on the host, ``-inf`` where the pair is gone. The layer has scores."""
@@ -70,8 +81,16 @@ class RaggedLayer:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors this layer owns."""
+        values = () if self.shared else (self.values,)
         scores = () if self.scores is None else (self.scores,)
-        return (self.keys, self.values, self.positions, *scores)
+        return (self.keys, *values, self.positions, *scores)
+
+    def having(self, tensors: Sequence[Tensor]) -> RaggedLayer:
+        """The same layer with its :meth:`tensors` elsewhere."""
+        keys, *others = tensors
+        values = keys if self.shared else others.pop(0)
+        positions, *scores = others
+        return replace(self, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
 
 
 def storage_nbytes(tensors: list[Tensor]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -62,9 +61,7 @@ def upload(layers: Iterable[RaggedLayer], device: torch.device) -> Iterator[Arri
                     stage.copy(tensor, copy)
             copy.record_stream(stream)
             copies.append(copy)
-        keys, values, positions, *scores = copies
-        arrived = replace(layer, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
-        yield Arrival(arrived, stream.record_event(), layer)
+        yield Arrival(layer.having(copies), stream.record_event(), layer)
 
 
 class Stage:

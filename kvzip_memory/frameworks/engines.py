@@ -82,6 +82,7 @@ def configured_window(model: str) -> int | None:
         # Not by local_files_only, with which huggingface_hub still connects, to learn what to call itself.
         file = os.path.join(model, "config.json") if os.path.isdir(model) else try_to_load_from_cache(model, "config.json")
         if isinstance(file, str):
-            window: int | None = PreTrainedConfig.get_config_dict(os.path.dirname(file))[0].get("max_position_embeddings")
+            config: dict[str, Any] = PreTrainedConfig.get_config_dict(os.path.dirname(file))[0]
+            window: int | None = (config.get("text_config") or config).get("max_position_embeddings")
             return window
     return None

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from kvzip_memory.attention import BACKENDS, RowKV, Softmax
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.inference.modeling import LanguageModel
-from kvzip_memory.inference.states import StateCache
+from kvzip_memory.inference.states import CallCache
 from kvzip_memory.system.modes import plain
 
 #: Asked of every context, to know where heads look when they look for nothing.
@@ -53,17 +53,14 @@ def compared(asked: Tensor, neutral: Tensor) -> Tensor:
     return (terms * terms.sum(-1, keepdim=True).clamp(min=0)).mean((0, 1))
 
 
-class _Watch(StateCache):
+class _Watch(CallCache):
     """Cache and attention of one forward over a context, fed in pieces; adds up what every head pays to the spans."""
 
     def __init__(self, model: LanguageModel, row: Row, spans: Sequence[Span], first: int) -> None:
-        super().__init__([row.remembered])
+        super().__init__([row.remembered], model.layout.latent)
         self._row, self._first, self._layout = row, first, model.layout
         self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).view(-1, 2).T.contiguous()  # [2, spans]
         self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self._row.length
@@ -71,7 +68,8 @@ class _Watch(StateCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         row, n, place = self._row, query.shape[2], self._layout.places[layer]
         own, window = layer == self._layout.owners[place], self._layout.windows[place]
-        keys, values = row.tail.append(place, key[0], value[0]) if own else row.tail.seen(place, n)
+        new = key[0]
+        keys, values = row.tail.append(place, new, new if value is key else value[0]) if own else row.tail.seen(place, n)
         if window is None:
             mass = self._mass(place, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass

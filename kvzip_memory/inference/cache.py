@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
 from kvzip_memory.context import NO_STATES, RaggedLayer, States
-from kvzip_memory.inference.states import StateCache
+from kvzip_memory.inference.states import CallCache
 
 
 class Layout(NamedTuple):
@@ -21,6 +21,7 @@ class Layout(NamedTuple):
         shapes: their KV heads and head dimensions.
         places: of each layer with attention the one whose pairs it attends to, which may be an earlier layer's.
         stateful: whether there are layers that remember states in place of pairs.
+        latent: whether pairs are latents, one for all heads, which are keys and values at once.
     """
 
     owners: tuple[int, ...]
@@ -28,6 +29,7 @@ class Layout(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     places: Mapping[int, int]
     stateful: bool
+    latent: bool = False
 
 
 class Tail:
@@ -56,23 +58,30 @@ class Tail:
         end = self.length + keys.shape[1]
         self.reserve(end)
         if layer not in self._layers:
-            shapes = ((len(new), self.capacity, new.shape[2]) for new in (keys, values))
-            self._layers[layer] = tuple(keys.new_empty(shape) for shape in shapes)  # type: ignore[assignment]
+            room = keys.new_empty(len(keys), self.capacity, keys.shape[2])
+            self._layers[layer] = room, room if values is keys else values.new_empty(len(values), self.capacity, values.shape[2])
         tail_keys, tail_values = self._layers[layer]
         tail_keys[:, self.length : end] = keys
-        tail_values[:, self.length : end] = values
-        return tail_keys[:, :end], tail_values[:, :end]
+        if tail_values is not tail_keys:
+            tail_values[:, self.length : end] = values
+        return self._views(layer, end)
 
     def seen(self, layer: int, n: int) -> tuple[Tensor, Tensor]:
         """What :meth:`append` has returned for the last ``n`` entries of a layer, which do not count yet."""
+        return self._views(layer, self.length + n)
+
+    def _views(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         keys, values = self._layers[layer]
-        return keys[:, : self.length + n], values[:, : self.length + n]
+        seen = keys[:, :end]
+        return seen, seen if values is keys else values[:, :end]
 
     def reserve(self, entries: int) -> None:
         """Make room for so many entries in every layer."""
         if entries > self.capacity:
             capacity = max(64, 1 << (entries - 1).bit_length())
-            self._layers = {i: (self._grown(keys, capacity), self._grown(values, capacity)) for i, (keys, values) in self._layers.items()}
+            for layer, (keys, values) in self._layers.items():
+                grown = self._grown(keys, capacity)
+                self._layers[layer] = grown, grown if values is keys else self._grown(values, capacity)
             self.capacity = capacity
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
@@ -93,7 +102,8 @@ class Tail:
         if length >= self.length:
             return
         if self.states is not None:
-            length = max((at for at in self._marks if at <= length), default=0)
+            self._marks = {at: states for at, states in self._marks.items() if at <= length}
+            length = max(self._marks, default=0)
             self.states = self._marks.get(length)
         self.length = length
 
@@ -103,14 +113,17 @@ class Tail:
 
     def pairs(self, end: int) -> list[tuple[Tensor, Tensor]]:
         """Views of the first ``end`` entries, keys and values ``[H, end, D]`` of every layer."""
-        return [(keys[:, :end], values[:, :end]) for _, (keys, values) in sorted(self._layers.items())]
+        return [self._views(layer, end) for layer in sorted(self._layers)]
 
-    def copy(self, start: int = 0) -> Tail:
-        """An independent tail with the same entries from ``start`` on."""
+    def copy(self, end: int | None = None) -> Tail:
+        """An independent tail with the same entries, or the first ``end`` of them, which only a tail without states can be cut to."""
         twin = Tail()
-        twin.length, twin.capacity, twin.states = self.length - start, self.capacity - start, self.states
-        twin._marks = {at - start: states for at, states in self._marks.items() if at >= start}
-        twin._layers = {i: (keys[:, start:].clone(), values[:, start:].clone()) for i, (keys, values) in self._layers.items()}
+        twin.length, twin.capacity = (self.length, self.capacity) if end is None else (end, end)
+        twin.states, twin._marks = self.states, {**self._marks}
+        for layer in self._layers:
+            keys, values = self._views(layer, twin.capacity)
+            own = keys.clone()
+            twin._layers[layer] = own, own if values is keys else values.clone()
         return twin
 
 
@@ -144,7 +157,7 @@ class LastLayerSeen(Exception):
     """Ends a forward where what follows would be computed for nobody."""
 
 
-class SessionCache(StateCache):
+class SessionCache(CallCache):
     """The cache of one forward: rows with their own contexts and tails, left-padded to the same number of tokens.
 
     New pairs go into the tails; contexts are only read. It is also the :class:`~kvzip_memory.attention.AttentionCall`
@@ -154,13 +167,9 @@ class SessionCache(StateCache):
     def __init__(
         self, rows: Sequence[Row], counts: Sequence[int], layout: Layout, backend: AttentionBackend, pairs_only: bool = False
     ) -> None:
-        super().__init__([row.remembered for row in rows])
+        super().__init__([row.remembered for row in rows], layout.latent)
         self._rows, self._counts, self._layout, self._backend = rows, counts, layout, backend
         self._last = layout.owners[-1] if pairs_only and not layout.stateful else None
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        """Nothing: :meth:`attend` stores the pairs, it knows which of the columns are padding."""
-        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return max(row.length for row in self._rows)
@@ -169,7 +178,8 @@ class SessionCache(StateCache):
         rows, n, place = [], query.shape[2], self._layout.places[layer]
         for b, (row, count) in enumerate(zip(self._rows, self._counts, strict=True)):
             if layer == self._layout.owners[place]:
-                keys, values = row.tail.append(place, key[b, :, n - count :], value[b, :, n - count :])
+                new = key[b, :, n - count :]
+                keys, values = row.tail.append(place, new, new if value is key else value[b, :, n - count :])
             else:
                 keys, values = row.tail.seen(place, count)
             # of those that reuse pairs the model may ask for the last tokens alone

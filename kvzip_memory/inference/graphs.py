@@ -246,7 +246,7 @@ class _Call(Cache):
 
     def __init__(self, batch: _Batch) -> None:
         super().__init__(layers=[])
-        self.attend = batch.attend
+        self.attend, self.latents = batch.attend, dict[int, Tensor]()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states

@@ -46,6 +46,10 @@ _TEXT_KEYS = {
 }
 
 
+# Options of transformers for whatever it fetches.
+_OF_ALL_FILES = ("revision", "trust_remote_code", "token", "subfolder", "local_files_only", "force_download", "proxies")
+
+
 def load_model(
     model: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, cache_dir: Path | None, **model_kwargs: Any
 ) -> tuple[PreTrainedModel, Any]:
@@ -60,7 +64,7 @@ def load_model(
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
-    shared = {k: model_kwargs[k] for k in ("revision", "trust_remote_code", "token", "subfolder") if k in model_kwargs}
+    shared = {k: model_kwargs[k] for k in _OF_ALL_FILES if k in model_kwargs}
     source = Path(model)
     is_gguf = source.suffix == ".gguf"
     if is_gguf and not os.path.isfile(source):
@@ -70,7 +74,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, **shared)
-        config = model_kwargs.pop("config", None) or AutoConfig.from_pretrained(model, **shared)
+        config = model_kwargs.get("config") or AutoConfig.from_pretrained(model, **shared)
         if text_config(config) is not config and tokenizer.chat_template is None:
             tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
         if "device_map" not in model_kwargs:
@@ -85,7 +89,8 @@ def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTra
     """A model with its weights. Those of a multimodal one that texts do not need are left where they are, if transformers can do that."""
     text = text_config(config)
     if text is config:
-        return AutoModelForCausalLM.from_pretrained(model, config=config, **options)
+        return AutoModelForCausalLM.from_pretrained(model, **options)
+    options.pop("config", None)
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)

@@ -41,7 +41,7 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
         theirs = evaluation_copy(model)(input_ids=ids).logits.float()
         for part in _parts(config, body, head):
             for name in _KEPT:
-                if name in vars(model):
+                if hasattr(model, name):
                     setattr(part, name, getattr(model, name))
             ours = evaluation_copy(part)(input_ids=ids).logits.float()
             if (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max():

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, RaggedLayer, Resident
+from kvzip_memory.context import CompressedContext, Resident
 from kvzip_memory.context.upload import upload
 from kvzip_memory.registry.beginnings import beginning
 from kvzip_memory.registry.identity import family_of
@@ -228,15 +228,9 @@ def packed(context: CompressedContext) -> CompressedContext:
     for tensor in tensors:
         views[id(tensor)].copy_(tensor, non_blocking=True)
     _synchronize(_device(context))
-    layers = tuple(_with(layer, [views[id(tensor)] for tensor in layer.tensors()]) for layer in resident.layers)
+    layers = tuple(layer.having([views[id(tensor)] for tensor in layer.tensors()]) for layer in resident.layers)
     states = {name: views[id(state)] for name, state in resident.states.items()}
     return replace(context, storage=Resident(layers, states=states))
-
-
-def _with(layer: RaggedLayer, tensors: list[Tensor]) -> RaggedLayer:
-    """The layer with its tensors elsewhere."""
-    keys, values, positions, *scores = tensors
-    return replace(layer, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
 
 
 def _synchronize(device: torch.device) -> None:

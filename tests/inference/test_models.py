@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    DeepseekV3Config,
     MambaConfig,
     MistralConfig,
     OlmoConfig,
@@ -36,13 +35,6 @@ _TINY = {
 REFUSED: dict[str, tuple[PreTrainedConfig, str]] = {
     "t5": (T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0), "encoder-decoder"),
     "mamba": (MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4), "KV heads|layers of type"),
-    "mla": (
-        DeepseekV3Config(
-            **{**_TINY, "num_key_value_heads": 4}, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-            n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, first_k_dense_replace=2, n_group=1, topk_group=1,
-        ),
-        "latent",
-    ),
     "all sliding": (MistralConfig(**_TINY, sliding_window=64, max_position_embeddings=2048), "no full-attention cache"),
 }  # fmt: skip
 

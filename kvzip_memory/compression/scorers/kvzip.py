@@ -23,7 +23,7 @@ from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import LastLayerSeen
-from kvzip_memory.inference.states import StateCache
+from kvzip_memory.inference.states import CallCache
 
 FIRST_PROMPT = "\n\nRepeat the previous context exactly."
 NEXT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -143,18 +143,18 @@ def _seen_from(prefilled: Prefilled, far: int) -> Prefilled:
     """What the first token so far behind a prefix sees of it: of a sliding layer less and less."""
     windows = prefilled.model.windows
     left = [len(prefilled.token_ids) if window is None else max(0, window - 1 - far) for window in windows]
-    seen = [
-        (keys[:, max(0, keys.shape[1] - n) :], values[:, max(0, values.shape[1] - n) :])
-        for n, (keys, values) in zip(left, prefilled.dense, strict=True)
-    ]
+    seen = []
+    for n, (keys, values) in zip(left, prefilled.dense, strict=True):
+        last = slice(max(0, keys.shape[1] - n), None)
+        seen.append((keys[:, last], values[:, last]) if values is not keys else (keys[:, last],) * 2)
     return replace(prefilled, dense=seen)
 
 
-class _RepeatCall(StateCache):
+class _RepeatCall(CallCache):
     """Cache and attention of one repeat, fed in pieces: reads the dense cache, adds nothing to it, collects scores."""
 
     def __init__(self, prefilled: Prefilled, scorer: KVzipScorer, head: int, start: int, end: int, opening: int, lead: int) -> None:
-        super().__init__([prefilled.states])
+        super().__init__([prefilled.states], prefilled.model.layout.latent)
         self._opening, self._lead = opening, lead  # tokens before those of the chunk; how many of them are repeated, too
         self._prefilled, self._scorer = prefilled, scorer
         self._head, self._start, self._end = head, start, end
@@ -165,9 +165,6 @@ class _RepeatCall(StateCache):
         """``[L, H, end - start]`` fp32."""
         scores = torch.stack([self._scores[layer] for layer in sorted(self._scores)])
         return scores.sqrt_() if self._scorer.aggregation == "sum_of_squares" else scores
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return len(self._prefilled.token_ids)
@@ -198,13 +195,14 @@ class _RepeatCall(StateCache):
         near_keys = torch.cat([head_keys, chunk_keys, own_keys], 1)
         scored = slice(before, before + self._end - self._start)
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
+        local = self._scorer.repeat == "local" and not last
+        # where nobody wants what attention gives, any values do that are as wide as those beside them
+        near_values = torch.cat([head_values, chunk_values, own_values], 1) if local or beside is not None else near_keys
+        out = self._attend(query[0], near_keys, near_values, softmax, scored, scores, beside)[None]
         if last:
-            self._attend(query[0], near_keys, near_keys, softmax, scored, scores, beside)
             raise LastLayerSeen
-        if self._scorer.repeat == "local":
-            near_values = torch.cat([head_values, chunk_values, own_values], 1)
-            return self._attend(query[0], near_keys, near_values, softmax, scored, scores, beside)[None]
-        self._attend(query[0], near_keys, near_keys, softmax, scored, scores, beside)
+        if local:
+            return out
         return BACKENDS["cpu"](query, [row()], softmax, None)
 
     def _beside(self, layer: int) -> RaggedLayer:

@@ -64,7 +64,8 @@ def read_layers(
         def layers() -> Iterator[RaggedLayer]:
             for i, layer in enumerate(facts["layers"]):
                 done[f"layer.{i}"]()
-                keys, values, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "value", "position"))
+                keys, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "position"))
+                values = keys if layer.get("shared") else tensors[f"layer.{i}.value"]
                 read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
                 _check_positions(read, facts["n_tokens"], path)
                 yield read

@@ -142,7 +142,7 @@ _HEADER: dict[str, Check] = {
     "dense_nbytes": _whole(),
     "recipe": _only(_RECIPE, Recipe),
     "sources": _list(_only(_SOURCE, Source)),
-    "layers": _list(_fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))})),
+    "layers": _list(_fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"shared": _true_or_false})),
     "catalog": _fields({}, {**_CATALOG, **_TIMES}),
     "extents": _list(
         _fields({"name": _text, "dtype": lambda v: _text(v) and v in ELEMENT, "shape": _list(_whole()), "padded": _whole()}, _SUMS)
@@ -247,7 +247,8 @@ def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, int, set[str]]]:
     named, expected = {extent["name"] for extent in facts["extents"]}, []
     for i, layer in enumerate(facts["layers"]):
         rows = sum(layer["lengths"])
-        expected += [(f"layer.{i}.key", rows, _FLOATS), (f"layer.{i}.value", rows, _FLOATS), (f"layer.{i}.position", rows, {"I32"})]
+        kinds = ("key",) if layer.get("shared") else ("key", "value")
+        expected += [*((f"layer.{i}.{kind}", rows, _FLOATS) for kind in kinds), (f"layer.{i}.position", rows, {"I32"})]
         if f"layer.{i}.score" in named:
             expected.append((f"layer.{i}.score", rows, {"F16"}))
     expected += [(f"state.{name}", 1, _FLOATS) for name in facts.get("states", ())]

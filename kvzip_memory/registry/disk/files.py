@@ -4,7 +4,8 @@ Layout, readable by any safetensors reader::
 
     8 bytes   length of the header
     header    JSON, padded with spaces so that the data starts at a multiple of 4 KiB
-    data      per layer: K, V, positions, scores, each an extent padded to 4 KiB; then states, if there are any; then the token ids;
+    data      per layer: K, V (if K are not their own values), positions, scores, each an extent padded to 4 KiB;
+              then states, if there are any; then the token ids;
               last, 8 bytes: xxh3-64 of everything up to the start of the data
 
 The header's metadata holds the identity, the lengths of the heads and an xxh3-64 of every extent, padding included,
@@ -297,7 +298,8 @@ def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview], c
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(context.layers):
         yield f"layer.{i}.key", layer.keys
-        yield f"layer.{i}.value", layer.values
+        if not layer.shared:
+            yield f"layer.{i}.value", layer.values
         yield f"layer.{i}.position", layer.positions
         if layer.scores is not None:
             yield f"layer.{i}.score", layer.scores
@@ -321,7 +323,7 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "dense_nbytes": context.dense_nbytes,
         "recipe": vars(context.recipe),
         "sources": [vars(source) for source in context.sources],
-        "layers": [{"lengths": layer.lengths, "window": layer.window} for layer in context.layers],
+        "layers": [{"lengths": layer.lengths, "window": layer.window, "shared": layer.shared} for layer in context.layers],
         "states": sorted(context.states),
     }
 

@@ -1,0 +1,254 @@
+"""Every family of the table in docs/models.md: what a model computes over contexts is what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import STRESS, TEXT, masked_logits, own_logits, row_over, same_pairs, tiny_tokenizer
+from families import FAMILIES, HYBRIDS, LATENT, tiny_family
+from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session
+from kvzip_memory.inference.cache import Row, Tail
+
+QUESTION = "Which day does the donkey carry oil?"
+MORE = "The lamp is blue, and the donkey is grey. " * 3
+
+
+#: A family for each kind of layers; all of them under ``make stress``.
+ONE_OF_A_KIND = ["cohere2", "deepseek_v3", "gemma2", "gemma3n_text", "gemma4_text", "gpt_oss", "llama", "mimo_v2_flash", "qwen3_moe"]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=sorted(FAMILIES if STRESS else {*ONE_OF_A_KIND, *HYBRIDS}))
+def some(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=sorted(HYBRIDS))
+def hybrid(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def engine_of(kind: str, **options: object) -> KVzipEngine:
+    return KVzipEngine(tiny_family(kind), tiny_tokenizer(), 0.4, **options)  # type: ignore[arg-type]
+
+
+def test_at_ratio_1_logits_equal_transformers_own(kind: str) -> None:
+    check_at_ratio_1(kind, 3)
+
+
+def test_of_3000_tokens_logits_equal_transformers_own(some: str) -> None:
+    check_at_ratio_1(some, 10)
+
+
+def check_at_ratio_1(kind: str, times: int) -> None:
+    engine = engine_of(kind)
+    context = engine.load(TEXT * times, ratio=1.0)
+    ids = engine.prompt_ids(context, QUESTION)
+    torch.testing.assert_close(engine.logits(context, ids), own_logits(engine, context, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_an_extension_equals_one_build(some: str) -> None:
+    engine = engine_of(some)
+    grown = engine.extend(engine.load(TEXT, ratio=1.0), MORE)
+    ids = engine.prompt_ids(grown, QUESTION)
+    torch.testing.assert_close(engine.logits(grown, ids), own_logits(engine, grown, ids), atol=2e-4, rtol=1e-4)
+
+
+def test_a_compressed_context_equals_dense_attention_with_evicted_pairs_masked(kind: str) -> None:
+    engine = engine_of(kind)
+    context = engine.load(TEXT, ratio=0.3)
+    ids = engine.prompt_ids(context, QUESTION)
+    torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=1e-3, rtol=1e-4)
+    grown = engine.extend(context, MORE)
+    torch.testing.assert_close(engine.logits(grown, ids), masked_logits(engine, grown, ids, context), atol=1e-3, rtol=1e-4)
+
+
+def test_a_reopened_context_is_the_same_to_the_last_bit(some: str, tmp_path: Path) -> None:
+    engine = engine_of(some, cache_dir=tmp_path)
+    context = engine.load(TEXT)
+    ids = engine.prompt_ids(context, QUESTION)
+    expected = engine.logits(context, ids)
+    engine.close()
+    again = engine_of(some, cache_dir=tmp_path)
+    found = again.load(TEXT)
+    assert found.receipt.tier == "disk"  # type: ignore[union-attr]
+    assert same_pairs(context, found)
+    assert torch.equal(again.logits(found, ids), expected)
+    assert found.nbytes == context.nbytes
+    opened = again.open(found.save(tmp_path / "one.kvzip"))
+    assert torch.equal(again.logits(opened, ids), expected)
+
+
+def test_rows_of_a_batch_equal_each_alone(some: str) -> None:
+    engine = engine_of(some)
+    contexts = [engine.load(TEXT, ratio=0.3), engine.load(MORE, ratio=0.6), engine.load(TEXT + MORE, ratio=1.0), None]
+    rows = [row_over(contexts[i]) for i in (0, 1, 0, 2, 3, 3)]
+    ids = [[5, 6, 7], [8], [9, 10, 11], [12, 13], [14], [15, 16, 17, 18]]
+    alone = [engine.logits(contexts[i], each) for i, each in zip((0, 1, 0, 2, 3, 3), ids, strict=True)]
+    together = engine._model.forward(rows, ids, n_logits=4)
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-4)
+    then = engine._model.forward(rows, [[20]] * 6)
+    for row, logits, i, each in zip(rows, then, (0, 1, 0, 2, 3, 3), ids, strict=True):
+        assert row.tail.length == len(each) + 1
+        torch.testing.assert_close(logits, engine.logits(contexts[i], [*each, 20])[-1:], atol=2e-4, rtol=1e-4)
+
+
+def test_in_bfloat16_logits_are_no_farther_than_transformers_own(some: str) -> None:
+    exact = engine_of(some)
+    context = exact.load(TEXT, ratio=1.0)
+    ids = exact.prompt_ids(context, QUESTION)
+    wanted = own_logits(exact, context, ids)
+    engine = KVzipEngine(tiny_family(some).to(torch.bfloat16), tiny_tokenizer())
+    rounded = engine.load(TEXT, ratio=1.0)
+    ours, theirs = engine.logits(rounded, ids), own_logits(engine, rounded, ids).float()
+    assert (ours - wanted).abs().mean() <= 1.5 * (theirs - wanted).abs().mean()
+
+
+# -- latents -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", sorted(LATENT), indirect=True)
+def test_latents_are_stored_once_for_all_heads(kind: str, tmp_path: Path) -> None:
+    engine = engine_of(kind)
+    context = engine.load(TEXT)
+    width = 16 + 8  # the latent, and the rotated key
+    for layer in context.layers:
+        assert layer.shared
+        assert layer.keys.shape == (sum(layer.lengths), width)
+    pairs = sum(sum(layer.lengths) for layer in context.layers)
+    assert context.nbytes == pairs * (4 * width + 4 + 2) + 4 * context.n_tokens
+    assert context.save(tmp_path / "one.kvzip").stat().st_size < 1.5 * context.nbytes + (1 << 16)
+    assert context.identity.get("refit") is None
+    with pytest.raises(InputError, match="refit='none'"):
+        engine_of(kind, refit="ridge")
+
+
+@pytest.mark.parametrize("kind", sorted(LATENT), indirect=True)
+def test_latents_are_not_expanded_while_answers_are_read(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(kind)
+    context = engine.load(TEXT)
+    (attention,) = {type(module) for module in engine.model.modules() if hasattr(module, "expand_kv")}
+    original, lengths = attention.expand_kv, []
+
+    def expand_kv(self: Any, latents: torch.Tensor, keys: torch.Tensor) -> Any:
+        lengths.append(latents.shape[2])
+        return original(self, latents, keys)
+
+    monkeypatch.setattr(attention, "expand_kv", expand_kv)
+    engine.generate(context, QUESTION, max_new_tokens=4)
+    assert set(lengths) == {1}
+
+
+# -- states ------------------------------------------------------------------------------------------------------
+
+
+def test_states_are_counted_and_whole_at_any_ratio(hybrid: str) -> None:
+    engine = engine_of(hybrid, refit="none")
+    whole, small = engine.load(TEXT, ratio=1.0), engine.load(TEXT, ratio=0.2)
+    assert whole.states.keys() == small.states.keys() != set()
+    for name, state in whole.states.items():
+        assert torch.equal(state, small.states[name])
+    of_states = sum(state.untyped_storage().nbytes() for state in small.states.values())
+    of_pairs = sum(t.untyped_storage().nbytes() for layer in small.layers for t in layer.tensors())
+    assert small.nbytes == of_states + of_pairs + small.token_ids.untyped_storage().nbytes()
+
+
+def test_a_cut_has_the_states_of_a_build(hybrid: str) -> None:
+    engine = engine_of(hybrid, refit="none")
+    engine.load(TEXT, ratio=0.6)
+    cut = engine.load(TEXT, ratio=0.3)
+    assert cut.receipt.shrunk_from == 0.6  # type: ignore[union-attr]
+    built = engine_of(hybrid, refit="none").load(TEXT, ratio=0.3)
+    assert same_pairs(cut, built)
+    for name, state in built.states.items():
+        assert torch.equal(state, cut.states[name])
+
+
+def test_models_that_differ_in_a_recurrence_have_contexts_of_their_own(hybrid: str, tmp_path: Path) -> None:
+    first = engine_of(hybrid, cache_dir=tmp_path)
+    first.load(TEXT)
+    first.close()
+    model = tiny_family(hybrid)
+    changed = [p for name, p in model.named_parameters() if any(word in name for word in ("A_log", "dt_bias", "conv", "ssm"))]
+    with torch.no_grad():
+        changed[0].add_(0.1)
+    assert KVzipEngine(model, tiny_tokenizer(), 0.4, cache_dir=tmp_path).load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
+
+
+def expected_after(engine: KVzipEngine, session: Session) -> torch.Tensor:
+    """Logits after all that was said, and a few ids more, read anew."""
+    return engine.logits(session.context, [*session._talk.ids, 30, 31])[-2:]
+
+
+def found_after(engine: KVzipEngine, session: Session) -> torch.Tensor:
+    """The same from the session's own tail, once nothing is answered any more."""
+    session._check_idle()
+    context, tail = session.context, session._tail.copy()
+    row = Row(context.layers, context.n_tokens, tail, context.states) if context else Row((), 0, tail)
+    return engine._model.forward([row], [[*session._talk.ids[tail.length :], 30, 31]], n_logits=2)[0]
+
+
+ENGINES: dict[str, KVzipEngine] = {}
+STEPS = ["ask", "stream", "cancel", "stop", "fold", "extend", "reset", "fork", "speculate"]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(steps=st.lists(st.sampled_from(STEPS), min_size=2, max_size=7), which=st.sampled_from(["qwen3_next", "falcon_h1", "lfm2", "llama"]))
+def test_whatever_a_session_does_its_states_are_those_of_what_was_said(steps: list[str], which: str) -> None:
+    engine = ENGINES[which] = ENGINES.get(which) or engine_of(which)
+    context: CompressedContext = engine.load(TEXT, ratio=0.5)
+    session = engine.session(context)
+    for step in steps:
+        if step == "ask":
+            session.ask("Who?", max_new_tokens=4)
+        elif step == "speculate":
+            session.ask("Say it again: oil on Tuesdays; oil on Tuesdays; oil on", max_new_tokens=8, speculate=True)
+        elif step == "stream":
+            list(session.stream("What?", max_new_tokens=4))
+        elif step == "cancel":
+            stream = session.stream("Where?", max_new_tokens=6)
+            next(iter(stream), None)
+            stream.close()
+        elif step == "stop":
+            session.ask("Which?", max_new_tokens=6, stop=["e", "a"])
+        elif step == "fold" and session._talk.ends:
+            session.fold(0)
+        elif step == "extend":
+            session = engine.session(engine.extend(context, MORE))
+        elif step == "reset":
+            session.reset()
+        elif step == "fork":
+            session = session.fork()
+        found = found_after(engine, session)
+        torch.testing.assert_close(found, expected_after(engine, session), atol=1e-3, rtol=1e-4)
+
+
+def test_a_forward_that_fails_leaves_states_as_they_were(hybrid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(hybrid)
+    context = engine.load(TEXT)
+    row = Row(context.layers, context.n_tokens, Tail(), context.states)
+    engine._model.forward([row], [[5, 6]])
+    before = {name: state.clone() for name, state in row.remembered.items()}
+    head = engine.model.get_output_embeddings()
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(head, "forward", broken)
+        with pytest.raises(RuntimeError, match="out of order"):
+            engine._model.forward([row], [[7]])
+    assert row.tail.length == 2
+    for name, state in row.remembered.items():
+        assert torch.equal(state, before[name])
