@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
 from kvzip_memory.context import NO_STATES, RaggedLayer, States
+from kvzip_memory.inference.layout import Layout
 from kvzip_memory.inference.states import CallCache
-
-
-class Layout(NamedTuple):
-    """Which layers of a model have pairs. These are counted from 0, whatever lies between them; a context has as many.
-
-    Attributes:
-        owners: of those with pairs the number that the model gives them.
-        windows: their sliding windows, None for full attention.
-        shapes: their KV heads and head dimensions.
-        places: of each layer with attention the one whose pairs it attends to, which may be an earlier layer's.
-        stateful: whether there are layers that remember states in place of pairs.
-        latent: whether pairs are latents, one for all heads, which are keys and values at once.
-    """
-
-    owners: tuple[int, ...]
-    windows: tuple[int | None, ...]
-    shapes: tuple[tuple[int, int], ...]
-    places: Mapping[int, int]
-    stateful: bool
-    latent: bool = False
 
 
 class Tail:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
@@ -18,8 +18,9 @@ from kvzip_memory.context import RaggedLayer, States
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
 from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
-from kvzip_memory.inference.cache import LastLayerSeen, Layout, Row, SessionCache, Tail
+from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.graphs import DecodeSteps
+from kvzip_memory.inference.layout import check_kind, layout_of, window_of
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
 from kvzip_memory.inference.worker import Worker
@@ -36,12 +37,6 @@ logger = logger_of(__name__)
 TESTED = frozenset({"llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gpt_oss"})
 #: How far logits of others may be from their own on a test forward, as a part of the largest one; random weights in 16 bits reach 0.06.
 TOLERANCE, TOLERANCE_16_BITS = 0.02, 0.1
-
-
-# Kinds of layers, as transformers names them. Those of "hybrid" ones have attention beside a recurrence.
-_ATTENDING = frozenset({"full_attention", "sliding_attention", "hybrid"})
-_STATEFUL = frozenset({"linear_attention", "mamba", "conv", "hybrid"})
-_NEITHER = frozenset({"mlp", "moe"})
 
 #: Tokens of one forward of a question, a prefill or a repeat. It bounds the memory of activations and how long running
 #: answers wait: while answers run chunks of builds are half as long. Larger chunks were no faster there.
@@ -92,10 +87,10 @@ class LanguageModel:
     ) -> None:
         model = text_part(as_written(model))
         config = model.config
-        layer_types = _check(model)
+        check_kind(model)
         self.model = model
-        self.window = _window(config)
-        self.layout = _layout(config, layer_types, self.window)
+        self.window = window_of(config)
+        self.layout = layout_of(config, self.window)
         self.windows = self.layout.windows
         self.state_kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if all(self.windows):
@@ -406,93 +401,6 @@ class LanguageModel:
 
 def _nothing(logits: Tensor) -> list[int]:
     return []
-
-
-def _check(model: PreTrainedModel) -> list[str]:
-    """The model's layer types, if all of them cache pairs we can evict."""
-    config = model.config
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder; kvzip_memory needs a decoder-only language model")
-    if getattr(config, "index_topk", None):
-        raise UnsupportedModelError(f"{kind!r} chooses the pairs that a token sees by an index of its own, which we do not compute")
-    if getattr(config, "kv_lora_rank", None) and not all(hasattr(module, "expand_kv") for module in _attentions(model)):
-        raise UnsupportedModelError(f"{kind!r} caches latents shared by all heads, otherwise than transformers' own models do")
-    if not _differ(config) and not hasattr(config, "num_key_value_heads"):
-        raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
-    layer_types = _layer_types(config)
-    foreign = sorted({*layer_types} - _ATTENDING - _STATEFUL - _NEITHER)
-    if foreign:
-        raise UnsupportedModelError(
-            f"{kind!r} has layers of type {foreign}; we know those of full and sliding-window attention, which have pairs to evict, and "
-            "recurrent and convolution layers, which remember states"
-        )
-    if not {*layer_types} & _ATTENDING:
-        raise UnsupportedModelError(f"{kind!r} has no layer with attention; there are no pairs to evict")
-    if not getattr(model, "_supports_attention_backend", False) and not {*layer_types} & _STATEFUL:
-        raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
-    return layer_types
-
-
-def _layer_types(config: Any) -> list[str]:
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        sliding = getattr(config, "sliding_window", None) is not None
-        types = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    return list(types)
-
-
-def _attentions(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules with attention over latents."""
-    return [module for module in model.modules() if hasattr(module, "kv_b_proj")]
-
-
-def _layout(config: Any, layer_types: list[str], length: int) -> Layout:
-    """Which layers have pairs. Those that reuse others' come behind those.
-
-    Raises:
-        UnsupportedModelError: they do not, or pairs of layers with full attention differ.
-    """
-    modes = getattr(config, "kv_sharing_modes", None) or [None] * len(layer_types)
-    attending = [layer for layer, kind in enumerate(layer_types) if kind in _ATTENDING]
-    owners = [layer for layer in attending if modes[layer] != "reuse"]
-    if owners != attending[: len(owners)]:
-        raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
-    last = {layer_types[layer]: place for place, layer in enumerate(owners)}
-    windows = [config.sliding_window if layer_types[i] == "sliding_attention" and config.sliding_window < length else None for i in owners]
-    rank = getattr(config, "kv_lora_rank", None)
-    shapes = [(1, rank + config.qk_rope_head_dim) if rank else _shape(config, i) for i in owners]
-    if len({shape for shape, window in zip(shapes, windows, strict=True) if window is None}) > 1:
-        raise UnsupportedModelError(f"{config.model_type!r} has layers with full attention of different numbers of heads or dimensions")
-    places = {layer: owners.index(layer) if layer in owners else last[layer_types[layer]] for layer in attending}
-    return Layout(tuple(owners), tuple(windows), tuple(shapes), places, any(kind in _STATEFUL for kind in layer_types), bool(rank))
-
-
-def _differ(config: Any) -> bool:
-    """Whether a configuration has other values for some layers; for these it has none as a whole."""
-    return bool(getattr(config, "is_heterogeneous", False))
-
-
-def _shape(config: Any, layer: int) -> tuple[int, int]:
-    """KV heads and head dimension of a layer."""
-    if _differ(config):
-        config = config.per_layer_config[layer]
-    return config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _window(config: Any) -> int:
-    """The configured window, cut where the rotation of earlier keys would have to change.
-
-    "dynamic" and "longrope" models rotate all keys anew once a text passes their original length; stored keys cannot.
-    """
-    window = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for rotation in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):  # one for all layers, or for each type of them
-        kind = str(rotation.get("rope_type") or rotation.get("type"))
-        if "dynamic" in kind or kind == "longrope":
-            originals = (rotation.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
-            window = min(window, *(int(original) for original in originals if original))
-    return window
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -6,7 +6,7 @@ import families
 import multimodal
 from conftest import ROOT, tiny_tokenizer
 from kvzip_memory import KVzipEngine
-from kvzip_memory.inference.cache import Layout
+from kvzip_memory.inference.layout import Layout
 
 PAGE = (ROOT / "docs" / "models.md").read_text()
 
