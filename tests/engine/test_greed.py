@@ -143,8 +143,8 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised_whole(
     way: str, number: int, engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch, peak: Callable[[], int]
 ) -> None:
     encoder, read = engine._prompts._encoder, list[int]()
-    encoded = encoder._encoded
-    monkeypatch.setattr(encoder, "_encoded", lambda text: (read.append(len(text)), encoded(text))[1])
+    encode = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda text: (read.append(len(text)), encode(text))[1])
     with pytest.raises(WindowError, match=r"a text of 2,\d{3},\d{3} characters has .* tokens and more.*window is 2,048") as raised:
         WAYS[way][number](engine)
     assert raised.value.tokens > raised.value.window == WINDOW
@@ -690,8 +690,8 @@ def test_turns_in_memory_are_added_in_linear_time() -> None:
 
 def test_turns_that_are_too_many_for_the_context_are_not_all_counted(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder, read = engine._prompts._encoder, list[int]()
-    encoded = encoder._encoded
-    monkeypatch.setattr(encoder, "_encoded", lambda text: (read.append(len(text)), encoded(text))[1])
+    encode = encoder._encode
+    monkeypatch.setattr(encoder, "_encode", lambda text: (read.append(len(text)), encode(text))[1])
     assert engine.count_tokens([_huge()], most=100) > 100
     assert sum(read) < 10_000
     assert engine.count_tokens([USER], most=100) == engine.count_tokens([USER])

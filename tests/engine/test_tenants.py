@@ -375,6 +375,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "dense_nbytes": NOTHING,
         "expires": NOTHING,
         "fitted": NOTHING,
+        "states": NOTHING,
         "identity": lambda b, x: b.registry.longest_prefix(x.handle.identity, [*x.handle.token_ids.tolist(), 5]),
         "kept_pairs": NOTHING,
         "key": lambda b, x: b.engine.get(x.handle.key),

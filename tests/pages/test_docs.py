@@ -14,6 +14,7 @@ from typing import Any
 import llama_index.core
 import prometheus_client
 import pytest
+import transformers
 from langgraph.checkpoint.memory import InMemorySaver
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.memory import Memory
@@ -67,6 +68,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> KVzipEngine:
 
     monkeypatch.setattr(KVzipEngine, "stream", brief)
     monkeypatch.setattr(KVzipEngine, "from_pretrained", lambda name, **options: KVzipEngine(model, tiny_tokenizer(), **options))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tiny_tokenizer())
     return KVzipEngine.from_pretrained("any")
 
 
