@@ -177,15 +177,16 @@ class Builder:
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
         """Bytes the context will take, from the model's shape."""
-        model, n, each = self._model, len(prompt.token_ids), 1 if self._model.layout.latent else 2
+        model, n, size = self._model, len(prompt.token_ids), self._model.model.dtype.itemsize
         layers = [
-            (window, n_heads, each * dim * model.model.dtype.itemsize + 4)
-            for window, (n_heads, dim) in zip(model.windows, model.layout.shapes, strict=True)
+            (window, n_heads, (dim if model.layout.latent else dim + dim_v) * size + 4)
+            for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * min(n, window - 1) * pair for window, n_heads, pair in layers if window is not None)
         kept = pairs_kept(ratio, n, prompt.protected, sum(n_heads for n_heads, _ in full))
-        return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + 4 * n
+        states = sum(map(math.prod, model.state_shapes.values())) * size
+        return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + states + 4 * n
 
     def bar(self, name: str | None) -> Bar:
         """For the progress of a context of this name, from now on until it is there."""

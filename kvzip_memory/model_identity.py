@@ -15,13 +15,14 @@ from kvzip_memory.registry import identity
 from kvzip_memory.registry.identity import check_same_model
 
 
-def model_identity(model: PreTrainedModel, weights: str | None = None) -> dict[str, Any]:
+def model_identity(model: PreTrainedModel, weights: str | None = None, written: int = identity.FORMAT) -> dict[str, Any]:
     """Those of :data:`~kvzip_memory.registry.identity.MODEL_FIELDS` that a model in memory decides.
 
     Args:
         weights: their fingerprint; None has them read (measured: about 0.6 s a GB on one CPU core).
+        written: the format of its contexts.
     """
-    return {"format": identity.FORMAT, **weights_identity(model, weights)}
+    return {"format": written, **weights_identity(model, weights)}
 
 
 class ModelIdentity:
@@ -30,6 +31,7 @@ class ModelIdentity:
     def __init__(self, model: LanguageModel) -> None:
         self._model, self._weights = model, Fingerprint(model.model)
         self._known: tuple[Stamp | None, dict[str, Any]] = (None, {})
+        self._format = identity.FORMAT_OF_STATES if model.layout.stateful or model.layout.latent else identity.FORMAT
 
     def of(self, language: Language) -> dict[str, Any]:
         """All of :data:`~kvzip_memory.registry.identity.MODEL_FIELDS`, with those that a language decides.
@@ -43,7 +45,7 @@ class ModelIdentity:
         if now != known:
             self._model.changed(moved=known is not None and now.places != known.places)
             others = known is None or -1 in now.written(known)  # not only buffers, which the model's own forward may write to
-            fields = model_identity(self._model.model, self._weights.get(anew=others))
+            fields = model_identity(self._model.model, self._weights.get(anew=others), self._format)
             self._known = (now, fields)
         return {**fields, **language.identity}
 
@@ -51,7 +53,7 @@ class ModelIdentity:
         """:meth:`of` with all weights read, also if none seems to have changed."""
         self.of(language)
         known, _ = self._known
-        fields = model_identity(self._model.model, self._weights.get())
+        fields = model_identity(self._model.model, self._weights.get(), self._format)
         self._known = (known, fields)
         return {**fields, **language.identity}
 

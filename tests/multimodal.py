@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-_TEXT = {
+TEXT_CONFIG = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -21,7 +21,14 @@ _TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+VISION_CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _ROTATION = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
 _QWEN = {"depth": 1, "num_heads": 2, "out_hidden_size": 64}
 _SIGLIP = {"model_type": "siglip_vision_model"}
@@ -31,7 +38,7 @@ _MARKS = _IMAGE | {"video_token_id": 298, "vision_start_token_id": 297, "vision_
 
 
 def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], marks: dict[str, Any]) -> PreTrainedConfig:
-    return type(AutoConfig.for_model(kind))(text_config=_TEXT | text, vision_config=_VISION | vision, **marks)
+    return type(AutoConfig.for_model(kind))(text_config=TEXT_CONFIG | text, vision_config=VISION_CONFIG | vision, **marks)
 
 
 _GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
@@ -70,7 +77,13 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava_onevision": lambda: _config(
         "llava_onevision", {"model_type": "qwen2"}, _SIGLIP, {"image_token_index": 299, "video_token_index": 298}
     ),
-    # its head gives other logits than that of the language model alone: they are not scaled
+    # their heads give other logits than those of the language model alone: they are not scaled
+    "aya_vision": lambda: _config(
+        "aya_vision",
+        {"model_type": "cohere2", "sliding_window": 32, "layer_types": _GEMMA["layer_types"]},
+        _SIGLIP,
+        {"image_token_index": 299},
+    ),
     "cohere2_vision": lambda: _config(
         "cohere2_vision", {"model_type": "cohere2", "sliding_window": 32, "layer_types": _GEMMA["layer_types"]}, _SIGLIP, _IMAGE
     ),
@@ -79,6 +92,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 #: Checkpoints of each family.
 EXAMPLES = {
+    "aya_vision": "Aya Vision",
     "cohere2_vision": "Command A Vision",
     "gemma3": "Gemma 3 4B, 12B, 27B",
     "gemma4": "Gemma 4 with its towers",

@@ -20,24 +20,22 @@ def absorbed(module: Any, query: Tensor) -> Tensor:
         module: attention of transformers, with ``kv_b_proj``, ``qk_nope_head_dim`` and ``v_head_dim``.
     """
     nope: int = module.qk_nope_head_dim
-    keys, _ = _weights(module, query.shape[1])
+    keys, _ = _weights(module, query.shape[1], query)
     return torch.cat([query[..., :nope] @ keys, query[..., nope:]], -1)
 
 
 def expanded(module: Any, attended: Tensor) -> Tensor:
     """What attention over latents ``[B, n, H, R + rope]`` says: ``[B, n, H, DV]``."""
-    _, values = _weights(module, attended.shape[2])
+    _, values = _weights(module, attended.shape[2], attended)
     return torch.einsum("bnhr,hvr->bnhv", attended[..., : values.shape[2]], values)
 
 
-def _weights(module: Any, n_heads: int) -> tuple[Tensor, Tensor]:
+def _weights(module: Any, n_heads: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Of each head ``[H, nope, R]`` for keys and ``[H, DV, R]`` for values."""
     projection = module.kv_b_proj
-    if type(projection) is nn.Linear:
+    if type(projection) is nn.Linear and not hasattr(projection, "_hf_hook"):
         weight = projection.weight
-    else:  # quantised, or with an adapter: what it makes of each unit vector
-        rank = module.kv_lora_rank
-        like = next(module.kv_a_layernorm.parameters())
-        weight = projection(torch.eye(rank, dtype=like.dtype, device=like.device)).T
+    else:  # quantised, with an adapter, or brought from elsewhere: what it makes of each unit vector
+        weight = projection(torch.eye(module.kv_lora_rank, dtype=like.dtype, device=like.device)).T
     both = weight.unflatten(0, (n_heads, -1))
     return both[:, : module.qk_nope_head_dim], both[:, module.qk_nope_head_dim :]

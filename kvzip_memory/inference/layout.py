@@ -47,8 +47,12 @@ def check_kind(model: PreTrainedModel) -> None:
     if any("indexer" in name for name, _ in model.named_modules()):
         raise UnsupportedModelError(f"{kind!r} chooses the pairs that a token sees by an index of its own, which we do not compute")
     latent = [module for module in model.modules() if hasattr(module, "kv_b_proj")]
-    if getattr(config, "kv_lora_rank", None) and not all(hasattr(module, "expand_kv") for module in latent):
+    if getattr(config, "kv_lora_rank", None) and not (latent and all(hasattr(module, "expand_kv") for module in latent)):
         raise UnsupportedModelError(f"{kind!r} caches latents shared by all heads, otherwise than transformers' own models do")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            f"some weights of {kind!r} are not in memory, such as those that accelerate keeps on disk; load them whole"
+        )
     if not _differ(config) and not hasattr(config, "num_key_value_heads"):
         raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
     kinds = {*_layer_types(config)}
@@ -79,7 +83,10 @@ def layout_of(config: Any, length: int) -> Layout:
     if owners != attending[: len(owners)]:
         raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
     last = {layer_types[layer]: place for place, layer in enumerate(owners)}
-    windows = [config.sliding_window if layer_types[i] == "sliding_attention" and config.sliding_window < length else None for i in owners]
+    sliding = getattr(config, "sliding_window", None) or length
+    if sliding < 2:
+        raise UnsupportedModelError(f"{config.model_type!r} has a sliding window of {sliding}, in which a token sees nothing but itself")
+    windows = [sliding if layer_types[i] == "sliding_attention" and sliding < length else None for i in owners]
     rank = getattr(config, "kv_lora_rank", None)
     shapes = [(1, rank + config.qk_rope_head_dim) if rank else _shape(config, i) for i in owners]
     if len({shape for shape, window in zip(shapes, windows, strict=True) if window is None}) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import transformers
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
@@ -24,7 +25,7 @@ from transformers import (
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
-from kvzip_memory.inference.text_part import text_config, text_part
+from kvzip_memory.inference.text_part import TextModel, text_config, text_part
 from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.printable import logger_of
 
@@ -46,6 +47,8 @@ _TEXT_KEYS = {
 }
 
 
+# Their whole model does not scale logits as its language model alone does.
+_UNSCALED = frozenset({"aya_vision", "cohere2_vision"})
 # Options of transformers for whatever it fetches.
 _OF_ALL_FILES = ("revision", "trust_remote_code", "token", "subfolder", "local_files_only", "force_download", "proxies")
 
@@ -76,7 +79,8 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(model, **shared)
         config = model_kwargs.get("config") or AutoConfig.from_pretrained(model, **shared)
         if text_config(config) is not config and tokenizer.chat_template is None:
-            tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
+            with suppress(AttributeError):  # a processor's file that holds no mapping
+                tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
         if "device_map" not in model_kwargs:
             _check_room(model, config, dtype, device)
         loaded = _read(model, config, dtype=dtype, **model_kwargs)
@@ -95,7 +99,7 @@ def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTra
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)
         if not found["missing_keys"]:
-            return loaded
+            return TextModel.of(loaded) if config.model_type in _UNSCALED else loaded
         del loaded
     return text_part(AutoModelForMultimodalLM.from_pretrained(model, config=config, **options))
 
@@ -103,11 +107,13 @@ def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTra
 def _check_room(model: str | Path, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device) -> None:
     """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
     text = text_config(config)
-    if getattr(config, "quantization_config", None) or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_MULTIMODAL_LM_MAPPING
+    read = text if kinds is MODEL_FOR_CAUSAL_LM_MAPPING else config
+    if getattr(config, "quantization_config", None) or type(read) not in kinds:
         return
     with torch.device("meta"):
-        shapes = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)](text)
-    kind = (getattr(text, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+        shapes = kinds[type(read)](read)
+    kind = next(filter(None, (getattr(part, "dtype", None) for part in (text, config))), torch.float32) if dtype == "auto" else dtype
     size = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
     needed = size * sum(parameter.numel() for parameter in shapes.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, host_nbytes())

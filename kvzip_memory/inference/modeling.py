@@ -69,7 +69,8 @@ class LanguageModel:
         window: tokens the model can hold: context, questions and answers together.
         layout: which of its layers have pairs, and of what kind.
         windows: sliding window of each layer that has pairs, None for full attention.
-        state_kinds: shape and dtype of what layers without attention remember.
+        kinds: KV heads, and the dimensions of keys and of values, of each layer that has pairs.
+        state_shapes: of what layers without attention remember.
         tokenizer: the engine's copy.
         chunk_tokens: tokens of one forward at most.
         backend: the attention that was chosen.
@@ -92,7 +93,8 @@ class LanguageModel:
         self.window = window_of(config)
         self.layout = layout_of(config, self.window)
         self.windows = self.layout.windows
-        self.state_kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.kinds = tuple((n_heads, dim, dim) for n_heads, dim in self.layout.shapes)
+        self.state_shapes: dict[str, tuple[int, ...]] = {}
         if all(self.windows):
             raise UnsupportedModelError(
                 f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
@@ -116,21 +118,21 @@ class LanguageModel:
             self._compare_with_original()
 
     def check_layers(self, layers: Sequence[RaggedLayer], states: States, where: str) -> None:
-        """Look whether layers and states are such as this model makes. Of layers of an architecture that is not tested only the windows
-        are known.
+        """Look whether layers and states are such as this model makes.
 
         Raises:
             CorruptFileError: they are not.
         """
-        config = self.model.config
         if tuple(layer.window for layer in layers) != self.windows:
             raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
-        if (kinds := {name: (tuple(state.shape), state.dtype) for name, state in states.items()}) != self.state_kinds:
-            raise CorruptFileError(f"{where}: its states are {brief(kinds)}, and the model's {brief(self.state_kinds)}")
-        if config.model_type not in TESTED:
-            return
-        for i, (layer, (n_heads, dim)) in enumerate(zip(layers, self.layout.shapes, strict=True)):
-            made = (n_heads, dim, dim, self.model.dtype, self.model.dtype)
+        if (shapes := {name: tuple(state.shape) for name, state in states.items()}) != self.state_shapes:
+            raise CorruptFileError(f"{where}: its states are {brief(shapes)}, and the model's {brief(self.state_shapes)}")
+        for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
+            if layer.shared != self.layout.latent:
+                raise CorruptFileError(
+                    f"{where}: keys of layer {i} are{'' if layer.shared else ' not'} their own values, as in other models"
+                )
+            made = (*kind, self.model.dtype, self.model.dtype)
             if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
                 raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
 
@@ -221,21 +223,26 @@ class LanguageModel:
         elif self.layout.stateful:
             logits = self._in_groups(rows, ids, n_logits)
         else:
-            logits = self._eager(rows, ids, n_logits)
+            logits, cache = self._eager(rows, ids, n_logits)
+            cache.advance()
         return [row_logits[-min(n_logits, count) :].float() for row_logits, count in zip(logits, counts, strict=True)]
 
     def _in_groups(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
-        """Rows of one number of tokens together: padding would change what is remembered."""
+        """Rows of one number of tokens together, for padding would change what is remembered. They count once all are computed."""
         groups: dict[tuple[int, bool], list[int]] = {}
         for b, row in enumerate(rows):
             groups.setdefault((len(ids[b]), bool(row.remembered)), []).append(b)
-        found = [(b, logits) for group in groups.values() for b, logits in zip(group, self._group(rows, ids, group, n_logits), strict=True)]
-        return [logits for _, logits in sorted(found, key=lambda pair: pair[0])]
+        found, caches = dict[int, Tensor](), []
+        for members in groups.values():
+            logits, cache = self._eager([rows[b] for b in members], [ids[b] for b in members], n_logits)
+            found |= zip(members, logits, strict=True)
+            caches.append(cache)
+        for cache in caches:
+            cache.advance()
+        return [found[b] for b in range(len(rows))]
 
-    def _group(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], members: list[int], n_logits: int) -> Tensor:
-        return self._eager([rows[b] for b in members], [ids[b] for b in members], n_logits)
-
-    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor:
+    def _eager(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> tuple[Tensor, SessionCache]:
+        """Logits, and the cache whose pairs do not count yet."""
         counts = [len(row_ids) for row_ids in ids]
         width = max(counts)
         input_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -260,8 +267,7 @@ class LanguageModel:
                     raise
                 continue
             if not self._switched(model):
-                cache.advance()
-                return logits
+                return logits, cache
 
     def _evaluating(self) -> PreTrainedModel:
         """The model in evaluation mode, itself or a copy."""
@@ -381,8 +387,8 @@ class LanguageModel:
             theirs: Tensor = self._evaluating()(input_ids=ids[None]).logits[0, 40:].float()
         row = Row((), 0, Tail())
         try:
-            self.forward([row], [ids[:40].tolist()])
-            ours = self.forward([row], [ids[40:].tolist()], n_logits=8)[0]
+            self.forward([row], [ids[:40].tolist()])  # then some, and one, which some models compute otherwise
+            ours = torch.cat([self.forward([row], [ids[i:j].tolist()], n_logits=7)[0] for i, j in ((40, 47), (47, 48))])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever its own code makes of a call it does not expect
@@ -395,7 +401,12 @@ class LanguageModel:
                 f"{kind!r} computes something our attention does not: on a test forward logits differ by {difference:.3g} "
                 f"(largest logit {largest:.3g})"
             )
-        self.state_kinds = {name: (tuple(state.shape), state.dtype) for name, state in row.remembered.items()}
+        pairs = row.tail.pairs(1)
+        if len(pairs) != len(self.windows):
+            self.model.set_attn_implementation(original)
+            raise UnsupportedModelError(f"{kind!r} has {len(self.windows)} layers with attention, of which a text passes {len(pairs)}")
+        self.kinds = tuple((len(keys), keys.shape[2], values.shape[2]) for keys, values in pairs)
+        self.state_shapes = {name: tuple(state.shape) for name, state in row.remembered.items()}
         logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)
 
 

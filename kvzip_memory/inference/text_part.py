@@ -38,7 +38,10 @@ def text_part(model: PreTrainedModel) -> PreTrainedModel:
     body, head = model.get_decoder(), model.get_output_embeddings()
     ids = _words(model.config).to(model.device)[None]
     with torch.inference_mode():
-        theirs = evaluation_copy(model)(input_ids=ids).logits.float()
+        try:
+            theirs = evaluation_copy(model)(input_ids=ids).logits.float()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UnsupportedModelError(f"{model.config.model_type!r} cannot read a text alone: {error}") from error
         for part in _parts(config, body, head):
             for name in _KEPT:
                 if hasattr(model, name):
@@ -68,7 +71,9 @@ def _parts(config: PreTrainedConfig, body: PreTrainedModel, head: nn.Module) -> 
 
 def _words(config: PreTrainedConfig) -> Tensor:
     """Some ids of tokens, of which none stands for something else than text."""
-    marks = {value for name, value in config.to_dict().items() if name.endswith(("_token_id", "_token_index"))}
+    told = [*config.to_dict().items(), *text_config(config).to_dict().items()]
+    values = [value for name, value in told if name.endswith(("_token_id", "_token_index"))]
+    marks = {mark for value in values for mark in (value if isinstance(value, list) else [value])}
     return torch.tensor([i for i in range(text_config(config).vocab_size) if i not in marks][:32])
 
 
@@ -83,6 +88,13 @@ class TextModel(PreTrainedModel):
         self.model, self.lm_head = body, head
         for name in ("_supports_attention_backend", "_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn"):
             setattr(self, name, getattr(body, name, False))
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> TextModel:
+        """A language model without what it does to its logits."""
+        part = cls(model.config, model.base_model, model.get_output_embeddings())
+        part.generation_config = model.generation_config
+        return part
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

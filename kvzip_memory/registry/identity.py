@@ -16,6 +16,8 @@ from kvzip_memory.system.printable import brief
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
 FORMAT = 4
+#: That of contexts with states or latents, which readers of the one before do not know.
+FORMAT_OF_STATES = 5
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
@@ -94,7 +96,8 @@ def other_version(identity: Mapping[str, Any]) -> Literal["older", "newer"] | No
     That is told by the version of files and keys, and by that of the scorer. Of a scorer that is not ours nothing is known.
     """
     name, version = _scorer(identity)
-    for stored, here in ((identity.get("format"), FORMAT), (version, VERSIONS.get(name, version))):
+    written = identity.get("format")
+    for stored, here in ((FORMAT if written == FORMAT_OF_STATES else written, FORMAT), (version, VERSIONS.get(name, version))):
         if (other := _compared(stored, here)) is not None:
             return other
     return None

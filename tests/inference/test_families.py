@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 
 from conftest import STRESS, TEXT, masked_logits, own_logits, row_over, same_pairs, tiny_tokenizer
 from families import FAMILIES, HYBRIDS, LATENT, tiny_family
-from kvzip_memory import CompressedContext, InputError, KVzipEngine, Session
+from kvzip_memory import BudgetError, CompressedContext, CorruptFileError, InputError, KVzipEngine, Session
+from kvzip_memory.context import Resident
 from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.registry.disk.files import write_context
+from kvzip_memory.registry.identity import other_version
 
 QUESTION = "Which day does the donkey carry oil?"
 MORE = "The lamp is blue, and the donkey is grey. " * 3
@@ -113,6 +117,33 @@ def test_in_bfloat16_logits_are_no_farther_than_transformers_own(some: str) -> N
     rounded = engine.load(TEXT, ratio=1.0)
     ours, theirs = engine.logits(rounded, ids), own_logits(engine, rounded, ids).float()
     assert (ours - wanted).abs().mean() <= 1.5 * (theirs - wanted).abs().mean()
+
+
+def test_the_bytes_of_a_context_are_known_before_it_is_built(some: str) -> None:
+    engine = engine_of(some)
+    for ratio in (0.3, 1.0):
+        context = engine.load(TEXT, ratio=ratio)
+        prompt = engine._contexts.prompt(engine._language, TEXT)
+        assert engine._contexts._builder.estimated_nbytes(prompt, ratio) == context.nbytes
+    with pytest.raises(BudgetError):
+        engine_of(some, device_bytes=context.nbytes - 1).load(TEXT, ratio=1.0)
+    assert engine_of(some, device_bytes=context.nbytes).load(TEXT, ratio=1.0).nbytes == context.nbytes
+
+
+def test_a_file_of_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    """A header may say anything, with right checksums: that keys are their own values, that there are states."""
+    for kind, other in (("llama", "deepseek_v3"), ("deepseek_v3", "llama"), ("llama", "lfm2"), ("lfm2", "llama"), ("cohere2", "llama")):
+        engine, theirs = engine_of(kind), engine_of(other)
+        context = theirs.load(TEXT)
+        forged = replace(
+            context,
+            identity=engine.load(TEXT).identity,
+            key=engine.load(TEXT).key,
+            storage=Resident(context.layers, write_context, context.states),
+        )
+        path = forged.save(tmp_path / "forged.kvzip")
+        with pytest.raises(CorruptFileError):
+            engine.open(path)
 
 
 # -- latents -----------------------------------------------------------------------------------------------------
@@ -232,6 +263,50 @@ def test_whatever_a_session_does_its_states_are_those_of_what_was_said(steps: li
             session = session.fork()
         found = found_after(engine, session)
         torch.testing.assert_close(found, expected_after(engine, session), atol=1e-3, rtol=1e-4)
+
+
+def test_where_some_rows_of_a_batch_fail_none_counts(hybrid: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(hybrid)
+    context = engine.load(TEXT)
+    rows, ids = [row_over(context), row_over(context)], [[5, 6, 7], [8]]
+    original, calls = engine._model._eager, list[int]()
+
+    def eager(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "_eager", eager)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine._model.forward(rows, ids)
+    assert [row.tail.length for row in rows] == [0, 0]
+    assert all(row.remembered is context.states or row.remembered.keys() == context.states.keys() for row in rows)
+    for row, each, logits in zip(rows, ids, engine._model.forward(rows, ids), strict=True):
+        assert row.tail.length == len(each)
+        torch.testing.assert_close(logits, engine.logits(context, each)[-1:], atol=2e-4, rtol=1e-4)
+
+
+def test_states_of_a_model_whose_dtype_changed_are_its_own(hybrid: str, tmp_path: Path) -> None:
+    engine = engine_of(hybrid, cache_dir=tmp_path)
+    engine.load(TEXT)
+    engine.model.to(torch.bfloat16)
+    context = engine.load(TEXT)
+    assert engine.open(context.save(tmp_path / "one.kvzip")).key == context.key
+    engine.close()
+    again = engine_of(hybrid, cache_dir=tmp_path)
+    again.model.to(torch.bfloat16)
+    assert again.load(TEXT).receipt.tier == "disk"  # type: ignore[union-attr]
+
+
+def test_files_with_states_or_latents_are_of_a_format_of_their_own() -> None:
+    for kind, written in (("llama", 4), ("gemma4_text", 4), ("lfm2", 5), ("deepseek_v3", 5)):
+        identity = engine_of(kind).load(TEXT).identity
+        assert identity["format"] == written
+        assert other_version(identity) is None
+    assert other_version({**identity, "format": 6}) == "newer"
+    assert other_version({**identity, "format": 3}) == "older"
 
 
 def test_a_forward_that_fails_leaves_states_as_they_were(hybrid: str, monkeypatch: pytest.MonkeyPatch) -> None:

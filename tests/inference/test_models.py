@@ -21,6 +21,7 @@ from conftest import TEXT, masked_logits, own_logits, tiny_engine, tiny_model, t
 from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
 from kvzip_memory.attention import NAMES, choose
 from kvzip_memory.inference.generation import GenerationParams
+from kvzip_memory.inference.layout import layout_of
 
 _TINY = {
     "vocab_size": 300,
@@ -48,6 +49,16 @@ def test_models_that_cannot_work_are_refused_with_the_reason(kind: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         KVzipEngine(model, tiny_tokenizer())
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("window", [None, 0])
+def test_sliding_layers_without_a_window_see_everything(window: int | None) -> None:
+    model = tiny_model("gemma3")
+    model.config.sliding_window = window
+    assert layout_of(model.config, 2048).windows == (None,) * 4
+    model.config.sliding_window = 1
+    with pytest.raises(UnsupportedModelError, match="window of 1"):
+        layout_of(model.config, 2048)
 
 
 def test_a_window_as_long_as_the_model_is_full_attention() -> None:

@@ -93,7 +93,7 @@ def _only(check: Check, kind: type) -> Check:
 
 def _state(value: Any) -> bool:
     """What a state is called."""
-    return _text(value) and re.fullmatch(r"\d{1,4}\.(conv|recurrent)\.\d{1,4}", value) is not None
+    return _text(value) and re.fullmatch(r"[0-9]{1,4}\.(conv|recurrent)\.[0-9]{1,4}", value) is not None
 
 
 _ANYTHING: Check = _mapping(lambda _: True)
@@ -236,6 +236,8 @@ def check_header(facts: Any) -> None:
     for extent, (name, rows, types) in zip(facts["extents"], expected, strict=True):
         shape, size = extent["shape"], math.prod(extent["shape"]) * ELEMENT[extent["dtype"]]
         ragged = not name.startswith("state.")
+        if not ragged and not (0 < math.prod(shape) < _MOST and min(shape) > 0):
+            raise OddFactError(f"the extent {name} has no shape that a state has")
         if shape[:1] != [rows] or (ragged and len(shape) != (2 if types is _FLOATS else 1)) or extent["dtype"] not in types:
             raise OddFactError(f"the extent {name} is not as its layer says")
         if extent["padded"] != size + -size % ALIGNMENT:

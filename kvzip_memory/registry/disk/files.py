@@ -35,7 +35,7 @@ from kvzip_memory.context import CompressedContext, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
-from kvzip_memory.registry.identity import FORMAT, key_of, recipe_digest
+from kvzip_memory.registry.identity import FORMAT_OF_STATES, key_of, recipe_digest
 from kvzip_memory.system.checksums import PLAIN, Checksums
 
 LARGEST_HEADER = 1 << 26  # bytes of a header at most
@@ -183,8 +183,10 @@ def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict
         written = int(facts["identity"]["format"])
     except (OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not a context file, or its header is damaged ({type(error).__name__})") from None
-    if written > FORMAT:
-        raise UnreadableHereError(f"{path}: written in format {written}, newer than the {FORMAT} this version reads; upgrade kvzip-memory")
+    if written > FORMAT_OF_STATES:
+        raise UnreadableHereError(
+            f"{path}: written in format {written}, newer than the {FORMAT_OF_STATES} this version reads; upgrade kvzip-memory"
+        )
     if f"header.{checksums.name}" not in table:
         if checksums.are_keyed:
             raise CorruptFileError(f"{path}: written without the secret, so it could be anybody's; an engine without a secret can open it")
