@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from contextlib import AbstractContextManager, nullcontext, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +100,27 @@ def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTra
     options.pop("config", None)
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
-        loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)
+        with _unreported():
+            loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)
         if not found["missing_keys"]:
             return TextModel.of(loaded) if config.model_type in _UNSCALED else loaded
         del loaded
     return text_part(AutoModelForMultimodalLM.from_pretrained(model, config=config, **options))
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Without transformers' report, in this thread, of all the weights that were left where they are."""
+    here, reporter = threading.get_ident(), logging.getLogger("transformers.modeling_utils")
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.thread != here or "LOAD REPORT" not in record.getMessage()
+
+    reporter.addFilter(shown)
+    try:
+        yield
+    finally:
+        reporter.removeFilter(shown)
 
 
 def _check_room(model: str | Path, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device) -> None:

@@ -97,7 +97,9 @@ def test_its_contexts_are_those_of_the_language_model_alone(kind: str, tmp_path:
     assert (found.key, found.receipt.tier) == (context.key, "disk")  # type: ignore[union-attr]
 
 
-def test_a_folder_is_read_without_libraries_for_images(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_read_without_libraries_for_images(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = tiny_multimodal(kind)
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -106,6 +108,7 @@ def test_a_folder_is_read_without_libraries_for_images(kind: str, tmp_path: Path
     for library in ("PIL", "torchvision"):
         monkeypatch.setitem(sys.modules, library, None)
     engine = KVzipEngine.from_pretrained(tmp_path)
+    assert "LOAD REPORT" not in capfd.readouterr().err
     context = engine.load(TEXT, ratio=1.0)
     ids = engine.prompt_ids(context, QUESTION)
     with torch.inference_mode():
