@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -111,9 +110,9 @@ def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTra
 @contextmanager
 def _unreported() -> Iterator[None]:
     """Without transformers' report, in this thread, of all the weights that were left where they are."""
-    here, reporter = threading.get_ident(), logging.getLogger("transformers.modeling_utils")
+    here, reporter = threading.get_ident(), transformers.logging.get_logger("transformers.modeling_utils")
 
-    def shown(record: logging.LogRecord) -> bool:
+    def shown(record: Any) -> bool:
         return record.thread != here or "LOAD REPORT" not in record.getMessage()
 
     reporter.addFilter(shown)

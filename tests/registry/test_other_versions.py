@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from kvzip_memory.registry.disk.files import read_context
 TEXT = "The lamp is in the attic."
 STORED = TESTS / "stored"
 EARLIER = range(1, identity.FORMAT)
+LATER = {"FORMAT": identity.FORMAT_OF_STATES + 1, "FORMAT_OF_STATES": identity.FORMAT_OF_STATES + 2}
 
 
 def engine(folder: Path | None) -> KVzipEngine:
@@ -65,7 +67,8 @@ def later(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """From now on it is a later version of this package."""
     if what == "format":
         for module in ("identity", "disk.files"):
-            monkeypatch.setattr(f"kvzip_memory.registry.{module}.FORMAT", identity.FORMAT + 1)
+            for name in {"FORMAT", "FORMAT_OF_STATES"} & vars(import_module(f"kvzip_memory.registry.{module}")).keys():
+                monkeypatch.setattr(f"kvzip_memory.registry.{module}.{name}", LATER[name])
     else:
         monkeypatch.setattr(scorers.kvzip, "VERSION", scorers.kvzip.VERSION + 1)
         monkeypatch.setitem(scorers.VERSIONS, "kvzip", scorers.kvzip.VERSION)
