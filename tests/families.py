@@ -161,7 +161,7 @@ EXAMPLES = {
     "ernie4_5": "ERNIE 4.5 0.3B",
     "ernie4_5_moe": "ERNIE 4.5 21B-A3B",
     "deepseek_v2": "DeepSeek V2",
-    "deepseek_v3": "DeepSeek V3, R1; Kimi K2",
+    "deepseek_v3": "DeepSeek V3, R1",
     "exaone4": "EXAONE 4.0",
     "exaone_moe": "K-EXAONE",
     "falcon_h1": "Falcon-H1",
