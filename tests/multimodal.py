@@ -8,19 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-TEXT_CONFIG = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 2048,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from conftest import SHAPE
+
+TEXT_CONFIG = SHAPE | {"head_dim": 16}
 VISION_CONFIG = {
     "hidden_size": 32,
     "intermediate_size": 32,
