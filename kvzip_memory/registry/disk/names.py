@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from kvzip_memory.system.private import delete, read_text, write_text
 
 _TICK = 1e-6  # seconds between two that are told apart
 _DAY = 86400.0
+_SETTLED_NS = 2 * 10**9  # a file that was written before that would show that it was written again: clocks of file systems tick slowly
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Names:
     def __init__(self, root: Path | None = None, read_only: bool = False, checksums: Checksums = PLAIN) -> None:
         self._root, self._read_only, self._checksums = root, read_only, checksums
         self._new: dict[str, dict[str, Label]] = {}  # by file and family; what is not written yet
+        self._seen: dict[str, tuple[tuple[int, ...], dict[str, Label]]] = {}  # what files said, and their facts then
         self._lock = threading.Lock()
         refuse_after_fork(self, "_lock")
 
@@ -82,9 +85,17 @@ class Names:
         return _in_order(label for label in self.all() if label.name == name)
 
     def all(self) -> Iterator[Label]:
-        """What every name means."""
-        for file in {*self._files(), *self._new}:
-            yield from _in_order(self._known(file).values())
+        """What every name means. A file that is as it was the last time is not read again."""
+        with self._lock:
+            new = {file: dict(labels) for file, labels in self._new.items()}
+        settled = time.time_ns() - _SETTLED_NS
+        facts = self._facts()  # after: what is written meanwhile leaves the memory
+        seen = {file: known for file, known in self._seen.items() if known[0] == facts.get(file)}
+        for file in {*facts, *new} - {*seen}:
+            seen[file] = facts.get(file, ()), self._read(file)
+        self._seen = {file: (fact, known) for file, (fact, known) in seen.items() if known and fact and fact[0] < settled}
+        for file, (_, known) in seen.items():
+            yield from _in_order(_latest(known, new.get(file, {})).values())
 
     def give(self, label: Label) -> Label:
         """Give a name to a context, for this process; with its time set. :meth:`write` tells the others."""
@@ -156,7 +167,7 @@ class Names:
 
     def gc(self, is_stored: Callable[[str], bool]) -> None:
         """Delete what has meant nothing for a day: names of contexts that are not stored, and notes of those that were taken away."""
-        for file in self._files():
+        for file in self._facts():
             with self._writing():
                 delete(self._path(file).with_name(f".{file}"))  # of a writer that was killed
                 known = self._read(file)
@@ -168,11 +179,7 @@ class Names:
         """By family what the file says, or what was given later."""
         with self._lock:
             new = dict(self._new.get(file, {}))
-        known = self._read(file)  # after: what is written meanwhile leaves the memory when it is in the file
-        for family, label in new.items():
-            if family not in known or known[family].loaded < label.loaded:
-                known[family] = label
-        return known
+        return _latest(self._read(file), new)  # after: what is written meanwhile leaves the memory when it is in the file
 
     def _forget(self, file: str, label: Label) -> None:
         """Leave to the file what was given here, unless something else was given since."""
@@ -185,10 +192,15 @@ class Names:
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _files(self) -> list[str]:
-        if self._root is None:
-            return []
-        return [path.stem for path in files(self._root, "names") if path.suffix == ".json"]
+    def _facts(self) -> dict[str, tuple[int, ...]]:
+        """By file what is another once it was written anew."""
+        facts = dict[str, tuple[int, ...]]()
+        for path in files(self._root, "names") if self._root is not None else ():
+            if path.name.endswith(".json"):
+                with suppress(OSError):  # there no more
+                    status = os.lstat(path)
+                    facts[path.name.removesuffix(".json")] = status.st_mtime_ns, status.st_ino, status.st_size
+        return facts
 
     def _path(self, file: str) -> Path:
         assert self._root is not None
@@ -226,6 +238,12 @@ def _label(row: Any) -> Label:
     if not is_label(row) or not (row["key"] == "" or KEY.fullmatch(row["key"])):
         raise ValueError("a field of another kind")
     return Label(**{**row, "sources": tuple(map(tuple, row["sources"]))})
+
+
+def _latest(known: Mapping[str, Label], new: Mapping[str, Label]) -> dict[str, Label]:
+    """By family what a file says, or what was given later."""
+    later = {family: label for family, label in new.items() if family not in known or known[family].loaded < label.loaded}
+    return {**known, **later}
 
 
 def _after(loaded: float) -> float:
