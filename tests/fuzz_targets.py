@@ -65,7 +65,7 @@ def genuine_file(folder: Path) -> tuple[dict[str, Any], bytes]:
     with genuine().lease() as lease:
         whole = CompressedContext.__new__(CompressedContext)
         whole.__dict__.update({**genuine().__dict__, "storage": tier_storage(lease.layers)})
-        PreparedFile(whole, catalog).write(folder / "genuine", folder / "temporary")
+        PreparedFile(whole, catalog).write(folder / "genuine")
     data = (folder / "genuine").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + length]), data[8 + length : -8]

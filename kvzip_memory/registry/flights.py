@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import get_ident
 from weakref import WeakSet
 
 from kvzip_memory.registry.tier import Use
@@ -14,6 +15,7 @@ class Flight:
     """A context on its way to the device: one thread brings it, others wait."""
 
     progress: tuple[str, int, int] = ("", 0, 0)
+    thread: int = field(default_factory=get_ident)
     waiters: WeakSet[Use] = field(default_factory=WeakSet)
 
     def unwanted(self, left: Left | None) -> Left | None:

@@ -15,6 +15,7 @@ from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.writing import Writing
+from kvzip_memory.system.private import usable
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Forgetting:
             self._writing.untell(entry.key)
             for held in self._memory.here(entry.key):
                 held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
-        for label in [label for label in self._backing.names.all() if label.key == entry.key]:
+        for label in self._backing.names.of_context(entry.key):
             self._backing.names.take(label.tenant, label.name, label.family, label.key)
         self._backing.attempt("clean", lambda disk: disk.clean(entry.key))
         self._forgets()
@@ -98,6 +99,17 @@ class Forgetting:
                 if not held.users:
                     self._memory.drop(held)
             self._memory.changed.notify_all()
+
+    def collect(self, old: bool) -> dict[str, int]:
+        """Delete from disk what has expired and what is left over, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.gc`."""
+        self._backing.check_changeable()
+        if (tier := self._backing.tier) is None:
+            return {}
+        try:
+            with usable(tier.folder.root):
+                return tier.gc(old)
+        finally:
+            self._forgets()
 
     def leave(self, key: str, tags: Collection[str]) -> bool:
         """Take tags from a context, and delete it if nobody else holds it, by a name, a pin or another tag; whether it was deleted.

@@ -15,6 +15,7 @@ import torch
 
 from kvzip_memory.compression.shrink import obstacle, shrink
 from kvzip_memory.context import CompressedContext, Lease, Receipt
+from kvzip_memory.errors import InputError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.beginnings import beginnings
 from kvzip_memory.registry.catalogue import Catalogue
@@ -102,6 +103,9 @@ class Lookup:
                     other = self._memory.flights.setdefault(wanted.key, flight)
                     if other is flight:
                         break
+                    if other.thread == flight.thread:
+                        said = "this text is being loaded by the very thread that asks for it"
+                        raise InputError(f"{said}; do not load it where it is scored or its progress is shown")
                     other.waiters.add(use)
                     progress = other.progress
                     del other  # a flight goes with the frame of the thread that flies

@@ -26,7 +26,6 @@ from kvzip_memory.registry.wanted import Build, Report, Wanted, check_ttl, parse
 from kvzip_memory.registry.writing import Writing
 from kvzip_memory.system.checksums import Checksums
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
-from kvzip_memory.system.private import usable
 from kvzip_memory.system.sharing import Shared
 
 
@@ -281,11 +280,7 @@ class ContextRegistry(Shared):
         Raises:
             StorageError: as for :meth:`check_changeable`, and nothing was deleted; or a file cannot be, and those before it were.
         """
-        self.check_changeable()
-        if (tier := self._backing.tier) is None:
-            return {}
-        with usable(tier.folder.root):
-            return tier.gc(old)
+        return self._forgetting.collect(old)
 
     def write(self, context: CompressedContext, path: Path) -> Path:
         """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.

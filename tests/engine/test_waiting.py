@@ -14,7 +14,8 @@ import pytest
 from test_cancelling import Gated, freed
 
 from conftest import TEXT, tiny_engine
-from kvzip_memory import BudgetError, CompressedContext, KVzipEngine, QueueFullError
+from kvzip_memory import BudgetError, CompressedContext, InputError, KVzipEngine, QueueFullError
+from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.inference.admission import Admission
 
 OTHER = "Another page. " * 20
@@ -232,3 +233,32 @@ def test_how_long_it_waited_is_told() -> None:
     with pytest.raises(BudgetError, match=r"1 pinned.*\(waited 0 s\)"):
         engine.load(TEXT)
     assert time.monotonic() - began < 1
+
+
+class _Loads(KVzipScorer):
+    """Loads a text while it scores another, or the same."""
+
+    engine: KVzipEngine
+    text: str
+    found: list[Any]
+
+    def score(self, *given: Any) -> Any:
+        if not self.found:
+            self.found.append(None)
+            try:
+                self.found[0] = self.engine.load(self.text).key
+            except InputError as error:
+                self.found[0] = str(error)
+        return super().score(*given)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_scorer_that_loads_what_it_scores_is_told_and_does_not_wait_for_itself(same: bool) -> None:
+    scorer = _Loads()
+    scorer.engine, scorer.text, scorer.found = tiny_engine(scorer=scorer), TEXT if same else OTHER, []
+    loaded: list[Any] = []
+    thread = asked(lambda: scorer.engine.load(TEXT), loaded)
+    thread.join(30)
+    assert loaded[0].n_tokens > 50
+    assert ("by the very thread" in scorer.found[0]) == same
+    assert same or scorer.found[0] == scorer.engine.load(OTHER).key

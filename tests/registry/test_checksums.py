@@ -403,7 +403,7 @@ def test_what_is_written_anew_is_written_with_the_secret(tmp_path: Path) -> None
 
 def test_every_byte_of_a_file_is_under_the_secret(tmp_path: Path) -> None:
     checksums, path = Checksums(SECRET), tmp_path / "c.safetensors"
-    PreparedFile(context(1, 40), None, checksums).write(path, tmp_path / "t")
+    PreparedFile(context(1, 40), None, checksums).write(path)
     whole = path.read_bytes()
     assert read_context(path, CPU, checksums=checksums).key == wanted(1).key
     for at in [*range(0, len(whole), 211), len(whole) - 1]:

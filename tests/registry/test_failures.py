@@ -152,6 +152,13 @@ def leave(found: ContextRegistry) -> None:
     found.leave(wanted(4).key, [TAG])
 
 
+def replaced(found: ContextRegistry) -> None:
+    """Stored once more, as one that had expired is."""
+    tier = found._backing.tier
+    assert tier is not None
+    tier.put(context(3), wanted(3).group)
+
+
 def tag(found: ContextRegistry) -> None:
     """A context that only a tag holds, and one with a name that has it, too."""
     for number in (4, 0):
@@ -188,6 +195,7 @@ CASES: dict[str, tuple[Callable[[ContextRegistry], None], bool]] = {
     "collected": (collect, True),
     "forgotten": (forget, True),
     "left": (leave, True),
+    "stored in the place of an older one": (replaced, True),
 }
 TAG = "thread: ana-7f3"
 
@@ -229,6 +237,8 @@ def test_whatever_fails_nothing_is_lost_and_the_sums_are_right(case: str, tmp_pa
             check(found)
             lost = [number for number in (0, 1) if not found.tiers(wanted(number).key) and not found.is_removed(wanted(number).key)]
             assert len(lost) <= found.stats()["dropped"] <= (not on_disk)
+            if operation is replaced:
+                assert load(found, 3) == "disk"
             for number in (0, 1, 2):
                 load(found, number)
             check(found)

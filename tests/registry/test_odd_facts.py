@@ -42,7 +42,7 @@ ODD: list[Any] = [
 
 def file_of(folder: Path, number: int = 1) -> Path:
     path = folder / f"{wanted(number).key}.safetensors"
-    PreparedFile(context(number), {"group": wanted(number).group, "names": {}, "tags": []}).write(path, folder / "temporary")
+    PreparedFile(context(number), {"group": wanted(number).group, "names": {}, "tags": []}).write(path)
     return path
 
 

@@ -62,15 +62,14 @@ class PreparedFile:
         self._header, self._extents = _header(context, catalog or {}, checksums)
         self.nbytes = len(self._header) + sum(len(data) + -len(data) % ALIGNMENT for data in self._extents) + checksums.size
 
-    def write(self, path: Path, temporary: Path) -> None:
-        """Write ``temporary``, fsync it and rename it to ``path``; mode 0600.
+    def write(self, path: Path) -> None:
+        """Write it and fsync it; mode 0600.
 
         Raises:
-            OSError: it cannot be written; the temporary file is gone and ``path`` is as it was.
+            OSError: it cannot be written, and is gone.
         """
         pieces = (piece for data in self._extents for piece in (data, bytes(-len(data) % ALIGNMENT)))
-        _write(temporary, self._header, pieces, self._checksums)
-        replace_with(path, temporary)
+        _write(path, self._header, pieces, self._checksums)
 
 
 def copy_with_catalog(path: Path, copy: Path, catalog: Mapping[str, Any], checksums: Checksums = PLAIN) -> int:
@@ -102,7 +101,9 @@ def write_context(context: CompressedContext, path: Path, checksums: Checksums =
     Raises:
         OSError: it cannot be written; whatever was at ``path`` is still there.
     """
-    PreparedFile(context, None, checksums).write(path, path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    PreparedFile(context, None, checksums).write(temporary)
+    replace_with(path, temporary)
     return path
 
 

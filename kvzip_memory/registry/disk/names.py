@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from kvzip_memory.registry.disk.facts import is_label
-from kvzip_memory.registry.disk.layout import KEY, files
+from kvzip_memory.registry.disk.layout import KEY, entries
 from kvzip_memory.system.checksums import PLAIN, Checksums
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import refuse_after_fork
@@ -84,17 +84,16 @@ class Names:
         """What a name means to all tenants, the last loaded last."""
         return _in_order(label for label in self.all() if label.name == name)
 
+    def of_context(self, key: str) -> list[Label]:
+        """Every name that means a context."""
+        new, seen = self._all()
+        files = [file for file, known in seen.items() if any(label.key == key for label in [*known.values(), *new.get(file, {}).values()])]
+        return [label for file in files for label in _latest(seen[file], new.get(file, {})).values() if label.key == key]
+
     def all(self) -> Iterator[Label]:
-        """What every name means. A file that is as it was the last time is not read again."""
-        with self._lock:
-            new = {file: dict(labels) for file, labels in self._new.items()}
-        settled = time.time_ns() - _SETTLED_NS
-        facts = self._facts()  # after: what is written meanwhile leaves the memory
-        seen = {file: known for file, known in self._seen.items() if known[0] == facts.get(file)}
-        for file in {*facts, *new} - {*seen}:
-            seen[file] = facts.get(file, ()), self._read(file)
-        self._seen = {file: (fact, known) for file, (fact, known) in seen.items() if known and fact and fact[0] < settled}
-        for file, (_, known) in seen.items():
+        """What every name means."""
+        new, seen = self._all()
+        for file, known in seen.items():
             yield from _in_order(_latest(known, new.get(file, {})).values())
 
     def give(self, label: Label) -> Label:
@@ -175,6 +174,18 @@ class Names:
                 if kept != known:
                     self._write(file, kept)
 
+    def _all(self) -> tuple[dict[str, dict[str, Label]], dict[str, dict[str, Label]]]:
+        """By file and family what was given here, and what files say: those that are as they were the last time are not read again."""
+        with self._lock:
+            new = {file: dict(labels) for file, labels in self._new.items()}
+        settled = time.time_ns() - _SETTLED_NS
+        facts = self._facts()  # after: what is written meanwhile leaves the memory
+        seen = {file: known for file, known in self._seen.items() if known[0] == facts.get(file)}
+        for file in {*facts, *new} - {*seen}:
+            seen[file] = facts.get(file, ()), self._read(file)
+        self._seen = {file: (fact, known) for file, (fact, known) in seen.items() if known and fact and fact[0] < settled}
+        return new, {file: known for file, (_, known) in seen.items()}
+
     def _known(self, file: str) -> dict[str, Label]:
         """By family what the file says, or what was given later."""
         with self._lock:
@@ -195,11 +206,11 @@ class Names:
     def _facts(self) -> dict[str, tuple[int, ...]]:
         """By file what is another once it was written anew."""
         facts = dict[str, tuple[int, ...]]()
-        for path in files(self._root, "names") if self._root is not None else ():
-            if path.name.endswith(".json"):
+        for entry in entries(self._root, "names") if self._root is not None else ():
+            if entry.name.endswith(".json"):
                 with suppress(OSError):  # there no more
-                    status = os.lstat(path)
-                    facts[path.name.removesuffix(".json")] = status.st_mtime_ns, status.st_ino, status.st_size
+                    status = entry.stat(follow_symlinks=False)
+                    facts[entry.name.removesuffix(".json")] = status.st_mtime_ns, status.st_ino, status.st_size
         return facts
 
     def _path(self, file: str) -> Path:

@@ -8,9 +8,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from kvzip_memory.errors import StorageError
+from kvzip_memory.errors import BudgetError, StorageError
 from kvzip_memory.registry.disk.entry import Entry, completed
-from kvzip_memory.registry.disk.files import PreparedFile
+from kvzip_memory.registry.disk.files import PreparedFile, replace_with
 from kvzip_memory.registry.disk.folder import Folder
 from kvzip_memory.registry.disk.index import IndexHeldError, IndexUnavailableError
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
@@ -50,7 +50,10 @@ class Putting:
                     if left.name.startswith(f"{entry.key}."):
                         left.unlink(missing_ok=True)
                 make_folder(path.parent)
-                prepared.write(path, temporary)
+                prepared.write(temporary)
+                if replaces:
+                    self._take_row(entry.key)
+                replace_with(path, temporary)
                 self._insert(entry, None if replaces else path)
             except BaseException:
                 self._keeper.owed.add(entry.key)
@@ -61,17 +64,34 @@ class Putting:
 
     @needs_index
     def _reserve(self, entry: Entry) -> bool:
-        """Make room for a file and count it as being written; whether it takes the place of an older one."""
+        """Make room for a file and count it as being written; whether it takes the place of an older one.
+
+        That one stays until the new one is whole, unless there is room for one of them alone.
+        """
         self._keeper.collect_dead_writers()
         with self._keeper.changing() as rows:
             old = rows.entry(entry.key)
-            self._tidying.make_room(rows, entry, old.file_nbytes if old else 0)
-            if old is not None:
+            try:
+                self._tidying.make_room(rows, entry, 0)
+            except BudgetError:
+                if old is None:
+                    raise
+                self._tidying.make_room(rows, entry, old.file_nbytes)
                 self._tidying.drop(rows, old)
                 rows.remember_lost(old)
             stored, writing = rows.totals()
             rows.set_totals(stored, {**writing, entry.key: entry.file_nbytes})
         return old is not None
+
+    @needs_index
+    def _take_row(self, key: str) -> None:
+        """The older file has no row from now on. It is counted with the new one, which is moved into its place."""
+        with self._keeper.changing() as rows:
+            if (old := rows.entry(key)) is not None:
+                rows.remove(old)
+                rows.remember_lost(old)
+                stored, writing = rows.totals()
+                rows.set_totals(stored, {**writing, key: writing.get(key, 0) + old.file_nbytes})
 
     def _insert(self, entry: Entry, unless: Path | None) -> None:
         """Turn the reservation into a row. The file is there, so it has some patience; where another process holds the index for longer

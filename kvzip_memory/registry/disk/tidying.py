@@ -169,7 +169,7 @@ class Tidying:
             if (entry := rows.entry(key)) is not None:
                 self.drop(rows, entry)
         stored = sum(self._measured_bad(rows, row) for row in rows.all_bad())
-        stored += sum(path.lstat().st_size for key, path in blobs.items() if key in listed and key not in writing)
+        stored += sum(path.lstat().st_size for key, path in blobs.items() if key in listed)
         for key in blobs.keys() - listed - writing.keys():
             usage = stored + sum(writing.values())
             with suppress(FileNotFoundError):

@@ -54,6 +54,9 @@ def test_what_was_read_is_remembered_until_it_changes(folder, change, mine, sett
     act, then = CHANGES[change]
     act(names if mine else Names(folder))
     assert known(names) == then == known(Names(folder))
+    for key in "abc":
+        of_context = sorted(label.name for label in names.of_context(key * 64))
+        assert of_context == [name for name, of in then if of == key] == sorted(label.name for label in Names(folder).of_context(key * 64))
 
 
 def test_files_as_they_were_are_not_read_again(folder, monkeypatch):
