@@ -183,7 +183,7 @@ class Builder:
             for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
-        sliding = sum(n_heads * min(n, window - 1) * pair for window, n_heads, pair in layers if window is not None)
+        sliding = sum(n_heads * window.left(n) * pair for window, n_heads, pair in layers if window is not None)
         kept = pairs_kept(ratio, n, prompt.protected, sum(n_heads for n_heads, _ in full))
         states = sum(map(math.prod, model.state_shapes.values())) * size
         return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + states + 4 * n

@@ -31,7 +31,7 @@ class ModelIdentity:
     def __init__(self, model: LanguageModel) -> None:
         self._model, self._weights = model, Fingerprint(model.model)
         self._known: tuple[Stamp | None, dict[str, Any]] = (None, {})
-        self._format = identity.FORMAT_OF_STATES if model.layout.stateful or model.layout.latent else identity.FORMAT
+        self._format = identity.FORMAT if model.layout.plain else identity.FORMAT_OF_STATES
 
     def of(self, language: Language) -> dict[str, Any]:
         """All of :data:`~kvzip_memory.registry.identity.MODEL_FIELDS`, with those that a language decides.

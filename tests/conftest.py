@@ -254,10 +254,12 @@ def _masked(
         total = key.shape[2]
         positions = torch.arange(total)
         hidden = positions[None] > positions[:, None]
-        window = kwargs.get("sliding_window")
+        window, chunk = kwargs.get("sliding_window"), _chunk(module)
         layer_idx = engine._model.layout.places[module.layer_idx]
         if window:
             hidden = hidden | (positions[None] <= positions[:, None] - window)
+        if chunk:
+            hidden = hidden | (positions[None] // chunk != positions[:, None] // chunk)
         hidden = hidden.expand(query.shape[1], total, total).clone()
         for seen_from, end, masks, _ in kept:  # the tokens of a context itself were prefilled with all its pairs
             mask = masks[layer_idx]
@@ -281,6 +283,12 @@ def _masked(
     with torch.inference_mode():
         everything = torch.cat([context.token_ids.long(), torch.tensor(ids)])
         return twin(input_ids=everything[None]).logits[0, n:].float(), attention
+
+
+def _chunk(module: Any) -> int | None:
+    """Tokens a chunk, of a layer that sees no more than its own."""
+    chunked = module.config.layer_types[module.layer_idx] == "chunked_attention" if hasattr(module.config, "layer_types") else False
+    return int(module.config.attention_chunk_size) if chunked else None
 
 
 def own_logits(engine: KVzipEngine, context: CompressedContext, ids: list[int]) -> torch.Tensor:

@@ -25,6 +25,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": _SLIDING,
     "cwm": {},
+    "dots1": _ROUTED | _HEAD | {"n_shared_experts": 1},
     "ernie4_5": {},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "exaone4": _SLIDING,
@@ -64,6 +65,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "internlm3": {},
     "jetmoe": {},
     "llama": {},
+    "llama4_text": _LOCAL
+    | _HEAD
+    | {"layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0] * 2, "attention_chunk_size": 48}
+    | {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 2, "floor_scale": 100},
     "mimo_v2_flash": _ROUTED
     | _SLIDING
     | {"head_dim": 16, "v_head_dim": 8, "swa_head_dim": 16, "swa_v_head_dim": 8}
@@ -79,6 +84,15 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "phi": {},
     "phi3": {},
+    "phi4_multimodal": {
+        "vision_config": dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+        | {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "crop_size": 28, "image_token_id": 298},
+        "audio_config": dict.fromkeys(("hidden_size", "intermediate_size", "ext_pw_out_channel", "depthwise_separable_out_channel"), 32)
+        | {"num_blocks": 1, "num_attention_heads": 2, "nemo_conv_channels": 8, "audio_token_id": 299},
+        "original_max_position_embeddings": 8192,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        "eos_token_id": 2,
+    },
     "phimoe": _LOCAL,
     "qwen2": {},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32},
@@ -91,6 +105,15 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "vaultgemma": _SLIDING,
 }
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+}
+_DEEP = _LATENT | _ROUTED | {"first_k_dense_replace": 3}
 _LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -105,7 +128,12 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "granitemoehybrid": _MAMBA | _MIXED | {"num_local_experts": 0, "shared_intermediate_size": 96},
+    "kimi_linear": _LATENT
+    | _MIXED
+    | {"q_lora_rank": None, "linear_head_dim": 16, "linear_num_heads": 4, "mlp_layer_types": ["dense"] * 4}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "conv"]},
+    "lfm2_moe": _EXPERTS | {"layer_types": ["conv", "full_attention", "conv", "conv"], "num_dense_layers": 1},
     "nemotron_h": {
         "layer_types": ["linear_attention", "full_attention", "mlp", "linear_attention"],
         "mamba_num_heads": 4,
@@ -116,24 +144,19 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "head_dim": 16,
     },
     "olmo_hybrid": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR | _HEAD | _EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3_5_text": _LINEAR | _HEAD,
     "qwen3_next": _LINEAR | _HEAD | _EXPERTS | {"shared_expert_intermediate_size": 32},
 }
 
-_LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 12,
-}
-_DEEP = _LATENT | _ROUTED | {"first_k_dense_replace": 3}
 #: Latents, one for all heads.
 LATENT: dict[str, dict[str, Any]] = {
     "deepseek_v2": _DEEP | {"topk_method": "greedy", "n_shared_experts": 1},
     "deepseek_v3": _DEEP,
     "glm4_moe_lite": _DEEP,
+    "longcat_flash": _LATENT
+    | {"num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "moe_topk": 2, "n_routed_experts": 4, "zero_expert_num": 2}
+    | {"head_dim": 8},
     "minicpm3": _LATENT,
     "youtu": _LATENT,
 }
@@ -153,6 +176,7 @@ EXAMPLES = {
     "ernie4_5_moe": "ERNIE 4.5 21B-A3B",
     "deepseek_v2": "DeepSeek V2",
     "deepseek_v3": "DeepSeek V3, R1",
+    "dots1": "dots.llm1",
     "exaone4": "EXAONE 4.0",
     "exaone_moe": "K-EXAONE",
     "falcon_h1": "Falcon-H1",
@@ -175,8 +199,12 @@ EXAMPLES = {
     "hunyuan_v1_moe": "Hunyuan A13B",
     "internlm3": "InternLM3 8B",
     "jetmoe": "JetMoE 8B",
+    "kimi_linear": "Kimi Linear 48B-A3B",
     "lfm2": "LFM2",
+    "lfm2_moe": "LFM2 8B-A1B",
     "llama": "Llama 2, 3; SmolLM2",
+    "llama4_text": "Llama 4, its language model",
+    "longcat_flash": "LongCat-Flash",
     "mimo_v2_flash": "MiMo-V2-Flash",
     "minicpm3": "MiniCPM3",
     "minimax_m2": "MiniMax-M2",
@@ -192,10 +220,12 @@ EXAMPLES = {
     "olmoe": "OLMoE",
     "phi": "Phi-2",
     "phi3": "Phi-3, Phi-4",
+    "phi4_multimodal": "Phi-4 multimodal",
     "phimoe": "Phi-3.5 MoE",
     "qwen2": "Qwen2, Qwen2.5",
     "qwen2_moe": "Qwen1.5 MoE",
     "qwen3": "Qwen3",
+    "qwen3_5_moe_text": "Qwen3.5 35B-A3B, Qwen3.6 35B-A3B",
     "qwen3_5_text": "Qwen3.5, Qwen3.6",
     "qwen3_moe": "Qwen3 30B-A3B",
     "qwen3_next": "Qwen3-Next",

@@ -13,6 +13,7 @@ import torch
 
 from kvzip_memory.attention import Softmax, triton
 from kvzip_memory.attention.triton import blocks, context_owner, fitting_width, plan, programs, tail_owner
+from kvzip_memory.context import Window
 
 __all__ = ["append", "attend", "blocks", "context_owner", "fitting_width", "plan", "programs", "tail_owner"]
 
@@ -41,7 +42,7 @@ def attend(
     lengths: torch.Tensor,
     positions: torch.Tensor,
     softmax: Softmax,
-    window: int | None,
+    window: Window | None,
     size: triton.Blocks,
     out: torch.Tensor,
 ) -> torch.Tensor:
@@ -71,7 +72,7 @@ def attend(
                 else:
                     key_positions = np.frombuffer((ctypes.c_int32 * count).from_address(where), np.int32)
                 if window is not None:
-                    seen &= key_positions > position - window
+                    seen &= key_positions >= window.first(position)
                 logits.append(np.where(seen, q @ floats(keys, count * dim).reshape(count, dim).T * softmax.scaling, -np.inf))
                 values.append(np.where(seen[:, None], floats(vals, count * dim_v).reshape(count, dim_v), 0.0))
             row_logits = np.concatenate(logits, 1)

@@ -22,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from kvzip_memory.attention import cpu, flash, reference
 from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax
 from kvzip_memory.attention.latent import absorbed, expanded
+from kvzip_memory.attention.temperature import tempered
+from kvzip_memory.context import Window
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.printable import brief
 
@@ -42,9 +44,15 @@ class AttentionCall(Protocol):
 
     Attributes:
         latents: what a layer with latent attention caches, ``[B, 1, n, R + rope]``, from its call of the cache to its attention.
+        positions: ``[B, n]``, those of the queries.
     """
 
     latents: dict[int, Tensor]
+    positions: Tensor
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """What a model that does not go by the positions takes for the first of them."""
+        ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, softmax: Softmax) -> Tensor:
         """Attention of one layer.
@@ -123,7 +131,7 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 
 def _by_length(decode: AttentionBackend, read: AttentionBackend) -> AttentionBackend:
-    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
         tokens, dim = query.shape[2:]
         library = tokens > FEW_TOKENS and dim <= 256 and dim % 8 == 0 and softmax.cap is None and rows[0].values.shape[2] == dim
         return (read if library else decode)(query, rows, softmax, window)
@@ -158,6 +166,7 @@ def _attention(
         return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     softmax = Softmax(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
+    query = tempered(module, query, kvzip.get_seq_length(layer), kvzip.positions)
     latent = kvzip.latents.pop(layer, None)
     if latent is None:
         return kvzip.attend(layer, query, key, value, softmax).contiguous(), None

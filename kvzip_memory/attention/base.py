@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 
 class Softmax(NamedTuple):
@@ -50,14 +50,14 @@ class RowKV(NamedTuple):
 
 
 class AttentionBackend(Protocol):
-    def __call__(self, query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+    def __call__(self, query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
         """Attention of every row's new tokens over its context and, causally, its tail.
 
         Args:
             query: ``[B, H * G, n, D]``, post-RoPE; G query heads share a KV head.
             rows: one entry a row of the batch. Several rows may share one context.
             softmax: of the layer.
-            window: the layer's sliding window: a token sees the last ``window`` positions, itself included.
+            window: what a token of the layer sees, None for all before it.
 
         Returns:
             ``[B, n, H * G, DV]`` in the dtype of ``query``; zero where a row has no query.

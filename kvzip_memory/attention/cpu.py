@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
 BLOCK_ELEMENTS = 8 << 20
@@ -42,7 +42,7 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask:
     return torch.matmul(logits.sub_(lse.unsqueeze(-1)).exp_().to(values.dtype), values), lse
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     if batch == 1:  # no padding, nothing to put together
@@ -59,12 +59,16 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: in
     return out
 
 
-def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
     """Attention of rows on one context, each with queries ``[H, G * n_new, D]``: of all of them, one behind another in dimension 1."""
     context = rows[0].context
     outs, lses = _joined([_attend_tail(q, row, softmax, window) for q, row in zip(queries, rows, strict=True)])
     if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
-        seen = None if window is None else _first_seen(rows, window, queries[0].shape[1] // rows[0].n_new, queries[0].device)
+        seen = None
+        if window is not None:
+            seen = torch.cat(
+                [_first_seen(row, window, q.device).repeat(q.shape[1] // row.n_new) for q, row in zip(queries, rows, strict=True)]
+            )
         parts = _attend_context(_cat(queries), context, softmax, seen)
         outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
     merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
@@ -91,16 +95,17 @@ def _joined(tails: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return _cat([out for out, _ in tails]).unsqueeze(1), _cat([lse for _, lse in tails]).unsqueeze(1)
 
 
-def _attend_tail(query: Tensor, row: RowKV, softmax: Softmax, window: int | None) -> tuple[Tensor, Tensor]:
+def _attend_tail(query: Tensor, row: RowKV, softmax: Softmax, window: Window | None) -> tuple[Tensor, Tensor]:
     """Causal attention of one row's ``query [H, G * n_new, D]`` over its tail: fp32 of that shape, and ``[H, G * n_new]``."""
     keys, values = row.keys, row.values
     if row.n_new == 1:
         if window is not None:
-            keys, values = keys[:, -window:], values[:, -window:]
+            first = max(0, window.first(row.context_tokens + keys.shape[1] - 1) - row.context_tokens)
+            keys, values = keys[:, first:], values[:, first:]
         out, lse = _attend(query[None], keys[None], values[None], softmax)
         return out[0].float(), lse[0]
     if window is not None:
-        return _causal_masked(query, keys, values, row.n_new, softmax, window)
+        return _causal_masked(query, keys, values, row.n_new, softmax, _first_seen(row, window, query.device) - row.context_tokens)
     return causal(query, keys, values, row.n_new, softmax)
 
 
@@ -137,8 +142,10 @@ def with_context(out: Tensor, lse: Tensor, query: Tensor, context: RaggedLayer, 
     return (torch.cat([out.unsqueeze(1), outs], 1) * lses.softmax(1).unsqueeze(-1)).sum(1), lses.logsumexp(1)
 
 
-def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Softmax, window: int | None) -> tuple[Tensor, Tensor]:
-    """:func:`causal` with a mask, in blocks; of the last ``window`` tokens only if there is one."""
+def _causal_masked(
+    query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Softmax, first: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`causal` with a mask, in blocks; each new token sees only what stands from ``first [n_new]`` on, if that is given."""
     n_heads, n_tail, _ = keys.shape
     query = (query * softmax.scaling).unflatten(1, (-1, n_new))  # before the products, which overflow float16 otherwise
     key_index = torch.arange(n_tail, device=query.device)
@@ -149,8 +156,8 @@ def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, soft
         block = query[:, :, start : start + step].flatten(1, 2)
         index = query_index[start : start + step, None]
         hidden = key_index > index
-        if window is not None:
-            hidden |= key_index <= index - window
+        if first is not None:
+            hidden |= key_index < first[start : start + step, None]
         logits = softmax.capped(torch.matmul(block, keys.mT).float()).unflatten(1, (-1, len(index)))
         logits.masked_fill_(hidden, float("-inf"))
         lse = logits.logsumexp(-1)
@@ -160,13 +167,10 @@ def _causal_masked(query: Tensor, keys: Tensor, values: Tensor, n_new: int, soft
     return torch.cat(outs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
 
 
-def _first_seen(rows: Sequence[RowKV], window: int, group: int, device: torch.device) -> Tensor:
-    """``[R]``: each query sees only positions after this one. A query at position p sees those after ``p - window``."""
-    starts = []
-    for row in rows:
-        first = row.context_tokens + row.keys.shape[1] - row.n_new - window
-        starts.append((first + torch.arange(row.n_new)).repeat(group))
-    return torch.cat(starts).to(device)
+def _first_seen(row: RowKV, window: Window, device: torch.device) -> Tensor:
+    """``[n_new]``: the first position that each new token sees."""
+    end = row.context_tokens + row.keys.shape[1]
+    return window.first(torch.arange(end - row.n_new, end, device=device))
 
 
 def _attend_context(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -256,7 +260,7 @@ def _attend_masked(
     for start in range(0, len(query), step):
         block = slice(start, start + step)
         logits = softmax.capped(torch.matmul(query[block], keys.T).float())
-        logits.masked_fill_(positions <= first_seen[block, None], float("-inf"))
+        logits.masked_fill_(positions < first_seen[block, None], float("-inf"))
         lse[0, block] = logits.logsumexp(-1)
         # A query that sees nothing here has lse = -inf: subtract 0 in its place, its weights are exp(-inf) = 0.
         shift = lse[0, block, None].clamp_min(torch.finfo(torch.float32).min)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kvzip_memory.attention import cpu
 from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, rows_by_context
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 
 class Varlen(Protocol):
@@ -46,7 +46,7 @@ class Varlen(Protocol):
 def backend(varlen: Varlen) -> AttentionBackend:
     """An attention backend that computes with the given library."""
 
-    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+    def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
         """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
         if window is not None or softmax.cap is not None or rows[0].values.shape[2] != query.shape[3]:
             return cpu.attention(query, rows, softmax, window)

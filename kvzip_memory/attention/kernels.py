@@ -30,6 +30,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -67,7 +68,8 @@ def attend(
     last = tl.load(positions + tl.load(entries + start * 2))
     stop = tl.where(in_tail, tl.minimum(count, length - first), count)
     limit = tl.where(in_tail, length - behind, 2147483647)  # a query of a tail sees entries before this one
-    horizon = tl.load(positions + row, mask=live, other=0) - behind - window  # and positions after this one
+    position_m = tl.load(positions + row, mask=live, other=0) - behind
+    horizon = position_m - position_m % window if CHUNKED else position_m - window + 1  # and positions from this one on
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
@@ -84,7 +86,7 @@ def attend(
         if WINDOWED:
             position = tl.load(key_positions + index, mask=inside & (in_tail == 0), other=0)
             position = tl.where(in_tail, last - length + 1 + first + index, position)
-            visible = visible & (position[None, :] > horizon[:, None])
+            visible = visible & (position[None, :] >= horizon[:, None])
         logits *= scale
         if CAPPED:
             logits = cap * (2.0 / (1.0 + tl.exp2(logits * (-2.0 * LOG2_E) / cap)) - 1.0)  # tanh

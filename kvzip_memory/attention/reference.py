@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention.base import RowKV, Softmax
+from kvzip_memory.context import Window
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`. Computes in float64."""
     batch, query_heads, n, _ = query.shape
     out = query.new_zeros(batch, n, query_heads, rows[0].values.shape[2])
@@ -31,7 +32,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: in
                 position = int(tail_positions[n_tail - row.n_new + i])
                 visible = positions <= position
                 if window is not None:
-                    visible &= positions > position - window
+                    visible &= positions >= window.first(position)
                 q = query[b, head, n - row.n_new + i].double()
                 logits = softmax.capped(keys.double() @ q * softmax.scaling).masked_fill(~visible, float("-inf"))
                 if softmax.sinks is not None:

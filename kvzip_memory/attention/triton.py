@@ -22,7 +22,7 @@ from triton import knobs
 
 from kvzip_memory.attention import kernels
 from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 Int64 = npt.NDArray[np.int64]
 
@@ -200,7 +200,7 @@ def _padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: int | None) -> Tensor:
+def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     dims, itemsize = (dim, rows[0].values.shape[2]), query.element_size()
@@ -237,7 +237,7 @@ def attend(
     lengths: Tensor,
     positions: Tensor,
     softmax: Softmax,
-    window: int | None,
+    window: Window | None,
     size: Blocks,
     out: Tensor,
 ) -> Tensor:
@@ -270,7 +270,7 @@ def attend(
             softmax.scaling * log2(np.e),
             (softmax.cap or 0.0) * log2(np.e),
             n,
-            window or 0,
+            window.size if window is not None else 1,
             *query.stride()[:3],
             GROUP=group,
             DIM=dim,
@@ -280,6 +280,7 @@ def attend(
             BLOCK_M=size.m,
             BLOCK_N=size.n,
             WINDOWED=window is not None,
+            CHUNKED=window is not None and window.chunked,
             CAPPED=softmax.cap is not None,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             WIDE=INTERPRETED,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvzip_memory.compression.codecs import Codec
 from kvzip_memory.compression.prefill import Prefilled
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 
 def gathered(
@@ -51,16 +51,16 @@ def gathered(
     )
 
 
-def visible(prefilled: Prefilled, layer: int, window: int) -> RaggedLayer:
-    """The pairs of a sliding layer that the next token can still see."""
+def visible(prefilled: Prefilled, layer: int, window: Window) -> RaggedLayer:
+    """The pairs of a layer with a window that the next token can still see."""
     keys, values = prefilled.dense[layer]
     if prefilled.parent:
         parent = prefilled.parent[layer]
         keys = torch.cat([parent.keys.unflatten(0, (parent.n_heads, -1)), keys], 1)
         values = torch.cat([parent.values.unflatten(0, (parent.n_heads, -1)), values], 1)
-    keys, values = keys[:, 1 - window :].contiguous(), values[:, 1 - window :].contiguous()
-    n_heads, n_kept = keys.shape[:2]
-    n = len(prefilled.token_ids)
+    n, n_heads = len(prefilled.token_ids), len(keys)
+    n_kept = window.left(n)
+    keys, values = (pairs[:, pairs.shape[1] - n_kept :].contiguous() for pairs in (keys, values))
     return RaggedLayer(
         keys=keys.flatten(0, 1),
         values=values.flatten(0, 1),

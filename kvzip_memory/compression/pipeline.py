@@ -20,7 +20,7 @@ from kvzip_memory.compression.prefill import Prefilled, Progress
 from kvzip_memory.compression.refit import REFITS, LayerPairs, Refit
 from kvzip_memory.compression.rows import Block, Rows
 from kvzip_memory.compression.scorers import SCORERS, Scorer
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
 
@@ -227,8 +227,8 @@ def _fitted(
     return fitted
 
 
-def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: int | None) -> int:
+def _nbytes(prefilled: Prefilled, keys: Tensor, values: Tensor, window: Window | None) -> int:
     """Bytes that a layer's dense cache of all tokens has more than that of the parent's."""
     start, n = prefilled.start, len(prefilled.token_ids)
-    tokens = n - start if window is None else min(n, window - 1) - min(start, window - 1)
+    tokens = n - start if window is None else window.left(n) - window.left(start)
     return tokens * (keys.nbytes + (0 if values is keys else values.nbytes)) // keys.shape[1]

@@ -2,7 +2,7 @@
 
 from kvzip_memory.context.context import CompressedContext, Lease, Resident, Storage, Writer, checked_context
 from kvzip_memory.context.facts import LONGEST_NAME, Receipt, Recipe, Source, as_told
-from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, storage_nbytes
+from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, Window, storage_nbytes
 
 __all__ = [
     "LONGEST_NAME",
@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "States",
     "Storage",
+    "Window",
     "Writer",
     "as_told",
     "checked_context",

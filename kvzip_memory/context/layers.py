@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,29 @@ from torch import Tensor
 #: ``"<layer>.recurrent.<i>"``, <i> counting the states of a layer. Nobody writes to them.
 States = Mapping[str, Tensor]
 NO_STATES: States = MappingProxyType({})
+
+N = TypeVar("N", int, Tensor)
+
+
+class Window(NamedTuple):
+    """What a layer without full attention sees.
+
+    Attributes:
+        size: in tokens.
+        chunked: whether the text is cut into chunks of so many, of which a token sees its own up to itself; otherwise it sees the last
+            ``size`` tokens, itself included.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def first(self, position: N) -> N:
+        """The first position that a token at ``position`` sees; below 0 where it sees all before it."""
+        return position - position % self.size if self.chunked else position - self.size + 1
+
+    def left(self, n: int, far: int = 0) -> int:
+        """How many of ``n`` tokens one that stands ``far`` behind the next one still sees."""
+        return max(0, n - max(0, self.first(n + far)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +50,8 @@ class RaggedLayer:
         lengths: pairs kept by each KV head.
         positions: ``[sum(lengths)]`` int32, position of each pair in the context.
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
-        window: the layer's sliding window in tokens, None for full attention. A sliding layer keeps exactly the
-            pairs the next token can still see and is never compressed.
+        window: what the layer sees, None for full attention. A layer with one keeps exactly the pairs the next token can
+            still see and is never compressed.
     """
 
     keys: Tensor
@@ -35,7 +59,7 @@ class RaggedLayer:
     lengths: tuple[int, ...]
     positions: Tensor
     scores: Tensor | None = None
-    window: int | None = None
+    window: Window | None = None
     offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

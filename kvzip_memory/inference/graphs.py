@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention.base import Softmax, rows_by_context
+from kvzip_memory.context import Window
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.system.modes import evaluation_copy, in_evaluation
 from kvzip_memory.system.printable import logger_of
@@ -82,14 +83,14 @@ class DecodeSteps:
 
     Args:
         model: with our attention attached.
-        windows: sliding window of each layer, None for full attention.
+        windows: what each layer sees, None for full attention.
         kernels: :mod:`kvzip_memory.attention.triton`.
 
     Attributes:
         captured: rows and tokens a row there are steps for; each has been captured once.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Sequence[int | None], kernels: ModuleType) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Sequence[Window | None], kernels: ModuleType) -> None:
         self._model, self._windows, self._kernels = model, windows, kernels
         self._batches: dict[tuple[int, int], _Batch] = {}
         self._weights: list[int] = []
@@ -143,7 +144,7 @@ class _Batch:
     def __init__(
         self,
         model: PreTrainedModel,
-        windows: Sequence[int | None],
+        windows: Sequence[Window | None],
         kernels: ModuleType,
         size: int,
         width: int,
@@ -246,7 +247,7 @@ class _Call(Cache):
 
     def __init__(self, batch: _Batch) -> None:
         super().__init__(layers=[])
-        self.attend, self.latents = batch.attend, dict[int, Tensor]()
+        self.attend, self.positions, self.latents = batch.attend, batch._positions, dict[int, Tensor]()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from kvzip_memory.context import Window
 from kvzip_memory.errors import UnsupportedModelError
 
 # Kinds of layers, as transformers names them. Those of "hybrid" ones have attention beside a recurrence.
-_ATTENDING = frozenset({"full_attention", "sliding_attention", "hybrid"})
+_ATTENDING = frozenset({"full_attention", "sliding_attention", "chunked_attention", "hybrid"})
 _STATEFUL = frozenset({"linear_attention", "mamba", "conv", "hybrid"})
 _NEITHER = frozenset({"mlp", "moe"})
 
@@ -20,7 +21,7 @@ class Layout(NamedTuple):
 
     Attributes:
         owners: of those with pairs the number that the model gives them.
-        windows: their sliding windows, None for full attention.
+        windows: what they see, None for full attention.
         shapes: their KV heads and head dimensions.
         places: of each layer with attention the one whose pairs it attends to, which may be an earlier layer's.
         stateful: whether there are layers that remember states in place of pairs.
@@ -28,11 +29,16 @@ class Layout(NamedTuple):
     """
 
     owners: tuple[int, ...]
-    windows: tuple[int | None, ...]
+    windows: tuple[Window | None, ...]
     shapes: tuple[tuple[int, int], ...]
     places: Mapping[int, int]
     stateful: bool
     latent: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a context has nothing but keys and values, of layers with full or sliding attention."""
+        return not self.stateful and not self.latent and not any(window.chunked for window in self.windows if window is not None)
 
 
 def check_kind(model: PreTrainedModel) -> None:
@@ -83,16 +89,24 @@ def layout_of(config: Any, length: int) -> Layout:
     if owners != attending[: len(owners)]:
         raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
     last = {layer_types[layer]: place for place, layer in enumerate(owners)}
-    sliding = getattr(config, "sliding_window", None) or length
-    if sliding < 2:
-        raise UnsupportedModelError(f"{config.model_type!r} has a sliding window of {sliding}, in which a token sees nothing but itself")
-    windows = [sliding if layer_types[i] == "sliding_attention" and sliding < length else None for i in owners]
+    windows = [_window(config, layer_types[i], length) for i in owners]
     rank = getattr(config, "kv_lora_rank", None)
     shapes = [(1, rank + config.qk_rope_head_dim) if rank else _shape(config, i) for i in owners]
     if len({shape for shape, window in zip(shapes, windows, strict=True) if window is None}) > 1:
         raise UnsupportedModelError(f"{config.model_type!r} has layers with full attention of different numbers of heads or dimensions")
     places = {layer: owners.index(layer) if layer in owners else last[layer_types[layer]] for layer in attending}
     return Layout(tuple(owners), tuple(windows), tuple(shapes), places, any(kind in _STATEFUL for kind in layer_types), bool(rank))
+
+
+def _window(config: Any, layer_type: str, length: int) -> Window | None:
+    """Raises:
+    UnsupportedModelError: a token would see nothing but itself.
+    """
+    fields = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    size = getattr(config, fields.get(layer_type, ""), None) or length
+    if size < 2:
+        raise UnsupportedModelError(f"{config.model_type!r} has a {fields[layer_type]} of {size}, in which a token sees nothing but itself")
+    return Window(size, layer_type == "chunked_attention") if size < length else None
 
 
 def _layer_types(config: Any) -> list[str]:

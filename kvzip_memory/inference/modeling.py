@@ -68,7 +68,7 @@ class LanguageModel:
     Attributes:
         window: tokens the model can hold: context, questions and answers together.
         layout: which of its layers have pairs, and of what kind.
-        windows: sliding window of each layer that has pairs, None for full attention.
+        windows: what each layer that has pairs sees, None for full attention.
         kinds: KV heads, and the dimensions of keys and of values, of each layer that has pairs.
         state_shapes: of what layers without attention remember.
         tokenizer: the engine's copy.
@@ -97,8 +97,8 @@ class LanguageModel:
         self.state_shapes: dict[str, tuple[int, ...]] = {}
         if all(self.windows):
             raise UnsupportedModelError(
-                f"every layer of this {config.model_type!r} model slides over {config.sliding_window} tokens; there is no "
-                "full-attention cache to compress"
+                f"no layer of this {config.model_type!r} model sees more than {max(window.size for window in self.windows if window)} "
+                "tokens; there is no full-attention cache to compress"
             )
         self.tokenizer = tokenizer
         self.watch = Watch(model)
@@ -252,10 +252,11 @@ class LanguageModel:
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
             model, cache = self._evaluating(), SessionCache(rows, counts, self.layout, self._backend)
+            cache.positions = positions.to(self.device)
             try:
                 logits: Tensor = model(
                     input_ids=input_ids.to(self.device),
-                    position_ids=positions.to(self.device),
+                    position_ids=cache.positions,
                     attention_mask=_NO_MASK,
                     past_key_values=cache,
                     use_cache=True,
@@ -363,6 +364,8 @@ class LanguageModel:
         extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
         positions = torch.arange(position, position + len(ids), device=self.device)[None]
         input_ids = torch.tensor([ids], device=self.device)
+        if call is not None:
+            call.positions = positions
 
         @torch.inference_mode()
         def forward() -> None:

@@ -23,8 +23,10 @@ class CallCache(Cache):
         latent: whether the model caches latents.
 
     Attributes:
-        latents: see :class:`~kvzip_memory.attention.AttentionCall`.
+        latents, positions: see :class:`~kvzip_memory.attention.AttentionCall`.
     """
+
+    positions: Tensor
 
     def __init__(self, rows: Sequence[States], latent: bool) -> None:
         super().__init__(layers=[])

@@ -16,7 +16,7 @@ from kvzip_memory.system.printable import brief
 
 #: Version of everything that is not a field of its own: file layout, build steps, prompt cutting.
 FORMAT = 4
-#: That of contexts with states or latents, which readers of the one before do not know. Whoever changes either makes both new.
+#: That of contexts with states, latents or chunks, which readers of the one before do not know. Whoever changes either makes both new.
 FORMAT_OF_STATES = 5
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax, flash, reference
 from kvzip_memory.attention import cpu as cpu_backend
-from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context import RaggedLayer, Window
 
 HEADS, GROUP, DIM = 3, 2, 8
 Call = tuple[torch.Tensor, list[RowKV], Softmax, int | None]
@@ -65,9 +65,9 @@ def tail(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(HEADS, n, DIM), torch.randn(HEADS, n, DIM)
 
 
-@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("window", [None, Window(6), Window(6, True), Window(17, True)])
 @pytest.mark.parametrize(("backend", "block"), [("cpu", 1 << 23), ("cpu", 40), ("flash", 1 << 23), ("triton", 1 << 23)])
-def test_a_backend_equals_the_reference(backend: str, block: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_equals_the_reference(backend: str, block: int, window: Window | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_backend, "BLOCK_ELEMENTS", block)  # 40 elements: every product is cut into blocks of rows
     shared = ragged((5, 0, 9), 20)  # a head may keep nothing
     other = ragged((1, 2, 3), 12, seed=1)
@@ -105,7 +105,12 @@ def calls(draw: st.DrawFn) -> Call:
     query = torch.randn(len(rows), heads * group, max(row.n_new for row in rows), dim).to(dtype)
     sinks = draw(st.sampled_from([None, torch.randn(heads * group).mul(3).to(dtype)]))
     softmax = Softmax(dim**-0.5, draw(st.sampled_from([None, None, 1.5, 50.0])), sinks)
-    return query, rows, softmax, draw(st.sampled_from([None, None, 1, 16, 200]))
+    return (
+        query,
+        rows,
+        softmax,
+        draw(st.sampled_from([None, None, *(Window(size, chunked) for size in (1, 16, 200) for chunked in (False, True))])),
+    )
 
 
 EXAMPLES = int(os.environ.get("KVZIP_EXAMPLES", "80"))

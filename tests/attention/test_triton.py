@@ -96,14 +96,16 @@ for capability, limit, calls in (
     (
         90,
         227 << 10,
-        [(1, 128, False, False), (8, 128, False, False), (8, 128, False, True), (32, 128, True, False), (1, 256, False, False)],
+        [(1, 128, False, False), (8, 128, False, False), (8, 128, False, True)]
+        + [(32, 128, True, False), (8, 128, True, True), (1, 256, False, False)],
     ),
 ):
     for rows, dim, windowed, capped in calls:
         size = triton.blocks(rows, 4, (dim, dim), 2)
         shape = {"GROUP": 4, "DIM": dim, "DIM_V": dim, "BLOCK_D": size.d, "BLOCK_DV": size.dv, "BLOCK_M": size.m}
         types = tables | strides | scalars | {"query": "*bf16", "out": "*fp32", "lse": "*fp32"}
-        constants = shape | {"BLOCK_N": size.n, "WINDOWED": windowed, "CAPPED": capped, "PRECISION": "tf32", "WIDE": False, "n": 1}
+        kinds = {"WINDOWED": windowed, "CHUNKED": windowed and capped, "CAPPED": capped, "WIDE": False}
+        constants = shape | kinds | {"BLOCK_N": size.n, "PRECISION": "tf32", "n": 1}
         found = compiled(kernels.attend, types, constants, capability, num_warps=triton.warps(size), num_stages=3)
         programs = triton.PROGRAMS if rows <= 8 and dim <= 128 else 1
         assert programs * found.metadata.shared <= limit, ("shared memory", capability, size, found.metadata.shared)

@@ -53,7 +53,7 @@ def test_from_afar_a_sliding_layer_sees_nothing_of_a_prefix() -> None:
         for window, (keys, values), (own, _) in zip(
             prefilled.model.windows, _seen_from(prefilled, far).dense, prefilled.dense, strict=True
         ):
-            left = own.shape[1] if window is None else min(own.shape[1], max(0, window - 1 - far))
+            left = own.shape[1] if window is None else min(own.shape[1], max(0, window.size - 1 - far))
             assert keys.shape[1] == values.shape[1] == left
             assert torch.equal(keys, own[:, own.shape[1] - left :])
 

@@ -60,7 +60,7 @@ def test_a_sliding_layer_holds_its_window_and_no_more() -> None:
     for layer in context.layers:
         for tensor in (layer.keys, layer.values):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-            assert layer.window is None or len(tensor) == layer.window - 1
+            assert layer.window is None or len(tensor) == layer.window.size - 1
 
 
 class Allocations(TorchDispatchMode):

@@ -53,7 +53,7 @@ def test_at_ratio_1_logits_equal_those_of_the_whole_model(kind: str) -> None:
     assert {name: repr(value) for name, value in state(model).items() if name.rpartition(".")[2] != "config"} == before
     with torch.inference_mode():
         own = model(input_ids=torch.tensor([[*context.token_ids.tolist(), *ids]])).logits[0, context.n_tokens :]
-    torch.testing.assert_close(ours, own.float(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(ours, own.float(), atol=5e-5, rtol=0)
 
 
 def test_below_ratio_1_logits_equal_dense_attention_with_evicted_pairs_masked(kind: str) -> None:
@@ -111,7 +111,7 @@ def test_a_folder_is_read_without_libraries_for_images(kind: str, tmp_path: Path
     ids = engine.prompt_ids(context, QUESTION)
     with torch.inference_mode():
         wanted = model(input_ids=torch.tensor([[*context.token_ids.tolist(), *ids]])).logits[0, context.n_tokens :]
-    torch.testing.assert_close(engine.logits(context, ids), wanted.float(), atol=2e-5, rtol=0)
+    torch.testing.assert_close(engine.logits(context, ids), wanted.float(), atol=5e-5, rtol=0)
     own = KVzipEngine(model, tiny_tokenizer())
     assert (
         engine.generate(context, QUESTION, max_new_tokens=8).text

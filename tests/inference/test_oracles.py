@@ -62,8 +62,8 @@ def test_sliding_layers_keep_exactly_their_window() -> None:
     context = tiny_engine("gemma3").load(TEXT, ratio=0.4)
     for layer in context.layers:
         if layer.window is not None:
-            assert layer.lengths == (layer.window - 1,) * layer.n_heads
-            assert layer.positions[0] == context.n_tokens - (layer.window - 1)
+            assert layer.lengths == (layer.window.size - 1,) * layer.n_heads
+            assert layer.positions[0] == context.n_tokens - (layer.window.size - 1)
 
 
 def test_the_model_goes_on_working_for_others(architecture: str) -> None:

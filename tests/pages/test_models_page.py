@@ -13,8 +13,9 @@ PAGE = (ROOT / "docs" / "models.md").read_text()
 
 def layers(layout: Layout) -> str:
     kinds = ["full"]
-    if any(layout.windows):
-        kinds.append("sliding")
+    for chunked, told in ((False, "sliding"), (True, "chunks")):
+        if any(window is not None and window.chunked == chunked for window in layout.windows):
+            kinds.append(told)
     if layout.stateful:
         kinds.append("states")
     if layout.latent:

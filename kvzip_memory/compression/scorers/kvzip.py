@@ -140,9 +140,9 @@ class KVzipScorer:
 
 
 def _seen_from(prefilled: Prefilled, far: int) -> Prefilled:
-    """What the first token so far behind a prefix sees of it: of a sliding layer less and less."""
+    """What the first token so far behind a prefix sees of it: of a layer with a window less and less."""
     windows = prefilled.model.windows
-    left = [len(prefilled.token_ids) if window is None else max(0, window - 1 - far) for window in windows]
+    left = [len(prefilled.token_ids) if window is None else window.left(len(prefilled.token_ids), far) for window in windows]
     seen = []
     for n, (keys, values) in zip(left, prefilled.dense, strict=True):
         last = slice(max(0, keys.shape[1] - n), None)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import RaggedLayer, States
+from kvzip_memory.context import RaggedLayer, States, Window
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -66,7 +66,8 @@ def read_layers(
                 done[f"layer.{i}"]()
                 keys, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "position"))
                 values = keys if layer.get("shared") else tensors[f"layer.{i}.value"]
-                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), layer["window"])
+                window = Window(layer["window"], layer.get("chunked", False)) if layer["window"] else None
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), window)
                 _check_positions(read, facts["n_tokens"], path)
                 yield read
 

@@ -142,7 +142,9 @@ _HEADER: dict[str, Check] = {
     "dense_nbytes": _whole(),
     "recipe": _only(_RECIPE, Recipe),
     "sources": _list(_only(_SOURCE, Source)),
-    "layers": _list(_fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"shared": _true_or_false})),
+    "layers": _list(
+        _fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"chunked": _true_or_false, "shared": _true_or_false})
+    ),
     "catalog": _fields({}, {**_CATALOG, **_TIMES}),
     "extents": _list(
         _fields({"name": _text, "dtype": lambda v: _text(v) and v in ELEMENT, "shape": _list(_whole()), "padded": _whole()}, _SUMS)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Recipe, Resident, Source
+from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
@@ -298,6 +298,11 @@ def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview], c
         raise
 
 
+def _layer_facts(layer: RaggedLayer) -> dict[str, Any]:
+    size, chunked = layer.window or (None, False)
+    return {"lengths": layer.lengths, "window": size, "shared": layer.shared, **({"chunked": True} if chunked else {})}
+
+
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(context.layers):
         yield f"layer.{i}.key", layer.keys
@@ -326,7 +331,7 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "dense_nbytes": context.dense_nbytes,
         "recipe": vars(context.recipe),
         "sources": [vars(source) for source in context.sources],
-        "layers": [{"lengths": layer.lengths, "window": layer.window, "shared": layer.shared} for layer in context.layers],
+        "layers": [_layer_facts(layer) for layer in context.layers],
         "states": sorted(context.states),
     }
 
