@@ -207,12 +207,13 @@ def test_a_cut_has_the_states_of_a_build(hybrid: str) -> None:
         assert torch.equal(state, cut.states[name])
 
 
-def test_models_that_differ_in_a_recurrence_have_contexts_of_their_own(hybrid: str, tmp_path: Path) -> None:
-    first = engine_of(hybrid, cache_dir=tmp_path)
+@pytest.mark.parametrize("kind", [*SOME_HYBRIDS, "gpt_oss"])
+def test_models_that_differ_in_a_recurrence_or_in_sinks_have_contexts_of_their_own(kind: str, tmp_path: Path) -> None:
+    first = engine_of(kind, cache_dir=tmp_path)
     first.load(TEXT)
     first.close()
-    model = tiny_family(hybrid)
-    changed = [p for name, p in model.named_parameters() if any(word in name for word in ("A_log", "dt_bias", "conv", "ssm"))]
+    model = tiny_family(kind)
+    changed = [p for name, p in model.named_parameters() if any(word in name for word in ("A_log", "dt_bias", "conv", "ssm", "sinks"))]
     with torch.no_grad():
         changed[0].add_(0.1)
     assert KVzipEngine(model, tiny_tokenizer(), 0.4, cache_dir=tmp_path).load(TEXT).receipt.tier == "built"  # type: ignore[union-attr]
@@ -235,8 +236,11 @@ ENGINES: dict[str, KVzipEngine] = {}
 STEPS = ["ask", "stream", "cancel", "stop", "fold", "extend", "reset", "fork", "speculate"]
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(steps=st.lists(st.sampled_from(STEPS), min_size=2, max_size=7), which=st.sampled_from(["qwen3_next", "falcon_h1", "lfm2", "llama"]))
+TALKING = ["deepseek_v3", "falcon_h1", "gpt_oss", "kimi_linear", "lfm2", "llama4_text", "qwen3_next"]
+
+
+@settings(max_examples=200 if STRESS else 14, deadline=None, derandomize=True)
+@given(steps=st.lists(st.sampled_from(STEPS), min_size=2, max_size=7), which=st.sampled_from(TALKING))
 def test_whatever_a_session_does_its_states_are_those_of_what_was_said(steps: list[str], which: str) -> None:
     engine = ENGINES[which] = ENGINES.get(which) or engine_of(which)
     context: CompressedContext = engine.load(TEXT, ratio=0.5)
