@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import conftest
 
@@ -236,6 +236,38 @@ EXAMPLES = {
     "vaultgemma": "VaultGemma",
     "youtu": "Youtu-LLM",
 }
+
+
+#: Of which an engine says why it cannot compress their contexts.
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("BART", {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}),
+    "bloom": ("BLOOM", {"n_layer": 2, "n_head": 4}),
+    "deepseek_v32": ("DeepSeek V3.2", _DEEP),
+    "deepseek_v4": ("DeepSeek V4", {}),
+    "diffllama": ("DiffLlama", {}),
+    "falcon": ("Falcon 7B, 40B", {}),
+    "glm_moe_dsa": ("GLM-5", _DEEP | {"index_topk": 16, "index_head_dim": 16, "index_n_heads": 2}),
+    "gptj": ("GPT-J", {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "jamba": ("Jamba", {"attn_layer_offset": 1, "attn_layer_period": 2}),
+    "mamba2": ("Mamba 2", {"head_dim": 16, "num_heads": 8, "state_size": 8, "n_groups": 1}),
+    "minimax": ("MiniMax-Text-01, M1", _LOCAL | _MIXED | {"block_size": 32}),
+    "mpt": ("MPT", {"d_model": 64, "n_heads": 4, "n_layers": 2}),
+    "nemotron": ("Nemotron 4", {}),
+    "recurrent_gemma": ("RecurrentGemma", {"block_types": ["recurrent", "attention"], "lru_width": 64}),
+    "rwkv": ("RWKV 4", {"attention_hidden_size": 64}),
+    "stablelm": ("StableLM", {}),
+    "t5": ("T5", {"d_model": 32, "d_ff": 32, "num_layers": 1, "d_kv": 8}),
+    "zamba2": (
+        "Zamba 2",
+        {"mamba_d_state": 8, "n_mamba_heads": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1, "use_mem_rope": True},
+    ),
+}
+
+
+def tiny_refused(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = type(AutoConfig.for_model(kind))(**SHAPE | REFUSED[kind][1])
+    return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config, dtype=torch.float32).eval()
 
 
 def tiny_family(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
