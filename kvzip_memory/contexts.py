@@ -255,7 +255,7 @@ class Contexts:
         return prompt
 
     def _check_window(self, prompt: Prompt) -> None:
-        tokens, limit = len(prompt.token_ids), self._window - FREE_TOKENS
+        tokens, limit = len(prompt.token_ids), max(0, self._window - FREE_TOKENS)
         if tokens > limit:
             raise WindowError(
                 f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {self._window:,} less "

@@ -232,7 +232,7 @@ class Session(NotPickled):
         now = self._identity()
         made: list[tuple[Mapping[str, Any], str, str]] = []
         if self.context is not None:
-            made.append((self.context.identity, f"{self.context!r}, over which this session is,", "load its text again"))
+            made.append((self.context.identity, f"{self.context!r}", "load its text again"))
         if taken:
             made.append((self._made_with, "the conversation of this session", "reset() it"))
         for made_with, where, way_out in made:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -273,7 +274,7 @@ def tiny_refused(kind: str) -> PreTrainedModel:
 def tiny_family(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A model whose attention is sharp enough for evictions to matter."""
     torch.manual_seed(seed)
-    config = type(AutoConfig.for_model(kind))(**SHAPE | FAMILIES[kind] | changes)
+    config = type(AutoConfig.for_model(kind))(**deepcopy(SHAPE | FAMILIES[kind] | changes))  # some write to what they get
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

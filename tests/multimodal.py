@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ _MARKS = _IMAGE | {"video_token_id": 298, "vision_start_token_id": 297, "vision_
 
 
 def _config(kind: str, text: dict[str, Any], vision: dict[str, Any], marks: dict[str, Any]) -> PreTrainedConfig:
-    return type(AutoConfig.for_model(kind))(text_config=TEXT_CONFIG | text, vision_config=VISION_CONFIG | vision, **marks)
+    parts = {"text_config": TEXT_CONFIG | text, "vision_config": VISION_CONFIG | vision}
+    return type(AutoConfig.for_model(kind))(**deepcopy(parts), **marks)  # some configurations write to what they get
 
 
 _GEMMA = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}

@@ -236,6 +236,16 @@ HARMONY = """{{- '<|start|>system<|message|>You are ChatGPT, a large language mo
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 
 
+SMOLVLM = """<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}{{ ':' if message['content'][0]['type'] == 'image' else ': ' }}
+{%- for part in message['content'] %}{%- if part['type'] == 'text' %}{{ part['text'] }}{%- elif part['type'] == 'image' %}{{ '<image>' }}{%- endif %}{%- endfor %}<end_of_utterance>
+{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+
+LLAVA = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}
+{%- for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}
+{{- '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
 @dataclass(frozen=True)
 class Family:
     """What a template is known to do.
@@ -247,6 +257,7 @@ class Family:
         system: ``own`` turn; merged into the ``first`` question by the template; put into the ``last`` one by it; ``refused``.
         alternates: whether it refuses two turns of one role, and a greeting.
         tools: the form in which it shows tools and calls.
+        parts: whether it takes a message's text as a part of its content alone.
         kwargs: variables handed to it.
     """
 
@@ -256,6 +267,7 @@ class Family:
     system: str = "own"
     alternates: bool = False
     tools: str | None = None
+    parts: bool = False
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -282,5 +294,7 @@ FAMILIES = {
     "smollm3": Family(SMOLLM3, _CHATML, (*_CALLS, *_THINK)),
     "r1": Family(R1, ("<｜end▁of▁sentence｜>",), (*_R1, *_THINK)),
     "granite": Family(GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
+    "smolvlm": Family(SMOLVLM, ("<|im_start|>", "<end_of_utterance>"), parts=True),
+    "llava": Family(LLAVA, _CHATML, parts=True),
     "harmony": Family(HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")),
 }

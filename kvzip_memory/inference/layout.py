@@ -41,35 +41,47 @@ class Layout(NamedTuple):
         return not self.stateful and not self.latent and not any(window.chunked for window in self.windows if window is not None)
 
 
-def check_kind(model: PreTrainedModel) -> None:
-    """Refuse a model that computes what we do not, as far as its configuration and its modules say so.
+def check_config(config: Any) -> None:
+    """Refuse a model that computes what we do not, as far as its configuration says so.
+
+    Raises:
+        UnsupportedModelError: naming the property of the model that stands in the way.
+    """
+    kind, kinds = config.model_type, {*_layer_types(config)}
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder; kvzip_memory needs a decoder-only language model")
+    if not _differ(config) and not hasattr(config, "num_key_value_heads"):
+        raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
+    if foreign := sorted(kinds - _ATTENDING - _STATEFUL - _NEITHER):
+        raise UnsupportedModelError(
+            f"{kind!r} has layers of type {foreign}, which we do not compute; we know full, sliding-window and chunked attention, "
+            "recurrences and convolutions"
+        )
+    if not kinds & _ATTENDING:
+        raise UnsupportedModelError(f"{kind!r} has no layer with attention; there are no pairs to evict")
+    layout_of(config, window_of(config))
+
+
+def check_kind(model: PreTrainedModel, loaded: bool = True) -> None:
+    """Refuse a model that computes what we do not, as far as its modules say so.
+
+    Args:
+        loaded: whether it must have its weights.
 
     Raises:
         UnsupportedModelError: naming the property of the model that stands in the way.
     """
     config, kind = model.config, model.config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder; kvzip_memory needs a decoder-only language model")
     if any("indexer" in name for name, _ in model.named_modules()):
         raise UnsupportedModelError(f"{kind!r} chooses the pairs that a token sees by an index of its own, which we do not compute")
     latent = [module for module in model.modules() if hasattr(module, "kv_b_proj")]
     if getattr(config, "kv_lora_rank", None) and not (latent and all(hasattr(module, "expand_kv") for module in latent)):
         raise UnsupportedModelError(f"{kind!r} caches latents shared by all heads, otherwise than transformers' own models do")
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+    if loaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"some weights of {kind!r} are not in memory, such as those that accelerate keeps on disk; load them whole"
         )
-    if not _differ(config) and not hasattr(config, "num_key_value_heads"):
-        raise UnsupportedModelError(f"{kind!r} does not say how many KV heads it has; only transformers with attention can be compressed")
-    kinds = {*_layer_types(config)}
-    if foreign := sorted(kinds - _ATTENDING - _STATEFUL - _NEITHER):
-        raise UnsupportedModelError(
-            f"{kind!r} has layers of type {foreign}; we know those of full and sliding-window attention, which have pairs to evict, and "
-            "recurrent and convolution layers, which remember states"
-        )
-    if not kinds & _ATTENDING:
-        raise UnsupportedModelError(f"{kind!r} has no layer with attention; there are no pairs to evict")
-    if not getattr(model, "_supports_attention_backend", False) and not kinds & _STATEFUL:
+    if not getattr(model, "_supports_attention_backend", False) and not {*_layer_types(config)} & _STATEFUL:
         raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")
 
 
@@ -90,6 +102,11 @@ def layout_of(config: Any, length: int) -> Layout:
         raise UnsupportedModelError(f"{config.model_type!r} has layers with pairs of their own behind some that reuse others' pairs")
     last = {layer_types[layer]: place for place, layer in enumerate(owners)}
     windows = [_window(config, layer_types[i], length) for i in owners]
+    if all(windows):
+        raise UnsupportedModelError(
+            f"no layer of {config.model_type!r} sees more than {max(window.size for window in windows if window)} tokens; there is no "
+            "full-attention cache to compress"
+        )
     rank = getattr(config, "kv_lora_rank", None)
     shapes = [(1, rank + config.qk_rope_head_dim) if rank else _shape(config, i) for i in owners]
     if len({shape for shape, window in zip(shapes, windows, strict=True) if window is None}) > 1:
@@ -140,5 +157,5 @@ def window_of(config: Any) -> int:
         kind = str(rotation.get("rope_type") or rotation.get("type"))
         if "dynamic" in kind or kind == "longrope":
             originals = (rotation.get("original_max_position_embeddings"), getattr(config, "original_max_position_embeddings", None))
-            window = min(window, *(int(original) for original in originals if original))
+            window = min([window, *(int(original) for original in originals if original)])
     return window

@@ -27,9 +27,10 @@ from transformers import (
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
+from kvzip_memory.inference.layout import check_config, check_kind
 from kvzip_memory.inference.text_part import TextModel, text_config, text_part
 from kvzip_memory.system.limits import host_nbytes
-from kvzip_memory.system.printable import logger_of
+from kvzip_memory.system.printable import brief, logger_of
 
 logger = logger_of(__name__)
 
@@ -63,16 +64,20 @@ def load_model(
     A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
 
     Raises:
-        InputError: a ``.gguf`` file that does not exist, or weights that do not fit into the memory that is free.
-        OSError: what transformers raises for an unknown hub id or folder.
+        InputError: a file or folder that does not exist, an unknown dtype or device, or weights that do not fit into the memory that is
+            free.
+        UnsupportedModelError: the model computes what we do not, as far as its configuration says so.
+        OSError: what transformers raises for an unknown hub id.
     """
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if "torch_dtype" in model_kwargs:
+        raise InputError("torch_dtype is called dtype")
+    dtype, device = _dtype(dtype), _device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
     shared = {k: model_kwargs[k] for k in _OF_ALL_FILES if k in model_kwargs}
     source = Path(model)
     is_gguf = source.suffix == ".gguf"
-    if is_gguf and not os.path.isfile(source):
+    if (is_gguf and not os.path.isfile(source)) or (_is_path(model) and not source.expanduser().exists()):
         raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
     with _conversion(source, dtype, (cache_dir or DEFAULT_CACHE).absolute()) if is_gguf else nullcontext(model) as model:
         if is_gguf and not Path(model, "tokenizer.json").exists():
@@ -83,8 +88,10 @@ def load_model(
         if text_config(config) is not config and tokenizer.chat_template is None:
             with suppress(AttributeError):  # a processor's file that holds no mapping
                 tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
-        if "device_map" not in model_kwargs:
-            _check_room(model, config, dtype, device)
+        check_config(text_config(config))
+        shapes = _shapes(config)
+        if shapes is not None and "device_map" not in model_kwargs and not getattr(config, "quantization_config", None):
+            _check_room(model, shapes, config, dtype, device)
         loaded = _read(model, config, dtype=dtype, **model_kwargs)
         if "device_map" not in model_kwargs:
             loaded = loaded.to(device)
@@ -122,16 +129,51 @@ def _unreported() -> Iterator[None]:
         reporter.removeFilter(shown)
 
 
-def _check_room(model: str | Path, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device) -> None:
-    """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
+def _is_path(model: str | Path) -> bool:
+    """Whether it cannot be a hub id."""
+    return isinstance(model, Path) or model.count("/") > 1 or model.startswith(("/", "./", "../", "~"))
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise InputError(f"dtype is {brief(dtype)}; give 'auto', 'float32', 'bfloat16', 'float16' or a floating dtype of torch")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InputError(f"device is {brief(device)}, which is not to be had here; give 'auto', 'cpu' or 'cuda': {error}") from error
+    return found
+
+
+def _shapes(config: PreTrainedConfig) -> PreTrainedModel | None:
+    """What will be read, without its weights; None where transformers has no class for it.
+
+    Raises:
+        UnsupportedModelError: see :func:`~kvzip_memory.inference.layout.check_kind`.
+    """
     text = text_config(config)
     kinds = MODEL_FOR_CAUSAL_LM_MAPPING if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_FOR_MULTIMODAL_LM_MAPPING
     read = text if kinds is MODEL_FOR_CAUSAL_LM_MAPPING else config
-    if getattr(config, "quantization_config", None) or type(read) not in kinds:
-        return
+    if type(read) not in kinds:
+        return None
     with torch.device("meta"):
-        shapes = kinds[type(read)](read)
-    kind = next(filter(None, (getattr(part, "dtype", None) for part in (text, config))), torch.float32) if dtype == "auto" else dtype
+        shapes: PreTrainedModel = kinds[type(read)](read)
+    if read is text:
+        check_kind(shapes, loaded=False)
+    return shapes
+
+
+def _check_room(
+    model: str | Path, shapes: PreTrainedModel, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device
+) -> None:
+    """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
+    parts = (text_config(config), config)
+    kind = next(filter(None, (getattr(part, "dtype", None) for part in parts)), torch.float32) if dtype == "auto" else dtype
     size = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
     needed = size * sum(parameter.numel() for parameter in shapes.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, host_nbytes())

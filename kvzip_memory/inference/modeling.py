@@ -15,12 +15,12 @@ from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
 from kvzip_memory.context import RaggedLayer, States
-from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, ModelError, UnsupportedModelError
+from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, ModelError, UnsupportedModelError
 from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
 from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.graphs import DecodeSteps
-from kvzip_memory.inference.layout import check_kind, layout_of, window_of
+from kvzip_memory.inference.layout import check_config, check_kind, layout_of, window_of
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
 from kvzip_memory.inference.worker import Worker
@@ -87,8 +87,18 @@ class LanguageModel:
     def __init__(
         self, model: PreTrainedModel, tokenizer: Any, backend: str = "auto", max_running: int = 32, max_waiting: int = 1024
     ) -> None:
-        model = text_part(as_written(model))
-        config = model.config
+        model = as_written(model) if isinstance(model, torch.nn.Module) else model
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(f"a model of transformers is wanted, not {brief(model)}; KVzipEngine.from_pretrained takes ids and folders")
+        if model.get_output_embeddings() is None and not model.config.is_encoder_decoder:
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} gives no logits of tokens; take the same as AutoModelForCausalLM or AutoModelForImageTextToText"
+            )
+        whole, model = model.config.model_type, text_part(model)
+        config, self._kind = model.config, repr(model.config.model_type)
+        if whole != config.model_type:
+            self._kind += f" of {whole!r}"
+        check_config(config)
         check_kind(model)
         self.model = model
         self.window = window_of(config)
@@ -96,11 +106,6 @@ class LanguageModel:
         self.windows = self.layout.windows
         self.kinds = tuple((n_heads, dim, dim) for n_heads, dim in self.layout.shapes)
         self.state_shapes: dict[str, tuple[int, ...]] = {}
-        if all(self.windows):
-            raise UnsupportedModelError(
-                f"no layer of this {config.model_type!r} model sees more than {max(window.size for window in self.windows if window)} "
-                "tokens; there is no full-attention cache to compress"
-            )
         self.tokenizer = tokenizer
         self.watch = Watch(model)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
@@ -216,6 +221,7 @@ class LanguageModel:
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> list[Tensor]:
         attach(self.model)  # again, should somebody have switched the model's attention since
+        self._check_ids([max(row_ids) for row_ids in ids])
         counts = [len(row_ids) for row_ids in ids]
         logits: Iterable[Tensor] | None = self._steps.run(rows, ids, n_logits) if self._steps is not None else None
         if logits is not None:
@@ -361,7 +367,14 @@ class LanguageModel:
             yield ids[start : start + size]
             start += size
 
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        """On a GPU such an id would end the process."""
+        n = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        if n is not None and max(ids) >= n:
+            raise InputError(f"token id {max(ids)}: the model has embeddings of {n} tokens. Another model's tokenizer was given with it")
+
     def _fill(self, ids: Sequence[int], position: int, cache: Cache, call: AttentionCall | None) -> None:
+        self._check_ids(ids)
         extra = {} if call is None else {"kvzip": call, "attention_mask": _NO_MASK}
         positions = torch.arange(position, position + len(ids), device=self.device)[None]
         input_ids = torch.tensor([ids], device=self.device)
@@ -385,7 +398,7 @@ class LanguageModel:
 
     def _compare_with_original(self) -> None:
         """Refuse an architecture we have not tested if a short forward through our attention differs from its own."""
-        kind, original = self.model.config.model_type, self.model.config._attn_implementation
+        kind, original = self._kind, self.model.config._attn_implementation
         ids = torch.arange(48, device=self.device) % self.model.config.vocab_size
         with torch.inference_mode():
             theirs: Tensor = self._evaluating()(input_ids=ids[None]).logits[0, 40:].float()
@@ -398,7 +411,7 @@ class LanguageModel:
         except Exception as error:  # whatever its own code makes of a call it does not expect
             self.model.set_attn_implementation(original)
             raise UnsupportedModelError(
-                f"{kind!r} does more with its masks or its cache than hand them to its attention: on a test forward, "
+                f"{kind} does more with its masks or its cache than hand them to its attention: on a test forward, "
                 f"{type(error).__name__}: {error}"
             ) from error
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
@@ -406,13 +419,13 @@ class LanguageModel:
         if not difference <= tolerance * largest:
             self.model.set_attn_implementation(original)
             raise UnsupportedModelError(
-                f"{kind!r} computes otherwise with our attention and cache than with its own: on a test forward logits differ by "
+                f"{kind} computes otherwise with our attention and cache than with its own: on a test forward logits differ by "
                 f"{difference:.3g} (largest logit {largest:.3g})"
             )
         pairs = row.tail.pairs(1)
         if len(pairs) != len(self.windows):
             self.model.set_attn_implementation(original)
-            raise UnsupportedModelError(f"{kind!r} has {len(self.windows)} layers with attention, of which a text passes {len(pairs)}")
+            raise UnsupportedModelError(f"{kind} has {len(self.windows)} layers with attention, of which a text passes {len(pairs)}")
         self.kinds = tuple((len(keys), keys.shape[2], values.shape[2]) for keys, values in pairs)
         self.state_shapes = {name: tuple(state.shape) for name, state in row.remembered.items()}
         logger.info("%s is not among the tested architectures; a test forward agrees to %.1e", kind, difference)

@@ -72,7 +72,10 @@ def parts_of(content: Any, role: str, where: str, lines: bool = False) -> Parts:
         elif role == "assistant" or kind in _PIECES:
             continue
         else:
-            raise InputError(f"content blocks of type {brief(kind)} are not supported ({where}); send text, such as what the file says")
+            raise InputError(
+                f"content blocks of type {brief(kind)} are not supported ({where}); send text, such as what the file says: texts alone are "
+                "read, whatever the model can see or hear"
+            )
         text = ("\n" if parts.texts and (lines or alone or before) else "") + clean(text, where)
         parts.texts.append(f"{CUT}{text}{CUT}" if text and block.get("cache_control") else text)
     return parts

@@ -59,6 +59,9 @@ def as_message(item: Any, where: str = "a message") -> Message | None:
     content = fields["blocks"] if in_blocks else fields.get("content")
     for name in ("refusal", "audio", "reasoning_content", "reasoning"):
         check_nesting(more.get(name), where)
+    for name in ("images", "audio", "videos"):  # Ollama's, beside the content
+        if role in ("system", "user") and more.get(name):
+            raise InputError(f"{brief(name)} of {where} are not supported: texts alone are read; send text, such as what they show or say")
     parts = parts_of(content, role, where, lines=in_blocks)
     text = "".join(parts.texts)
     if role == "assistant" and not text:  # OpenAI's, beside the content

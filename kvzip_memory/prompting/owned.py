@@ -10,10 +10,11 @@ import copy
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.prompting.encoding import added_tokens
+from kvzip_memory.system.printable import brief
 
 # Parts of a fast tokenizer, all of them small.
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -28,8 +29,14 @@ FEW = 64
 
 
 def tokenizer_of(given: Any) -> Any:
-    """The tokenizer in a processor, with the processor's chat template if it has none of its own; a tokenizer is given back."""
+    """The tokenizer in a processor, with the processor's chat template if it has none of its own; a tokenizer is given back.
+
+    Raises:
+        InputError: it is neither.
+    """
     if not isinstance(given, ProcessorMixin):
+        if not isinstance(given, PreTrainedTokenizerBase):
+            raise InputError(f"a tokenizer or processor of transformers is wanted, not {brief(given)}; see AutoTokenizer.from_pretrained")
         return given
     tokenizer: Any = given.tokenizer
     if tokenizer.chat_template is None and given.chat_template is not None:

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from kvzip_memory.errors import InputError
@@ -246,11 +247,25 @@ class ChatTemplate:
                 call_id, name = names.get(turn.get("tool_call_id"), unknown)
                 message |= {"tool_call_id": call_id, "name": self.guarded(name)}
             shown.append(message)
+        if self._in_parts:
+            shown = [{**message, "content": _part(message["content"])} for message in shown]
         try:
             return self._applied(shown, self._guarded(list(tools)) or None)
         except Exception as error:  # templates raise whatever they like
             roles = [turn["role"] for turn in turns]
             raise InputError(f"the model's chat template does not accept this conversation, of the roles {roles}: {error}") from error
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        """Whether texts show only as parts of a message, as in some templates of models that also see."""
+
+        def shows(content: Any) -> bool:
+            try:
+                return NONCE in self._applied([{"role": "user", "content": content}], None)
+            except Exception:  # templates raise whatever they like
+                return False
+
+        return not knows_mistral(self._tokenizer) and not shows(NONCE) and shows(_part(NONCE))
 
     def _applied(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         if knows_mistral(self._tokenizer):
@@ -304,6 +319,10 @@ def _inside(turns: Sequence[Message], place: Place) -> Place:
     number, at = place
     text = turns[number]["content"]
     return number, max(min(at, len(text.rstrip())), len(text) - len(text.lstrip())) if text.strip() else at
+
+
+def _part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _call_id(call: Mapping[str, Any]) -> str:

@@ -44,7 +44,21 @@ NORMALISERS: dict[str, Any] = {
     "llama": N.Sequence([N.Prepend("▁"), N.Replace(" ", "▁")]),
     "t5": N.Sequence([N.NFKC(), N.Prepend("▁"), N.Replace(" ", "▁")]),
 }
-TEMPLATES = ["qwen2.5", "qwen3", "llama3.1", "mistral-v0.3", "gemma2", "zephyr", "r1", "granite", "phi3", "smollm3", "harmony"]
+TEMPLATES = [
+    "qwen2.5",
+    "qwen3",
+    "llama3.1",
+    "mistral-v0.3",
+    "gemma2",
+    "zephyr",
+    "r1",
+    "granite",
+    "phi3",
+    "smollm3",
+    "harmony",
+    "smolvlm",
+    "llava",
+]
 MODELS: dict[str, Callable[[], Tokenizer]] = {"bytes": _byte_level, "sentencepiece": _sentencepiece, "unigram": _unigram}
 
 
