@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from kvzip_memory.attention import cpu, flash, reference
 from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax
 from kvzip_memory.attention.latent import absorbed, expanded
-from kvzip_memory.attention.temperature import tempered
+from kvzip_memory.attention.temperature import is_tempered, tempered
 from kvzip_memory.context import Window
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.printable import brief
@@ -166,7 +166,8 @@ def _attention(
         return _original(original, module)(module, query, key, value, attention_mask, **kwargs)
     layer: int = module.layer_idx  # type: ignore[assignment]
     softmax = Softmax(kwargs["scaling"], kwargs.get("softcap"), kwargs.get("s_aux"))
-    query = tempered(module, query, kvzip.get_seq_length(layer), kvzip.positions)
+    if is_tempered(module):
+        query = tempered(module, query, kvzip.get_seq_length(layer), kvzip.positions)
     latent = kvzip.latents.pop(layer, None)
     if latent is None:
         return kvzip.attend(layer, query, key, value, softmax).contiguous(), None

@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 
+def is_tempered(module: Any) -> bool:
+    """Whether a layer's attention has scaled the queries."""
+    return getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+
+
 def tempered(module: Any, query: Tensor, cached: int, positions: Tensor) -> Tensor:
     """Queries scaled by their own positions.
 
@@ -19,8 +24,6 @@ def tempered(module: Any, query: Tensor, cached: int, positions: Tensor) -> Tens
         query: ``[B, H * G, n, D]``, scaled as if each row had begun behind ``cached`` tokens.
         positions: ``[B, n]``.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
-        return query
 
     def scale(positions: Tensor) -> Tensor:
         return torch.log1p(torch.floor((positions.float() + 1) / module.floor_scale)) * module.attn_scale + 1
