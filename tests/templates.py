@@ -246,6 +246,12 @@ LLAVA = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' 
 {{- '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
+#: In which users alone say parts.
+MIXED = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}
+{%- if message['role'] == 'user' %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% else %}{{ message['content'] }}{% endif %}
+{{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
 @dataclass(frozen=True)
 class Family:
     """What a template is known to do.
@@ -257,7 +263,7 @@ class Family:
         system: ``own`` turn; merged into the ``first`` question by the template; put into the ``last`` one by it; ``refused``.
         alternates: whether it refuses two turns of one role, and a greeting.
         tools: the form in which it shows tools and calls.
-        parts: whether it takes a message's text as a part of its content alone.
+        parts: roles whose texts it takes as parts of their messages alone.
         kwargs: variables handed to it.
     """
 
@@ -267,10 +273,11 @@ class Family:
     system: str = "own"
     alternates: bool = False
     tools: str | None = None
-    parts: bool = False
+    parts: tuple[str, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+_ALL = ("system", "user", "assistant", "tool")
 _CHATML = ("<|im_start|>", "<|im_end|>")
 _CALLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _THINK = ("<think>", "</think>")
@@ -294,7 +301,8 @@ FAMILIES = {
     "smollm3": Family(SMOLLM3, _CHATML, (*_CALLS, *_THINK)),
     "r1": Family(R1, ("<｜end▁of▁sentence｜>",), (*_R1, *_THINK)),
     "granite": Family(GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>")),
-    "smolvlm": Family(SMOLVLM, ("<|im_start|>", "<end_of_utterance>"), parts=True),
-    "llava": Family(LLAVA, _CHATML, parts=True),
+    "smolvlm": Family(SMOLVLM, ("<|im_start|>", "<end_of_utterance>"), parts=_ALL),
+    "llava": Family(LLAVA, _CHATML, parts=_ALL),
+    "mixed": Family(MIXED, _CHATML, parts=("user",)),
     "harmony": Family(HARMONY, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>")),
 }

@@ -120,9 +120,11 @@ def _window(config: Any, layer_type: str, length: int) -> Window | None:
     UnsupportedModelError: a token would see nothing but itself.
     """
     fields = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-    size = getattr(config, fields.get(layer_type, ""), None) or length
+    size = getattr(config, fields.get(layer_type, ""), None)
+    if size is None or (size == 0 and layer_type == "sliding_attention"):
+        return None
     if size < 2:
-        raise UnsupportedModelError(f"{config.model_type!r} has a {fields[layer_type]} of {size}, in which a token sees nothing but itself")
+        raise UnsupportedModelError(f"{config.model_type!r} has {fields[layer_type]} {size}, in which a token sees nothing but itself")
     return Window(size, layer_type == "chunked_attention") if size < length else None
 
 

@@ -69,6 +69,8 @@ def load_model(
         UnsupportedModelError: the model computes what we do not, as far as its configuration says so.
         OSError: what transformers raises for an unknown hub id.
     """
+    if not isinstance(model, str | Path) or not str(model) or (os.path.isfile(model) and Path(model).suffix != ".gguf"):
+        raise InputError(f"a model is a hub id, a folder or a .gguf file, not {brief(model)}")
     if "torch_dtype" in model_kwargs:
         raise InputError("torch_dtype is called dtype")
     dtype, device = _dtype(dtype), _device(device)
@@ -84,7 +86,9 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         else:
             tokenizer = AutoTokenizer.from_pretrained(model, **shared)
-        config = model_kwargs.get("config") or AutoConfig.from_pretrained(model, **shared)
+        config = model_kwargs.pop("config", None) or model
+        if not isinstance(config, PreTrainedConfig):
+            config = AutoConfig.from_pretrained(config, **shared)
         if text_config(config) is not config and tokenizer.chat_template is None:
             with suppress(AttributeError):  # a processor's file that holds no mapping
                 tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
@@ -100,18 +104,26 @@ def load_model(
 
 def _read(model: str | Path, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """A model with its weights. Those of a multimodal one that texts do not need are left where they are, if transformers can do that."""
-    text = text_config(config)
+    text, options = text_config(config), {**options, "output_loading_info": True}
     if text is config:
-        return AutoModelForCausalLM.from_pretrained(model, **options)
-    options.pop("config", None)
+        return _whole(model, *AutoModelForCausalLM.from_pretrained(model, config=config, **options))
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
         with _unreported():
-            loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, output_loading_info=True, **options)
+            loaded, found = kind.from_pretrained(model, config=text, key_mapping=_TEXT_KEYS, **options)
         if not found["missing_keys"]:
             return TextModel.of(loaded) if config.model_type in _UNSCALED else loaded
         del loaded
-    return text_part(AutoModelForMultimodalLM.from_pretrained(model, config=config, **options))
+    return text_part(_whole(model, *AutoModelForMultimodalLM.from_pretrained(model, config=config, **options)))
+
+
+def _whole(model: str | Path, loaded: PreTrainedModel, found: dict[str, Any]) -> PreTrainedModel:
+    """Raises:
+    InputError: weights are missing, which transformers makes at random.
+    """
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{str(model)!r} lacks weights of a {type(loaded).__name__}, {len(missing)} of them, such as {brief(missing[0])}")
+    return loaded
 
 
 @contextmanager
@@ -136,8 +148,8 @@ def _is_path(model: str | Path) -> bool:
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found != "auto" and not (isinstance(found, torch.dtype) and found.is_floating_point):
-        raise InputError(f"dtype is {brief(dtype)}; give 'auto', 'float32', 'bfloat16', 'float16' or a floating dtype of torch")
+    if found not in ("auto", torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise InputError(f"dtype is {brief(dtype)}; give 'auto', 'float32', 'bfloat16', 'float16' or 'float64'")
     return found
 
 

@@ -248,7 +248,7 @@ class ChatTemplate:
                 message |= {"tool_call_id": call_id, "name": self.guarded(name)}
             shown.append(message)
         if self._in_parts:
-            shown = [{**message, "content": _part(message["content"])} for message in shown]
+            shown = [{**m, "content": _part(m["content"])} if m["role"] in self._in_parts else m for m in shown]
         try:
             return self._applied(shown, self._guarded(list(tools)) or None)
         except Exception as error:  # templates raise whatever they like
@@ -256,16 +256,29 @@ class ChatTemplate:
             raise InputError(f"the model's chat template does not accept this conversation, of the roles {roles}: {error}") from error
 
     @cached_property
-    def _in_parts(self) -> bool:
-        """Whether texts show only as parts of a message, as in some templates of models that also see."""
+    def _in_parts(self) -> frozenset[str]:
+        """Roles whose texts show only as parts of a message, as in some templates of models that also see."""
+        call = {"id": "123456789", "type": "function", "function": {"name": "a", "arguments": {}}}
+        found = set[str]()
 
-        def shows(content: Any) -> bool:
+        def shows(role: str, content: Any) -> bool:
+            said: list[dict[str, Any]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}]
+            for message in said:
+                message["content"] = _part("a") if message["role"] in found else "a"
+            tried = {"role": role, "content": content}
+            if role == "tool":
+                said, tried = [said[0], {**said[1], "tool_calls": [call]}], {**tried, "tool_call_id": call["id"], "name": "a"}
+            talks = {"user": [tried], "system": [tried, said[0]], "assistant": [said[0], tried], "tool": [*said, tried]}
             try:
-                return NONCE in self._applied([{"role": "user", "content": content}], None)
+                text = self._applied(talks[role], None)
             except Exception:  # templates raise whatever they like
                 return False
+            return NONCE in text and not re.search("""['"]type['"]: ?['"]text['"]""", text)
 
-        return not knows_mistral(self._tokenizer) and not shows(NONCE) and shows(_part(NONCE))
+        for role in () if knows_mistral(self._tokenizer) else ("user", "assistant", "system", "tool"):
+            if not shows(role, NONCE) and shows(role, _part(NONCE)):
+                found.add(role)
+        return frozenset(found)
 
     def _applied(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         if knows_mistral(self._tokenizer):

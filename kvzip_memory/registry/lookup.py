@@ -103,13 +103,17 @@ class Lookup:
                     other = self._memory.flights.setdefault(wanted.key, flight)
                     if other is flight:
                         break
-                    if other.thread == flight.thread:
-                        said = "this text is being loaded by the very thread that asks for it"
-                        raise InputError(f"{said}; do not load it where it is scored or its progress is shown")
+                    if self._waits_for_us(other.thread, flight.thread):
+                        said = "this text is being loaded by the very thread that asks for it, or by one that waits for it"
+                        raise InputError(f"{said}; do not load it where texts are scored or progress is shown")
+                    self._memory.awaited[flight.thread] = other.thread
                     other.waiters.add(use)
                     progress = other.progress
                     del other  # a flight goes with the frame of the thread that flies
-                    self._memory.changed.wait(calls.LOOK_S)
+                    try:
+                        self._memory.changed.wait(calls.LOOK_S)
+                    finally:
+                        self._memory.awaited.pop(flight.thread, None)
                 waiting(*progress)
             if there or self._memory.begun(use, wanted.key):  # landed in between
                 story.tier, story.ms["wait"] = "device", 1e3 * (time.perf_counter() - began)
@@ -122,6 +126,14 @@ class Lookup:
                 with self._memory.changed:
                     del self._memory.flights[wanted.key]
                     self._memory.changed.notify_all()
+
+    def _waits_for_us(self, thread: int, us: int) -> bool:
+        """Whether a thread is ours, or waits for one that is."""
+        seen = set[int]()
+        while thread != us and thread in self._memory.awaited and thread not in seen:
+            seen.add(thread)
+            thread = self._memory.awaited[thread]
+        return thread == us
 
     def _bring(self, use: Use, flight: Flight, wanted: Wanted, build: Build, waiting: Report, story: Story) -> None:
         """Bring a context to the device and begin to use it."""

@@ -37,6 +37,7 @@ class Memory:
         device: the tier where contexts are used.
         host: the tier where they wait.
         flights: by their keys, contexts that a thread brings to the device; nobody else moves them.
+        awaited: by threads that wait for a flight the threads that fly.
         removed: contexts that somebody wants to be gone.
     """
 
@@ -53,6 +54,7 @@ class Memory:
         self.device, self.host = MemoryTier("device", device_bytes), MemoryTier("host", host_bytes)
         self.changed = threading.Condition()
         self.flights: WeakValueDictionary[str, Flight] = WeakValueDictionary()
+        self.awaited: dict[int, int] = {}
         self.removed = Removed()
         refuse_after_fork(self, "changed")
 

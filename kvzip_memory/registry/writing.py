@@ -70,7 +70,7 @@ class Writing:
             self.unstored.discard(held.key)
             self.write_behind(held)
 
-    def _store(self, held: Held) -> bool:
+    def _store(self, held: Held, locked: bool = True) -> bool:
         """Write a context to the disk tier; False if it was removed; a warning and a counter if that fails."""
         began = time.perf_counter()
         try:
@@ -81,7 +81,7 @@ class Writing:
             if self._is_removed(held, notes):
                 return False
             tags, pinned = dict(held.tags) if held.stored is None else notes.left(held.key, held.tags), held.pinned
-            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned)
+            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned, locked=locked)
             if self._is_removed(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
                 return False
@@ -116,9 +116,8 @@ class Writing:
             return True
         hold = disk.builders.hold(held.key)
         try:
-            if disk.read_only is None:
-                hold.acquire()
-            return disk.has(held.key) or self._store(held)
+            locked = disk.read_only is None and hold.acquire()
+            return disk.has(held.key) or self._store(held, locked) or disk.has(held.key)
         except OSError as error:
             self._backing.failed("store", error)
             return False

@@ -262,3 +262,41 @@ def test_a_scorer_that_loads_what_it_scores_is_told_and_does_not_wait_for_itself
     assert loaded[0].n_tokens > 50
     assert ("by the very thread" in scorer.found[0]) == same
     assert same or scorer.found[0] == scorer.engine.load(OTHER).key
+
+
+class _Crossed(KVzipScorer):
+    """Loads another text while it scores the first one, once both threads are there."""
+
+    engine: KVzipEngine
+    both: threading.Barrier
+    others: dict[int, str]
+    told: list[str]
+
+    def score(self, *given: Any) -> Any:
+        if other := self.others.pop(threading.get_ident(), None):
+            self.both.wait(30)
+            try:
+                self.engine.load(other)
+            except InputError as error:
+                self.told.append(str(error))
+        return super().score(*given)
+
+
+def test_threads_whose_scorers_load_each_others_text_do_not_wait_for_ever() -> None:
+    scorer = _Crossed()
+    scorer.engine, scorer.both, scorer.others, scorer.told = tiny_engine(scorer=scorer), threading.Barrier(2), {}, []
+    loaded: list[Any] = []
+
+    def load(text: str, other: str) -> None:
+        scorer.others[threading.get_ident()] = other
+        loaded.append(scorer.engine.load(text))
+
+    threads = [threading.Thread(target=load, args=texts, daemon=True) for texts in ((TEXT, OTHER), (OTHER, TEXT))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(loaded) == 2
+    assert len(scorer.told) == 1
+    assert "by one that waits for it" in scorer.told[0]
+    assert not scorer.engine.registry._memory.awaited

@@ -57,7 +57,7 @@ def test_sliding_layers_without_a_window_see_everything(window: int | None) -> N
     model.config.sliding_window = window
     assert layout_of(model.config, 2048).windows == (None,) * 4
     model.config.sliding_window = 1
-    with pytest.raises(UnsupportedModelError, match="sliding_window of 1"):
+    with pytest.raises(UnsupportedModelError, match="sliding_window 1"):
         layout_of(model.config, 2048)
 
 

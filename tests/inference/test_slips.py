@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import Gemma3nConfig, LlamaForSequenceClassification, LlamaModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3nConfig, LlamaForSequenceClassification, LlamaModel
 
 import families
 from conftest import SHAPE, TEXT, tiny_model, tiny_tokenizer
@@ -30,6 +30,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype is 'int8'"),
     ({"dtype": "nn"}, "dtype is 'nn'"),
     ({"dtype": None}, "dtype is None"),
+    ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
     ({"torch_dtype": torch.bfloat16}, "torch_dtype is called dtype"),
     ({"device": "gpu"}, "device is 'gpu'"),
     ({"device": None}, "device is None"),
@@ -52,6 +53,54 @@ def test_a_dtype_may_be_told_in_any_way(folder: Path, dtype: Any) -> None:
 def test_a_folder_that_does_not_exist_is_no_hub_id(path: Any) -> None:
     with pytest.raises(InputError, match="does not exist"):
         KVzipEngine.from_pretrained(path)
+
+
+@pytest.mark.parametrize("given", [None, 5, ""])
+def test_what_names_no_model_is_told(given: Any) -> None:
+    with pytest.raises(InputError, match="a model is a hub id, a folder"):
+        KVzipEngine.from_pretrained(given)
+
+
+def test_a_file_that_is_no_gguf_is_told(folder: Path) -> None:
+    with pytest.raises(InputError, match="a model is a hub id, a folder"):
+        KVzipEngine.from_pretrained(folder / "config.json")
+
+
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_configuration_may_be_given(folder: Path, as_path: bool) -> None:
+    config = folder if as_path else AutoConfig.from_pretrained(folder)
+    ids = [5, 6, 7]
+    given, plain = KVzipEngine.from_pretrained(folder, config=config), KVzipEngine.from_pretrained(folder)
+    assert torch.equal(given.logits(None, ids), plain.logits(None, ids))
+
+
+LACKING: dict[str, tuple[Callable[[], Any], str]] = {
+    "a head": (lambda: LlamaForSequenceClassification(tiny_model(tie_word_embeddings=False).config), "lm_head.weight"),
+    "a matrix": (tiny_model, "model.layers.1.mlp.up_proj.weight"),
+    "a language model's head": (lambda: tiny_multimodal("mistral3").model, "lm_head"),
+}
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_weights_that_are_missing_are_not_made_up(what: str, tmp_path: Path) -> None:
+    made, name = LACKING[what]
+    made().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop(name, None)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks weights of .* such as .*{name}"):
+        KVzipEngine.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "deepseek_v3", "falcon_h1", "gemma2", "gemma4_text", "gpt_oss", "kimi_linear", "llama4_text"])
+def test_a_saved_model_lacks_nothing(kind: str, tmp_path: Path) -> None:
+    model = families.tiny_family(kind)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    ids = [5, 6, 7]
+    read, plain = KVzipEngine.from_pretrained(tmp_path), KVzipEngine(model, tiny_tokenizer())
+    assert torch.equal(read.logits(None, ids), plain.logits(None, ids))
 
 
 @pytest.mark.parametrize("given", ["a name", None, "swapped"])

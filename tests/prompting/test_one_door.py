@@ -58,6 +58,7 @@ TEMPLATES = [
     "harmony",
     "smolvlm",
     "llava",
+    "mixed",
 ]
 MODELS: dict[str, Callable[[], Tokenizer]] = {"bytes": _byte_level, "sentencepiece": _sentencepiece, "unigram": _unigram}
 

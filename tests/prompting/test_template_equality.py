@@ -176,8 +176,7 @@ def rendered(pair: Pair, shown: Messages, tools: Any) -> str:
     """The rendering of messages as they are, on the day that prompts print."""
     template = re.sub(r"strftime_now\('(.*?)'\)", lambda found: repr(DAY.strftime(found[1])), pair.tokenizer.chat_template)
     kwargs = {"date_string": "26 Jul 2024", "chat_template": template, **pair.family.kwargs}
-    if pair.family.parts:
-        shown = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in shown]
+    shown = [{**m, "content": [{"type": "text", "text": m["content"]}]} if m["role"] in pair.family.parts else m for m in shown]
     try:
         return pair.tokenizer.apply_chat_template(shown, tools=tools, tokenize=False, add_generation_prompt=True, **kwargs)
     except Exception as error:

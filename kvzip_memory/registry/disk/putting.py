@@ -8,7 +8,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from kvzip_memory.errors import BudgetError, StorageError
+from kvzip_memory.errors import StorageError
 from kvzip_memory.registry.disk.entry import Entry, completed
 from kvzip_memory.registry.disk.files import PreparedFile, replace_with
 from kvzip_memory.registry.disk.folder import Folder
@@ -31,8 +31,11 @@ class Putting:
         self._one = threading.Lock()
         refuse_after_fork(self, "_one")
 
-    def put(self, prepared: PreparedFile, entry: Entry) -> None:
+    def put(self, prepared: PreparedFile, entry: Entry, locked: bool) -> None:
         """Write a file, in the place of an older one.
+
+        Args:
+            locked: whether the caller holds the key's lock. Who does not leaves alone what others are writing under it.
 
         Raises:
             BudgetError: it does not fit, or only pinned contexts could make room.
@@ -45,8 +48,8 @@ class Putting:
         with self._one:  # two writers of one key would have one reservation
             try:
                 self._keeper.owed.discard(entry.key)
-                replaces = self._reserve(entry)
-                for left in self._folder.temporaries():  # by a writer of this key that was killed
+                replaces = self._reserve(entry, locked)
+                for left in self._folder.temporaries() if locked else ():  # by a writer of this key that was killed
                     if left.name.startswith(f"{entry.key}."):
                         left.unlink(missing_ok=True)
                 make_folder(path.parent)
@@ -56,26 +59,30 @@ class Putting:
                 replace_with(path, temporary)
                 self._insert(entry, None if replaces else path)
             except BaseException:
-                self._keeper.owed.add(entry.key)
+                if locked:
+                    self._keeper.owed.add(entry.key)
+                else:  # what is counted for the key may be another writer's; that is collected once nobody has its lock
+                    with suppress(OSError):
+                        temporary.unlink(missing_ok=True)
                 self._tidying.doubtful |= os.path.lexists(path) or os.path.lexists(temporary)
                 with suppress(OSError):
                     self._keeper.opened()
                 raise
 
     @needs_index
-    def _reserve(self, entry: Entry) -> bool:
+    def _reserve(self, entry: Entry, locked: bool) -> bool:
         """Make room for a file and count it as being written; whether it takes the place of an older one.
 
         That one stays until the new one is whole, unless there is room for one of them alone.
         """
         self._keeper.collect_dead_writers()
         with self._keeper.changing() as rows:
+            if not locked and entry.key in rows.totals()[1]:
+                raise StorageError("another process is writing it")
             old = rows.entry(entry.key)
-            try:
+            if old is None or self._tidying.fits(rows, entry):
                 self._tidying.make_room(rows, entry, 0)
-            except BudgetError:
-                if old is None:
-                    raise
+            else:
                 self._tidying.make_room(rows, entry, old.file_nbytes)
                 self._tidying.drop(rows, old)
                 rows.remember_lost(old)

@@ -148,7 +148,7 @@ class DiskTier:
         def checked(facts: Mapping[str, Any]) -> None:
             if is_past(facts["created"], facts["expires"]):
                 with suppress(OSError):
-                    self.remove(key)
+                    self.remove(key, expired=True)
                 raise NotStoredError("expired")
             if is_past(facts["created"], None, ttl):
                 raise NotStoredError(f"expired: its text was read more than ttl={ttl:g} s ago")
@@ -197,12 +197,12 @@ class DiskTier:
         names: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
         pinned: bool = False,
+        locked: bool = True,
     ) -> None:
-        """Store a context that holds its pairs itself. The caller holds its lock, see :class:`Builders`.
+        """Store a context that holds its pairs itself. The caller holds its lock, see :class:`Builders`, if that is ``locked``.
 
         Raises:
-            BudgetError: it does not fit, or only pinned contexts could make room.
-            OSError: it cannot be written; nothing has changed.
+            BudgetError, OSError: it cannot be written, see :meth:`Putting.put`; nothing has changed.
         """
         self.folder.check_writable()
         given = dict(names or {}), tuple(tags)
@@ -213,7 +213,7 @@ class DiskTier:
             used=time.time(),
             beginning=beginning(context.token_ids.numpy()),
         )
-        self._putting.put(prepared, entry)
+        self._putting.put(prepared, entry, locked)
 
     def _quarantine(self, key: str, reason: str) -> None:
         """Take a file out of use and remember why. In a folder that cannot be written it stays, and is refused again."""
@@ -358,12 +358,14 @@ class DiskTier:
                 rows.note(self.folder.tenant, key, forgotten)
 
     @needs_index
-    def remove(self, key: str, for_good: bool = False) -> bool:
+    def remove(self, key: str, for_good: bool = False, expired: bool = False) -> bool:
         """Delete a context; False if there was none. One that somebody wants to be gone is not written again by other processes."""
         path = self.folder.path(key)
         with self._keeper.changing() as rows:
             known = rows.entry(key) or rows.lost(key) or (self.folder.entry_of_file(path) if self.folder.has(key) else None)
             if known is not None and not self.folder.is_mine(known):
+                return False
+            if expired and ((now := self.folder.entry_of_file(path)) is None or not now.expired):  # stored anew meanwhile
                 return False
             rows.forget_lost(key)
             if for_good:

@@ -60,6 +60,10 @@ class Tidying:
         delete(self._folder.root / "quarantine" / row["file"])
         rows.remove_bad(row)
 
+    def fits(self, rows: Rows, new: Entry) -> bool:
+        """Whether a file has room beside all that is there."""
+        return self.budget is None or rows.usage() + new.file_nbytes <= self.budget
+
     def make_room(self, rows: Rows, new: Entry, replaced: int) -> None:
         """Delete what was used longest ago until ``new`` fits in place of ``replaced`` bytes; nothing if it cannot."""
         if self.budget is None:
