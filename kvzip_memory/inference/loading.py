@@ -72,14 +72,16 @@ def load_model(
     if not isinstance(model, str | Path) or not str(model) or (os.path.isfile(model) and Path(model).suffix != ".gguf"):
         raise InputError(f"a model is a hub id, a folder or a .gguf file, not {brief(model)}")
     if "torch_dtype" in model_kwargs:
-        raise InputError("torch_dtype is called dtype")
+        raise InputError("give dtype= in the place of torch_dtype=")
     dtype, device = _dtype(dtype), _device(device)
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
     shared = {k: model_kwargs[k] for k in _OF_ALL_FILES if k in model_kwargs}
-    source = Path(model)
+    source = Path(model).expanduser()
     is_gguf = source.suffix == ".gguf"
-    if (is_gguf and not os.path.isfile(source)) or (_is_path(model) and not source.expanduser().exists()):
+    if _is_path(model):
+        model = source
+    if not os.path.isfile(source) if is_gguf else isinstance(model, Path) and not source.exists():
         raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
     with _conversion(source, dtype, (cache_dir or DEFAULT_CACHE).absolute()) if is_gguf else nullcontext(model) as model:
         if is_gguf and not Path(model, "tokenizer.json").exists():

@@ -31,7 +31,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "nn"}, "dtype is 'nn'"),
     ({"dtype": None}, "dtype is None"),
     ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'"),
-    ({"torch_dtype": torch.bfloat16}, "torch_dtype is called dtype"),
+    ({"torch_dtype": torch.bfloat16}, "give dtype= in the place"),
     ({"device": "gpu"}, "device is 'gpu'"),
     ({"device": None}, "device is None"),
     ({"device": "cuda:99"}, "device is 'cuda:99'"),
@@ -53,6 +53,11 @@ def test_a_dtype_may_be_told_in_any_way(folder: Path, dtype: Any) -> None:
 def test_a_folder_that_does_not_exist_is_no_hub_id(path: Any) -> None:
     with pytest.raises(InputError, match="does not exist"):
         KVzipEngine.from_pretrained(path)
+
+
+def test_a_tilde_is_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert KVzipEngine.from_pretrained(f"~/{folder.name}").model.config.vocab_size == SHAPE["vocab_size"]
 
 
 @pytest.mark.parametrize("given", [None, 5, ""])
