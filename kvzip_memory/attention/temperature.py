@@ -13,7 +13,8 @@ from torch import Tensor
 
 def is_tempered(module: Any) -> bool:
     """Whether a layer's attention has scaled the queries."""
-    return getattr(module, "attn_temperature_tuning", False) and not getattr(module, "use_rope", True)
+    fields = vars(module)  # asked of every layer in every step, and modules are slow to say that they lack one
+    return bool(fields.get("attn_temperature_tuning")) and not fields.get("use_rope", True)
 
 
 def tempered(module: Any, query: Tensor, cached: int, positions: Tensor) -> Tensor:

@@ -233,11 +233,12 @@ def memory_tools(engine: KVzipEngine) -> Callable[[], object]:
 def test_a_text_that_is_deleted_as_it_has_expired_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoder, "_LONG", 16)
     monkeypatch.setattr(encoder, "_REMEMBERED", 1000)
-    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5, ttl=0.1)
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5, ttl=60)
     engine.load(f"{FILLER}{SECRET}", name="page")
     engine.registry.flush()
     assert any(SECRET in text for text in remembered(engine))
-    time.sleep(0.2)
+    later = time.time() + 3600
+    monkeypatch.setattr(time, "time", lambda: later)
     assert engine.registry.gc()["expired"] == 1
     assert not any(SECRET in text for text in remembered(engine))
     engine.close()
