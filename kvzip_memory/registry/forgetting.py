@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
+from kvzip_memory.registry.cleaning import Cleaning
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
@@ -34,9 +35,16 @@ class Forgetting:
     """
 
     def __init__(
-        self, memory: Memory, backing: Backing, writing: Writing, catalogue: Catalogue, forgets: Callable[[], object] = lambda: None
+        self,
+        memory: Memory,
+        backing: Backing,
+        writing: Writing,
+        catalogue: Catalogue,
+        cleaning: Cleaning,
+        forgets: Callable[[], object] = lambda: None,
     ) -> None:
-        self._memory, self._backing, self._writing, self._catalogue, self._forgets = memory, backing, writing, catalogue, forgets
+        self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
+        self._cleaning, self._forgets = cleaning, forgets
 
     def is_removed(self, key: str) -> bool:
         """Whether a context was deleted here and loaded again neither here nor by another process."""
@@ -65,9 +73,9 @@ class Forgetting:
             self._writing.untell(entry.key)
             for held in self._memory.here(entry.key):
                 held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
-        for label in self._backing.names.of_context(entry.key):
-            self._backing.names.take(label.tenant, label.name, label.family, label.key)
-        self._backing.attempt("clean", lambda disk: disk.clean(entry.key))
+        for name in entry.names:
+            self._backing.names.take(entry.tenant, name, family_of(entry.identity), entry.key)
+        self._cleaning.later(entry.key)
         self._forgets()
         return replace(entry, names={})
 

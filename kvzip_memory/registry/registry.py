@@ -12,6 +12,7 @@ import torch
 from kvzip_memory.context import CompressedContext, Lease
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
+from kvzip_memory.registry.cleaning import Cleaning
 from kvzip_memory.registry.counts import Counts
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import write_context
@@ -80,8 +81,9 @@ class ContextRegistry(Shared):
         self._catalogue = Catalogue(self._memory, self._backing, self._writing)
         self._moves = Moves(self._memory, self._backing, self._writing, self._counts)
         self._lookup = Lookup(self._memory, self._backing, self._writing, self._moves, self._catalogue, self._counts)
-        self._forgetting = Forgetting(self._memory, self._backing, self._writing, self._catalogue, forgets)
-        refuse_after_fork(self, "_backing", "_memory", "_writing", "_catalogue", "_moves", "_lookup", "_forgetting")
+        self._cleaning = Cleaning(self._backing)
+        self._forgetting = Forgetting(self._memory, self._backing, self._writing, self._catalogue, self._cleaning, forgets)
+        refuse_after_fork(self, "_backing", "_memory", "_writing", "_catalogue", "_moves", "_lookup", "_cleaning", "_forgetting")
 
     @property
     def no_disk(self) -> str | None:
@@ -329,8 +331,9 @@ class ContextRegistry(Shared):
         }
 
     def flush(self) -> None:
-        """Wait until everything built so far is on disk, as far as that can be."""
+        """Wait until everything built so far is on disk, and what was deleted is overwritten there, as far as that can be."""
         self._writing.flush()
+        self._cleaning.now()
 
     def close(self) -> None:
         """Flush and let go of the folder. What is in memory stays usable, what is built from now on stays there.
@@ -339,4 +342,5 @@ class ContextRegistry(Shared):
         was forked has nothing to close.
         """
         if not is_parents(self):
+            self._cleaning.now()
             self._writing.close()

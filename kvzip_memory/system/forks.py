@@ -5,7 +5,9 @@ ever, what it was to do is never done, and its connections and files are the par
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -13,8 +15,42 @@ from weakref import WeakKeyDictionary
 from kvzip_memory.errors import ForkedError
 from kvzip_memory.system.threads import release
 
+_WAIT_S = 10.0  # for what must not be under way while the process is forked
+
+_before: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _actions: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _kept: list[object] = []
+
+
+# Threads in blocks that no fork cuts in two, whether one forks, and how deep each thread is in such blocks.
+_changed = threading.Condition()
+_inside, _forking = 0, False
+_mine = threading.local()
+
+
+@contextmanager
+def unforked() -> Iterator[None]:
+    """A block that no fork cuts in two: who forks waits for the threads that are in one, and they wait for who forks."""
+    global _inside
+    changed, depth = _changed, getattr(_mine, "depth", 0)
+    if not depth:
+        with changed:
+            changed.wait_for(lambda: not _forking)
+            _inside += 1
+    _mine.depth = depth + 1
+    try:
+        yield
+    finally:
+        _mine.depth = depth
+        if not depth and changed is _changed:  # not that of the parent
+            with changed:
+                _inside -= 1
+                changed.notify_all()
+
+
+def before_fork(owner: object, action: Callable[[Any], None]) -> None:
+    """Have something done with an object whenever the process is forked, while no thread is in an :func:`unforked` block."""
+    _before[owner] = action
 
 
 def after_fork(owner: object, action: Callable[[Any], None]) -> None:
@@ -53,10 +89,31 @@ class _Refusing:
     __getattr__ = __enter__ = __exit__ = __call__ = __iter__ = __len__ = __getitem__ = __setitem__ = __contains__ = _refused
 
 
+def _before_fork() -> None:
+    release()  # GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them
+    global _forking
+    with _changed:
+        _changed.wait_for(lambda: not _forking)
+        _forking = True
+        is_quiet = _changed.wait_for(lambda: _inside == bool(getattr(_mine, "depth", 0)), _WAIT_S)
+    if is_quiet:
+        for owner, action in list(_before.items()):
+            action(owner)
+
+
+def _in_parent() -> None:
+    global _forking
+    with _changed:
+        _forking = False
+        _changed.notify_all()
+
+
 def _in_child() -> None:
+    global _changed, _inside, _forking, _mine
+    _changed = threading.Condition()
+    _inside, _forking, _mine = 0, False, threading.local()
     for owner, action in list(_actions.items()):
         action(owner)
 
 
-# GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them.
-os.register_at_fork(before=release, after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -1,6 +1,7 @@
 """What names mean, in the folder: what is remembered of files that were read is no older than they are."""
 
 import os
+import time
 
 import pytest
 
@@ -54,9 +55,22 @@ def test_what_was_read_is_remembered_until_it_changes(folder, change, mine, sett
     act, then = CHANGES[change]
     act(names if mine else Names(folder))
     assert known(names) == then == known(Names(folder))
-    for key in "abc":
-        of_context = sorted(label.name for label in names.of_context(key * 64))
-        assert of_context == [name for name, of in then if of == key] == sorted(label.name for label in Names(folder).of_context(key * 64))
+
+
+@pytest.mark.parametrize("given", ["before", "after"])
+@pytest.mark.parametrize("given_by", ["this process", "another", "this process, not written"])
+def test_a_context_that_was_removed_loses_the_names_that_it_had_then(folder, given_by, given):
+    names = Names(folder)
+    give(names, "second", "b")
+    removed = time.time() + (60 if given == "before" else 0)
+    if given_by == "this process, not written":
+        names.give(Label("first", None, "0" * 64, "a" * 64))
+    else:
+        give(names if given_by == "this process" else Names(folder), "first")
+    names.take_all({"a" * 64: removed})
+    assert known(names) == ([("second", "b")] if given == "before" else [("first", "a"), ("second", "b")])
+    names.write_all()
+    assert known(names) == known(Names(folder))
 
 
 def test_files_as_they_were_are_not_read_again(folder, monkeypatch):

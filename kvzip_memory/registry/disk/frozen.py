@@ -14,7 +14,7 @@ from diskcache.core import MODE_RAW
 from kvzip_memory.registry.disk.index import Index, IndexDamagedError, check_plain
 from kvzip_memory.registry.disk.schema import oddity
 from kvzip_memory.system.checksums import PLAIN, Checksums
-from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.forks import refuse_after_fork, unforked
 from kvzip_memory.system.locks import QUIET_S
 
 
@@ -61,7 +61,8 @@ def _sound_rows(database: Path, checksums: Checksums) -> dict[str, str]:
     except IndexDamagedError:
         return {}
     for how in ("mode=ro", "immutable=1"):
-        with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{quote(str(database))}?{how}", uri=True, timeout=QUIET_S)) as opened:
+        address = f"file:{quote(str(database))}?{how}"
+        with suppress(sqlite3.Error), unforked(), closing(sqlite3.connect(address, uri=True, timeout=QUIET_S)) as opened:
             if oddity(opened) is not None:
                 return {}
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()

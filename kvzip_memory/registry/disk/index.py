@@ -20,9 +20,10 @@ import diskcache
 from diskcache.core import DEFAULT_SETTINGS, MODE_RAW, UNKNOWN
 
 from kvzip_memory.errors import ForkedError, StorageError
+from kvzip_memory.registry.disk.connected import Connected
 from kvzip_memory.registry.disk.schema import oddity
 from kvzip_memory.system.checksums import PLAIN, Checksums
-from kvzip_memory.system.forks import refuse_after_fork
+from kvzip_memory.system.forks import refuse_after_fork, unforked
 from kvzip_memory.system.locks import QUIET_S
 from kvzip_memory.system.private import is_file, open_file
 
@@ -119,7 +120,7 @@ class Index:
             if not is_free(folder, QUIET_S):  # diskcache would try for a minute
                 raise IndexHeldError()
             check_database(folder)
-            self._rows = diskcache.Cache(str(folder), timeout=QUIET_S, disk=_Rows, **_SETTINGS)
+            self._rows: Any = Connected(str(folder), timeout=QUIET_S, disk=_Rows, **_SETTINGS)
         refuse_after_fork(self, "_lock", "_rows")
 
     def get(self, key: str) -> Row | None:
@@ -145,7 +146,7 @@ class Index:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
-        with self._lock:
+        with self._lock, unforked():
             self._roll_back(self._open)  # what an interrupt has left open
             transaction = self._open = self._rows.transact()
             try:
@@ -239,7 +240,7 @@ def check_database(folder: Path) -> None:
     """Raises:
     IndexDamagedError: the database holds more than tables of ours.
     """
-    with closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
+    with unforked(), closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
         if (odd := oddity(database)) is not None:
             raise IndexDamagedError(odd)
 
@@ -247,7 +248,7 @@ def check_database(folder: Path) -> None:
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:
     """Whether an index can be written, as far as locks go; waits so long for others."""
     try:
-        with closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
+        with unforked(), closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
     except sqlite3.Error as error:
@@ -262,7 +263,8 @@ def _is_held(error: sqlite3.Error) -> bool:
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
-        yield
+        with unforked():
+            yield
     except (IndexDamagedError, IndexUnavailableError, ForkedError, UnicodeEncodeError):  # the last is what was asked for
         raise
     except diskcache.Timeout as error:

@@ -259,6 +259,27 @@ class Keeper:
 
         return self.sound(empty)
 
+    def rewrite(self, only_unclean: bool = False) -> None:
+        """Write the index anew, so that its free pages hold nothing of what was forgotten. Where another process reads it, that is left
+        to the next who forgets something or opens the folder."""
+
+        def overwrite() -> None:
+            rows = self.opened()
+            found = rows.unclean()
+            if found is None and only_unclean:
+                return
+            rows.index.rewrite()
+            with rows.transaction():
+                if rows.unclean() == found:  # nothing was forgotten meanwhile
+                    rows.set_clean()
+
+        try:
+            self.sound(overwrite)
+        except IndexHeldError:
+            logger.warning(
+                "another process reads the index of %s: until that is written anew, free pages of it may hold tags", self._folder.root
+            )
+
     def unreserve(self, key: str) -> None:
         """Give back what is counted for a file that is not being written any more."""
 

@@ -12,7 +12,6 @@ from kvzip_memory.registry.disk.builders import Builders
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import copy_with_catalog, replace_with
 from kvzip_memory.registry.disk.folder import Folder
-from kvzip_memory.registry.disk.index import IndexHeldError
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
 from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.disk.tidying import Tidying
@@ -47,7 +46,7 @@ class Leaving:
         self._keeper.empty_quarantine()  # of what was found damaged meanwhile
         self._builders.unreport_all()
         self._write_catalogs()
-        self.rewrite_index()
+        self._keeper.rewrite()
         return deleted, kept
 
     @needs_index
@@ -141,13 +140,3 @@ class Leaving:
                     rows.set_stale(key, False)
         finally:
             temporary.unlink(missing_ok=True)
-
-    @needs_index
-    def rewrite_index(self) -> None:
-        """Overwrite what the index says of what was deleted."""
-        try:
-            self._keeper.opened().index.rewrite()
-        except IndexHeldError:
-            logger.warning(
-                "another process reads the index of %s: until that is written anew, free pages of it may hold tags", self._folder.root
-            )

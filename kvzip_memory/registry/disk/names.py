@@ -84,12 +84,6 @@ class Names:
         """What a name means to all tenants, the last loaded last."""
         return _in_order(label for label in self.all() if label.name == name)
 
-    def of_context(self, key: str) -> list[Label]:
-        """Every name that means a context."""
-        new, seen = self._all()
-        files = [file for file, known in seen.items() if any(label.key == key for label in [*known.values(), *new.get(file, {}).values()])]
-        return [label for file in files for label in _latest(seen[file], new.get(file, {})).values() if label.key == key]
-
     def all(self) -> Iterator[Label]:
         """What every name means."""
         new, seen = self._all()
@@ -143,7 +137,7 @@ class Names:
             OSError: see :meth:`write`.
         """
         now = self._known(_file_of(tenant, name)).get(family)
-        if now is not None and now.key not in ("", key):
+        if now is None or now.key not in ("", key):
             return
         file = _file_of(tenant, name)
         before = self._new.get(file, {}).get(family)
@@ -156,6 +150,19 @@ class Names:
             if before is not None:
                 with self._lock:
                     self._new.setdefault(file, {}).setdefault(family, before)
+
+    def take_all(self, removed: Mapping[str, float]) -> None:
+        """Take every name away from contexts that were removed, by key and when, unless it was given after that.
+
+        Raises:
+            OSError: see :meth:`write`.
+        """
+        new, seen = self._all()
+        for file, known in seen.items():
+            if any(label.key in removed for label in [*known.values(), *new.get(file, {}).values()]):
+                for label in _latest(known, new.get(file, {})).values():
+                    if label.key in removed and label.loaded < removed[label.key]:
+                        self.take(label.tenant, label.name, label.family, label.key)
 
     def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
         """A context has left the memory: with it goes its name, if that is written nowhere."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,7 @@ from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.identity import EVERYONE, family_of
 
 _CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
+_UNCLEAN = "unclean"  # the row that free pages may still hold what was forgotten, until the index is written anew
 _FORGOTTEN = "forgotten"  # the row of the notes of operators; those of a tenant have its digest behind it
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _CATALOG = "catalog:"  # of a context whose file names tags that its row has not
@@ -198,6 +200,14 @@ class Rows:
         notes = self.notes(tenant)
         notes.add(key, tag)
         self.index.set(_notes_of(tenant), notes.row)
+        self.index.set(_UNCLEAN, {"since": time.time_ns()})
+
+    def unclean(self) -> Mapping[str, Any] | None:
+        """What tells that the index is to be written anew, as something was forgotten since; None if it is not."""
+        return self.index.get(_UNCLEAN)
+
+    def set_clean(self) -> None:
+        self.index.delete(_UNCLEAN)
 
     def _notes(self, row: str, operators: Notes | None = None) -> Notes:
         found = self.index.get(row)

@@ -127,8 +127,8 @@ class DiskTier:
     @needs_index
     def _tidy(self) -> None:
         """What killed processes have left, when a folder is opened."""
-        self._keeper.opened()
         self._keeper.tidy()
+        self._keeper.rewrite(only_unclean=True)
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
@@ -378,10 +378,10 @@ class DiskTier:
             delete(path)
         return existed
 
-    def clean(self, key: str) -> None:
-        """Overwrite what the index and notes of its build say of a context that was removed for good."""
-        self.builders.unreport(key)
-        self._leaving.rewrite_index()
+    def clean(self, removed: Mapping[str, float]) -> None:
+        """Overwrite what the index says of contexts removed for good, by key and when, and take the names of these that no row knew."""
+        self._keeper.rewrite()
+        self.names.take_all(removed)
 
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str] = ()) -> tuple[list[Entry], list[Entry]]:
         """Take tags from contexts, and delete those that nobody holds then. Nothing of these stays in the folder: the quarantine is
