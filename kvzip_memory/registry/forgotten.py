@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,35 +31,44 @@ class Note:
 
 
 class Notes:
-    """The latest notes of a tenant in a folder. Of what there is no note any more everything may have been forgotten.
+    """The latest notes of a tenant in a folder, immutable. Of what there is no note any more everything may have been forgotten.
 
     Args:
         row: as :attr:`row` was; None where nothing was ever forgotten.
-        operators: those of who forgets for all tenants, which are read, too.
     """
 
-    def __init__(self, row: Mapping[str, Any] | None, operators: Notes | None = None) -> None:
-        row, self._operators = row or {}, operators
+    _operators: Notes | None = None
+
+    def __init__(self, row: Mapping[str, Any] | None) -> None:
+        row = row or {}
         self._before = float(row.get("before", row.get("time", 0.0)))  # the latter in rows of an earlier version
         self._notes = [Note(float(when), str(key), tuple(map(str, digests))) for when, key, digests in row.get("notes", ())]
+
+    def under(self, operators: Notes) -> Notes:
+        """These, together with those of who forgets for all tenants."""
+        both = copy(self)
+        both._operators = operators
+        return both
 
     @property
     def row(self) -> dict[str, Any]:
         return {"before": self._before, "notes": [[note.time, note.key, note.parts] for note in self._notes]}
 
-    def add(self, key: str = "", tag: str = "") -> None:
-        """Note that a tag was taken from a context, or from all; or that a context was deleted."""
+    def with_note(self, key: str = "", tag: str = "") -> Notes:
+        """These and one more: that a tag was taken from a context, or from all; or that a context was deleted."""
         what = _digest(key) if key else "", tuple(sorted(_digests(tag))) if tag else ()
-        self._notes = [note for note in self._notes if (note.key, note.parts) != what]
-        self._notes.append(Note(time.time(), *what))
-        if len(self._notes) > _LIMIT:
-            self._before = max(self._before, self._notes[-_LIMIT - 1].time)
-            self._notes = self._notes[-_LIMIT:]
+        more = copy(self)
+        more._notes = [*(note for note in self._notes if (note.key, note.parts) != what), Note(time.time(), *what)]
+        if len(more._notes) > _LIMIT:
+            more._before = max(self._before, more._notes[-_LIMIT - 1].time)
+            more._notes = more._notes[-_LIMIT:]
+        return more
 
     def deleted(self, key: str) -> float:
         """When a context was last deleted, as far as is known: seconds since the epoch, 0.0 for never."""
         before = self._operators.deleted(key) if self._operators else 0.0
-        return max(before, self._last(note for note in self._notes if not note.parts and note.key == _digest(key)))
+        digest_of_key = _digest(key)
+        return max(before, self._last(note for note in self._notes if note.key == digest_of_key and not note.parts))
 
     def taken(self, key: str, tag: str) -> float:
         """The same of a tag of a context."""

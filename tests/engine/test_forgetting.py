@@ -991,10 +991,10 @@ def test_what_could_not_be_deleted_is_still_there(tmp_path: Path, action: str, m
 
 def test_notes_of_what_was_forgotten_are_not_endless() -> None:
     notes = Notes(None)
-    notes.add("a" * 64)
+    notes = notes.with_note("a" * 64)
     first = time.time()
     for number in range(1200):
-        notes.add(tag=f"thread: {number}")
+        notes = notes.with_note(tag=f"thread: {number}")
     notes = Notes(json.loads(json.dumps(notes.row)))
     now = time.time()
     assert len(notes.row["notes"]) == 1000

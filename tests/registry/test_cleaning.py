@@ -47,7 +47,7 @@ def told(folder, count):
     """Of which contexts the folder holds the key, the name or the tag anywhere."""
     files = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
     names = [path.name for path in folder.rglob("*")]
-    words = {i: (wanted(i).key.encode(), f"page {i}\"".encode(), f"Ottoline {i}.".encode()) for i in range(count)}
+    words = {i: (wanted(i).key.encode(), f'page {i}"'.encode(), f"Ottoline {i}.".encode()) for i in range(count)}
     return [i for i in words if any(w in data for w in words[i] for data in files) or any(wanted(i).key in name for name in names)]
 
 

@@ -124,14 +124,21 @@ class Index:
         refuse_after_fork(self, "_lock", "_rows")
 
     def get(self, key: str) -> Row | None:
-        with _translated():
-            text = self._rows.get(key)
+        text = self.text(key)
         return None if text is None else self.unpacked(key, text, self._checksums)
 
-    def set(self, key: str, row: Mapping[str, Any]) -> None:
-        """Write a row in its place, or as the most recent one if it is new."""
+    def text(self, key: str) -> str | None:
+        """A row as it is stored. Equal texts are equal rows."""
+        with _translated():
+            text: str | None = self._rows.get(key)
+        return text
+
+    def set(self, key: str, row: Mapping[str, Any]) -> str:
+        """Write a row in its place, or as the most recent one if it is new; its text."""
+        text = self.packed(key, row, self._checksums)
         with self._lock, _translated():
-            self._rows.set(key, self.packed(key, row, self._checksums))
+            self._rows.set(key, text)
+        return text
 
     def move_to_end(self, key: str, row: Mapping[str, Any]) -> None:
         """Write a row as the most recent one. Inside a :meth:`transaction`."""

@@ -34,6 +34,7 @@ class Rows:
 
     def __init__(self, index: Index) -> None:
         self.index = index
+        self._noted: dict[str, tuple[str, Notes]] = {}  # what was last read of each row of notes, which are many
 
     def transaction(self) -> AbstractContextManager[None]:
         """All changes inside, or none; other processes wait."""
@@ -193,13 +194,13 @@ class Rows:
     def notes(self, tenant: str | None) -> Notes:
         """What was forgotten, by any process, of a tenant's."""
         operators = self._notes(_FORGOTTEN)
-        return operators if tenant == EVERYONE else self._notes(_notes_of(tenant), operators)
+        return operators if tenant == EVERYONE else self._notes(_notes_of(tenant)).under(operators)
 
     def note(self, tenant: str | None, key: str = "", tag: str = "") -> None:
         """Note that a tenant has forgotten something, see :meth:`Notes.add`."""
-        notes = self.notes(tenant)
-        notes.add(key, tag)
-        self.index.set(_notes_of(tenant), notes.row)
+        row = _notes_of(tenant)
+        notes = self._notes(row).with_note(key, tag)
+        self._noted[row] = self.index.set(row, notes.row), notes
         self.index.set(_UNCLEAN, {"since": time.time_ns()})
 
     def unclean(self) -> Mapping[str, Any] | None:
@@ -209,11 +210,17 @@ class Rows:
     def set_clean(self) -> None:
         self.index.delete(_UNCLEAN)
 
-    def _notes(self, row: str, operators: Notes | None = None) -> Notes:
-        found = self.index.get(row)
-        if found is not None and not is_forgotten(found):
-            raise IndexDamagedError("the row of what was forgotten is not one of ours")
-        return Notes(found, operators)
+    def _notes(self, row: str) -> Notes:
+        if (text := self.index.text(row)) is None:
+            return Notes(None)
+        before, notes = self._noted.get(row, ("", Notes(None)))
+        if text != before:
+            found = self.index.get(row)
+            if found is None or not is_forgotten(found):
+                raise IndexDamagedError("the row of what was forgotten is not one of ours")
+            notes = Notes(found)
+            self._noted[row] = text, notes
+        return notes
 
     # -- small things --------------------------------------------------------------------------------------------
 
