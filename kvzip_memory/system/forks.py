@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -28,28 +27,35 @@ _inside, _forking = 0, False
 _mine = threading.local()
 
 
-@contextmanager
-def unforked() -> Iterator[None]:
+class _Unforked:
     """A block that no fork cuts in two: who forks waits for the threads that are in one, and they wait for who forks."""
-    global _inside
-    changed, depth = _changed, getattr(_mine, "depth", 0)
-    if not depth:
-        with changed:
-            changed.wait_for(lambda: not _forking)
-            _inside += 1
-    _mine.depth = depth + 1
-    try:
-        yield
-    finally:
-        _mine.depth = depth
-        if not depth and changed is _changed:  # not that of the parent
-            with changed:
+
+    def __enter__(self) -> None:
+        global _inside
+        depth = getattr(_mine, "depth", 0)
+        if not depth:
+            with _changed:
+                while _forking:
+                    _changed.wait()
+                _inside += 1
+        _mine.depth = depth + 1
+
+    def __exit__(self, *error: object) -> None:
+        global _inside
+        depth = getattr(_mine, "depth", 0)
+        _mine.depth = max(0, depth - 1)
+        if depth == 1:  # 0 in a child that was forked in it
+            with _changed:
                 _inside -= 1
-                changed.notify_all()
+                if _forking:
+                    _changed.notify_all()
+
+
+unforked = _Unforked()
 
 
 def before_fork(owner: object, action: Callable[[Any], None]) -> None:
-    """Have something done with an object whenever the process is forked, while no thread is in an :func:`unforked` block."""
+    """Have something done with an object whenever the process is forked, while no thread is in an ``unforked`` block."""
     _before[owner] = action
 
 

@@ -168,7 +168,7 @@ def late(answers):
     free = threading.Event()
 
     def hold():
-        with forks.unforked():
+        with forks.unforked:
             free.wait()
 
     forks._WAIT_S = 0.2

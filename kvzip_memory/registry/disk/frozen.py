@@ -62,7 +62,7 @@ def _sound_rows(database: Path, checksums: Checksums) -> dict[str, str]:
         return {}
     for how in ("mode=ro", "immutable=1"):
         address = f"file:{quote(str(database))}?{how}"
-        with suppress(sqlite3.Error), unforked(), closing(sqlite3.connect(address, uri=True, timeout=QUIET_S)) as opened:
+        with suppress(sqlite3.Error), unforked, closing(sqlite3.connect(address, uri=True, timeout=QUIET_S)) as opened:
             if oddity(opened) is not None:
                 return {}
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ _DAMAGE = {
     sqlite3.SQLITE_MISMATCH,
 }
 
+
+_SOME = 100  # keys that are read at once, as diskcache does
 
 #: Why nothing is looked up or stored meanwhile.
 HELD = "another process holds the index locked"
@@ -153,7 +156,7 @@ class Index:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
-        with self._lock, unforked():
+        with self._lock, unforked:
             self._roll_back(self._open)  # what an interrupt has left open
             transaction = self._open = self._rows.transact()
             try:
@@ -181,12 +184,17 @@ class Index:
         with _translated():  # it reads a first row already
             keys = iter(reversed(self._rows) if newest_first else self._rows)
         while True:
-            with _translated():
-                key = next(keys, None)
-            if key is None:
+            some, damage = list[str](), None
+            try:
+                with _translated():
+                    some.extend(islice(keys, _SOME))
+            except IndexDamagedError as error:  # those before it are sound
+                damage = error
+            yield from (key[len(prefix) :] for key in some if key.startswith(prefix))
+            if damage is not None:
+                raise damage
+            if not some:
                 return
-            if key.startswith(prefix):
-                yield key[len(prefix) :]
 
     def rewrite(self) -> None:
         """Write the database anew: neither free pages nor SQLite's log hold what was deleted, by whatever version.
@@ -247,7 +255,7 @@ def check_database(folder: Path) -> None:
     """Raises:
     IndexDamagedError: the database holds more than tables of ours.
     """
-    with unforked(), closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
+    with unforked, closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
         if (odd := oddity(database)) is not None:
             raise IndexDamagedError(odd)
 
@@ -255,7 +263,7 @@ def check_database(folder: Path) -> None:
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:
     """Whether an index can be written, as far as locks go; waits so long for others."""
     try:
-        with unforked(), closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
+        with unforked, closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
     except sqlite3.Error as error:
@@ -270,7 +278,7 @@ def _is_held(error: sqlite3.Error) -> bool:
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
-        with unforked():
+        with unforked:
             yield
     except (IndexDamagedError, IndexUnavailableError, ForkedError, UnicodeEncodeError):  # the last is what was asked for
         raise
