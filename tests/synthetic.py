@@ -18,20 +18,24 @@ from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.index import Index
-from kvzip_memory.registry.identity import group_of, key_of
+from kvzip_memory.registry.identity import group_of, key_of, tokens_digest
 from kvzip_memory.system.digests import digest
 
 CPU = torch.device("cpu")
 IDENTITY: dict[str, Any] = {"format": 1, "ratio": 0.5, "tenant": None, "allocator": "global"}
 
 
+def token_ids(number: int) -> torch.Tensor:
+    return torch.arange(400, dtype=torch.int32) + 1000 * number
+
+
 def wanted(number: int, **changes: Any) -> Wanted:
-    identity = {**IDENTITY, "text": digest(number), **changes}
+    identity = {**IDENTITY, "text": digest(number), "tokens": tokens_digest(token_ids(number).numpy()), **changes}
     return Wanted(key_of(identity), identity, group_of(identity), f"page {number}")
 
 
 def context(number: int, pairs: int = 400) -> CompressedContext:
-    """Always the same for the same number."""
+    """Always the same for the same number, with so many of its 400 tokens' pairs."""
     generator = torch.Generator().manual_seed(number)
     layers = tuple(
         RaggedLayer(
@@ -45,7 +49,7 @@ def context(number: int, pairs: int = 400) -> CompressedContext:
     )
     asked = wanted(number)
     return CompressedContext(
-        asked.key, asked.identity, torch.arange(pairs, dtype=torch.int32), Resident(layers), 0, 0.5, 4 * pairs * 64, Recipe((), "", (), ())
+        asked.key, asked.identity, token_ids(number), Resident(layers), 0, 0.5, 4 * pairs * 64, Recipe((), "", (), ())
     )
 
 

@@ -101,7 +101,7 @@ def _before_fork() -> None:
     with _changed:
         _changed.wait_for(lambda: not _forking)
         _forking = True
-        is_quiet = _changed.wait_for(lambda: _inside == bool(getattr(_mine, "depth", 0)), _WAIT_S)
+        is_quiet = not getattr(_mine, "depth", 0) and _changed.wait_for(lambda: not _inside, _WAIT_S)
     if is_quiet:
         for owner, action in list(_before.items()):
             action(owner)

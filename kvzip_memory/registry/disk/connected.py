@@ -31,8 +31,9 @@ class Connected(diskcache.Cache):
         thread = threading.current_thread()
         if (con := self._opened.get(thread)) is not None:
             return con
-        for other in [other for other in self._opened if not other.is_alive()]:
-            self._opened.pop(other).close()
+        for other in list(self._opened):
+            if not other.is_alive() and (left := self._opened.pop(other, None)) is not None:
+                left.close()
         path = Path(self._directory, DBNAME)
         con = self._opened[thread] = sqlite3.connect(path, self._timeout, isolation_level=None, check_same_thread=False)
         with suppress(sqlite3.OperationalError):  # it has no settings yet
