@@ -48,9 +48,7 @@ def context(number: int, pairs: int = 400) -> CompressedContext:
         for _ in range(2)
     )
     asked = wanted(number)
-    return CompressedContext(
-        asked.key, asked.identity, token_ids(number), Resident(layers), 0, 0.5, 4 * pairs * 64, Recipe((), "", (), ())
-    )
+    return CompressedContext(asked.key, asked.identity, token_ids(number), Resident(layers), 0, 0.5, 4 * pairs * 64, Recipe((), "", (), ()))
 
 
 def same(one: CompressedContext, other: CompressedContext) -> bool:
