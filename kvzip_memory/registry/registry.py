@@ -269,7 +269,7 @@ class ContextRegistry(Shared):
 
     def verify(self, reference: str) -> str | None:
         """Check every byte of a stored context: None if it is sound, else what is wrong; it is in quarantine then."""
-        self.flush()
+        self._writing.flush()
         entry = self.one(reference)
         return self._backing.tier.verify(entry.key) if self._backing.tier is not None else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import re
 import shutil
 import time
@@ -24,6 +23,8 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from conftest import CHATML, ROOT, TEXT, tiny_model, tiny_tokenizer
+from forking import forked
+from forking import outcome as said_by
 from kvzip_memory import CompressedContext, IdentityMismatchError, KVzipEngine
 from kvzip_memory.errors import KVzipError
 from kvzip_memory.session import Session
@@ -438,26 +439,15 @@ def test_what_changes_is_noticed_harmless_or_refused(
 def test_after_a_fork_it_is_refused(way: Callable[[World], Given], tmp_path: Path) -> None:
     world = made(tiny_model(), tiny_tokenizer(), tmp_path)
     world.engine.registry.flush()
-    read, write = os.pipe()
-    if (child := os.fork()) == 0:
+
+    def answered() -> str:
         try:
             way(world)
-            said = "answered"
         except KVzipError as error:
-            said = f"refused: {error}"
-        except BaseException as error:
-            said = repr(error)
-        os.write(write, said.encode())
-        os._exit(0)
-    os.close(write)
-    deadline = time.monotonic() + 20
-    while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() > deadline:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            pytest.fail("the child hangs")
-        time.sleep(0.02)
-    said = os.read(read, 1 << 16).decode()
+            return f"refused: {error}"
+        return "answered"
+
+    said = said_by(forked(answered), 20)
     assert said.startswith("refused: ")
     assert "each process" in said
     assert documented()["`os.fork()`"][WAYS[way]] == "refused"

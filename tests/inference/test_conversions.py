@@ -18,6 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from forking import forked, outcome
 from kvzip_memory import StorageError
 from kvzip_memory.cli import app
 from kvzip_memory.inference import loading
@@ -230,23 +231,15 @@ def test_doctor_and_statistics_tell_of_conversions_and_of_what_is_none(source: P
 
 def as_another_user(use: Callable[[], object]) -> str:
     """What a user says who can only read: in a process that is theirs."""
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            if os.getuid() == 0:
-                os.setgroups([])
-                os.setresgid(65534, 65534, 65534)
-                os.setresuid(65534, 65534, 65534)
-            said = str(use())
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        said = file.read()
-    os.waitpid(child, 0)
-    return said
+
+    def theirs() -> object:
+        if os.getuid() == 0:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+        return use()
+
+    return outcome(forked(theirs))
 
 
 @pytest.fixture

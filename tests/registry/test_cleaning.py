@@ -12,7 +12,7 @@ import pytest
 
 from kvzip_memory.registry import ContextRegistry, cleaning
 from kvzip_memory.registry.disk.index import Index
-from tests.synthetic import CPU, context, processes, wanted
+from synthetic import CPU, context, processes, wanted
 
 
 @pytest.fixture

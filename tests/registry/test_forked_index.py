@@ -8,30 +8,10 @@ from contextlib import closing
 
 import pytest
 
+from forking import forked, outcome
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.system import forks
-from tests.synthetic import CPU, in_a_process, load, wanted
-
-
-def forked(work):
-    """What comes of work in a child that is forked now."""
-    read, write = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            said = str(work())
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(write, said.encode())
-        os._exit(0)
-    os.close(write)
-    return pid, read
-
-
-def outcome(pid, read):
-    with open(read) as file:
-        said = file.read()
-    os.waitpid(pid, 0)
-    return said
+from synthetic import CPU, in_a_process, load, wanted
 
 
 def use(folder, number):
@@ -71,7 +51,7 @@ def during(folder, held_by, answers):
     thread.start()
     begun.wait()
     child = forked(lambda: use(folder, 1))
-    said = outcome(*child)
+    said = outcome(child)
     thread.join()
     held = index.get("held")
     registry.close()
@@ -108,7 +88,7 @@ def outlived(folder, answers):
     time.sleep(0.5)
     registry.close()
     os.write(there, b".")
-    said = outcome(*child)
+    said = outcome(child)
     with closing(sqlite3.connect(folder / "index" / "cache.db")) as database:
         (sound,) = database.execute("PRAGMA integrity_check").fetchone()
     after = ContextRegistry(CPU, folder)
@@ -138,7 +118,7 @@ def storm(folder, answers):
             number += 1
 
     def fork():
-        said.extend(outcome(*forked(lambda: len(use(folder, 1)) > 0)) for _ in range(8))
+        said.extend(outcome(forked(lambda: len(use(folder, 1)) > 0)) for _ in range(8))
 
     said = []
     load(registry, 1)
@@ -176,7 +156,7 @@ def late(answers):
     thread.start()
     while not forks._inside:
         time.sleep(0.01)
-    said = outcome(*forked(lambda: forks._inside))
+    said = outcome(forked(lambda: forks._inside))
     free.set()
     thread.join()
     answers.put((said, forks._inside, forks._forking))

@@ -128,7 +128,11 @@ class Index:
 
     def get(self, key: str) -> Row | None:
         text = self.text(key)
-        return None if text is None else self.unpacked(key, text, self._checksums)
+        return None if text is None else self.parsed(key, text)
+
+    def parsed(self, key: str, text: str) -> Row:
+        """The row of what :meth:`text` gave."""
+        return self.unpacked(key, text, self._checksums)
 
     def text(self, key: str) -> str | None:
         """A row as it is stored. Equal texts are equal rows."""

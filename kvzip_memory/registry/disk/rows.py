@@ -215,8 +215,8 @@ class Rows:
             return Notes(None)
         before, notes = self._noted.get(row, ("", Notes(None)))
         if text != before:
-            found = self.index.get(row)
-            if found is None or not is_forgotten(found):
+            found = self.index.parsed(row, text)
+            if not is_forgotten(found):
                 raise IndexDamagedError("the row of what was forgotten is not one of ours")
             notes = Notes(found)
             self._noted[row] = text, notes
