@@ -79,10 +79,10 @@ def load_model(
     shared = {k: model_kwargs[k] for k in _OF_ALL_FILES if k in model_kwargs}
     source = Path(model).expanduser()
     is_gguf = source.suffix == ".gguf"
-    if _is_path(model):
+    if is_gguf or _is_path(model):
+        if not (os.path.isfile(source) if is_gguf else os.path.exists(source)):
+            raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
         model = source
-    if not os.path.isfile(source) if is_gguf else isinstance(model, Path) and not source.exists():
-        raise InputError(f"{str(source)!r} does not exist; give a .gguf file, a model folder or a hub id")
     with _conversion(source, dtype, (cache_dir or DEFAULT_CACHE).absolute()) if is_gguf else nullcontext(model) as model:
         if is_gguf and not Path(model, "tokenizer.json").exists():
             tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
