@@ -76,11 +76,11 @@ class Finder:
         other = f"; {len(entries)} of other models are" if entries else ""
         older = [entry.key[:12] for entry in self._registry.contexts() if reference in entry.former]
         other += f"; older ones of that name are, under their keys {', '.join(older)}" if older else ""
-        held = (
-            "; another process holds the index of cache_dir now, so what lies there is not found by its name"
-            if self._registry.is_held
-            else ""
-        )
+        held = ""
+        if self._registry.is_held:
+            held = "; another process holds the index of cache_dir now, so what lies there is not found by its name"
+        elif self._registry.no_disk is not None:
+            held = f"; only what is in memory is seen: {self._registry.no_disk}"
         short = "; a key is known by its first 8 digits at least" if _SHORT_OF_A_KEY.fullmatch(reference) else ""
         return other + held + short
 

@@ -76,7 +76,7 @@ def _document(item: Any) -> Document:
         return Document(item)
     if isinstance(item, Path):
         try:
-            return Document(item.read_text(encoding="utf-8-sig"), item.name, {"source": str(item)})
+            return Document(Path(os.path.expanduser(item)).read_text(encoding="utf-8-sig"), item.name, {"source": str(item)})
         except (OSError, ValueError) as error:  # not UTF-8, or no name at all
             raise InputError(f"cannot read {str(item)!r} as UTF-8 text: {error}") from error
     if hasattr(item, "page_content"):  # LangChain

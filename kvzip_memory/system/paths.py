@@ -11,13 +11,13 @@ from kvzip_memory.system.printable import brief
 
 
 def as_path(value: Any, where: str) -> Path:
-    """A path as the file system can hold it.
+    """A path as the file system can hold it, with ``~`` for the user's own folder.
 
     Raises:
         InputError: it cannot.
     """
     try:
-        path = Path(value)
+        path = Path(os.path.expanduser(Path(value)))
         if b"\0" in os.fsencode(path):
             raise ValueError("it has a null character")
         return path
@@ -27,4 +27,4 @@ def as_path(value: Any, where: str) -> Path:
 
 def as_folder(value: Any, where: str) -> Path:
     """A folder, wherever the process goes later; see :func:`as_path`."""
-    return Path(os.path.expanduser(as_path(value, where))).absolute()
+    return as_path(value, where).absolute()

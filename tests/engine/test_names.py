@@ -513,3 +513,13 @@ def test_no_tenant_is_called_by_what_stands_for_none(tenant: str, tmp_path: Path
         tiny_engine(cache_dir=tmp_path, tenant=tenant)
     with pytest.raises(InputError, match="give None for none"):
         KVzipEngine.from_pretrained(tmp_path / "no model", tenant=tenant)
+
+
+def test_what_is_not_seen_is_told(tmp_path: Path) -> None:
+    tiny_engine(cache_dir=tmp_path).load(TEXT, name="page")
+    engine = tiny_engine(cache_dir=tmp_path)
+    engine.close()
+    with pytest.raises(InputError, match=r"'page'.* only what is in memory is seen: the registry was closed"):
+        engine.get("page")
+    with pytest.raises(InputError, match=r"'page'.* only what is in memory is seen: no cache_dir was given"):
+        tiny_engine().get("page")

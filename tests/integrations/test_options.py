@@ -249,6 +249,19 @@ def test_a_path_that_no_file_can_have_is_named(engine: KVzipEngine, path: Any) -
         context.save("/")
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever one is taken, see the test before."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "page.txt").write_text("A page. " * 9)
+    engine = tiny_engine(cache_dir="~/cache")
+    context = engine.load(Path("~/page.txt"), name="page")
+    context.save("~/page.safetensors")
+    assert engine.open(Path("~/page.safetensors")).key == context.key
+    [load, *_] = create_memory_tools(engine, folder="~")
+    assert "page" in load.invoke({"path": "page.txt"})
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "page.txt", "page.safetensors"}
+
+
 def test_a_chat_template_that_is_none_is_named() -> None:
     engine = tiny_engine()
     context = engine.load("A page. " * 9)
