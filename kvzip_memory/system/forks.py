@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from _thread import interrupt_main
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
@@ -14,48 +17,39 @@ from weakref import WeakKeyDictionary
 from kvzip_memory.errors import ForkedError
 from kvzip_memory.system.threads import release
 
-_WAIT_S = 10.0  # for what must not be under way while the process is forked
+_WAIT_S = 10.0  # for threads in blocks that no fork is to cut in two
 
 _before: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _actions: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _kept: list[object] = []
 
-
-# Threads in blocks that no fork cuts in two, whether one forks, and how deep each thread is in such blocks.
-_changed = threading.Condition()
-_inside, _forking = 0, False
+_new_lock = threading.RLock
+_table = threading.RLock()  # of the next one; who forks has it
+_locks: dict[threading.Thread, Any] = {}  # of the threads that have been in such a block
 _mine = threading.local()
+_taken: list[Any] = []  # those that who forks has taken, or was about to
+_interrupted = False
 
 
-class _Unforked:
-    """A block that no fork cuts in two: who forks waits for the threads that are in one, and they wait for who forks."""
+def unforked() -> AbstractContextManager[Any]:
+    """A block that no fork cuts in two: who forks waits for the threads that are in one, and they wait for who forks.
 
-    def __enter__(self) -> None:
-        global _inside
-        depth = getattr(_mine, "depth", 0)
-        if not depth:
-            with _changed:
-                while _forking:
-                    _changed.wait()
-                _inside += 1
-        _mine.depth = depth + 1
-
-    def __exit__(self, *error: object) -> None:
-        global _inside
-        depth = getattr(_mine, "depth", 0)
-        _mine.depth = max(0, depth - 1)
-        if depth == 1:  # 0 in a child that was forked in it
-            with _changed:
-                _inside -= 1
-                if _forking:
-                    _changed.notify_all()
-
-
-unforked = _Unforked()
+    It is a lock of the thread's own, so that entering one costs nothing, and an interrupt cannot leave it half entered.
+    """
+    lock: Any = getattr(_mine, "lock", None)
+    if lock is None:
+        lock = _new_lock()
+        with _table:
+            for thread in [thread for thread in _locks if not thread.is_alive()]:
+                del _locks[thread]
+            _locks[threading.current_thread()] = lock
+        _mine.lock = lock
+    found: AbstractContextManager[Any] = lock
+    return found
 
 
 def before_fork(owner: object, action: Callable[[Any], None]) -> None:
-    """Have something done with an object whenever the process is forked, while no thread is in an ``unforked`` block."""
+    """Have something done with an object whenever the process is forked, while no thread is in an :func:`unforked` block."""
     _before[owner] = action
 
 
@@ -96,28 +90,47 @@ class _Refusing:
 
 
 def _before_fork() -> None:
+    global _interrupted
     release()  # GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them
-    global _forking
-    with _changed:
-        _changed.wait_for(lambda: not _forking)
-        _forking = True
-        is_quiet = not getattr(_mine, "depth", 0) and _changed.wait_for(lambda: not _inside, _WAIT_S)
-    if is_quiet:
-        for owner, action in list(_before.items()):
-            action(owner)
+    for _ in range(2):
+        try:
+            _hold()
+            return
+        except KeyboardInterrupt:  # nobody hears of what is raised here
+            _interrupted = True
+
+
+def _hold() -> None:
+    """Let nobody into a block, and have done what is to be done then; nothing if that takes too long, or we are in one ourselves."""
+    _table.acquire()
+    own, deadline = getattr(_mine, "lock", None), time.monotonic() + _WAIT_S
+    if own is not None and own._is_owned():
+        return
+    for lock in [lock for lock in _locks.values() if lock is not own]:
+        _taken.append(lock)
+        if not lock._is_owned() and not lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            return
+    for owner, action in list(_before.items()):
+        action(owner)
 
 
 def _in_parent() -> None:
-    global _forking
-    with _changed:
-        _forking = False
-        _changed.notify_all()
+    global _interrupted
+    for lock in _taken:
+        if lock._is_owned():
+            lock.release()
+    _taken.clear()
+    while _table._is_owned():  # type: ignore[attr-defined]
+        _table.release()
+    if _interrupted:
+        _interrupted = False
+        threading.Timer(0.05, interrupt_main).start()  # when it is heard again
 
 
 def _in_child() -> None:
-    global _changed, _inside, _forking, _mine
-    _changed = threading.Condition()
-    _inside, _forking, _mine = 0, False, threading.local()
+    global _table, _locks, _mine, _taken, _interrupted
+    _table = threading.RLock()
+    _locks, _mine, _taken, _interrupted = {}, threading.local(), [], False
     for owner, action in list(_actions.items()):
         action(owner)
 

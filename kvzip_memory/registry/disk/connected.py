@@ -7,11 +7,18 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import diskcache
 from diskcache.core import DBNAME
 
 from kvzip_memory.system.forks import before_fork
+
+
+def connect(folder: Path, wait_s: float) -> sqlite3.Connection:
+    """A connection to the database of an index, which is there: SQLite is not to make another one. Whatever thread closes it."""
+    address = f"file:{quote(str(folder / DBNAME))}?mode=rw"
+    return sqlite3.connect(address, wait_s, isolation_level=None, check_same_thread=False, uri=True)
 
 
 class Connected(diskcache.Cache):
@@ -34,13 +41,26 @@ class Connected(diskcache.Cache):
         for other in list(self._opened):
             if not other.is_alive() and (left := self._opened.pop(other, None)) is not None:
                 left.close()
-        path = Path(self._directory, DBNAME)
-        con = self._opened[thread] = sqlite3.connect(path, self._timeout, isolation_level=None, check_same_thread=False)
+        con = self._opened[thread] = connect(Path(self._directory), self._timeout)
         with suppress(sqlite3.OperationalError):  # it has no settings yet
             for key, value in con.execute("SELECT key, value FROM Settings").fetchall():
                 if key.startswith("sqlite_"):
                     self.reset(key, value, update=False)
         return con
+
+    def last(self) -> int:
+        """The number of the row that was written last, 0 if there is none."""
+        ((number,),) = self._sql("SELECT MAX(rowid) FROM Cache").fetchall()
+        return number or 0
+
+    def some(self, after: int, before: int, newest_first: bool) -> list[tuple[int, Any, Any]]:
+        """Number, key and whether it is as it was given, of at most 100 rows between two numbers.
+
+        diskcache's own iteration keeps its connection from one hundred to the next.
+        """
+        order = "DESC" if newest_first else "ASC"
+        query = f"SELECT rowid, key, raw FROM Cache WHERE ? < rowid AND rowid < ? ORDER BY rowid {order} LIMIT 100"
+        return list(self._sql(query, (after, before)).fetchall())
 
     def close(self) -> None:
         """Close the connection of this thread."""

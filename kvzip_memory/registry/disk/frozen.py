@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from urllib.parse import quote
@@ -38,6 +39,10 @@ class FrozenIndex(Index):
         refuse_after_fork(self, "_lock")
         self._rows = _Rows(_sound_rows(folder / "cache.db", checksums))
 
+    def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
+        found = [*self._rows][:: -1 if newest_first else 1]
+        return (key[len(prefix) :] for key in found if key.startswith(prefix))
+
 
 class _Rows(dict[str, str]):
     """What :class:`Index` uses of diskcache."""
@@ -62,7 +67,7 @@ def _sound_rows(database: Path, checksums: Checksums) -> dict[str, str]:
         return {}
     for how in ("mode=ro", "immutable=1"):
         address = f"file:{quote(str(database))}?{how}"
-        with suppress(sqlite3.Error), unforked, closing(sqlite3.connect(address, uri=True, timeout=QUIET_S)) as opened:
+        with suppress(sqlite3.Error), unforked(), closing(sqlite3.connect(address, uri=True, timeout=QUIET_S)) as opened:
             if oddity(opened) is not None:
                 return {}
             found = opened.execute("SELECT key, value FROM Cache WHERE raw = 1 AND mode = ? ORDER BY rowid", (MODE_RAW,)).fetchall()

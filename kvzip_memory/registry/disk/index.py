@@ -13,7 +13,6 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import diskcache
 from diskcache.core import DEFAULT_SETTINGS, MODE_RAW, UNKNOWN
 
 from kvzip_memory.errors import ForkedError, StorageError
-from kvzip_memory.registry.disk.connected import Connected
+from kvzip_memory.registry.disk.connected import Connected, connect
 from kvzip_memory.registry.disk.schema import oddity
 from kvzip_memory.system.checksums import PLAIN, Checksums
 from kvzip_memory.system.forks import refuse_after_fork, unforked
@@ -52,8 +51,6 @@ _DAMAGE = {
     sqlite3.SQLITE_MISMATCH,
 }
 
-
-_SOME = 100  # keys that are read at once, as diskcache does
 
 #: Why nothing is looked up or stored meanwhile.
 HELD = "another process holds the index locked"
@@ -160,7 +157,7 @@ class Index:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes inside, or none; other processes wait."""
-        with self._lock, unforked:
+        with self._lock, unforked():
             self._roll_back(self._open)  # what an interrupt has left open
             transaction = self._open = self._rows.transact()
             try:
@@ -185,20 +182,18 @@ class Index:
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
         """Keys that start with ``prefix``, without it."""
-        with _translated():  # it reads a first row already
-            keys = iter(reversed(self._rows) if newest_first else self._rows)
+        with _translated():
+            after, before = 0, self._rows.last() + 1
         while True:
-            some, damage = list[str](), None
-            try:
-                with _translated():
-                    some.extend(islice(keys, _SOME))
-            except IndexDamagedError as error:  # those before it are sound
-                damage = error
-            yield from (key[len(prefix) :] for key in some if key.startswith(prefix))
-            if damage is not None:
-                raise damage
+            with _translated():
+                some = self._rows.some(after, before, newest_first)
+            for _, found, raw in some:
+                key = self._rows.disk.get(found, raw)
+                if key.startswith(prefix):
+                    yield key[len(prefix) :]
             if not some:
                 return
+            after, before = (after, some[-1][0]) if newest_first else (some[-1][0], before)
 
     def rewrite(self) -> None:
         """Write the database anew: neither free pages nor SQLite's log hold what was deleted, by whatever version.
@@ -259,7 +254,7 @@ def check_database(folder: Path) -> None:
     """Raises:
     IndexDamagedError: the database holds more than tables of ours.
     """
-    with unforked, closing(sqlite3.connect(folder / "cache.db", timeout=QUIET_S, isolation_level=None)) as database:
+    with unforked(), closing(connect(folder, QUIET_S)) as database:
         if (odd := oddity(database)) is not None:
             raise IndexDamagedError(odd)
 
@@ -267,7 +262,7 @@ def check_database(folder: Path) -> None:
 def is_free(folder: Path, wait_s: float = 0.05) -> bool:
     """Whether an index can be written, as far as locks go; waits so long for others."""
     try:
-        with unforked, closing(sqlite3.connect(folder / "cache.db", timeout=wait_s, isolation_level=None)) as database:
+        with unforked(), closing(connect(folder, wait_s)) as database:
             database.execute("BEGIN IMMEDIATE")
             database.execute("ROLLBACK")
     except sqlite3.Error as error:
@@ -282,7 +277,7 @@ def _is_held(error: sqlite3.Error) -> bool:
 @contextmanager
 def _translated() -> Iterator[None]:
     try:
-        with unforked:
+        with unforked():
             yield
     except (IndexDamagedError, IndexUnavailableError, ForkedError, UnicodeEncodeError):  # the last is what was asked for
         raise
@@ -291,6 +286,8 @@ def _translated() -> Iterator[None]:
         if isinstance(cause, sqlite3.Error) and _is_held(cause):
             raise IndexHeldError() from error
         raise IndexUnavailableError(f"SQLite: {cause}") from error
+    except sqlite3.ProgrammingError as error:  # ours: it says nothing of the file
+        raise IndexUnavailableError(f"SQLite: {error}") from error
     except sqlite3.Error as error:
         if _is_held(error):
             raise IndexHeldError() from error
