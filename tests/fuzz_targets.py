@@ -162,7 +162,7 @@ class KeeperInMemory(Keeper):
 
     def _replace(self, reason: str) -> None:
         self._rows, self.made_anew = Rows(rows_in_memory({})), True
-        self._fill({})
+        self._fill({}, {})
 
 
 def small(number: int) -> CompressedContext:
@@ -275,7 +275,7 @@ def names(folder: Path) -> Target:
         given = Label("page", TENANT, family, wanted(5).key)
         known.write(known.give(given))
         assert wanted(5).key in {label.key for label in Names(folder).of(TENANT, "page")}, "a name that cannot be given"
-        known.take(TENANT, "page", family, wanted(5).key)
+        known.take(next(label for label in known.of(TENANT, "page") if label.key == wanted(5).key))
         assert wanted(5).key not in {label.key for label in Names(folder).of(TENANT, "page")}, "a name that cannot be taken"
         return "served" if found else "nothing"
 

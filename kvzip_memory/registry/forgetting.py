@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
-from kvzip_memory.registry.cleaning import Cleaning
+from kvzip_memory.registry.cleaning import Cleaning, clocks
 from kvzip_memory.registry.disk.entry import Entry
+from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.memory import Memory, as_entry
@@ -60,22 +61,21 @@ class Forgetting:
             entry = self._catalogue.one(reference)
         except InputError:
             for label in self._catalogue.labels(reference):
-                self._backing.names.take(label.tenant, label.name, label.family, label.key)
+                self._backing.names.take(label)
             raise
         names = {name: time for name, time in entry.names.items() if name != reference}
         if names and reference in entry.names:
             self._unname(entry, reference)
             return replace(entry, names=names)
-        with self._deleting(entry.key):
+        labels, began = [label for name in entry.names for label in self._labels(entry, name)], clocks()
+        with self._deleting(entry.key), self._bare(entry.key):
             if self._backing.tier is not None:
                 self._backing.tier.remove(entry.key, for_good=True)
-        with self._memory.changed:
-            self._writing.untell(entry.key)
-            for held in self._memory.here(entry.key):
-                held.names, held.tags, held.pinned = {}, {}, False  # of one that is loaded again while it is still in use
-        for name in entry.names:
-            self._backing.names.take(entry.tenant, name, family_of(entry.identity), entry.key)
-        self._cleaning.later(entry.key)
+        try:
+            for label in labels:
+                self._backing.names.take(label)
+        finally:
+            self._cleaning.later(entry.key, began)
         self._forgets()
         return replace(entry, names={})
 
@@ -83,10 +83,35 @@ class Forgetting:
         key = entry.key
         if self._backing.tier is not None:
             self._backing.tier.unname(key, name)
-        self._backing.names.take(entry.tenant, name, family_of(entry.identity), entry.key)
+        for label in self._labels(entry, name):
+            self._backing.names.take(label)
         with self._memory.changed:
             for held in self._memory.here(key):
                 held.names = {other: time for other, time in held.names.items() if other != name}
+        self._cleaning.later("", clocks())
+
+    def _labels(self, entry: Entry, name: str) -> list[Label]:
+        """A name as it means a context now; none if it does not."""
+        of = entry.key, family_of(entry.identity)
+        return [label for label in self._backing.names.of(entry.tenant, name) if (label.key, label.family) == of]
+
+    @contextmanager
+    def _bare(self, key: str) -> Iterator[None]:
+        """Take from a context in memory what it has got, which it gets back when the block fails. Who loads it meanwhile gives it anew."""
+        with self._memory.changed:
+            had = [(held, held.names, held.tags, held.pinned) for held in self._memory.here(key)]
+            for held, *_ in had:
+                held.names, held.tags, held.pinned = {}, {}, False
+        try:
+            yield
+        except BaseException:
+            with self._memory.changed:
+                for held, names, tags, pinned in had:
+                    held.names, held.tags, held.pinned = {**names, **held.names}, {**tags, **held.tags}, pinned or held.pinned
+            raise
+        with self._memory.changed:
+            if key in self._memory.removed:
+                self._writing.untell(key)
 
     @contextmanager
     def _deleting(self, key: str) -> Iterator[None]:

@@ -199,6 +199,7 @@ class Writing:
         if self.unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self.unstored))
         if (disk := self._backing.let_go("the registry was closed")) is not None:
-            self.thread.submit(disk.close)  # SQLite's connections belong to their threads
+            with suppress(RuntimeError):  # the program ends
+                self.thread.submit(disk.close)  # SQLite's connections belong to their threads
             disk.close()
         self.thread.shutdown()

@@ -1,18 +1,26 @@
 """The index is written anew behind deletions: once for many, and whatever ends the process."""
 
+import atexit
+import multiprocessing
 import os
 import signal
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
+from kvzip_memory.errors import InputError
 from kvzip_memory.registry import ContextRegistry, cleaning
 from kvzip_memory.registry.disk.index import Index
-from synthetic import CPU, context, processes, wanted
+from kvzip_memory.registry.disk.leaving import Leaving
+from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.disk.tidying import Tidying
+from synthetic import CPU, context, wanted
 
 
 @pytest.fixture
@@ -97,19 +105,27 @@ def test_closing_does_it(registry, folder):
     assert told(folder, 3) == [0, 2]
 
 
-def remove_and_die(folder, how):
+def remove_and_end(folder, how):
     registry = ContextRegistry(CPU, folder)
-    registry.remove(wanted(1).key)
-    if how == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    remove = partial(registry.remove, wanted(1).key)
+    if how == "by a thread that is not waited for":
+        thread = threading.Thread(target=remove, daemon=True)
+        thread.start()
+        thread.join()
+    elif how == "when it has ended already":
+        atexit.register(remove)
+    else:
+        remove()
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("how", ["killed", "ended"])
+@pytest.mark.parametrize("how", ["killed", "ended", "by a thread that is not waited for", "when it has ended already"])
 def test_a_process_that_ends_leaves_it_to_the_next_or_does_it(folder, how):
     registry = ContextRegistry(CPU, folder)
     load(registry, 3)
     registry.close()
-    process = processes.Process(target=remove_and_die, args=(folder, how))
+    process = multiprocessing.get_context("spawn").Process(target=remove_and_end, args=(folder, how))
     process.start()
     process.join(60)
     if how == "killed":
@@ -127,7 +143,8 @@ def test_opening_writes_nothing_anew_where_nothing_was_deleted(registry, rewrite
     assert len(rewrites) == 1
 
 
-def test_an_index_that_is_held_is_written_anew_when_it_is_free(registry, folder):
+@pytest.mark.parametrize("by", ["a flush", "the next who opens it"])
+def test_an_index_that_is_held_is_written_anew_when_it_is_free(registry, folder, by):
     load(registry, 3)
     registry.remove(wanted(1).key)
     with closing(sqlite3.connect(folder / "index" / "cache.db", isolation_level=None)) as reader:
@@ -136,7 +153,36 @@ def test_an_index_that_is_held_is_written_anew_when_it_is_free(registry, folder)
         registry.flush()
         assert 1 in told(folder, 3), "or this test shows nothing"
         reader.execute("ROLLBACK")
-    ContextRegistry(CPU, folder).close()
+    if by == "a flush":
+        registry.flush()
+    else:
+        ContextRegistry(CPU, folder).close()
+    assert told(folder, 3) == [0, 2]
+
+
+FAILING = {
+    "the index": (Index, "rewrite"),
+    "names": (Names, "meaning"),
+    "quarantine": (Tidying, "drop_bad"),
+    "catalogs": (Leaving, "_write_catalogs"),
+    "taking a name": (Names, "take"),
+}
+
+
+@pytest.mark.parametrize("error", [OSError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", FAILING)
+def test_what_could_not_be_done_is_done_by_the_next_flush(registry, folder, monkeypatch, failing, error):
+    load(registry, 3)
+
+    def fail(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch, suppress(error):
+        patch.setattr(*FAILING[failing], fail)
+        with suppress(error):
+            registry.remove(wanted(1).key)
+        registry.flush()
+    registry.flush()
     assert told(folder, 3) == [0, 2]
 
 
@@ -160,11 +206,132 @@ def test_what_is_forgotten_while_it_is_written_anew_is_not_left_out(registry, re
     again.close()
 
 
-def test_what_is_loaded_again_at_once_keeps_its_name(registry, folder):
+def while_removed(registry, monkeypatch):
+    """Load it from another thread while it is being removed: its file is gone, its name not yet."""
+    take = Names.take
+
+    def late(names, label):
+        thread = threading.Thread(target=load, args=(registry, 3))
+        thread.start()
+        thread.join()
+        take(names, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Names, "take", late)
+        registry.remove(wanted(1).key)
+
+
+def set_back(registry, monkeypatch):
+    registry.remove(wanted(1).key)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 60)
     load(registry, 3)
+
+
+def by_another(registry, monkeypatch):
+    registry.remove(wanted(1).key)
+    other = ContextRegistry(CPU, registry._backing.folder)
+    load(other, 3)
+    other.close()
+
+
+def at_once(registry, monkeypatch):
     registry.remove(wanted(1).key)
     load(registry, 3)
+
+
+@pytest.mark.parametrize("again", [at_once, by_another, set_back, while_removed], ids=lambda again: again.__name__.replace("_", " "))
+def test_what_is_loaded_again_keeps_what_it_was_given_then(registry, folder, monkeypatch, again):
+    load(registry, 3)
+    again(registry, monkeypatch)
+    registry.flush()
+    monkeypatch.undo()
+    assert registry.one("page 1").key == wanted(1).key
     registry.close()
+    after = ContextRegistry(CPU, folder)
+    assert after.one("page 1").key == wanted(1).key
+    assert after.one("page 1").tags == ("Ottoline 1.",)
+    after.close()
+
+
+def test_what_is_loaded_again_under_another_name_has_not_its_old_one(registry, folder):
+    load(registry, 3)
+    registry.pin(wanted(1).key)
+    registry.remove("page 1")
+    registry.readmit(wanted(1).key)
+    with registry.lease(replace(wanted(1), name="another"), lambda report: context(1, 8)):
+        pass
+    registry.flush()
+    entry = registry.one("another")
+    assert (tuple(entry.names), entry.tags, entry.pinned) == (("another",), (), False)
+    with pytest.raises(InputError):
+        registry.one("page 1")
+
+
+def test_a_removal_that_fails_takes_nothing(registry, monkeypatch):
+    load(registry, 3)
+    registry.pin(wanted(1).key)
+    before = registry.one("page 1")
+
+    def fail(*args, **options):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "remove", fail)
+        with pytest.raises(OSError, match="gone"):
+            registry.remove("page 1")
+    after = registry.one("page 1")
+    assert (after.names, after.tags, after.pinned) == (before.names, before.tags, True)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_name_that_was_dropped_is_nowhere_though_its_context_stays(registry, folder, killed):
+    load(registry, 1)
+    with registry.lease(replace(wanted(0), name="another"), lambda report: context(0, 8)):
+        pass
+    registry.close()  # which writes names into the file
     again = ContextRegistry(CPU, folder)
-    assert again.one("page 1").key == wanted(1).key
+    again.remove("another")
+    if killed:
+        again._cleaning._timer.cancel()
+        again = ContextRegistry(CPU, folder)
+    again.flush()
+    assert again.one("page 0").key == wanted(0).key
+    assert [path.name for path in folder.rglob("*") if path.is_file() and b'another"' in path.read_bytes()] == []
     again.close()
+
+
+def test_what_was_set_aside_goes_with_its_context(registry, folder):
+    load(registry, 3)
+    path = registry._backing.tier.folder.path(wanted(1).key)
+    sound = path.read_bytes()
+    path.write_bytes(sound[:-64] + bytes(64))
+    registry.verify(wanted(1).key)
+    assert any(wanted(1).key in path.name for path in (folder / "quarantine").iterdir()), "or this test shows nothing"
+    load(registry, 3)
+    registry.remove(wanted(1).key)
+    registry.flush()
+    assert told(folder, 3) == [0, 2]
+
+
+def test_what_was_removed_is_not_written_back_by_who_has_it_still_though_the_index_is_made_anew(registry, folder):
+    load(registry, 5)
+    other = ContextRegistry(CPU, folder, device_bytes=2 * context(0, 8).nbytes)
+    with other.lease(replace(wanted(1), tags=("Ottoline 1.",)), lambda report: context(1, 8)):
+        pass
+    other.flush()
+    registry.remove(wanted(1).key)
+    registry.flush()
+    assert told(folder, 5) == [0, 2, 3, 4]
+    index = registry._backing.tier._keeper.opened().index
+    index.set("totals", {"of": "no version"})
+    registry.stats()
+    assert registry._backing.tier.made_anew, "or this test shows nothing"
+    for number in (2, 3, 4):
+        with other.lease(wanted(number), lambda report, number=number: context(number, 8)):
+            pass
+        assert other.stats()["tiers"]["disk"]["contexts"] == 4
+    other.flush()
+    other.close()
+    registry.flush()
+    assert told(folder, 5) == [0, 2, 3, 4]

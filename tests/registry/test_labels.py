@@ -1,7 +1,6 @@
 """What names mean, in the folder: what is remembered of files that were read is no older than they are."""
 
 import os
-import time
 
 import pytest
 
@@ -34,11 +33,24 @@ def settle(folder):
         os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns - HOUR_NS))
 
 
+def one(names, name):
+    (found,) = names.of(None, name)
+    return found
+
+
+def given_again(names, name):
+    """What a name meant until it was given again, to the same context."""
+    before = one(names, name)
+    give(Names(names._root), name)
+    return before
+
+
 CHANGES = {
     "a name more": (lambda names: give(names, "third"), [("first", "a"), ("second", "b"), ("third", "a")]),
     "another context": (lambda names: give(names, "first", "c"), [("first", "c"), ("second", "b")]),
     "another model": (lambda names: give(names, "first", "c", "1"), [("first", "a"), ("first", "c"), ("second", "b")]),
-    "a name taken away": (lambda names: names.take(None, "first", "0" * 64, "a" * 64), [("second", "b")]),
+    "a name taken away": (lambda names: names.take(one(names, "first")), [("second", "b")]),
+    "a name given again meanwhile": (lambda names: names.take(given_again(names, "first")), [("first", "a"), ("second", "b")]),
     "none": (lambda names: None, [("first", "a"), ("second", "b")]),
 }
 
@@ -57,20 +69,16 @@ def test_what_was_read_is_remembered_until_it_changes(folder, change, mine, sett
     assert known(names) == then == known(Names(folder))
 
 
-@pytest.mark.parametrize("given", ["before", "after"])
 @pytest.mark.parametrize("given_by", ["this process", "another", "this process, not written"])
-def test_a_context_that_was_removed_loses_the_names_that_it_had_then(folder, given_by, given):
+def test_all_names_of_some_contexts(folder, given_by):
     names = Names(folder)
-    give(names, "second", "b")
-    removed = time.time() + (60 if given == "before" else 0)
+    give(names, "second", "b"), give(names, "third", "c")
     if given_by == "this process, not written":
-        names.give(Label("first", None, "0" * 64, "a" * 64))
+        names.give(label("first"))
     else:
         give(names if given_by == "this process" else Names(folder), "first")
-    names.take_all({"a" * 64: removed})
-    assert known(names) == ([("second", "b")] if given == "before" else [("first", "a"), ("second", "b")])
-    names.write_all()
-    assert known(names) == known(Names(folder))
+    assert sorted(found.name for found in names.meaning({"a" * 64, "c" * 64})) == ["first", "third"]
+    assert names.meaning(set()) == []
 
 
 def test_files_as_they_were_are_not_read_again(folder, monkeypatch):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -158,11 +158,11 @@ class Keeper:
         try:
             self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
             self._opened_file = self._index_file()
-            self._fill({})
+            self._fill({}, {})
         except IndexDamagedError as error:
             self._replace(str(error))
 
-    def _fill(self, salvaged: Mapping[str, Entry]) -> None:
+    def _fill(self, salvaged: Mapping[str, Entry], notes: Mapping[str, dict[str, Any]]) -> None:
         """Give a new index its rows, see :meth:`Tidying.fill`."""
         rows = self._rows
         assert rows is not None
@@ -171,11 +171,12 @@ class Keeper:
         with rows.transaction():
             if rows.are_new():
                 self._tidying.fill(rows, self._names, salvaged)
+                rows.set_notes(notes)
 
     def _replace(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
         with held(FileLock(self._folder.root / "locks" / "index.lock", thread_local=False, mode=0o600), "making a damaged index anew"):
-            salvaged = self._salvaged()
+            salvaged, notes = self._salvaged()
             with suppress(Exception):
                 if self._rows is not None:
                     self._rows.index.close()
@@ -194,19 +195,21 @@ class Keeper:
                 self.made_anew = True
             self._opened_file = self._index_file()
             self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
-            self._fill(salvaged)
+            self._fill(salvaged, notes)
 
-    def _salvaged(self) -> dict[str, Entry]:
-        """The contexts' rows of a damaged index that are sound."""
-        rows, found = self._rows, dict[str, Entry]()
+    def _salvaged(self) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
+        """The contexts' rows of a damaged index that are sound, and its notes of what was forgotten."""
+        rows, found, notes = self._rows, dict[str, Entry](), dict[str, dict[str, Any]]()
         if rows is None:
-            return found
+            return found, notes
+        with suppress(Exception):
+            notes = rows.all_notes()
         with suppress(Exception):  # SQLite may fail in any way
             for key in rows.contexts():
                 with suppress(IndexDamagedError):
                     if (entry := rows.entry(key)) is not None:
                         found[key] = entry
-        return found
+        return found, notes
 
     def _index_file(self) -> int | None:
         """The inode of the index: another one means that another process has made it anew."""
@@ -259,15 +262,17 @@ class Keeper:
 
         return self.sound(empty)
 
-    def rewrite(self, only_unclean: bool = False) -> None:
-        """Write the index anew, so that its free pages hold nothing of what was forgotten. Where another process reads it, that is left
-        to the next who forgets something or opens the folder."""
+    def is_unclean(self) -> bool:
+        """Whether something was forgotten since the index was last written anew."""
+        return self.sound(lambda: self.opened().unclean() is not None)
+
+    def rewrite(self) -> bool:
+        """Write the index anew, so that its free pages hold nothing of what was forgotten; False where another process reads it, which
+        leaves it to the next who forgets something or opens the folder."""
 
         def overwrite() -> None:
             rows = self.opened()
             found = rows.unclean()
-            if found is None and only_unclean:
-                return
             rows.index.rewrite()
             with rows.transaction():
                 if rows.unclean() == found:  # nothing was forgotten meanwhile
@@ -275,10 +280,22 @@ class Keeper:
 
         try:
             self.sound(overwrite)
+            return True
         except IndexHeldError:
             logger.warning(
                 "another process reads the index of %s: until that is written anew, free pages of it may hold tags", self._folder.root
             )
+            return False
+
+    def drop_bad(self, keys: Collection[str]) -> None:
+        """Delete from quarantine what there is of contexts that were removed, and the indexes that were set aside, which tell of them."""
+
+        def drop() -> None:
+            with self.changing() as rows:
+                self._tidying.drop_bad(rows, keys)
+            self._tidying.sweep_indexes()
+
+        self.sound(drop)
 
     def unreserve(self, key: str) -> None:
         """Give back what is counted for a file that is not being written any more."""

@@ -13,7 +13,7 @@ from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import copy_with_catalog, replace_with
 from kvzip_memory.registry.disk.folder import Folder
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
-from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.names import Label, Names
 from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
@@ -140,3 +140,24 @@ class Leaving:
                     rows.set_stale(key, False)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Delete what processes have forgotten that were killed then."""
+        if self._keeper.is_unclean():
+            self.clean((), lambda label: False)
+
+    def clean(self, removed: Collection[str], names: Callable[[Label], bool]) -> bool:
+        """Delete what the folder still says of contexts that were removed, in quarantine, catalogs and free pages of the index; and of
+        names that their rows did not know those that are to be taken away. False if the index could not be written anew.
+
+        Raises:
+            OSError: something cannot be deleted or written now.
+        """
+        self._write_catalogs()
+        if removed:
+            self._keeper.drop_bad(removed)
+        done = self._keeper.rewrite()
+        for label in self._names.meaning(removed) if removed else ():
+            if names(label) and not self._folder.has(label.key):
+                self._names.take(label)
+        return done

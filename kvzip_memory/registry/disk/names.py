@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,11 +110,11 @@ class Names:
         for label in labels:
             self.write(label)
 
-    def write(self, label: Label, over: str | None = None) -> None:
+    def write(self, label: Label, over: Label | None = None) -> None:
         """Write down what was given, unless the name was given to another context since.
 
         Args:
-            over: the context that the name must have, as far as is written; None for any.
+            over: what the name must mean, as far as is written; None for anything.
 
         Raises:
             OSError: it cannot be written now, or another process has been writing for a second.
@@ -126,24 +126,27 @@ class Names:
         with self._writing():
             known = self._read(file)
             now = known.get(label.family)
-            if now is None or (now.loaded < label.loaded and over in (None, now.key)):
+            if now is None or (now.loaded < label.loaded and (over is None or _are_one(over, now))):
                 self._write(file, {**known, label.family: written})
         self._forget(file, label)
 
-    def take(self, tenant: str | None, name: str, family: str, key: str) -> None:
-        """Take a name away from a context, unless another one has got it meanwhile.
+    def take(self, taken: Label) -> None:
+        """Take a name away from a context, unless it was given again since, to that one or another.
 
         Raises:
             OSError: see :meth:`write`.
         """
-        now = self._known(_file_of(tenant, name)).get(family)
-        if now is None or now.key not in ("", key):
+        file, family = _file_of(taken.tenant, taken.name), taken.family
+        now = self._known(file).get(family)
+        if now is None or not _are_one(taken, now):
             return
-        file = _file_of(tenant, name)
         before = self._new.get(file, {}).get(family)
-        label = self.give(Label(name, tenant, family, ""))
+        if family not in self._read(file):  # it could not be written
+            self._forget(file, now)
+            return
+        label = self.give(replace(taken, key="", sources=()))
         try:
-            self.write(label, key)
+            self.write(label, taken)
             before = None
         finally:
             self._forget(file, label)
@@ -151,18 +154,15 @@ class Names:
                 with self._lock:
                     self._new.setdefault(file, {}).setdefault(family, before)
 
-    def take_all(self, removed: Mapping[str, float]) -> None:
-        """Take every name away from contexts that were removed, by key and when, unless it was given after that.
-
-        Raises:
-            OSError: see :meth:`write`.
-        """
+    def meaning(self, keys: Collection[str]) -> list[Label]:
+        """Every name that means one of these contexts."""
         new, seen = self._all()
+        found = list[Label]()
         for file, known in seen.items():
-            if any(label.key in removed for label in [*known.values(), *new.get(file, {}).values()]):
-                for label in _latest(known, new.get(file, {})).values():
-                    if label.key in removed and label.loaded < removed[label.key]:
-                        self.take(label.tenant, label.name, label.family, label.key)
+            here = new.get(file, {})
+            if any(label.key in keys for label in [*known.values(), *here.values()]):
+                found += [label for label in _latest(known, here).values() if label.key in keys]
+        return found
 
     def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
         """A context has left the memory: with it goes its name, if that is written nowhere."""
@@ -247,6 +247,11 @@ class Names:
         temporary = path.with_name(f".{file}")  # one writer at a time
         write_text(temporary, self._checksums.seal("names", file, text))
         os.replace(temporary, path)
+
+
+def _are_one(one: Label, other: Label) -> bool:
+    """Whether a name was given only once."""
+    return (one.key, one.loaded) == (other.key, other.loaded)
 
 
 def _label(row: Any) -> Label:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from kvzip_memory.registry.disk import layout
@@ -201,11 +201,26 @@ class Rows:
         row = _notes_of(tenant)
         notes = self._notes(row).with_note(key, tag)
         self._noted[row] = self.index.set(row, notes.row), notes
-        self.index.set(_UNCLEAN, {"since": time.time_ns()})
+        self.set_unclean()
+
+    def all_notes(self) -> dict[str, dict[str, Any]]:
+        """What was forgotten, of all tenants, as far as it is sound; for :meth:`set_notes`."""
+        found = dict[str, dict[str, Any]]()
+        for rest in self.index.keys(_FORGOTTEN):
+            with suppress(IndexDamagedError):
+                found[_FORGOTTEN + rest] = self._notes(_FORGOTTEN + rest).row
+        return found
+
+    def set_notes(self, notes: Mapping[str, dict[str, Any]]) -> None:
+        for row, told in notes.items():
+            self.index.set(row, told)
 
     def unclean(self) -> Mapping[str, Any] | None:
         """What tells that the index is to be written anew, as something was forgotten since; None if it is not."""
         return self.index.get(_UNCLEAN)
+
+    def set_unclean(self) -> None:
+        self.index.set(_UNCLEAN, {"since": time.time_ns()})
 
     def set_clean(self) -> None:
         self.index.delete(_UNCLEAN)

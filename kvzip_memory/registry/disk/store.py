@@ -30,7 +30,7 @@ from kvzip_memory.registry.disk.index import IndexUnavailableError
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.leaving import Leaving
-from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.names import Label, Names
 from kvzip_memory.registry.disk.putting import Putting
 from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.forgotten import Notes
@@ -128,7 +128,7 @@ class DiskTier:
     def _tidy(self) -> None:
         """What killed processes have left, when a folder is opened."""
         self._keeper.tidy()
-        self._keeper.rewrite(only_unclean=True)
+        self._leaving.tidy()
 
     # -- contexts ------------------------------------------------------------------------------------------------
 
@@ -305,11 +305,9 @@ class DiskTier:
         return next(self.folder.blobs(), None) is None
 
     def count(self) -> int:
-        """Stored contexts."""
         return sum(1 for _ in self.folder.blobs())
 
-    def measured(self) -> int:
-        """The same bytes as :meth:`usage`, measured from the files."""
+    def measured(self) -> int:  # of :meth:`usage`, from the files
         return self.folder.measured()
 
     # -- changes -------------------------------------------------------------------------------------------------
@@ -342,16 +340,19 @@ class DiskTier:
         self._change(key, lambda entry: replace(entry, tags=tuple(other for other in entry.tags if other != tag)), tag)
 
     def unname(self, key: str, name: str) -> None:
-        self._change(key, lambda entry: replace(entry, names={other: when for other, when in entry.names.items() if other != name}))
+        self._change(key, lambda entry: replace(entry, names={n: when for n, when in entry.names.items() if n != name}), in_file=True)
 
     @needs_index
-    def _change(self, key: str, change: Callable[[Entry], Entry], forgotten: str = "") -> None:
-        """Change a context's row, or that of one whose file was lost, and note the tag that is forgotten by that."""
+    def _change(self, key: str, change: Callable[[Entry], Entry], forgotten: str = "", in_file: bool = False) -> None:
+        """Change a context's row, later its file's catalog, or the row of one that was lost; and note the tag that is forgotten by that."""
         self.folder.check_writable()
         rows = self._keeper.opened()
         with rows.transaction():
             if (entry := rows.entry(key)) is not None and self.folder.is_mine(entry):
                 rows.change(change(entry))
+                if in_file:
+                    rows.set_stale(key, True)
+                    rows.set_unclean()
             if (lost := rows.lost(key)) is not None and self.folder.is_mine(lost):
                 rows.remember_lost(change(lost))
             if forgotten:
@@ -378,10 +379,9 @@ class DiskTier:
             delete(path)
         return existed
 
-    def clean(self, removed: Mapping[str, float]) -> None:
-        """Overwrite what the index says of contexts removed for good, by key and when, and take the names of these that no row knew."""
-        self._keeper.rewrite()
-        self.names.take_all(removed)
+    def clean(self, removed: Collection[str], names: Callable[[Label], bool]) -> bool:
+        """Delete what is left of contexts that were removed for good, see :meth:`Leaving.clean`."""
+        return self._leaving.clean(removed, names)
 
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str] = ()) -> tuple[list[Entry], list[Entry]]:
         """Take tags from contexts, and delete those that nobody holds then. Nothing of these stays in the folder: the quarantine is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -152,10 +152,20 @@ class Tidying:
             if path.name not in others:
                 path.unlink(missing_ok=True)
                 count += 1
-        for folder in layout.old_indexes(self._folder.root):
+        return count + self.sweep_indexes()
+
+    def sweep_indexes(self) -> int:
+        """Delete the indexes that were set aside: how many. Outside a transaction."""
+        old = layout.old_indexes(self._folder.root)
+        for folder in old:
             remove_index(folder)
-            count += 1
-        return count
+        return len(old)
+
+    def drop_bad(self, rows: Rows, keys: Collection[str]) -> None:
+        """Delete what there is in quarantine of some contexts, but not another tenant's."""
+        for row in rows.all_bad():
+            if row["key"] in keys and (row["tenant"] == EVERYONE or is_whose(row, self._folder.tenant)):
+                self._drop_bad(rows, row)
 
     # -- making them agree ---------------------------------------------------------------------------------------
 
