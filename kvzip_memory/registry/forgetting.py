@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.catalogue import Catalogue
-from kvzip_memory.registry.cleaning import Cleaning, clocks
+from kvzip_memory.registry.cleaning import Cleaning
 from kvzip_memory.registry.disk.entry import Entry
+from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
@@ -62,22 +63,34 @@ class Forgetting:
         except InputError:
             for label in self._catalogue.labels(reference):
                 self._backing.names.take(label)
+            if (gone := self._remove_rest(reference)) is not None:
+                return gone
             raise
         names = {name: time for name, time in entry.names.items() if name != reference}
         if names and reference in entry.names:
             self._unname(entry, reference)
             return replace(entry, names=names)
-        labels, began = [label for name in entry.names for label in self._labels(entry, name)], clocks()
-        with self._deleting(entry.key), self._bare(entry.key):
-            if self._backing.tier is not None:
-                self._backing.tier.remove(entry.key, for_good=True)
+        labels = [label for name in entry.names for label in self._labels(entry, name)]
         try:
+            with self._deleting(entry.key), self._bare(entry.key):
+                if self._backing.tier is not None:
+                    self._backing.tier.remove(entry.key, for_good=True)
             for label in labels:
                 self._backing.names.take(label)
         finally:
-            self._cleaning.later(entry.key, began)
+            self._cleaning.later()
         self._forgets()
         return replace(entry, names={})
+
+    def _remove_rest(self, key: str) -> Entry | None:
+        """Delete what is left of a context whose file is gone; None if nothing is."""
+        if self._backing.tier is None or not KEY.fullmatch(key):
+            return None
+        try:
+            gone = self._backing.tier.remove(key, for_good=True)
+        finally:
+            self._cleaning.later()
+        return None if gone is None else replace(gone, names={})
 
     def _unname(self, entry: Entry, name: str) -> None:
         key = entry.key
@@ -88,7 +101,7 @@ class Forgetting:
         with self._memory.changed:
             for held in self._memory.here(key):
                 held.names = {other: time for other, time in held.names.items() if other != name}
-        self._cleaning.later("", clocks())
+        self._cleaning.later()
 
     def _labels(self, entry: Entry, name: str) -> list[Label]:
         """A name as it means a context now; none if it does not."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from kvzip_memory.registry.holders import parts
@@ -58,6 +59,7 @@ class Notes:
         """These and one more: that a tag was taken from a context, or from all; or that a context was deleted."""
         what = _digest(key) if key else "", tuple(sorted(_digests(tag))) if tag else ()
         more = copy(self)
+        more.__dict__.pop("deletions", None)
         more._notes = [*(note for note in self._notes if (note.key, note.parts) != what), Note(time.time(), *what)]
         if len(more._notes) > _LIMIT:
             more._before = max(self._before, more._notes[-_LIMIT - 1].time)
@@ -67,8 +69,16 @@ class Notes:
     def deleted(self, key: str) -> float:
         """When a context was last deleted, as far as is known: seconds since the epoch, 0.0 for never."""
         before = self._operators.deleted(key) if self._operators else 0.0
-        digest_of_key = _digest(key)
-        return max(before, self._last(note for note in self._notes if note.key == digest_of_key and not note.parts))
+        return max(before, self.deletions.get(_digest(key), self._before))
+
+    def noted(self, key: str) -> float:
+        """When a context was last deleted, 0.0 if there is no note of it."""
+        return when_deleted([self, *([self._operators] if self._operators else [])])(key)
+
+    @cached_property
+    def deletions(self) -> dict[str, float]:
+        """By digest when contexts were deleted, as far as there is a note of it; see :func:`when_deleted`."""
+        return {note.key: note.time for note in self._notes if note.key and not note.parts}
 
     def taken(self, key: str, tag: str) -> float:
         """The same of a tag of a context."""
@@ -83,6 +93,15 @@ class Notes:
 
     def _last(self, notes: Iterable[Note]) -> float:
         return max((note.time for note in notes), default=self._before)
+
+
+def when_deleted(tenants: Iterable[Notes]) -> Callable[[str], float]:
+    """Tells of a key when any of these tenants has deleted its context, 0.0 if there is no note of that."""
+    found = dict[str, float]()
+    for notes in tenants:
+        for key, time_ in notes.deletions.items():
+            found[key] = max(time_, found.get(key, 0.0))
+    return lambda key: found.get(_digest(key), 0.0)
 
 
 def _digests(tag: str) -> set[str]:

@@ -138,7 +138,7 @@ class Writing:
 
         def touch() -> None:
             if label is not None:
-                self._backing.attempt("name", lambda disk: disk.names.write(label))
+                self._name(label)
             entry = self._backing.attempt("read", lambda disk: disk.entry(key)) if tags else None
             if names or (tags and (entry is None or not set(tags) <= set(entry.tags))):
                 self._touch(key, names or {}, dict.fromkeys(tags, now))
@@ -179,9 +179,13 @@ class Writing:
 
     def tell(self) -> None:
         """Write down the names, and what contexts have got, that could not be written before. In the writer's thread."""
-        self._backing.attempt("name", lambda disk: disk.names.write_all())
+        for label in self._backing.names.unwritten():
+            self._name(label)
         for key in [*self._untold]:
             self._touch(key, {}, {})
+
+    def _name(self, label: Label) -> None:
+        self._backing.attempt("name", lambda disk: disk.name(label))
 
     def flush(self) -> None:
         """Wait until everything built so far is on disk, as far as that can be."""

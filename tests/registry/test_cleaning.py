@@ -1,6 +1,7 @@
 """The index is written anew behind deletions: once for many, and whatever ends the process."""
 
 import atexit
+import errno
 import multiprocessing
 import os
 import signal
@@ -15,9 +16,12 @@ import pytest
 
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry import ContextRegistry, cleaning
+from kvzip_memory.registry.disk import leaving
+from kvzip_memory.registry.disk.connected import Connected
 from kvzip_memory.registry.disk.index import Index
 from kvzip_memory.registry.disk.leaving import Leaving
 from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.rows import Rows
 from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.disk.tidying import Tidying
 from synthetic import CPU, context, wanted
@@ -162,7 +166,7 @@ def test_an_index_that_is_held_is_written_anew_when_it_is_free(registry, folder,
 
 FAILING = {
     "the index": (Index, "rewrite"),
-    "names": (Names, "meaning"),
+    "names": (Names, "sweep"),
     "quarantine": (Tidying, "drop_bad"),
     "catalogs": (Leaving, "_write_catalogs"),
     "taking a name": (Names, "take"),
@@ -335,3 +339,207 @@ def test_what_was_removed_is_not_written_back_by_who_has_it_still_though_the_ind
     other.close()
     registry.flush()
     assert told(folder, 5) == [0, 2, 3, 4]
+
+
+def failing_commit(monkeypatch):
+    """The file is gone when the transaction fails."""
+    before = Rows.remove
+
+    def remove(rows, entry):
+        before(rows, entry)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Rows, "remove", remove)
+
+
+def interrupted(monkeypatch):
+    def unlink(tidying, entry):
+        tidying._folder.path(entry.key).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tidying, "_unlink", unlink)
+
+
+@pytest.mark.parametrize("after", ["a flush", "asked again", "opened again"])
+@pytest.mark.parametrize("fails", [failing_commit, interrupted])
+def test_a_removal_that_fails_when_the_file_is_gone_is_finished(registry, folder, monkeypatch, fails, after):
+    load(registry, 3)
+    registry.close()
+    again = ContextRegistry(CPU, folder)  # which has nothing in its memory
+    with monkeypatch.context() as patch:
+        fails(patch)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            again.remove(wanted(1).key)
+    if after == "a flush":
+        again.flush()
+    elif after == "asked again":
+        with suppress(InputError):  # the index was mended before
+            again.remove(wanted(1).key)
+        again.flush()
+    else:
+        again._cleaning._timer.cancel()
+        again = ContextRegistry(CPU, folder)
+    assert told(folder, 3) == [0, 2]
+    again.close()
+
+
+def damage(registry, number):
+    path = registry._backing.tier.folder.path(wanted(number).key)
+    path.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    registry.verify(wanted(number).key)
+
+
+def an_index_set_aside(registry, folder):
+    registry._backing.tier._keeper.opened().index.set("totals", {"of": "no version"})
+    registry.stats()
+    assert list((folder / "quarantine").iterdir())
+
+
+def an_older_file(registry, folder):
+    damage(registry, 1)
+    load(registry, 3)
+    assert list((folder / "quarantine").iterdir())
+
+
+def a_name_that_no_row_knows(registry, folder):
+    names = registry._backing.names
+    (label,) = names.of(None, "page 1")
+    names.write(names.give(replace(label, name="another")))
+
+
+def what_a_killed_writer_has_left(registry, folder):
+    (path,) = (path for path in (folder / "names").iterdir() if b'page 1"' in path.read_bytes())
+    path.with_name(f".{path.stem}").write_bytes(path.read_bytes())
+
+
+BESIDE = [an_index_set_aside, an_older_file, a_name_that_no_row_knows, what_a_killed_writer_has_left]
+
+
+@pytest.mark.parametrize("ends", ["killed", "killed before names", "closed"])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_nothing_beside_a_context_tells_of_it_when_it_is_gone(registry, folder, monkeypatch, beside, ends):
+    load(registry, 3)
+    beside(registry, folder)
+    if ends == "killed before names":
+        monkeypatch.setattr(Names, "take", lambda names, label: None)
+    registry.remove(wanted(1).key)
+    monkeypatch.undo()
+    if ends == "closed":
+        registry.close()
+    else:
+        registry._cleaning._timer.cancel()
+        ContextRegistry(CPU, folder).close()
+    assert told(folder, 3) == [0, 2]
+    assert b'"another' not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("beside", [an_index_set_aside, an_older_file])
+def test_nothing_tells_of_a_name_that_was_dropped(registry, folder, beside):
+    load(registry, 3)
+    registry.readmit(wanted(1).key)
+    with registry.lease(replace(wanted(1), name="another"), lambda report: context(1, 8)):
+        pass
+    registry.flush()
+    beside(registry, folder)
+    registry.remove("page 1")
+    registry.flush()
+    assert registry.one("another").key == wanted(1).key
+    files = [path for path in folder.rglob("*") if path.is_file() and b'page 1"' in path.read_bytes()]
+    assert files == []
+
+
+def test_a_catalog_that_could_not_be_written_is_written_later(registry, folder, monkeypatch):
+    load(registry, 1)
+    with registry.lease(replace(wanted(0), name="another"), lambda report: context(0, 8)):
+        pass
+    registry.close()
+    again = ContextRegistry(CPU, folder)
+    with monkeypatch.context() as patch:
+
+        def full(*args):
+            raise OSError(errno.ENOSPC, "the disk is full")
+
+        patch.setattr(leaving, "copy_with_catalog", full)
+        again.remove("another")
+        again.flush()
+        again.flush()
+    again._cleaning.now()
+    assert [path.name for path in folder.rglob("*") if path.is_file() and b'another"' in path.read_bytes()] == []
+    again.close()
+
+
+@pytest.mark.parametrize("loaded", ["before the removal", "while it runs"])
+def test_a_name_that_another_process_gives_is_not_taken_with_the_old_context(registry, folder, monkeypatch, loaded):
+    """It is given, and written after the removal."""
+    load(registry, 3)
+    other, taken, take = ContextRegistry(CPU, folder), threading.Event(), Names.take
+    other._writing.thread.submit(taken.wait)
+
+    def give():
+        with other.lease(replace(wanted(2), name="page 1"), lambda report: context(2, 8)):
+            pass
+
+    def late(names, label):
+        give()
+        take(names, label)
+
+    if loaded == "before the removal":
+        give()
+        registry.remove(wanted(1).key)
+    else:
+        monkeypatch.setattr(Names, "take", late)
+        registry.remove(wanted(1).key)
+        monkeypatch.undo()
+    taken.set()
+    other.close()
+    registry.flush()
+    assert registry.one("page 1").key == wanted(2).key
+    assert told(folder / "blobs", 3) == [0, 2]
+
+
+def test_a_name_of_a_context_that_another_process_removes_is_not_written_after_that(registry, folder):
+    load(registry, 3)
+    other, removed = ContextRegistry(CPU, folder), threading.Event()
+    other._writing.thread.submit(removed.wait)
+    with other.lease(replace(wanted(1), name="another"), lambda report: context(1, 8)):
+        pass
+    registry.remove(wanted(1).key)
+    registry.flush()
+    removed.set()
+    other.close()
+    assert told(folder, 3) == [0, 2]
+    assert b'"another' not in b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_who_lists_misses_nothing_that_is_used_meanwhile(registry, folder, monkeypatch):
+    monkeypatch.setattr(Connected, "PAGE", 2)
+    load(registry, 30)
+    touched, entry = [], Rows.entry
+
+    def touch(rows, key):
+        if not touched and key == wanted(20).key:
+            touched.append(key)
+            for number in (3, 25, 29):
+                registry._backing.tier.touch(wanted(number).key)
+        return entry(rows, key)
+
+    monkeypatch.setattr(Rows, "entry", touch)
+    assert len(registry._backing.tier._leaving._entries(lambda entry: True)) == 30
+    assert touched
+    touched.clear()
+    assert len(registry._backing.tier.entries()) == 30
+    assert touched
+
+
+def test_what_is_known_of_a_context_whose_file_was_lost_is_removed_by_its_key(registry, folder):
+    load(registry, 3)
+    registry.pin(wanted(1).key)
+    registry.close()
+    again = ContextRegistry(CPU, folder)
+    damage(again, 1)
+    assert again.remove(wanted(1).key).pinned
+    again.flush()
+    assert told(folder, 3) == [0, 2]
+    with pytest.raises(InputError):
+        again.remove(wanted(1).key)
+    again.close()

@@ -30,6 +30,7 @@ class Connected(diskcache.Cache):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._opened: dict[threading.Thread, sqlite3.Connection] = {}
+        self._pragmas = {key.removeprefix("sqlite_"): value for key, value in options.items() if key.startswith("sqlite_")}
         super().__init__(*args, **options)
         before_fork(self, Connected.close_all)
 
@@ -41,25 +42,26 @@ class Connected(diskcache.Cache):
         for other in list(self._opened):
             if not other.is_alive() and (left := self._opened.pop(other, None)) is not None:
                 left.close()
-        con = self._opened[thread] = connect(Path(self._directory), self._timeout)
-        with suppress(sqlite3.OperationalError):  # it has no settings yet
-            for key, value in con.execute("SELECT key, value FROM Settings").fetchall():
-                if key.startswith("sqlite_"):
-                    self.reset(key, value, update=False)
+        con = connect(Path(self._directory), self._timeout)
+        try:
+            for name, value in self._pragmas.items():
+                with suppress(sqlite3.OperationalError):  # a full disk; those that are of the file are written there
+                    con.execute(f"PRAGMA {name} = {value}").fetchall()
+        except BaseException:
+            con.close()
+            raise
+        self._opened[thread] = con
         return con
 
-    def last(self) -> int:
-        """The number of the row that was written last, 0 if there is none."""
-        ((number,),) = self._sql("SELECT MAX(rowid) FROM Cache").fetchall()
-        return number or 0
+    PAGE = 100
 
     def some(self, after: int, before: int, newest_first: bool) -> list[tuple[int, Any, Any]]:
-        """Number, key and whether it is as it was given, of at most 100 rows between two numbers.
+        """Number, key and whether it is as it was given, of at most a page of rows between two numbers.
 
         diskcache's own iteration keeps its connection from one hundred to the next.
         """
         order = "DESC" if newest_first else "ASC"
-        query = f"SELECT rowid, key, raw FROM Cache WHERE ? < rowid AND rowid < ? ORDER BY rowid {order} LIMIT 100"
+        query = f"SELECT rowid, key, raw FROM Cache WHERE ? < rowid AND rowid < ? ORDER BY rowid {order} LIMIT {self.PAGE}"
         return list(self._sql(query, (after, before)).fetchall())
 
     def close(self) -> None:

@@ -52,6 +52,8 @@ _DAMAGE = {
 }
 
 
+_NO_ROW = 2**63 - 1  # beyond the number of every row
+
 #: Why nothing is looked up or stored meanwhile.
 HELD = "another process holds the index locked"
 
@@ -181,15 +183,17 @@ class Index:
             self._rows.close()
 
     def keys(self, prefix: str, newest_first: bool = False) -> Iterator[str]:
-        """Keys that start with ``prefix``, without it."""
-        with _translated():
-            after, before = 0, self._rows.last() + 1
+        """Keys that start with ``prefix``, without it, each once. A row that becomes the most recent one meanwhile comes at the end;
+        of the newest first it may be missed, so that they are for who wants some of them alone.
+        """
+        after, before, seen = 0, _NO_ROW, set[str]()
         while True:
             with _translated():
                 some = self._rows.some(after, before, newest_first)
             for _, found, raw in some:
                 key = self._rows.disk.get(found, raw)
-                if key.startswith(prefix):
+                if key.startswith(prefix) and key not in seen:
+                    seen.add(key)
                     yield key[len(prefix) :]
             if not some:
                 return

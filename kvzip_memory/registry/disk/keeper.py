@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -18,6 +18,7 @@ from kvzip_memory.registry.disk.index import HELD, Index, IndexDamagedError, Ind
 from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.disk.rows import Rows
 from kvzip_memory.registry.disk.tidying import Tidying, moved, remove_index
+from kvzip_memory.registry.forgotten import Notes, when_deleted
 from kvzip_memory.system.locks import QUIET_S, held
 from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.private import make_folder
@@ -162,7 +163,7 @@ class Keeper:
         except IndexDamagedError as error:
             self._replace(str(error))
 
-    def _fill(self, salvaged: Mapping[str, Entry], notes: Mapping[str, dict[str, Any]]) -> None:
+    def _fill(self, salvaged: Mapping[str, Entry], notes: Mapping[str, Notes]) -> None:
         """Give a new index its rows, see :meth:`Tidying.fill`."""
         rows = self._rows
         assert rows is not None
@@ -197,9 +198,9 @@ class Keeper:
             self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
             self._fill(salvaged, notes)
 
-    def _salvaged(self) -> tuple[dict[str, Entry], dict[str, dict[str, Any]]]:
+    def _salvaged(self) -> tuple[dict[str, Entry], dict[str, Notes]]:
         """The contexts' rows of a damaged index that are sound, and its notes of what was forgotten."""
-        rows, found, notes = self._rows, dict[str, Entry](), dict[str, dict[str, Any]]()
+        rows, found, notes = self._rows, dict[str, Entry](), dict[str, Notes]()
         if rows is None:
             return found, notes
         with suppress(Exception):
@@ -266,36 +267,40 @@ class Keeper:
         """Whether something was forgotten since the index was last written anew."""
         return self.sound(lambda: self.opened().unclean() is not None)
 
-    def rewrite(self) -> bool:
+    def rewrite(self, done: bool) -> bool:
         """Write the index anew, so that its free pages hold nothing of what was forgotten; False where another process reads it, which
-        leaves it to the next who forgets something or opens the folder."""
+        leaves it to the next who forgets something or opens the folder. So does what else is not ``done``."""
 
         def overwrite() -> None:
             rows = self.opened()
             found = rows.unclean()
             rows.index.rewrite()
             with rows.transaction():
-                if rows.unclean() == found:  # nothing was forgotten meanwhile
+                if done and rows.unclean() == found:  # nothing was forgotten meanwhile
                     rows.set_clean()
 
         try:
             self.sound(overwrite)
-            return True
+            return done
         except IndexHeldError:
             logger.warning(
                 "another process reads the index of %s: until that is written anew, free pages of it may hold tags", self._folder.root
             )
             return False
 
-    def drop_bad(self, keys: Collection[str]) -> None:
-        """Delete from quarantine what there is of contexts that were removed, and the indexes that were set aside, which tell of them."""
+    def drop_deleted(self) -> Callable[[str], float]:
+        """Delete what there is of contexts that were deleted since in quarantine, in rows without a file and in indexes that were set
+        aside; what tells when a context was deleted."""
 
-        def drop() -> None:
+        def drop() -> Callable[[str], float]:
             with self.changing() as rows:
-                self._tidying.drop_bad(rows, keys)
+                when = when_deleted(rows.all_notes().values())
+                self._tidying.drop_bad(rows, when)
+                self._tidying.drop_lost(rows, when)
             self._tidying.sweep_indexes()
+            return when
 
-        self.sound(drop)
+        return self.sound(drop)
 
     def unreserve(self, key: str) -> None:
         """Give back what is counted for a file that is not being written any more."""

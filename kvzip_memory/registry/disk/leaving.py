@@ -13,13 +13,13 @@ from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import copy_with_catalog, replace_with
 from kvzip_memory.registry.disk.folder import Folder
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
-from kvzip_memory.registry.disk.names import Label, Names
+from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.system.locks import QUIET_S, held
 from kvzip_memory.system.printable import logger_of
-from kvzip_memory.system.private import usable
+from kvzip_memory.system.private import delete, usable
 
 logger = logger_of(__name__)
 
@@ -45,14 +45,13 @@ class Leaving:
         self._let_go_lost(let_go, mine)
         self._keeper.empty_quarantine()  # of what was found damaged meanwhile
         self._builders.unreport_all()
-        self._write_catalogs()
-        self._keeper.rewrite()
+        self._keeper.rewrite(self._write_catalogs())
         return deleted, kept
 
     @needs_index
     def _entries(self, mine: Callable[[Entry], bool]) -> list[Entry]:
         rows = self._keeper.opened()
-        found = [entry for key in rows.contexts(newest_first=True) if (entry := rows.entry(key)) is not None]
+        found = [entry for key in rows.contexts() if (entry := rows.entry(key)) is not None][::-1]
         return [entry for entry in found if self._folder.is_mine(entry) and mine(entry)]
 
     @needs_index
@@ -83,6 +82,31 @@ class Leaving:
             return True
 
     @needs_index
+    def remove(self, key: str, for_good: bool, expired: bool) -> Entry | None:
+        """Delete a context; None if there was none, or it is another tenant's.
+
+        Args:
+            for_good: other processes do not write it again, and if this fails halfway :meth:`clean` goes on.
+            expired: only if it is.
+        """
+        path = self._folder.path(key)
+        with self._keeper.changing() as rows:
+            known = rows.entry(key) or rows.lost(key) or (self._folder.entry_of_file(path) if self._folder.has(key) else None)
+            if known is not None and not self._folder.is_mine(known):
+                return None
+            if expired and ((now := self._folder.entry_of_file(path)) is None or not now.expired):  # stored anew meanwhile
+                return None
+            if for_good and known is not None:
+                rows.note(self._folder.tenant, key)
+        with self._keeper.changing() as rows:
+            rows.forget_lost(key)
+            if (entry := rows.entry(key)) is not None:
+                self._tidying.drop(rows, entry)
+        if entry is None and self._folder.has(key):
+            delete(path)
+        return known
+
+    @needs_index
     def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
         """The same for contexts whose files were lost."""
         rows = self._keeper.opened()
@@ -110,15 +134,17 @@ class Leaving:
             rows.note(self._folder.tenant, tag=tag)
 
     @needs_index
-    def _write_catalogs(self) -> None:
-        """Bring the catalogs of files up to date with their rows, also where that has failed before."""
+    def _write_catalogs(self) -> bool:
+        """Bring the catalogs of files up to date with their rows, also where that has failed before; whether all are."""
+        done = True
         for key in self._keeper.opened().stale_catalogs():
             try:
                 with held(self._folder.lock(key), "building or writing a context", QUIET_S):
                     self._write_catalog(key)
             except (OSError, Timeout, CorruptFileError) as error:
-                why = self._folder.told(str(error))  # no key: it may be another tenant's
-                logger.warning("the file of a context that others have still names a tag that was forgotten: %s", why)
+                done, why = False, self._folder.told(str(error))  # no key: it may be another tenant's
+                logger.warning("the file of a context that others have still names a tag or name that was forgotten: %s", why)
+        return done
 
     @needs_index
     def _write_catalog(self, key: str) -> None:
@@ -142,22 +168,20 @@ class Leaving:
             temporary.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Delete what processes have forgotten that were killed then."""
+        """Clean up behind processes that were killed."""
         if self._keeper.is_unclean():
-            self.clean((), lambda label: False)
+            self.clean()
 
-    def clean(self, removed: Collection[str], names: Callable[[Label], bool]) -> bool:
-        """Delete what the folder still says of contexts that were removed, in quarantine, catalogs and free pages of the index; and of
-        names that their rows did not know those that are to be taken away. False if the index could not be written anew.
+    def clean(self) -> bool:
+        """Delete what the folder still says of contexts that were deleted, by whomever: their names, what there is in quarantine,
+        catalogs of others, free pages of the index. False if something is left, as another process was in the way.
 
         Raises:
             OSError: something cannot be deleted or written now.
         """
-        self._write_catalogs()
-        if removed:
-            self._keeper.drop_bad(removed)
-        done = self._keeper.rewrite()
-        for label in self._names.meaning(removed) if removed else ():
-            if names(label) and not self._folder.has(label.key):
+        deleted = self._keeper.drop_deleted()
+        self._names.sweep()
+        for label in self._names.all():
+            if label.loaded < deleted(label.key) and not self._folder.has(label.key):
                 self._names.take(label)
-        return done
+        return self._keeper.rewrite(self._write_catalogs())

@@ -2,8 +2,8 @@
 
 A file a name, written whole and renamed into place, beside the contexts and not in them or in the index. So what is left of an older text
 cannot take its name back: not its file when the index is made anew, nor the memory of another process. A name whose context is no longer
-stored finds nothing. One that was taken away leaves a note of when, under a digest and without the name itself: what another process is
-still writing comes too late.
+stored finds nothing. One that was taken away leaves a note, under a digest and without the name itself, that is a moment later than the
+name was given: a process that is still writing that comes too late.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,23 +92,23 @@ class Names:
 
     def give(self, label: Label) -> Label:
         """Give a name to a context, for this process; with its time set. :meth:`write` tells the others."""
-        file = _file_of(label.tenant, label.name)
-        before = self._known(file).get(label.family)
+        before = self._known(_file_of(label.tenant, label.name)).get(label.family)
+        return self._newer(label, time.time() if before is None else max(time.time(), before.loaded))
+
+    def _newer(self, label: Label, than: float) -> Label:
         with self._lock:
-            label = replace(label, loaded=time.time() if before is None else _after(before.loaded))
-            self._new.setdefault(file, {})[label.family] = label
+            label = replace(label, loaded=_after(than))
+            self._new.setdefault(_file_of(label.tenant, label.name), {})[label.family] = label
         return label
 
-    def write_all(self) -> None:
-        """Write down what could not be written before.
-
-        Raises:
-            OSError: see :meth:`write`.
-        """
+    def unwritten(self) -> list[Label]:
+        """What was given here and could not be written yet."""
         with self._lock:
-            labels = [label for new in self._new.values() for label in new.values() if label.key]
-        for label in labels:
-            self.write(label)
+            return [label for new in self._new.values() for label in new.values() if label.key]
+
+    def drop(self, label: Label) -> None:
+        """Do not write what was given."""
+        self._forget(_file_of(label.tenant, label.name), label)
 
     def write(self, label: Label, over: Label | None = None) -> None:
         """Write down what was given, unless the name was given to another context since.
@@ -144,7 +144,7 @@ class Names:
         if family not in self._read(file):  # it could not be written
             self._forget(file, now)
             return
-        label = self.give(replace(taken, key="", sources=()))
+        label = self._newer(replace(taken, key="", sources=()), taken.loaded)
         try:
             self.write(label, taken)
             before = None
@@ -153,16 +153,6 @@ class Names:
             if before is not None:
                 with self._lock:
                     self._new.setdefault(file, {}).setdefault(family, before)
-
-    def meaning(self, keys: Collection[str]) -> list[Label]:
-        """Every name that means one of these contexts."""
-        new, seen = self._all()
-        found = list[Label]()
-        for file, known in seen.items():
-            here = new.get(file, {})
-            if any(label.key in keys for label in [*known.values(), *here.values()]):
-                found += [label for label in _latest(known, here).values() if label.key in keys]
-        return found
 
     def lose(self, tenant: str | None, name: str, family: str, key: str) -> None:
         """A context has left the memory: with it goes its name, if that is written nowhere."""
@@ -173,13 +163,20 @@ class Names:
 
     def gc(self, is_stored: Callable[[str], bool]) -> None:
         """Delete what has meant nothing for a day: names of contexts that are not stored, and notes of those that were taken away."""
+        self.sweep()
         for file in self._facts():
             with self._writing():
-                delete(self._path(file).with_name(f".{file}"))  # of a writer that was killed
                 known = self._read(file)
                 kept = {f: label for f, label in known.items() if is_stored(label.key) or abs(time.time() - label.loaded) < _DAY}
                 if kept != known:
                     self._write(file, kept)
+
+    def sweep(self) -> None:
+        """Delete what writers have left that were killed."""
+        left = [entry.name for entry in entries(self._root, "names") if entry.name.startswith(".")] if self._root is not None else []
+        for name in left:
+            with self._writing():
+                delete(self._path(name).with_name(name))
 
     def _all(self) -> tuple[dict[str, dict[str, Label]], dict[str, dict[str, Label]]]:
         """By file and family what was given here, and what files say: those that are as they were the last time are not read again."""
@@ -270,7 +267,7 @@ def _latest(known: Mapping[str, Label], new: Mapping[str, Label]) -> dict[str, L
 
 
 def _after(loaded: float) -> float:
-    return max(time.time(), loaded + _TICK, math.nextafter(loaded, math.inf))  # far in the future a tick is too little to tell apart
+    return max(loaded + _TICK, math.nextafter(loaded, math.inf))  # far in the future a tick is too little to tell apart
 
 
 def _file_of(tenant: str | None, name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
 from kvzip_memory.registry.disk import layout
@@ -203,17 +203,13 @@ class Rows:
         self._noted[row] = self.index.set(row, notes.row), notes
         self.set_unclean()
 
-    def all_notes(self) -> dict[str, dict[str, Any]]:
-        """What was forgotten, of all tenants, as far as it is sound; for :meth:`set_notes`."""
-        found = dict[str, dict[str, Any]]()
-        for rest in self.index.keys(_FORGOTTEN):
-            with suppress(IndexDamagedError):
-                found[_FORGOTTEN + rest] = self._notes(_FORGOTTEN + rest).row
-        return found
+    def all_notes(self) -> dict[str, Notes]:
+        """What was forgotten, by row, of all tenants."""
+        return {_FORGOTTEN + tenant: self._notes(_FORGOTTEN + tenant) for tenant in self.index.keys(_FORGOTTEN)}
 
-    def set_notes(self, notes: Mapping[str, dict[str, Any]]) -> None:
+    def set_notes(self, notes: Mapping[str, Notes]) -> None:
         for row, told in notes.items():
-            self.index.set(row, told)
+            self.index.set(row, told.row)
 
     def unclean(self) -> Mapping[str, Any] | None:
         """What tells that the index is to be written anew, as something was forgotten since; None if it is not."""

@@ -38,7 +38,7 @@ from kvzip_memory.registry.holders import LetGo
 from kvzip_memory.registry.identity import EVERYONE, is_whose
 from kvzip_memory.system.checksums import PLAIN, Checksums
 from kvzip_memory.system.printable import logger_of
-from kvzip_memory.system.private import delete, is_file
+from kvzip_memory.system.private import is_file
 
 logger = logger_of(__name__)
 
@@ -254,7 +254,8 @@ class DiskTier:
     @needs_index
     def entries(self, limit: int | None = None, wanted: Callable[[Entry], bool] = lambda entry: True) -> list[Entry]:
         """Stored contexts, the most recently used first."""
-        keys = self._keeper.opened().contexts(newest_first=True)
+        rows = self._keeper.opened()
+        keys = reversed([*rows.contexts()]) if limit is None else rows.contexts(newest_first=True)
         found = (entry for key in keys if (entry := self.entry(key)) is not None and wanted(entry))
         return list(islice(found, limit))
 
@@ -353,35 +354,29 @@ class DiskTier:
                 if in_file:
                     rows.set_stale(key, True)
                     rows.set_unclean()
+                    self._tidying.drop_bad(rows, lambda bad: time.time() if bad == key else 0.0)
             if (lost := rows.lost(key)) is not None and self.folder.is_mine(lost):
                 rows.remember_lost(change(lost))
             if forgotten:
                 rows.note(self.folder.tenant, key, forgotten)
 
-    @needs_index
-    def remove(self, key: str, for_good: bool = False, expired: bool = False) -> bool:
-        """Delete a context; False if there was none. One that somebody wants to be gone is not written again by other processes."""
-        path = self.folder.path(key)
-        with self._keeper.changing() as rows:
-            known = rows.entry(key) or rows.lost(key) or (self.folder.entry_of_file(path) if self.folder.has(key) else None)
-            if known is not None and not self.folder.is_mine(known):
-                return False
-            if expired and ((now := self.folder.entry_of_file(path)) is None or not now.expired):  # stored anew meanwhile
-                return False
-            rows.forget_lost(key)
-            if for_good:
-                rows.note(self.folder.tenant, key)
-            if (entry := rows.entry(key)) is not None:
-                self._tidying.drop(rows, entry)
-                return True
-        existed = self.folder.has(key)
-        if existed:
-            delete(path)
-        return existed
+    def remove(self, key: str, for_good: bool = False, expired: bool = False) -> Entry | None:
+        """Delete a context, see :meth:`Leaving.remove`."""
+        return self._leaving.remove(key, for_good, expired)
 
-    def clean(self, removed: Collection[str], names: Callable[[Label], bool]) -> bool:
-        """Delete what is left of contexts that were removed for good, see :meth:`Leaving.clean`."""
-        return self._leaving.clean(removed, names)
+    def name(self, label: Label) -> None:
+        """Write down a name that was given, but not of a context that was deleted since."""
+        deleted = 0.0
+        with suppress(IndexUnavailableError):
+            deleted = self.notes().noted(label.key)
+        if label.loaded < deleted and not self.folder.has(label.key):
+            self.names.drop(label)
+        else:
+            self.names.write(label)
+
+    def clean(self) -> bool:
+        """Delete what is left of contexts that were deleted, see :meth:`Leaving.clean`."""
+        return self._leaving.clean()
 
     def forget(self, let_go: LetGo, mine: Callable[[Entry], bool], named: Collection[str] = ()) -> tuple[list[Entry], list[Entry]]:
         """Take tags from contexts, and delete those that nobody holds then. Nothing of these stays in the folder: the quarantine is
@@ -425,9 +420,9 @@ class DiskTier:
         found = {"expired": 0, **({"old": 0} if old else {}), "quarantined": 0, "orphaned": 0}
         for entry in self.entries():
             if entry.expired:
-                found["expired"] += self.remove(entry.key)
+                found["expired"] += self.remove(entry.key) is not None
             elif old and entry.other_version == "older" and not entry.pinned:
-                found["old"] += self.remove(entry.key)
+                found["old"] += self.remove(entry.key) is not None
         found["orphaned"] = self._keeper.reconcile()
         found["quarantined"] = self._keeper.empty_quarantine()
         with suppress(OSError):  # others are writing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -161,11 +161,17 @@ class Tidying:
             remove_index(folder)
         return len(old)
 
-    def drop_bad(self, rows: Rows, keys: Collection[str]) -> None:
-        """Delete what there is in quarantine of some contexts, but not another tenant's."""
+    def drop_bad(self, rows: Rows, deleted: Callable[[str], float]) -> None:
+        """Delete what was taken out of use of contexts that were ``deleted`` since then."""
         for row in rows.all_bad():
-            if row["key"] in keys and (row["tenant"] == EVERYONE or is_whose(row, self._folder.tenant)):
+            if row["time"] < deleted(row["key"]):
                 self._drop_bad(rows, row)
+
+    def drop_lost(self, rows: Rows, deleted: Callable[[str], float]) -> None:
+        """Delete the rows of contexts whose files are gone since they were ``deleted``."""
+        for key in rows.contexts():
+            if deleted(key) and not self._folder.has(key) and (entry := rows.entry(key)) is not None:
+                self.drop(rows, entry)
 
     # -- making them agree ---------------------------------------------------------------------------------------
 
@@ -182,6 +188,7 @@ class Tidying:
         for key in listed - blobs.keys() - writing.keys():
             if (entry := rows.entry(key)) is not None:
                 self.drop(rows, entry)
+                rows.set_unclean()  # it may have been deleted by who could not finish that
         stored = sum(self._measured_bad(rows, row) for row in rows.all_bad())
         stored += sum(path.lstat().st_size for key, path in blobs.items() if key in listed)
         for key in blobs.keys() - listed - writing.keys():
