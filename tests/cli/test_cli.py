@@ -194,15 +194,21 @@ def test_prometheus_reads_the_counters(tmp_path: Path) -> None:
 # -- tenants ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def shared(tmp_path: Path) -> dict[str | None, str]:
-    """The keys of one text of one name and tag that two tenants, and nobody, have."""
-    keys: dict[str | None, str] = {}
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str | None, str]]:
+    folder, keys = tmp_path_factory.mktemp("filled"), dict[str | None, str]()
     for tenant in ("ana", "ben", None):
-        engine = tiny_engine(cache_dir=tmp_path, ratio=0.4, tenant=tenant)
+        engine = tiny_engine(cache_dir=folder, ratio=0.4, tenant=tenant)
         keys[tenant] = engine.load(TEXT, name="page", tags="red").key
         engine.close()
-    return keys
+    return folder, keys
+
+
+@pytest.fixture
+def shared(filled: tuple[Path, dict[str | None, str]], tmp_path: Path) -> dict[str | None, str]:
+    """The keys of one text of one name and tag that two tenants, and nobody, have."""
+    shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
+    return filled[1]
 
 
 #: What is asked for with a reference, and how.
