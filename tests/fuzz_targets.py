@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -176,7 +177,7 @@ def filled(folder: Path) -> dict[str, dict[str, Any]]:
         disk.put(small(number), wanted(number).group, names={f"page {number}": 1.0}, tags=["thread: ana", f"red {number}"])
     disk._quarantine(wanted(3).key, "as damage does")
     disk.untag(wanted(4).key, "thread: ana")
-    disk.remove(wanted(4).key, for_good=True)
+    disk.remove(wanted(4).key, for_good=time.time())
     index = disk._keeper.opened().index
     index.set("catalog:" + wanted(2).key, {})
     rows = {key: index.get(key) for key in index.keys("")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -117,14 +118,15 @@ class Catalogue:
         """Give a context the name and tags it was asked for by, beside those it has."""
         if wanted.loaded is not None:  # an answer
             return
-        names, label = {}, None
+        names, label, deleted = {}, None, self._backing.notes().noted(held.key)  # by whom, perhaps, whose clock is ahead
         if wanted.name is not None:
             told = tuple((source.name, deepcopy(source.metadata)) for source in wanted.sources)  # the handle has the others
             identity = wanted.identity
-            label = self._backing.names.give(Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told))
+            given = Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told)
+            label = self._backing.names.give(given, deleted)
             names = {label.name: label.loaded}
         with self._memory.changed:
-            held.loaded = time.time()
+            held.loaded = max(time.time(), math.nextafter(deleted, math.inf))
             held.tags |= dict.fromkeys(wanted.tags, held.loaded)
             held.names = held.names | names
         self._writing.touch_behind(held.key, names, wanted.tags, label)

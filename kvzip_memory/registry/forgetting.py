@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,9 +73,9 @@ class Forgetting:
             return replace(entry, names=names)
         labels = [label for name in entry.names for label in self._labels(entry, name)]
         try:
-            with self._deleting(entry.key), self._bare(entry.key):
+            with self._deleting(entry.key, bare=True) as began:
                 if self._backing.tier is not None:
-                    self._backing.tier.remove(entry.key, for_good=True)
+                    self._backing.tier.remove(entry.key, began)
             for label in labels:
                 self._backing.names.take(label)
         finally:
@@ -84,10 +85,10 @@ class Forgetting:
 
     def _remove_rest(self, key: str) -> Entry | None:
         """Delete what is left of a context whose file is gone; None if nothing is."""
-        if self._backing.tier is None or not KEY.fullmatch(key):
+        if self._backing.tier is None or not KEY.fullmatch(key) or self._backing.tier.known(key) is None:
             return None
         try:
-            gone = self._backing.tier.remove(key, for_good=True)
+            gone = self._backing.tier.remove(key, time.time())
         finally:
             self._cleaning.later()
         return None if gone is None else replace(gone, names={})
@@ -109,42 +110,42 @@ class Forgetting:
         return [label for label in self._backing.names.of(entry.tenant, name) if (label.key, label.family) == of]
 
     @contextmanager
-    def _bare(self, key: str) -> Iterator[None]:
-        """Take from a context in memory what it has got, which it gets back when the block fails. Who loads it meanwhile gives it anew."""
+    def _deleting(self, key: str, bare: bool = False) -> Iterator[float]:
+        """Drop a context from memory when the block has deleted it on disk; whoever loads it from the block's beginning on has it stored.
+
+        When the block fails the context stays, and what it has deleted is written again.
+
+        Args:
+            bare: what it was given until now goes with it, and comes back when the block fails; whoever loads it gives it anew.
+
+        Yields:
+            When that began: what is loaded or given later is not deleted.
+        """
         with self._memory.changed:
-            had = [(held, held.names, held.tags, held.pinned) for held in self._memory.here(key)]
+            began = time.time()
+            self._memory.removed.add([key])
+            had = [(held, held.names, held.tags, held.pinned) for held in self._memory.here(key)] if bare else []
             for held, *_ in had:
                 held.names, held.tags, held.pinned = {}, {}, False
         try:
-            yield
+            yield began
         except BaseException:
             with self._memory.changed:
                 for held, names, tags, pinned in had:
                     held.names, held.tags, held.pinned = {**names, **held.names}, {**tags, **held.tags}, pinned or held.pinned
-            raise
-        with self._memory.changed:
-            if key in self._memory.removed:
-                self._writing.untell(key)
-
-    @contextmanager
-    def _deleting(self, key: str) -> Iterator[None]:
-        """Drop a context from memory when the block has deleted it on disk; whoever loads it from the block's beginning on has it stored.
-
-        When the block fails the context stays, and what it has deleted is written again.
-        """
-        with self._memory.changed:
-            self._memory.removed.add([key])
-        try:
-            yield
-        except BaseException:
             self._memory.readmit(key)
             self._writing.write_again(key)
             raise
         with self._memory.changed:
+            if bare and key in self._memory.removed:
+                self._writing.untell(key)
             for held in self._memory.here(key) if key in self._memory.removed else ():
                 if not held.users:
                     self._memory.drop(held)
             self._memory.changed.notify_all()
+            is_loaded = key not in self._memory.removed
+        if is_loaded:
+            self._writing.write_again(key)
 
     def collect(self, old: bool) -> dict[str, int]:
         """Delete from disk what has expired and what is left over, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.gc`."""
@@ -177,13 +178,11 @@ class Forgetting:
         self._writing.untell(key, tags)
         with self._deleting(key):
             deleted = not stays if self._backing.tier is None else self._backing.tier.let_go(key, let_go, stays)
+            with self._memory.changed:
+                for held in here:
+                    held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
             if not deleted:
                 self._memory.readmit(key)
-        with self._memory.changed:
-            for held in here:
-                held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
-        if deleted and key not in self._memory.removed:  # loaded meanwhile
-            self._writing.write_again(key)
         self._forgets()
         return deleted
 

@@ -55,12 +55,15 @@ class Notes:
     def row(self) -> dict[str, Any]:
         return {"before": self._before, "notes": [[note.time, note.key, note.parts] for note in self._notes]}
 
-    def with_note(self, key: str = "", tag: str = "") -> Notes:
-        """These and one more: that a tag was taken from a context, or from all; or that a context was deleted."""
+    def with_note(self, key: str = "", tag: str = "", when: float | None = None) -> Notes:
+        """These and one more: that a tag was taken from a context, or from all; or that a context was deleted; now, or then."""
         what = _digest(key) if key else "", tuple(sorted(_digests(tag))) if tag else ()
         more = copy(self)
         more.__dict__.pop("deletions", None)
-        more._notes = [*(note for note in self._notes if (note.key, note.parts) != what), Note(time.time(), *what)]
+        more._notes = [
+            *(note for note in self._notes if (note.key, note.parts) != what),
+            Note(time.time() if when is None else when, *what),
+        ]
         if len(more._notes) > _LIMIT:
             more._before = max(self._before, more._notes[-_LIMIT - 1].time)
             more._notes = more._notes[-_LIMIT:]
@@ -73,7 +76,8 @@ class Notes:
 
     def noted(self, key: str) -> float:
         """When a context was last deleted, 0.0 if there is no note of it."""
-        return when_deleted([self, *([self._operators] if self._operators else [])])(key)
+        digest_of_key = _digest(key)
+        return max(notes.deletions.get(digest_of_key, 0.0) for notes in (self, self._operators) if notes is not None)
 
     @cached_property
     def deletions(self) -> dict[str, float]:

@@ -197,7 +197,7 @@ def test_what_is_forgotten_while_it_is_written_anew_is_not_left_out(registry, re
 
     def rewrite(self):
         counted(self)
-        other._backing.tier.remove(wanted(2).key, for_good=True)  # of a process that is killed then
+        other._backing.tier.remove(wanted(2).key, for_good=time.time())  # of a process that is killed then
 
     registry.remove(wanted(1).key)
     with monkeypatch.context() as patch:

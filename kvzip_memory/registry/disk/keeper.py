@@ -107,6 +107,10 @@ class Keeper:
                 self._rows = self._frozen()
             return self._rows
         self.check_free()
+        if self._rows is not None and self._index_file() not in (None, self._opened_file):  # another process has made it anew
+            with suppress(IndexUnavailableError):
+                self._rows.index.close()
+            self._rows = None
         if self._rows is None:
             self._open()
         if self._rows is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 
 from filelock import Timeout
@@ -12,8 +13,10 @@ from kvzip_memory.registry.disk.builders import Builders
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.files import copy_with_catalog, replace_with
 from kvzip_memory.registry.disk.folder import Folder
+from kvzip_memory.registry.disk.index import IndexUnavailableError
 from kvzip_memory.registry.disk.keeper import Keeper, needs_index
-from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.registry.disk.names import Label, Names
+from kvzip_memory.registry.disk.rows import Rows
 from kvzip_memory.registry.disk.tidying import Tidying
 from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
@@ -82,29 +85,43 @@ class Leaving:
             return True
 
     @needs_index
-    def remove(self, key: str, for_good: bool, expired: bool) -> Entry | None:
-        """Delete a context; None if there was none, or it is another tenant's.
+    def remove(self, key: str, for_good: float | None = None, expired: bool = False) -> Entry | None:
+        """Delete a context; None if there was none, it is another tenant's, or nobody can read whose it is.
 
         Args:
-            for_good: other processes do not write it again, and if this fails halfway :meth:`clean` goes on.
+            for_good: when somebody has begun to delete it, if other processes are not to write it again.
             expired: only if it is.
         """
-        path = self._folder.path(key)
-        with self._keeper.changing() as rows:
-            known = rows.entry(key) or rows.lost(key) or (self._folder.entry_of_file(path) if self._folder.has(key) else None)
-            if known is not None and not self._folder.is_mine(known):
-                return None
-            if expired and ((now := self._folder.entry_of_file(path)) is None or not now.expired):  # stored anew meanwhile
-                return None
-            if for_good and known is not None:
-                rows.note(self._folder.tenant, key)
-        with self._keeper.changing() as rows:
-            rows.forget_lost(key)
-            if (entry := rows.entry(key)) is not None:
-                self._tidying.drop(rows, entry)
-        if entry is None and self._folder.has(key):
-            delete(path)
+        path, known = self._folder.path(key), None
+        try:
+            with self._keeper.changing() as rows:
+                known = self._known(rows, key) or (self._folder.entry_of_file(path) if self._folder.has(key) else None)
+                if known is not None and not self._folder.is_mine(known):
+                    return None
+                if expired and ((now := self._folder.entry_of_file(path)) is None or not now.expired):  # stored anew meanwhile
+                    return None
+                rows.forget_lost(key)
+                if for_good is not None:
+                    rows.note(self._folder.tenant, key, when=for_good)
+                if (entry := rows.entry(key)) is not None:
+                    self._tidying.drop(rows, entry)
+                elif known is not None and self._folder.has(key):
+                    delete(path)
+        except BaseException:
+            if known is not None and for_good is not None and not self._folder.has(key):  # too late: clean() goes on
+                with suppress(OSError), self._keeper.changing() as rows:
+                    rows.note(self._folder.tenant, key, when=for_good)
+            raise
         return known
+
+    @needs_index
+    def known(self, key: str) -> Entry | None:
+        """What is known of a context of the tenant's, also of one whose file was lost."""
+        found = self._known(self._keeper.opened(), key)
+        return found if found is not None and self._folder.is_mine(found) else None
+
+    def _known(self, rows: Rows, key: str) -> Entry | None:
+        return rows.entry(key) or rows.lost(key)
 
     @needs_index
     def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
@@ -166,6 +183,21 @@ class Leaving:
                     rows.set_stale(key, False)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def name(self, label: Label) -> None:
+        """Write down a name that was given, but not of a context that was deleted since."""
+        if self._is_gone(label):
+            self._names.drop(label)
+            return
+        self._names.write(label)
+        if self._is_gone(label):  # meanwhile
+            self._names.take(label)
+
+    def _is_gone(self, label: Label) -> bool:
+        with suppress(IndexUnavailableError):
+            notes = self._keeper.sound(lambda: self._keeper.opened().notes(self._folder.tenant))
+            return label.loaded < notes.noted(label.key) and not self._folder.has(label.key)
+        return False
 
     def tidy(self) -> None:
         """Clean up behind processes that were killed."""

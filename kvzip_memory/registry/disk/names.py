@@ -8,6 +8,7 @@ name was given: a process that is still writing that comes too late.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -90,10 +91,10 @@ class Names:
         for file, known in seen.items():
             yield from _in_order(_latest(known, new.get(file, {})).values())
 
-    def give(self, label: Label) -> Label:
-        """Give a name to a context, for this process; with its time set. :meth:`write` tells the others."""
+    def give(self, label: Label, after: float = 0.0) -> Label:
+        """Give a name to a context, for this process; with its time set, which is later than ``after``. :meth:`write` tells the others."""
         before = self._known(_file_of(label.tenant, label.name)).get(label.family)
-        return self._newer(label, time.time() if before is None else max(time.time(), before.loaded))
+        return self._newer(label, max(time.time(), after, 0.0 if before is None else before.loaded))
 
     def _newer(self, label: Label, than: float) -> Label:
         with self._lock:
@@ -124,7 +125,7 @@ class Names:
         file = _file_of(label.tenant, label.name)
         written = label if label.key else replace(label, name="", sources=())
         with self._writing():
-            known = self._read(file)
+            known = self._read(file, strict=True)
             now = known.get(label.family)
             if now is None or (now.loaded < label.loaded and (over is None or _are_one(over, now))):
                 self._write(file, {**known, label.family: written})
@@ -225,14 +226,22 @@ class Names:
         assert self._root is not None
         return held(FileLock(self._root / "locks" / "names.lock", thread_local=False, mode=0o600), "writing names", QUIET_S)
 
-    def _read(self, file: str) -> dict[str, Label]:
-        """By family; nothing if it is not there, or not what we wrote."""
+    def _read(self, file: str, strict: bool = False) -> dict[str, Label]:
+        """By family; nothing if it is not there, or not what we wrote.
+
+        Raises:
+            OSError: it cannot be read now, if ``strict``.
+        """
         if self._root is None:
             return {}
         try:
             labels = map(_label, json.loads(self._checksums.unseal("names", file, read_text(self._path(file)))))
             return {label.family: label for label in labels}
-        except (OSError, ValueError, TypeError, RecursionError):  # what cannot be read means nothing
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, RecursionError) as error:  # what cannot be read means nothing
+            if strict and isinstance(error, OSError) and error.errno not in (None, errno.ELOOP):
+                raise
             return {}
 
     def _write(self, file: str, known: Mapping[str, Label]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 from kvzip_memory.registry.disk import layout
@@ -196,16 +196,20 @@ class Rows:
         operators = self._notes(_FORGOTTEN)
         return operators if tenant == EVERYONE else self._notes(_notes_of(tenant)).under(operators)
 
-    def note(self, tenant: str | None, key: str = "", tag: str = "") -> None:
-        """Note that a tenant has forgotten something, see :meth:`Notes.add`."""
+    def note(self, tenant: str | None, key: str = "", tag: str = "", when: float | None = None) -> None:
+        """Note that a tenant has forgotten something, see :meth:`Notes.with_note`."""
         row = _notes_of(tenant)
-        notes = self._notes(row).with_note(key, tag)
+        notes = self._notes(row).with_note(key, tag, when)
         self._noted[row] = self.index.set(row, notes.row), notes
         self.set_unclean()
 
     def all_notes(self) -> dict[str, Notes]:
-        """What was forgotten, by row, of all tenants."""
-        return {_FORGOTTEN + tenant: self._notes(_FORGOTTEN + tenant) for tenant in self.index.keys(_FORGOTTEN)}
+        """What was forgotten, by row, of all tenants, as far as it is sound."""
+        found = dict[str, Notes]()
+        for tenant in self.index.keys(_FORGOTTEN):
+            with suppress(IndexDamagedError):
+                found[_FORGOTTEN + tenant] = self._notes(_FORGOTTEN + tenant)
+        return found
 
     def set_notes(self, notes: Mapping[str, Notes]) -> None:
         for row, told in notes.items():

@@ -148,7 +148,7 @@ class DiskTier:
         def checked(facts: Mapping[str, Any]) -> None:
             if is_past(facts["created"], facts["expires"]):
                 with suppress(OSError):
-                    self.remove(key, expired=True)
+                    self._leaving.remove(key, expired=True)
                 raise NotStoredError("expired")
             if is_past(facts["created"], None, ttl):
                 raise NotStoredError(f"expired: its text was read more than ttl={ttl:g} s ago")
@@ -360,19 +360,16 @@ class DiskTier:
             if forgotten:
                 rows.note(self.folder.tenant, key, forgotten)
 
-    def remove(self, key: str, for_good: bool = False, expired: bool = False) -> Entry | None:
+    def remove(self, key: str, for_good: float | None = None) -> Entry | None:
         """Delete a context, see :meth:`Leaving.remove`."""
-        return self._leaving.remove(key, for_good, expired)
+        return self._leaving.remove(key, for_good)
+
+    def known(self, key: str) -> Entry | None:
+        return self._leaving.known(key)
 
     def name(self, label: Label) -> None:
-        """Write down a name that was given, but not of a context that was deleted since."""
-        deleted = 0.0
-        with suppress(IndexUnavailableError):
-            deleted = self.notes().noted(label.key)
-        if label.loaded < deleted and not self.folder.has(label.key):
-            self.names.drop(label)
-        else:
-            self.names.write(label)
+        """Write down a name that was given, see :meth:`Leaving.name`."""
+        self._leaving.name(label)
 
     def clean(self) -> bool:
         """Delete what is left of contexts that were deleted, see :meth:`Leaving.clean`."""
