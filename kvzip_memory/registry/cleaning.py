@@ -9,7 +9,7 @@ from kvzip_memory.registry.backing import Backing
 from kvzip_memory.system.forks import refuse_after_fork
 
 _QUIET_S, _LATEST_S = 1.0, 30.0  # seconds without a deletion, and how long the first may wait for them
-_MOST = 500  # deletions that wait at most: the index notes the latest thousand
+_MOST = 500  # deletions behind which it is done at once: the index notes the latest thousand
 
 
 class Cleaning:
@@ -21,7 +21,7 @@ class Cleaning:
 
     def __init__(self, backing: Backing) -> None:
         self._backing = backing
-        self._asked, self._done, self._since = 0, 0, 0.0  # how often it was asked for, and then done; since when it is due, 0.0: it is not
+        self._asked, self._since = 0, 0.0  # how often it was asked for, and since when it has not been done; 0.0: it has
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
         self._working = threading.Lock()
@@ -36,13 +36,14 @@ class Cleaning:
             self._asked, self._since = self._asked + 1, self._since or now
             if self._timer is not None:
                 self._timer.cancel()
-            wait_s = 0.0 if self._asked - self._done > _MOST else max(0.0, min(_QUIET_S, self._since + _LATEST_S - now))
-            self._timer = threading.Timer(wait_s, self._in_a_thread)
+            self._timer = threading.Timer(max(0.0, min(_QUIET_S, self._since + _LATEST_S - now)), self._in_a_thread)
             self._timer.daemon = False  # whatever the thread is that we are called in
             try:
                 ended = not threading.main_thread().is_alive()
                 if not ended:
                     self._timer.start()
+                    if self._asked % _MOST == 0:
+                        threading.Thread(target=self._in_a_thread, daemon=False).start()
             except RuntimeError:  # the program ends, and no thread can be started
                 ended = True
         if ended:
@@ -58,7 +59,6 @@ class Cleaning:
                     self._timer = None
             if due and self._backing.attempt("clean", lambda disk: disk.clean()):
                 with self._lock:
-                    self._done = asked
                     if self._asked == asked:
                         self._since = 0.0
 

@@ -255,3 +255,31 @@ def test_rows_are_never_read_by_halves(two):
     done.set()
     thread.join()
     assert counts == {12}
+
+
+def test_threads_go_on_while_another_process_makes_the_index_anew(two):
+    registry, other = two
+    for number in range(4):
+        load(registry, number, f"page {number}")
+    registry.flush()
+    done, wrong = threading.Event(), []
+
+    def use():
+        while not done.is_set():
+            try:
+                assert len(other.contexts()) == 4
+                other.pin("page 1", not other.one("page 1").pinned)
+            except BaseException as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(15):
+        registry._backing.tier._keeper.opened().index.set("totals", {"of": "no version"})
+        registry.stats()
+        time.sleep(0.02)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

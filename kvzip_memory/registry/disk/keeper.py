@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.disk.rows import Rows
 from kvzip_memory.registry.disk.tidying import Tidying, moved, remove_index
 from kvzip_memory.registry.forgotten import Notes, when_deleted
+from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.locks import QUIET_S, held
 from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.private import make_folder
@@ -50,6 +52,8 @@ class Keeper:
         self._opened_file: int | None = None
         self._held = False  # by another process, when last looked at
         self._mending = False
+        self._opening = threading.RLock()  # held while the index is opened, also anew
+        refuse_after_fork(self, "_opening")
 
     def sound(self, use: Callable[[], T]) -> T:
         """Use the index; make a damaged one anew from the blobs and try again, once. One that is held is left alone until it is free.
@@ -64,7 +68,8 @@ class Keeper:
             raise
         except IndexDamagedError as error:
             try:
-                self._replace(str(error))
+                with self._opening:
+                    self._replace(str(error))
                 return use()
             except IndexDamagedError as again:
                 raise IndexUnavailableError(f"the index cannot be made anew: {self._folder.told(str(again))}") from again
@@ -107,13 +112,15 @@ class Keeper:
                 self._rows = self._frozen()
             return self._rows
         self.check_free()
-        if self._rows is not None and self._index_file() not in (None, self._opened_file):  # another process has made it anew
-            with suppress(IndexUnavailableError):
-                self._rows.index.close()
-            self._rows = None
-        if self._rows is None:
-            self._open()
-        if self._rows is None:
+        with self._opening:
+            if self._rows is not None and self._index_file() not in (None, self._opened_file):  # another process has made it anew
+                with suppress(IndexUnavailableError):
+                    self._rows.index.close()
+                self._rows = None
+            if self._rows is None:
+                self._open()
+            rows = self._rows
+        if rows is None:
             raise IndexUnavailableError("the index could not be opened")
         if (self.owed or self._tidying.doubtful) and not self._mending:
             self._mending = True
@@ -122,7 +129,8 @@ class Keeper:
                     self._mend()
             finally:
                 self._mending = False
-        return self._rows
+            rows = self._rows or rows
+        return rows
 
     @contextmanager
     def changing(self) -> Iterator[Rows]:
