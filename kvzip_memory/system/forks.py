@@ -5,9 +5,9 @@ ever, what it was to do is never done, and its connections and files are the par
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
-from _thread import interrupt_main
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -91,9 +91,9 @@ class _Refusing:
 
 def _before_fork() -> None:
     global _interrupted
-    release()  # GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them
-    for _ in range(2):
+    for _ in range(3):
         try:
+            release()  # GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them
             _hold()
             return
         except KeyboardInterrupt:  # nobody hears of what is raised here
@@ -116,15 +116,24 @@ def _hold() -> None:
 
 def _in_parent() -> None:
     global _interrupted
+    for _ in range(3):
+        try:
+            _let_go()
+            break
+        except KeyboardInterrupt:
+            _interrupted = True
+    if _interrupted:
+        _interrupted = False
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # when it is heard again
+
+
+def _let_go() -> None:
     for lock in _taken:
         if lock._is_owned():
             lock.release()
     _taken.clear()
     while _table._is_owned():  # type: ignore[attr-defined]
         _table.release()
-    if _interrupted:
-        _interrupted = False
-        threading.Timer(0.05, interrupt_main).start()  # when it is heard again
 
 
 def _in_child() -> None:
