@@ -23,8 +23,8 @@ _before: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _actions: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _kept: list[object] = []
 
-_new_lock = threading.RLock
-_table = threading.RLock()  # of the next one; who forks has it
+_new_lock = threading.RLock  # of a thread; a child begins with none, see _in_child
+_table = threading.RLock()  # of who enters such a block for the first time; who forks has it
 _locks: dict[threading.Thread, Any] = {}  # of the threads that have been in such a block
 _mine = threading.local()
 _taken: list[Any] = []  # those that who forks has taken, or was about to

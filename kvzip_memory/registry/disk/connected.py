@@ -53,7 +53,7 @@ class Connected(diskcache.Cache):
         self._opened[thread] = con
         return con
 
-    PAGE = 100
+    PAGE = 100  # rows that are read at once
 
     def some(self, after: int, before: int, newest_first: bool) -> list[tuple[int, Any, Any]]:
         """Number, key and whether it is as it was given, of at most a page of rows between two numbers.

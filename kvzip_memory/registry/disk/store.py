@@ -365,6 +365,7 @@ class DiskTier:
         return self._leaving.remove(key, for_good)
 
     def known(self, key: str) -> Entry | None:
+        """What is known of a context, see :meth:`Leaving.known`."""
         return self._leaving.known(key)
 
     def name(self, label: Label) -> None:
