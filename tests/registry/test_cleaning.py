@@ -413,7 +413,11 @@ def what_a_killed_writer_has_left(registry, folder):
     path.with_name(f".{path.stem}").write_bytes(path.read_bytes())
 
 
-BESIDE = [an_index_set_aside, an_older_file, a_name_that_no_row_knows, what_a_killed_writer_has_left]
+def a_report_of_its_build(registry, folder):
+    registry._backing.tier.builders.report(wanted(1).key, {"stage": "score", "done": 1, "total": 2})
+
+
+BESIDE = [an_index_set_aside, an_older_file, a_name_that_no_row_knows, what_a_killed_writer_has_left, a_report_of_its_build]
 
 
 @pytest.mark.parametrize("ends", ["killed", "killed before names", "closed"])

@@ -212,6 +212,7 @@ class Leaving:
             OSError: something cannot be deleted or written now.
         """
         deleted = self._keeper.drop_deleted()
+        self._builders.unreport_all()  # they name keys
         self._names.sweep()
         for label in self._names.all():
             if label.loaded < deleted(label.key) and not self._folder.has(label.key):
