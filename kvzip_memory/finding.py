@@ -63,11 +63,12 @@ class Finder:
 
     def get(self, reference: str) -> CompressedContext:
         """See :meth:`KVzipEngine.get`."""
+        asked = time.time()
         (entries, labels), here = self._registry.looked_up(reference), self._identity.of(self._speech.now)
         usable = [e for e in entries if all(e.identity.get(f) == here[f] for f in MODEL_FIELDS)]
         if usable:
-            return self._handle(usable[-1], labels.get(usable[-1].key))
-        if (loaded := self._loaded.get(reference)) is not None and not self._registry.is_removed(reference):
+            return self._handle(usable[-1], asked, labels.get(usable[-1].key))
+        if (loaded := self._loaded.get(reference)) is not None and not self._registry.is_removed(reference, loaded.step.wanted.loaded):
             return loaded.handle()
         raise not_stored(reference, self._why(reference, entries))
 
@@ -101,26 +102,26 @@ class Finder:
 
     def prefix(self, language: Language, ids: Sequence[int], ratio: float) -> CompressedContext | None:
         """See :meth:`KVzipEngine.stored_prefix`."""
-        registry = self._registry
+        registry, asked = self._registry, time.time()
         if registry.is_empty():
             return None
         entry = registry.longest_prefix(self._identity.of(language), ids, lambda entry: self._access.is_as_fine(entry, ratio))
         if entry is None:
             return None
         try:
-            context = self._handle(entry)
+            context = self._handle(entry, asked)
         except KVzipError as error:  # lost meanwhile, or no room for it: the prompt is computed
             logger.debug("a stored beginning of the prompt is not used: %s", error)
             return None
         return context if list(ids[: context.n_tokens]) == context.token_ids.tolist() else None
 
-    def _handle(self, entry: Entry, label: Label | None = None) -> CompressedContext:
-        """A stored context that nobody gave the text of, with what was told of it when it got a name.
+    def _handle(self, entry: Entry, asked: float, label: Label | None = None) -> CompressedContext:
+        """A context that was there when it was ``asked`` for and that nobody gave the text of, with what was told of it when it got a name.
 
         Raises:
             InputError: it is no longer stored.
         """
-        wanted = Wanted(entry.key, entry.identity, entry.group)
+        wanted = Wanted(entry.key, entry.identity, entry.group, loaded=asked)
 
         def make(*given: Any) -> CompressedContext:
             raise InputError(f"context {label.name if label else entry.key[:12]!r} is no longer stored; load its text again")

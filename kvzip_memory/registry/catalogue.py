@@ -67,8 +67,10 @@ class Catalogue:
     def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
         found, notes = {entry.key: entry for entry in stored}, self._backing.notes()
+        is_removed, has = self._writing.is_removed, self._backing.has
+        there = [held for held in in_memory if held.key in found or not is_removed(held, notes) or has(held.key)]
         with self._memory.changed:
-            for held in dict.fromkeys([*self._memory.in_memory([*found]), *in_memory]):
+            for held in dict.fromkeys([*self._memory.in_memory([*found]), *there]):
                 entry = replace(as_entry(held), tags=tuple(sorted(notes.left(held.key, held.tags))))
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
@@ -126,6 +128,8 @@ class Catalogue:
             label = self._backing.names.give(given, deleted)
             names = {label.name: label.loaded}
         with self._memory.changed:
+            if held.loaded <= deleted:  # what it was given before went with it
+                held.names, held.tags, held.pinned = {}, {}, False
             held.loaded = max(time.time(), math.nextafter(deleted, math.inf))
             held.tags |= dict.fromkeys(wanted.tags, held.loaded)
             held.names = held.names | names

@@ -49,11 +49,12 @@ class Forgetting:
         self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
         self._cleaning, self._forgets = cleaning, forgets
 
-    def is_removed(self, key: str) -> bool:
-        """Whether a context was deleted here and loaded again neither here nor by another process."""
+    def is_removed(self, key: str, loaded: float | None = None) -> bool:
+        """See :meth:`~kvzip_memory.registry.registry.ContextRegistry.is_removed`."""
         if key in self._memory.removed and "disk" in self._catalogue.tiers(key):
             self._memory.readmit(key)
-        return key in self._memory.removed
+        elsewhere = loaded is not None and self._backing.notes().noted(key) >= loaded and not self._backing.has(key)
+        return elsewhere or key in self._memory.removed
 
     def remove(self, reference: str) -> Entry:
         """Delete a context, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.remove`."""

@@ -130,9 +130,13 @@ class ContextRegistry(Shared):
         """
         return self._moves.guest(nbytes)
 
-    def is_removed(self, key: str) -> bool:
-        """Whether a context was deleted here and loaded again neither here nor by another process."""
-        return self._forgetting.is_removed(key)
+    def is_removed(self, key: str, loaded: float | None = None) -> bool:
+        """Whether a context was deleted here and loaded again neither here nor by another process.
+
+        Args:
+            loaded: when it was last loaded here, in seconds since the epoch: deleted by another process since then counts, too.
+        """
+        return self._forgetting.is_removed(key, loaded)
 
     def readmit(self, key: str) -> None:
         """A context that was deleted may be stored again."""

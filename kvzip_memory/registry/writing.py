@@ -78,11 +78,11 @@ class Writing:
                 return False
             disk.check_free()  # before anything is copied
             notes = disk.notes()
-            if self._is_removed(held, notes):
+            if self.is_removed(held, notes):
                 return False
             tags, pinned = dict(held.tags) if held.stored is None else notes.left(held.key, held.tags), held.pinned
             disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned, locked=locked)
-            if self._is_removed(held, disk.notes()):  # meanwhile
+            if self.is_removed(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
                 return False
             if held.pinned != pinned:
@@ -100,7 +100,8 @@ class Writing:
         self._counts.add("stored.ms", round(1e3 * (time.perf_counter() - began)))
         return True
 
-    def _is_removed(self, held: Held, notes: Notes) -> bool:
+    def is_removed(self, held: Held, notes: Notes) -> bool:
+        """Whether a context that is in memory still was deleted, here or by another process, and not loaded here since."""
         return self._memory.removed.forbids(held, notes, lambda: self._backing.told(as_entry(held)).names)
 
     def stored_unless_there(self, held: Held) -> bool:

@@ -23,7 +23,6 @@ _before: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _actions: WeakKeyDictionary[object, Callable[[Any], None]] = WeakKeyDictionary()
 _kept: list[object] = []
 
-_new_lock = threading.RLock  # of a thread; a child begins with none, see _in_child
 _table = threading.RLock()  # of who enters such a block for the first time; who forks has it
 _locks: dict[threading.Thread, Any] = {}  # of the threads that have been in such a block
 _mine = threading.local()
@@ -38,7 +37,7 @@ def unforked() -> AbstractContextManager[Any]:
     """
     lock: Any = getattr(_mine, "lock", None)
     if lock is None:
-        lock = _new_lock()
+        lock = threading.RLock()
         with _table:
             for thread in [thread for thread in _locks if not thread.is_alive()]:
                 del _locks[thread]

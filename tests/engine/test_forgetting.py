@@ -535,6 +535,31 @@ def test_a_process_that_has_it_in_memory_goes_on_and_does_not_bring_it_back(tmp_
     engine.close()
 
 
+@pytest.mark.parametrize("reference", ["name", "key", "short key"])
+@pytest.mark.parametrize("evicted", [False, True])
+def test_what_another_process_has_removed_is_not_found_and_not_told_of(tmp_path: Path, reference: str, evicted: bool) -> None:
+    """Not even by who has a handle of it, with which it is answered still."""
+    one, other = tiny_engine(cache_dir=tmp_path / "contexts"), tiny_engine(cache_dir=tmp_path / "contexts")
+    context = other.load(TEXT, name="lease")
+    expected = other.generate(context, "Q?", max_new_tokens=4).text
+    other.registry.flush()
+    if evicted:
+        other.registry._memory.drop(other.registry._memory.device.held[context.key])
+    one.registry.remove(context.key)
+    asked = {"name": "lease", "key": context.key, "short key": context.key[:12]}[reference]
+    with pytest.raises(InputError) as refused:
+        other.get(asked)
+    assert "under their keys" not in str(refused.value)
+    assert other.generate(context, "Q?", max_new_tokens=4).text == expected
+    with pytest.raises(InputError):
+        other.get(asked)
+    assert other.registry.contexts() == one.registry.contexts() == []
+    assert other.load(TEXT, name="again").key == context.key
+    assert set(other.registry.one(context.key).names) == {"again"}
+    assert other.get(context.key).key == other.get("again").key == context.key
+    one.close(), other.close()
+
+
 def test_a_context_in_use_is_gone_when_the_answer_has_ended(tmp_path: Path) -> None:
     engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
     context = engine.load(f"{FILLER}{SECRET}", tags="ana")

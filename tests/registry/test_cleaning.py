@@ -17,6 +17,7 @@ import pytest
 from kvzip_memory.errors import InputError
 from kvzip_memory.registry import ContextRegistry, cleaning
 from kvzip_memory.registry.disk import leaving
+from kvzip_memory.registry.disk import names as disk_names
 from kvzip_memory.registry.disk.connected import Connected
 from kvzip_memory.registry.disk.index import Index
 from kvzip_memory.registry.disk.leaving import Leaving
@@ -548,3 +549,99 @@ def test_what_is_known_of_a_context_whose_file_was_lost_is_removed_by_its_key(re
     with pytest.raises(InputError):
         again.remove(wanted(1).key)
     again.close()
+
+
+def ways_to_find(registry, name):
+    return {
+        "key": registry.find(wanted(1).key),
+        "short key": registry.find(wanted(1).key[:10]),
+        "name": registry.find(name),
+        "list": registry.contexts(),
+        "latest": registry.contexts(5),
+    }
+
+
+@pytest.mark.parametrize("gone", ["removed", "forgotten"])
+def test_what_is_deleted_elsewhere_is_found_no_more_in_memory(registry, folder, gone):
+    """Though it is there still, for who has a handle."""
+    load(registry, 2)
+    other = ContextRegistry(CPU, folder)
+    with other.lease(replace(wanted(1), tags=("Ottoline 1.",)), lambda report: context(1, 8)):
+        pass
+    other.flush()
+    name = "page 1"
+    if gone == "forgotten":
+        registry._backing.tier.unname(wanted(1).key, name)
+        for label in registry._backing.names.of(None, name):
+            registry._backing.names.take(label)
+        registry.forget(lambda key, tag: tag == "Ottoline 1.")
+    else:
+        registry.remove(wanted(1).key)
+    assert {way: [e.key for e in found] for way, found in ways_to_find(other, name).items()} == {
+        "key": [], "short key": [], "name": [], "list": [wanted(0).key], "latest": [wanted(0).key],
+    }  # fmt: skip
+    assert other.is_removed(wanted(1).key, 1.0)
+    other.close()
+    registry.flush()
+    assert told(folder, 2) == [0]
+
+
+def test_what_the_budget_of_the_disk_has_dropped_is_found_in_memory(registry, folder):
+    load(registry, 2)
+    tier = ContextRegistry(CPU, folder)
+    with tier._backing.tier._keeper.changing() as rows:
+        tier._backing.tier._tidying.drop(rows, rows.entry(wanted(1).key))
+    tier.close()
+    assert all(wanted(1).key in [entry.key for entry in found] for found in ways_to_find(registry, "page 1").values())
+    assert not registry.is_removed(wanted(1).key, 1.0)
+
+
+@pytest.mark.parametrize("evicted", [False, True])
+def test_what_is_loaded_again_after_others_have_deleted_it_has_nothing_of_before(registry, folder, evicted):
+    other = ContextRegistry(CPU, folder)
+    with other.lease(replace(wanted(1), name="the old", tags=("Ottoline 1.",)), lambda report: context(1, 8)):
+        pass
+    other.pin("the old")
+    other.flush()
+    registry.remove(wanted(1).key)
+    other.readmit(wanted(1).key)
+    with other.lease(replace(wanted(1), name="after"), lambda report: context(1, 8)):
+        pass
+    if evicted:  # by the budget of the disk, before it is written again
+        other.flush()
+        with other._backing.tier._keeper.changing() as rows:
+            other._backing.tier._tidying.drop(rows, rows.entry(wanted(1).key))
+    other.close()
+    registry.flush()
+    now = ContextRegistry(CPU, folder)
+    entries = now.contexts()
+    assert [(set(e.names), e.former, e.tags, e.pinned) for e in entries] == ([] if evicted else [({"after"}, (), (), False)])
+    now.close()
+    assert [path.name for path in folder.rglob("*") if path.is_file() and b'the old"' in path.read_bytes()] == []
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("until", ["while it is removed", "while it is cleaned up"])
+def test_a_name_that_cannot_be_read_for_a_moment_is_taken_when_it_can_be(registry, folder, monkeypatch, number, until):
+    load(registry, 2)
+    registry._backing.names._seen.clear()
+
+    def unreadable(path):
+        raise OSError(number, "for a moment")
+
+    def take(names, label):
+        monkeypatch.setattr(disk_names, "read_text", unreadable)
+        taken(names, label)
+
+    if until == "while it is removed":
+        taken = Names.take
+        monkeypatch.setattr(Names, "take", take)
+        with pytest.raises(OSError, match="for a moment"):
+            registry.remove(wanted(1).key)
+    else:
+        monkeypatch.setattr(disk_names, "read_text", unreadable)
+        registry.remove(wanted(1).key)
+        registry.flush()
+    monkeypatch.undo()
+    registry.flush()
+    assert told(folder, 2) == [0]

@@ -213,8 +213,15 @@ class Leaving:
         """
         deleted = self._keeper.drop_deleted()
         self._builders.unreport_all()  # they name keys
-        self._names.sweep()
-        for label in self._names.all():
-            if label.loaded < deleted(label.key) and not self._folder.has(label.key):
-                self._names.take(label)
-        return self._keeper.rewrite(self._write_catalogs())
+        left: OSError | None = None
+        try:
+            self._names.sweep()
+            for label in self._names.all(strict=True):
+                if label.loaded < deleted(label.key) and not self._folder.has(label.key):
+                    self._names.take(label)
+        except OSError as error:  # the rest does not wait for it
+            left = error
+        done = self._keeper.rewrite(self._write_catalogs() and left is None)
+        if left is not None:
+            raise left
+        return done

@@ -85,11 +85,17 @@ class Names:
         """What a name means to all tenants, the last loaded last."""
         return _in_order(label for label in self.all() if label.name == name)
 
-    def all(self) -> Iterator[Label]:
-        """What every name means."""
-        new, seen = self._all()
+    def all(self, strict: bool = False) -> Iterator[Label]:
+        """What every name means.
+
+        Raises:
+            OSError: a file cannot be read now, if ``strict``; after the names of all others.
+        """
+        new, seen, unread = self._all()
         for file, known in seen.items():
             yield from _in_order(_latest(known, new.get(file, {})).values())
+        if strict and unread is not None:
+            raise unread
 
     def give(self, label: Label, after: float = 0.0) -> Label:
         """Give a name to a context, for this process; with its time set, which is later than ``after``. :meth:`write` tells the others."""
@@ -135,14 +141,14 @@ class Names:
         """Take a name away from a context, unless it was given again since, to that one or another.
 
         Raises:
-            OSError: see :meth:`write`.
+            OSError: see :meth:`write`; or it cannot be read now what the name means.
         """
         file, family = _file_of(taken.tenant, taken.name), taken.family
-        now = self._known(file).get(family)
+        now = self._known(file, strict=True).get(family)
         if now is None or not _are_one(taken, now):
             return
         before = self._new.get(file, {}).get(family)
-        if family not in self._read(file):  # it could not be written
+        if family not in self._read(file, strict=True):  # it could not be written
             self._forget(file, now)
             return
         label = self._newer(replace(taken, key="", sources=()), taken.loaded)
@@ -179,23 +185,28 @@ class Names:
             with self._writing():
                 delete(self._path(name).with_name(name))
 
-    def _all(self) -> tuple[dict[str, dict[str, Label]], dict[str, dict[str, Label]]]:
-        """By file and family what was given here, and what files say: those that are as they were the last time are not read again."""
+    def _all(self) -> tuple[dict[str, dict[str, Label]], dict[str, dict[str, Label]], OSError | None]:
+        """By file and family what was given here, and what files say: those that are as they were the last time are not read again. And why
+        one cannot be read now."""
         with self._lock:
             new = {file: dict(labels) for file, labels in self._new.items()}
         settled = time.time_ns() - _SETTLED_NS
         facts = self._facts()  # after: what is written meanwhile leaves the memory
         seen = {file: known for file, known in self._seen.items() if known[0] == facts.get(file)}
+        unread = None
         for file in {*facts, *new} - {*seen}:
-            seen[file] = facts.get(file, ()), self._read(file)
+            try:
+                seen[file] = facts.get(file, ()), self._read(file, strict=True)
+            except OSError as error:
+                seen[file], unread = ((), {}), error
         self._seen = {file: (fact, known) for file, (fact, known) in seen.items() if known and fact and fact[0] < settled}
-        return new, {file: known for file, (_, known) in seen.items()}
+        return new, {file: known for file, (_, known) in seen.items()}, unread
 
-    def _known(self, file: str) -> dict[str, Label]:
+    def _known(self, file: str, strict: bool = False) -> dict[str, Label]:
         """By family what the file says, or what was given later."""
         with self._lock:
             new = dict(self._new.get(file, {}))
-        return _latest(self._read(file), new)  # after: what is written meanwhile leaves the memory when it is in the file
+        return _latest(self._read(file, strict), new)  # after: what is written meanwhile leaves the memory when it is in the file
 
     def _forget(self, file: str, label: Label) -> None:
         """Leave to the file what was given here, unless something else was given since."""
