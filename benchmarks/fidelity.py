@@ -81,7 +81,7 @@ class Scored:
         self.scores = scorer.score(replace(prefilled, rows=self.rows), lambda *_: None)
 
     def identity(self) -> dict[str, Any]:
-        return {}
+        return {"name": "scored"}
 
     def cost(self, n_tokens: int) -> int:
         return 0
