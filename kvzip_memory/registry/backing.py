@@ -49,6 +49,7 @@ class Backing:
         self.tier: DiskTier | None = None
         self.no_disk = None if folder else "no cache_dir was given"
         self._warned: set[str] = set()
+        self._notes = Notes(None)
         refuse_after_fork(self, "tier")
         if folder is not None:
             try:
@@ -88,8 +89,9 @@ class Backing:
         return str(error) if self.tenant == EVERYONE else without_keys(str(error))
 
     def notes(self) -> Notes:
-        """What was forgotten, as far as it can be read."""
-        return self.attempt("read", lambda disk: disk.notes()) or Notes(None)
+        """What was forgotten, as it was when it could last be read."""
+        self._notes = self.attempt("read", lambda disk: disk.notes()) or self._notes
+        return self._notes
 
     def has(self, key: str) -> bool:
         """Whether a context's file is on disk."""
@@ -103,6 +105,16 @@ class Backing:
     def mine(self, entry: Entry) -> bool:
         """Whether a context is the tenant's."""
         return self.tenant in (EVERYONE, entry.tenant)
+
+    def usable(self) -> DiskTier | None:
+        """The disk tier; None without one.
+
+        Raises:
+            StorageError: as for :meth:`check_usable`.
+        """
+        tier = self.tier
+        self.check_usable()
+        return tier
 
     def check_usable(self) -> None:
         """Raises:
@@ -121,12 +133,12 @@ class Backing:
         if self.tier is not None:
             self.tier.usage()
 
-    def check_changeable(self) -> None:
-        """To be called before several things are changed of which none may be left half done.
+    def changeable(self) -> DiskTier | None:
+        """The disk tier, of which several things are to be changed and none left half done; None without one.
 
         Raises:
             StorageError: what is on disk cannot be changed now: another process holds the index, or the folder cannot be written or used.
         """
-        self.check_usable()
-        if self.tier is not None:
-            self.tier.check_changeable()
+        if (tier := self.usable()) is not None:
+            tier.check_changeable()
+        return tier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -15,9 +15,11 @@ from kvzip_memory.registry.disk.entry import Entry, latest
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.holders import MARKED, check_room, has_room
 from kvzip_memory.registry.identity import EVERYONE, family_of
 from kvzip_memory.registry.memory import Memory, as_entry
+from kvzip_memory.registry.removed import outlived, tags_left
 from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.wanted import Wanted, check_text, not_stored
 from kvzip_memory.registry.writing import Writing
@@ -67,17 +69,26 @@ class Catalogue:
     def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
         found, notes = {entry.key: entry for entry in stored}, self._backing.notes()
-        is_removed, has = self._writing.is_removed, self._backing.has
-        there = [held for held in in_memory if held.key in found or not is_removed(held, notes) or has(held.key)]
+        there = self.without_deleted(in_memory, found)
         with self._memory.changed:
             for held in dict.fromkeys([*self._memory.in_memory([*found]), *there]):
-                entry = replace(as_entry(held), tags=tuple(sorted(notes.left(held.key, held.tags))))
+                entry = replace(as_entry(held), tags=tuple(sorted(tags_left(held, notes))))
                 on_disk = found.get(held.key)
                 if on_disk:  # which may not have been told of the last use yet
                     names, tags = latest(on_disk.names, entry.names), tuple(sorted({*on_disk.tags, *entry.tags}))
                     entry = replace(on_disk, names=names, tags=tags, used=max(entry.used, on_disk.used))
                 found[held.key] = entry
         return sorted(map(self._backing.told, filter(self._backing.mine, found.values())), key=lambda entry: entry.used)
+
+    def without_deleted(self, in_memory: Iterable[Held], stored: Collection[str] = ()) -> list[Held]:
+        """Contexts in memory but those that were deleted, here or by another process, and not stored again.
+
+        Args:
+            stored: keys of some that are on disk.
+        """
+        asked = [*in_memory]
+        notes = self._backing.notes() if asked else Notes(None)
+        return [held for held in asked if held.key in stored or not self._writing.is_removed(held, notes) or self._backing.has(held.key)]
 
     def one(self, reference: str) -> Entry:
         """The latest context of a name or key.
@@ -106,7 +117,10 @@ class Catalogue:
         if wanted.name is None and not wanted.tags:
             return wanted
         here = self._memory.in_memory([wanted.key])
-        known = as_entry(here[0]) if here else self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
+        if here:
+            known: Entry | None = replace(as_entry(here[0]), tags=tuple(tags_left(here[0], self._backing.notes())))
+        else:
+            known = self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
         if known is None:
             return wanted
         if wanted.name is not None and not has_room(known.names, [wanted.name]):  # others may have some of these names now
@@ -118,36 +132,46 @@ class Catalogue:
 
     def annotate(self, held: Held, wanted: Wanted) -> None:
         """Give a context the name and tags it was asked for by, beside those it has."""
-        if wanted.loaded is not None:  # an answer
+        if wanted.loaded is not None and wanted.loaded <= held.loaded:  # an answer
             return
-        names, label, deleted = {}, None, self._backing.notes().noted(held.key)  # by whom, perhaps, whose clock is ahead
+        notes, key = self._backing.notes(), held.key  # by whom, perhaps, whose clock is ahead
+        after = max([notes.deleted(key), *(notes.taken(key, tag) for tag in wanted.tags)])
+        if wanted.loaded is not None:  # by who has loaded it later than whoever brought it here
+            with self._memory.changed:
+                outlived(held, notes)
+                held.loaded = max(held.loaded, wanted.loaded)
+            return
+        names, label = {}, None
         if wanted.name is not None:
             told = tuple((source.name, deepcopy(source.metadata)) for source in wanted.sources)  # the handle has the others
             identity = wanted.identity
-            given = Label(wanted.name, identity.get("tenant"), family_of(identity), held.key, sources=told)
-            label = self._backing.names.give(given, deleted)
+            given = Label(wanted.name, identity.get("tenant"), family_of(identity), key, sources=told)
+            label = self._backing.names.give(given, after)
             names = {label.name: label.loaded}
         with self._memory.changed:
-            if held.loaded <= deleted:  # what it was given before went with it
-                held.names, held.tags, held.pinned = {}, {}, False
-            held.loaded = max(time.time(), math.nextafter(deleted, math.inf))
-            held.tags |= dict.fromkeys(wanted.tags, held.loaded)
+            outlived(held, notes)
+            held.loaded = max(time.time(), math.nextafter(after, math.inf))
+            tags = dict.fromkeys(wanted.tags, held.loaded)
+            held.tags |= tags
             held.names = held.names | names
-        self._writing.touch_behind(held.key, names, wanted.tags, label)
+        self._writing.touch_behind(key, names, tags, label)
 
     def join(self, key: str, tags: Sequence[str]) -> None:
         """Hold a context by further tags, if it has any and has room for more. One without is whoever's has loaded it, and not to be
         forgotten by one that has found it."""
+        notes = self._backing.notes()
         with self._memory.changed:
             here = self._memory.here(key)
+            known = {tag for held in here for tag in tags_left(held, notes)}
         entry = None if here else self._backing.attempt("read", lambda disk: disk.entry(key))
-        known = {tag for held in [*here, *([entry] if entry else [])] for tag in held.tags}
+        known |= {*entry.tags} if entry is not None else set()
         if not known or not has_room(known, tags):
             return
+        given = dict.fromkeys(tags, max(time.time(), *(math.nextafter(notes.taken(key, tag), math.inf) for tag in tags)))
         with self._memory.changed:
             for held in here:
-                held.tags |= dict.fromkeys(tags, time.time())
-        self._writing.touch_behind(key, tags=tags)
+                held.tags |= given
+        self._writing.touch_behind(key, tags=given)
 
     def pin(self, reference: str, pinned: bool = True) -> Entry:
         """Never lose a context: it may move down to disk, not out of it. Without a disk tier it stays in memory.
@@ -156,7 +180,7 @@ class Catalogue:
             InputError: nothing is stored under the reference.
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
-        self._backing.check_usable()
+        tier = self._backing.usable()
         self._writing.flush()
         entry = self.one(reference)
 
@@ -164,8 +188,8 @@ class Catalogue:
             held.pinned = pinned
 
         with self._changing(entry.key, change):
-            if self._backing.tier is not None:
-                self._backing.tier.pin(entry.key, pinned)
+            if tier is not None:
+                tier.pin(entry.key, pinned)
         return replace(entry, pinned=pinned)
 
     @contextmanager
@@ -188,8 +212,8 @@ class Catalogue:
         Raises:
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
-        self._backing.check_usable()
+        tier = self._backing.usable()
         self._writing.flush()
         with self._changing(key, lambda held: held.tags.pop(tag, None)):
-            if self._backing.tier is not None:
-                self._backing.tier.untag(key, tag)
+            if tier is not None:
+                tier.untag(key, tag)

@@ -14,9 +14,11 @@ from kvzip_memory.registry.cleaning import Cleaning
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.names import Label
+from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.holders import LetGo, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.memory import Memory, as_entry
+from kvzip_memory.registry.removed import tags_left
 from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.writing import Writing
 from kvzip_memory.system.private import usable
@@ -59,24 +61,24 @@ class Forgetting:
     def remove(self, reference: str) -> Entry:
         """Delete a context, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.remove`."""
         self._writing.flush()
-        self._backing.check_changeable()
+        tier = self._backing.changeable()
         try:
             entry = self._catalogue.one(reference)
         except InputError:
             for label in self._catalogue.labels(reference):
                 self._backing.names.take(label)
-            if (gone := self._remove_rest(reference)) is not None:
+            if (gone := self._remove_rest(tier, reference)) is not None:
                 return gone
             raise
         names = {name: time for name, time in entry.names.items() if name != reference}
         if names and reference in entry.names:
-            self._unname(entry, reference)
+            self._unname(tier, entry, reference)
             return replace(entry, names=names)
         labels = [label for name in entry.names for label in self._labels(entry, name)]
         try:
             with self._deleting(entry.key, bare=True) as began:
-                if self._backing.tier is not None:
-                    self._backing.tier.remove(entry.key, began)
+                if tier is not None:  # later than what was given before, though by whom whose clock is ahead
+                    tier.remove(entry.key, max(began, entry.heard))
             for label in labels:
                 self._backing.names.take(label)
         finally:
@@ -84,20 +86,20 @@ class Forgetting:
         self._forgets()
         return replace(entry, names={})
 
-    def _remove_rest(self, key: str) -> Entry | None:
+    def _remove_rest(self, tier: DiskTier | None, key: str) -> Entry | None:
         """Delete what is left of a context whose file is gone; None if nothing is."""
-        if self._backing.tier is None or not KEY.fullmatch(key) or self._backing.tier.known(key) is None:
+        if tier is None or not KEY.fullmatch(key) or tier.known(key) is None:
             return None
         try:
-            gone = self._backing.tier.remove(key, time.time())
+            gone = tier.remove(key, time.time())
         finally:
             self._cleaning.later()
         return None if gone is None else replace(gone, names={})
 
-    def _unname(self, entry: Entry, name: str) -> None:
+    def _unname(self, tier: DiskTier | None, entry: Entry, name: str) -> None:
         key = entry.key
-        if self._backing.tier is not None:
-            self._backing.tier.unname(key, name)
+        if tier is not None:
+            tier.unname(key, name)
         for label in self._labels(entry, name):
             self._backing.names.take(label)
         with self._memory.changed:
@@ -150,8 +152,7 @@ class Forgetting:
 
     def collect(self, old: bool) -> dict[str, int]:
         """Delete from disk what has expired and what is left over, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.gc`."""
-        self._backing.check_changeable()
-        if (tier := self._backing.tier) is None:
+        if (tier := self._backing.changeable()) is None:
             return {}
         try:
             with usable(tier.folder.root):
@@ -171,14 +172,14 @@ class Forgetting:
             return tag in tags
 
         self._writing.flush()
-        notes = self._backing.notes()
+        tier, notes = self._backing.tier, self._backing.notes()
         with self._memory.changed:
             here = self._memory.in_memory([key])
-            rest = [notes.left(key, held.tags).keys() - set(tags) for held in here]
+            rest = [tags_left(held, notes).keys() - set(tags) for held in here]
             stays = any(is_held(self._backing.told(as_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
         self._writing.untell(key, tags)
         with self._deleting(key):
-            deleted = not stays if self._backing.tier is None else self._backing.tier.let_go(key, let_go, stays)
+            deleted = not stays if tier is None else tier.let_go(key, let_go, stays)
             with self._memory.changed:
                 for held in here:
                     held.tags = {tag: given for tag, given in held.tags.items() if tag not in tags}
@@ -198,9 +199,8 @@ class Forgetting:
             OSError: a file cannot be deleted; those before it were.
         """
         self._writing.flush()
-        self._backing.check_changeable()
+        disk = self._backing.changeable()
         named = {label.key for label in self._backing.names.all()}
-        disk = self._backing.tier
         deleted, kept = disk.forget(let_go, self._backing.mine, named) if disk is not None else ([], [])
         notes = self._backing.notes()  # also of what others have forgotten
         gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
@@ -209,9 +209,9 @@ class Forgetting:
             memory.changed.wait_for(lambda: not gone.keys() & memory.flights.keys(), memory.wait_s)  # on the way to another tier
             for held in [held for tier in memory.tiers for held in tier.held.values()]:
                 entry = as_entry(held)
-                left = notes.left(held.key, held.tags)
+                left = tags_left(held, notes)
                 rest = without(tuple(left), held.key, let_go)
-                if not self._backing.mine(entry) or (len(rest) == len(entry.tags) and held.key not in gone):
+                if not self._backing.mine(entry) or (len(rest) == len(left) and held.key not in gone):
                     continue
                 held.tags = {tag: left[tag] for tag in rest}
                 if held.key in named or is_held(self._backing.told(entry).names, held.pinned and held.key not in gone, held.tags):
@@ -230,7 +230,7 @@ class Forgetting:
             held.stored = None
             self._writing.write_behind(held)
         self._writing.flush()
-        if self._backing.tier is not None:  # what was being written meanwhile
-            self._backing.tier.forget_again(gone, let_go)
+        if disk is not None:  # what was being written meanwhile
+            disk.forget_again(gone, let_go)
         self._forgets()
         return Forgotten(tuple(gone.values()), tuple(stays.values()))

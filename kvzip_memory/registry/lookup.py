@@ -201,7 +201,7 @@ class Lookup:
         """Keys and identities of the stored contexts of the same text and tenant."""
         with self._memory.changed:
             held = [h for tier in self._memory.tiers for h in tier.filing.of_text(wanted.group)]
-            found = {h.key: h.context.identity for h in held}
+        found = {h.key: h.context.identity for h in self._catalogue.without_deleted(held)}
         for entry in self._backing.attempt("search", lambda disk: disk.group(wanted.group)) or ():
             found.setdefault(entry.key, entry.identity)
         found.pop(wanted.key, None)
@@ -284,8 +284,8 @@ class Lookup:
         """
         family, begun = family_of({**model_fields, "tenant": self._backing.tenant}), beginnings(ids)
         with self._memory.changed:
-            near = [h for tier in self._memory.tiers for h in tier.filing.begun_with(family, begun)]
-            held = [as_entry(h) for h in near if h.context.n_tokens < len(ids) and h.key not in self._memory.removed]
+            near = [h for tier in self._memory.tiers for h in tier.filing.begun_with(family, begun) if h.context.n_tokens < len(ids)]
+        held = [as_entry(h) for h in self._catalogue.without_deleted(near)]
         known = {(entry.n_tokens, entry.identity.get("tokens", "")[:8]) for entry in held}
         known |= self._backing.attempt("search", lambda disk: disk.lengths(family, begun)) or set()
         tokens, hasher, done, found = np.asarray(ids, dtype=np.int32), hashlib.sha256(), 0, []

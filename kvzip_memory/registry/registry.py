@@ -138,6 +138,11 @@ class ContextRegistry(Shared):
         """
         return self._forgetting.is_removed(key, loaded)
 
+    def loaded(self, key: str) -> float:
+        """When a context in memory was last loaded here, in seconds since the epoch; 0.0 if it is not there."""
+        with self._memory.changed:
+            return max((held.loaded for held in self._memory.here(key)), default=0.0)
+
     def readmit(self, key: str) -> None:
         """A context that was deleted may be stored again."""
         self._memory.readmit(key)
@@ -257,7 +262,7 @@ class ContextRegistry(Shared):
         Raises:
             StorageError: what is on disk cannot be changed now: another process holds the index, or the folder cannot be written or used.
         """
-        self._backing.check_changeable()
+        self._backing.changeable()
 
     @property
     def is_held(self) -> bool:

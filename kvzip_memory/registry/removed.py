@@ -48,4 +48,16 @@ class Removed:
         if held.loaded <= notes.deleted(held.key):
             return True
         taken = max((notes.taken(held.key, tag) for tag in held.tags), default=0.0)
-        return held.loaded <= taken and not is_held(names(), held.pinned, notes.left(held.key, held.tags))
+        return held.loaded <= taken and not is_held(names(), held.pinned, tags_left(held, notes))
+
+
+def tags_left(held: Held, notes: Notes) -> dict[str, float]:
+    """Tags of a context in memory that nobody has forgotten since, and when they were given. Who has stored none of it forgets none."""
+    return dict(held.tags) if held.stored is None else notes.left(held.key, held.tags)
+
+
+def outlived(held: Held, notes: Notes) -> None:
+    """Take from a context in memory that is loaded again what went with it when others have deleted it. With the memory's lock held."""
+    if held.stored is not None and held.loaded <= (deleted := notes.deleted(held.key)):
+        held.names = {name: given for name, given in held.names.items() if given > deleted}
+        held.tags, held.pinned = tags_left(held, notes), False

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf, nextafter
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError
 from kvzip_memory.registry.backing import Backing
 from kvzip_memory.registry.counts import Counts
-from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.facts import LATEST
 from kvzip_memory.registry.disk.store import NotStoredError
 from kvzip_memory.registry.memory import Memory
@@ -69,18 +69,15 @@ class Moves:
         context = replace(context, created=created, expires=expires)
         with self.room(self._memory.device) as room:
             self._reserve(self._memory.device, context.nbytes, room)
-            self._move_in(use, room, wanted, context)
-
-    def _move_in(self, use: Use, room: Room, wanted: Wanted, context: CompressedContext, entry: Entry | None = None) -> None:
-        """Move a context to the device, into its room there."""
-        moved, now = to_device(context, self._memory.where), time.time()
-        if entry is not None:
-            held = Held(moved, wanted.group, dict(entry.names), dict.fromkeys(entry.tags, now), pinned=entry.pinned, stored=now)
-        else:
-            names = {} if wanted.name is None else {wanted.name: now}
+            now = time.time()
             loaded = wanted.loaded or now
+            names = {} if wanted.name is None else {wanted.name: now}
             tags = dict.fromkeys([*wanted.tags, *wanted.origin], loaded)
-            held = Held(moved, wanted.group, names, tags, loaded=loaded, stored=wanted.loaded)
+            self._move_in(use, room, Held(context, wanted.group, names, tags, loaded=loaded, stored=wanted.loaded))
+
+    def _move_in(self, use: Use, room: Room, held: Held) -> None:
+        """Move a context to the device, into its room there."""
+        held.context = to_device(held.context, self._memory.where)
         with self._memory.changed:
             self._memory.device.add(held, room)
             use.begin(held)
@@ -108,7 +105,8 @@ class Moves:
         disk = self._backing.tier
         if disk is None:
             return NotStoredError(f"there is no disk tier ({self._backing.no_disk})")
-        before = disk.quarantined
+        before, there = disk.quarantined, time.time()
+        notes = self._backing.notes()
         with self.room(self._memory.device) as room:
 
             def admit(nbytes: int) -> None:  # once the file has told its size, before its pairs are read
@@ -119,7 +117,14 @@ class Moves:
             except NotStoredError as error:
                 self._counts.add("quarantined", disk.quarantined - before)
                 return error
-            self._move_in(use, room, wanted, context, self._backing.attempt("read", lambda disk: disk.entry(wanted.key)))
+            entry = self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
+            given = () if entry is None else entry.tags  # a file that was just written may have no row yet
+            for forgotten in [notes.deleted(wanted.key), *(notes.taken(wanted.key, tag) for tag in given)]:
+                there = max(there, nextafter(forgotten, inf))  # by whom, perhaps, whose clock is ahead
+            held = Held(context, wanted.group, tags=dict.fromkeys(given, there), loaded=there, stored=time.time())
+            if entry is not None:
+                held.names, held.pinned = dict(entry.names), entry.pinned
+            self._move_in(use, room, held)
         self._writing.used_behind(wanted.key)
         return None
 

@@ -15,6 +15,7 @@ from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.disk.store import DiskTier
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.memory import Memory, as_entry
+from kvzip_memory.registry.removed import tags_left
 from kvzip_memory.registry.tier import Held, Use, to_host
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.locks import Hold
@@ -80,8 +81,9 @@ class Writing:
             notes = disk.notes()
             if self.is_removed(held, notes):
                 return False
-            tags, pinned = dict(held.tags) if held.stored is None else notes.left(held.key, held.tags), held.pinned
-            disk.put(to_host(held.context), held.group, names=held.names, tags=sorted(tags), pinned=pinned, locked=locked)
+            names = held.names if held.stored is None else self._backing.told(as_entry(held)).names  # others may have taken some
+            tags, pinned = tags_left(held, notes), held.pinned
+            disk.put(to_host(held.context), held.group, names=names, tags=sorted(tags), pinned=pinned, locked=locked)
             if self.is_removed(held, disk.notes()):  # meanwhile
                 disk.remove(held.key)
                 return False
@@ -114,6 +116,7 @@ class Writing:
         if disk is None:
             return False
         if disk.has(held.key):
+            self._tell_tags(held)
             return True
         hold = disk.builders.hold(held.key)
         try:
@@ -125,6 +128,11 @@ class Writing:
         finally:
             hold.release()
 
+    def _tell_tags(self, held: Held) -> None:
+        """Of a file that another process has written again without them."""
+        if held.tags and (tags := tags_left(held, self._backing.notes())):
+            self.touch_behind(held.key, tags=tags)
+
     def write_again(self, key: str) -> None:
         """Store a context that is in memory, if its file is not there."""
         for held in [] if self._backing.has(key) else self._memory.in_memory([key]):
@@ -132,17 +140,16 @@ class Writing:
             self.write_behind(held)
 
     def touch_behind(
-        self, key: str, names: Mapping[str, float] | None = None, tags: Sequence[str] = (), label: Label | None = None
+        self, key: str, names: Mapping[str, float] | None = None, tags: Mapping[str, float] | None = None, label: Label | None = None
     ) -> None:
-        """Tell the disk tier, behind the answer, that a context was loaded, and what names and tags it has got."""
-        now = time.time()
+        """Tell the disk tier, behind the answer, that a context was loaded, and what names and tags it has got, and when."""
 
         def touch() -> None:
             if label is not None:
                 self._name(label)
             entry = self._backing.attempt("read", lambda disk: disk.entry(key)) if tags else None
             if names or (tags and (entry is None or not set(tags) <= set(entry.tags))):
-                self._touch(key, names or {}, dict.fromkeys(tags, now))
+                self._touch(key, names or {}, tags or {})
             for held in [] if self._backing.has(key) else self._memory.in_memory([key]):  # it may have been deleted there meanwhile
                 if names or tags or held.stored is not None:
                     with self._memory.using() as use:
@@ -199,7 +206,11 @@ class Writing:
     def close(self) -> None:
         """Write what is still to be written, and let go of the folder."""
         if self._backing.tier is not None:
-            self.store_later([held for held in self._memory.in_memory() if held.pinned and not self._backing.has(held.key)])
+            here = self._memory.in_memory()
+            self.store_later([held for held in here if held.pinned and not self._backing.has(held.key)])
+            for held in here:
+                if held.tags and self._backing.has(held.key):
+                    self._tell_tags(held)
         self.flush()
         if self.unstored:
             logger.warning("%d contexts are not on disk, as another process holds the index", len(self.unstored))

@@ -28,6 +28,7 @@ def is_file(path: Path) -> bool:
 
 
 def _mode(path: Path) -> int:
+    """0 if it is not there. Asked once: others make and delete files meanwhile."""
     try:
         return path.lstat().st_mode
     except OSError:
@@ -75,7 +76,7 @@ def check_folder(path: Path) -> None:
     """Raises:
     StorageError: it is there, and no folder of its own.
     """
-    if os.path.lexists(path) and not is_folder(path):
+    if (mode := _mode(path)) and not stat.S_ISDIR(mode):
         raise StorageError(f"{path} is {_kind(path)}, where a folder of ours belongs; {_WAY_OUT}")
 
 
@@ -83,7 +84,7 @@ def check_file(path: Path) -> None:
     """Raises:
     StorageError: it is there, and no plain file.
     """
-    if os.path.lexists(path) and not is_file(path):
+    if (mode := _mode(path)) and not stat.S_ISREG(mode):
         raise StorageError(f"{path} is {_kind(path)}, where a file of ours belongs; {_WAY_OUT}")
 
 

@@ -43,9 +43,13 @@ def forget_all(engine: KVzipEngine, keep: int = 0) -> list[str]:
     """Lose all contexts but the first few, as another process may; their keys, the oldest first."""
     engine.registry.flush()
     keys = [entry.key for entry in sorted(engine.registry.contexts(), key=lambda entry: entry.n_tokens)]
+    memory, tier = engine.registry._memory, engine.registry._backing.tier
     for key in keys[keep:]:
-        engine.registry.remove(key)
-        engine.registry.readmit(key)
+        with memory.changed:
+            for held in memory.here(key):
+                memory.drop(held)
+        if tier is not None:  # to make room
+            tier.remove(key)
     return keys
 
 

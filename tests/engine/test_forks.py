@@ -201,6 +201,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "guest": "registry.guest(0).__enter__()",
             "lease": "context.lease().__enter__()",
             "leave": "registry.leave(context.key, ['ana'])",
+            "loaded": "registry.loaded('lamp')",
             "longest_prefix": "registry.longest_prefix({}, [1])",
             "looked_up": "registry.looked_up('lamp')",
             "one": "registry.one('lamp')",

@@ -1,6 +1,7 @@
 """What is not removed is kept, whatever else is removed beside it, at the same time or before."""
 
 import errno
+import os
 import threading
 import time
 from contextlib import suppress
@@ -14,8 +15,10 @@ from kvzip_memory.registry.disk import names as disk_names
 from kvzip_memory.registry.disk import tidying
 from kvzip_memory.registry.disk.files import PreparedFile, UnreadableHereError
 from kvzip_memory.registry.disk.folder import Folder
+from kvzip_memory.registry.disk.index import check_plain
 from kvzip_memory.registry.disk.keeper import Keeper
 from kvzip_memory.registry.disk.names import Names
+from kvzip_memory.system.private import check_file, check_folder
 from synthetic import CPU, context, wanted
 
 
@@ -283,3 +286,46 @@ def test_threads_go_on_while_another_process_makes_the_index_anew(two):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("check", [check_plain, check_file, check_folder])
+def test_what_is_just_deleted_is_not_in_the_way(tmp_path, monkeypatch, check):
+    """As SQLite does with its journal, which made a sound index look damaged."""
+    path = tmp_path / "cache.db-journal"
+    there = os.path.lexists
+
+    def deleted(asked):
+        answer = there(asked)
+        if asked == path and answer:
+            path.rmdir() if path.is_dir() else path.unlink()
+        return answer
+
+    monkeypatch.setattr(os.path, "lexists", deleted)
+    path.mkdir() if check is check_folder else path.touch()
+    check(tmp_path if check is check_plain else path)
+
+
+def test_an_index_that_is_made_anew_is_filled_by_who_knows_what_was_in_it(two, folder, monkeypatch):
+    """Another process opens it before."""
+    registry, other = two
+    load(registry, 1, "first")
+    registry.pin("first")
+    load(registry, 2, "second")
+    load(other, 2, "second")
+    registry.remove("second")
+    registry.flush()
+    third, fill = threading.Thread(target=lambda: ContextRegistry(CPU, folder).close()), Keeper._fill
+
+    def late(keeper, salvaged, notes):
+        if salvaged:
+            third.start()
+            time.sleep(0.3)
+        fill(keeper, salvaged, notes)
+
+    monkeypatch.setattr(Keeper, "_fill", late)
+    registry._backing.tier._keeper.opened().index.set("totals", {"of": "no version"})
+    registry.stats()
+    third.join()
+    assert [entry.pinned for entry in registry.contexts()] == [True]
+    assert other._backing.notes().noted(wanted(2).key) > 0
+    assert other.find(wanted(2).key) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from contextlib import suppress
@@ -21,8 +22,13 @@ def connect(folder: Path, wait_s: float) -> sqlite3.Connection:
     return sqlite3.connect(address, wait_s, isolation_level=None, check_same_thread=False, uri=True)
 
 
+class ReplacedError(Exception):
+    """In the place of the database there is another one, or none."""
+
+
 class Connected(diskcache.Cache):
-    """A cache with a connection for each thread, all of which are closed before a fork and opened again when they are next used.
+    """A cache with a connection for each thread, all of which are closed before a fork and opened again when they are next used; not to
+    another database that has come to the same place.
 
     SQLite keeps in memory, by file, what a process has locked, and takes it for locked in a child, too, whatever that opens: it would
     wait for a transaction of a thread that it has not got, or leave out a lock without which others delete the log it writes to.
@@ -30,6 +36,7 @@ class Connected(diskcache.Cache):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._opened: dict[threading.Thread, sqlite3.Connection] = {}
+        self._file = _inode(str(args[0]))
         self._pragmas = {key.removeprefix("sqlite_"): value for key, value in options.items() if key.startswith("sqlite_")}
         super().__init__(*args, **options)
         before_fork(self, Connected.close_all)
@@ -42,11 +49,18 @@ class Connected(diskcache.Cache):
         for other in list(self._opened):
             if not other.is_alive() and (left := self._opened.pop(other, None)) is not None:
                 left.close()
-        con = connect(Path(self._directory), self._timeout)
+        try:
+            con = connect(Path(self._directory), self._timeout)
+        except sqlite3.OperationalError as error:
+            if _inode(self._directory) != self._file:
+                raise ReplacedError from error
+            raise
         try:
             for name, value in self._pragmas.items():
                 with suppress(sqlite3.OperationalError):  # a full disk; those that are of the file are written there
                     con.execute(f"PRAGMA {name} = {value}").fetchall()
+            if _inode(self._directory) != self._file:  # now that it is open
+                raise ReplacedError
         except BaseException:
             con.close()
             raise
@@ -73,3 +87,10 @@ class Connected(diskcache.Cache):
         """Close the connections of all threads; none is being used."""
         while self._opened:
             self._opened.popitem()[1].close()
+
+
+def _inode(folder: str) -> int | None:
+    try:
+        return os.lstat(os.path.join(folder, DBNAME)).st_ino
+    except OSError:
+        return None

@@ -66,6 +66,11 @@ class Entry:
         return other_version(self.identity)
 
     @property
+    def heard(self) -> float:
+        """When it was last heard of, by the clocks of those who used it: seconds since the epoch. A deletion is later than that."""
+        return max(self.used, *self.names.values(), 0.0)
+
+    @property
     def expired(self) -> bool:
         return is_past(self.created, self.expires)
 

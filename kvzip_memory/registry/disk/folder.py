@@ -88,7 +88,7 @@ class Folder:
 
     def inside(self, path: Path) -> bool:
         """Whether a blob's folder is one of ours, or none yet, and no link to somewhere else."""
-        return is_folder(path.parent.parent) and (is_folder(path.parent) or not os.path.lexists(path.parent))
+        return is_folder(path.parent.parent) and (not os.path.lexists(path.parent) or is_folder(path.parent))
 
     def has(self, key: str) -> bool:
         return KEY.fullmatch(key) is not None and self.inside(self.path(key)) and is_file(self.path(key))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
@@ -20,12 +21,12 @@ import diskcache
 from diskcache.core import DEFAULT_SETTINGS, MODE_RAW, UNKNOWN
 
 from kvzip_memory.errors import ForkedError, StorageError
-from kvzip_memory.registry.disk.connected import Connected, connect
+from kvzip_memory.registry.disk.connected import Connected, ReplacedError, connect
 from kvzip_memory.registry.disk.schema import oddity
 from kvzip_memory.system.checksums import PLAIN, Checksums
 from kvzip_memory.system.forks import refuse_after_fork, unforked
 from kvzip_memory.system.locks import QUIET_S
-from kvzip_memory.system.private import is_file, open_file
+from kvzip_memory.system.private import open_file
 
 Row = dict[str, Any]
 
@@ -71,6 +72,13 @@ class IndexHeldError(IndexUnavailableError):
 
     def __init__(self) -> None:
         super().__init__(f"{HELD}; try again when it is free, or end that process")
+
+
+class IndexReplacedError(IndexUnavailableError):
+    """Another process makes the index anew, or has."""
+
+    def __init__(self) -> None:
+        super().__init__("another process makes the index anew; try again")
 
 
 class _Rows(diskcache.Disk):
@@ -250,8 +258,10 @@ def check_plain(folder: Path) -> None:
     IndexDamagedError: what SQLite would open is no file of its own: it would write to wherever it leads.
     """
     for path in (folder / f"cache.db{suffix}" for suffix in ("", "-wal", "-shm", "-journal")):
-        if os.path.lexists(path) and (not is_file(path) or path.lstat().st_nlink > 1):
-            raise IndexDamagedError(f"{path.name} is no file of its own")
+        with suppress(FileNotFoundError):  # perhaps no more
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise IndexDamagedError(f"{path.name} is no file of its own")
 
 
 def check_database(folder: Path) -> None:
@@ -285,6 +295,8 @@ def _translated() -> Iterator[None]:
             yield
     except (IndexDamagedError, IndexUnavailableError, ForkedError, UnicodeEncodeError):  # the last is what was asked for
         raise
+    except ReplacedError as error:
+        raise IndexReplacedError() from error
     except diskcache.Timeout as error:
         cause = error.__context__
         if isinstance(cause, sqlite3.Error) and _is_held(cause):

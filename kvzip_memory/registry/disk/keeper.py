@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -15,7 +15,15 @@ from kvzip_memory.registry.disk import layout
 from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.folder import Folder
 from kvzip_memory.registry.disk.frozen import FrozenIndex
-from kvzip_memory.registry.disk.index import HELD, Index, IndexDamagedError, IndexHeldError, IndexUnavailableError, is_free
+from kvzip_memory.registry.disk.index import (
+    HELD,
+    Index,
+    IndexDamagedError,
+    IndexHeldError,
+    IndexReplacedError,
+    IndexUnavailableError,
+    is_free,
+)
 from kvzip_memory.registry.disk.names import Names
 from kvzip_memory.registry.disk.rows import Rows
 from kvzip_memory.registry.disk.tidying import Tidying, moved, remove_index
@@ -26,6 +34,8 @@ from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.private import make_folder
 
 logger = logger_of(__name__)
+
+_TRIES = 20  # to use an index that others make anew again and again
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,6 +72,10 @@ class Keeper:
             IndexUnavailableError: it cannot be used now.
         """
         try:
+            for _ in range(_TRIES):
+                with suppress(IndexReplacedError):
+                    return use()
+                self._wait()
             return use()
         except IndexHeldError:
             self._note_held()
@@ -113,6 +127,8 @@ class Keeper:
             return self._rows
         self.check_free()
         with self._opening:
+            if self._rows is not None and self._index_file() is None:
+                self._wait()
             if self._rows is not None and self._index_file() not in (None, self._opened_file):  # another process has made it anew
                 with suppress(IndexUnavailableError):
                     self._rows.index.close()
@@ -171,9 +187,15 @@ class Keeper:
         try:
             self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
             self._opened_file = self._index_file()
-            self._fill({}, {})
+            if not self._rows.have_totals():
+                with self._making_anew(QUIET_S):  # who does so knows what the one before has said
+                    self._fill({}, {})
         except IndexDamagedError as error:
             self._replace(str(error))
+        except IndexUnavailableError as error:
+            if self._index_file() == self._opened_file:
+                raise
+            raise IndexReplacedError from error
 
     def _fill(self, salvaged: Mapping[str, Entry], notes: Mapping[str, Notes]) -> None:
         """Give a new index its rows, see :meth:`Tidying.fill`."""
@@ -188,7 +210,7 @@ class Keeper:
 
     def _replace(self, reason: str) -> None:
         """Set a damaged index aside and make it anew; one process does, the others open what it made."""
-        with held(FileLock(self._folder.root / "locks" / "index.lock", thread_local=False, mode=0o600), "making a damaged index anew"):
+        with self._making_anew():
             salvaged, notes = self._salvaged()
             with suppress(Exception):
                 if self._rows is not None:
@@ -209,6 +231,26 @@ class Keeper:
             self._opened_file = self._index_file()
             self._rows = Rows(Index(self._folder.root / "index", self._folder.checksums))
             self._fill(salvaged, notes)
+
+    @contextmanager
+    def _making_anew(self, timeout: float = -1) -> Iterator[None]:
+        """The block makes the index anew, and no other process does.
+
+        Raises:
+            IndexHeldError: another process does for so many seconds.
+        """
+        lock = FileLock(self._folder.root / "locks" / "index.lock", thread_local=False, mode=0o600)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(lock, "making a damaged index anew", timeout))
+            except Timeout:
+                raise IndexHeldError from None
+            yield
+
+    def _wait(self) -> None:
+        """Wait for another process that makes the index anew."""
+        with self._making_anew(QUIET_S):
+            pass
 
     def _salvaged(self) -> tuple[dict[str, Entry], dict[str, Notes]]:
         """The contexts' rows of a damaged index that are sound, and its notes of what was forgotten."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
@@ -79,10 +80,16 @@ class Leaving:
                     rows.set_stale(key, True)
                 return False
             if for_good:
-                rows.note(self._folder.tenant, key)
+                rows.note(self._folder.tenant, key, when=max(time.time(), entry.heard))
             self._tidying.drop(rows, entry)
             rows.forget_lost(key)
             return True
+
+    @needs_index
+    def note(self, key: str) -> None:
+        """Note that a context is deleted of which nothing is on disk."""
+        with self._keeper.changing() as rows:
+            rows.note(self._folder.tenant, key, here=False)
 
     @needs_index
     def remove(self, key: str, for_good: float | None = None, expired: bool = False) -> Entry | None:
@@ -196,7 +203,7 @@ class Leaving:
     def _is_gone(self, label: Label) -> bool:
         with suppress(IndexUnavailableError):
             notes = self._keeper.sound(lambda: self._keeper.opened().notes(self._folder.tenant))
-            return label.loaded < notes.noted(label.key) and not self._folder.has(label.key)
+            return label.loaded < notes.noted(label.key)
         return False
 
     def tidy(self) -> None:
@@ -217,7 +224,7 @@ class Leaving:
         try:
             self._names.sweep()
             for label in self._names.all(strict=True):
-                if label.loaded < deleted(label.key) and not self._folder.has(label.key):
+                if label.loaded < deleted(label.key):
                     self._names.take(label)
         except OSError as error:  # the rest does not wait for it
             left = error

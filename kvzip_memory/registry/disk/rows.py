@@ -196,12 +196,13 @@ class Rows:
         operators = self._notes(_FORGOTTEN)
         return operators if tenant == EVERYONE else self._notes(_notes_of(tenant)).under(operators)
 
-    def note(self, tenant: str | None, key: str = "", tag: str = "", when: float | None = None) -> None:
-        """Note that a tenant has forgotten something, see :meth:`Notes.with_note`."""
+    def note(self, tenant: str | None, key: str = "", tag: str = "", when: float | None = None, here: bool = True) -> None:
+        """Note that a tenant has forgotten something, see :meth:`Notes.with_note`; of which there is something ``here``, or has been."""
         row = _notes_of(tenant)
         notes = self._notes(row).with_note(key, tag, when)
         self._noted[row] = self.index.set(row, notes.row), notes
-        self.set_unclean()
+        if here:
+            self.set_unclean()
 
     def all_notes(self) -> dict[str, Notes]:
         """What was forgotten, by row, of all tenants, as far as it is sound."""
