@@ -181,6 +181,17 @@ def row_over(context: CompressedContext | None, tail: Tail | None = None) -> Row
     return Row(context.layers, context.n_tokens, tail or Tail(), context.states) if context else Row((), 0, tail or Tail())
 
 
+def lose(engine: KVzipEngine, key: str) -> None:
+    """Let a context go from memory and disk, as budgets do."""
+    memory, tier = engine.registry._memory, engine.registry._backing.tier
+    engine.registry.flush()
+    with memory.changed:
+        for held in memory.here(key):
+            memory.drop(held)
+    if tier is not None:
+        tier.remove(key)
+
+
 async def results(result: Any) -> None:
     """Wait for it, and read what it yields."""
     if inspect.isawaitable(result):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import TEXT, tiny_model, tiny_tokenizer
+from conftest import TEXT, lose, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.chain import Managed, Step
 from kvzip_memory.registry import ContextRegistry, Wanted
@@ -40,16 +40,10 @@ def pairs_of(context: CompressedContext) -> list[torch.Tensor]:
 
 
 def forget_all(engine: KVzipEngine, keep: int = 0) -> list[str]:
-    """Lose all contexts but the first few, as another process may; their keys, the oldest first."""
-    engine.registry.flush()
+    """Lose all contexts but the first few; their keys, the oldest first."""
     keys = [entry.key for entry in sorted(engine.registry.contexts(), key=lambda entry: entry.n_tokens)]
-    memory, tier = engine.registry._memory, engine.registry._backing.tier
     for key in keys[keep:]:
-        with memory.changed:
-            for held in memory.here(key):
-                memory.drop(held)
-        if tier is not None:  # to make room
-            tier.remove(key)
+        lose(engine, key)
     return keys
 
 

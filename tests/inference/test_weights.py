@@ -17,7 +17,7 @@ import test_modes
 import torch
 from torch import nn
 
-from conftest import ARCHITECTURES, TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, TEXT, lose, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine, Session
 from kvzip_memory.attention import Chosen, cpu
 from kvzip_memory.compression import Prefilled
@@ -235,9 +235,8 @@ def until_mark(text: str) -> list[dict[str, Any]]:
 
 
 def lost(engine: KVzipEngine, context: CompressedContext) -> None:
-    """As if another process had deleted it: its handle has it built again."""
-    engine.registry.remove(context.key)
-    engine.registry.readmit(context.key)
+    """Its handle has it built again."""
+    lose(engine, context.key)
     engine.generate(context, "Who?", max_new_tokens=1)
 
 
