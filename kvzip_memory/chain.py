@@ -61,7 +61,7 @@ class Managed(Shared):
     def __init__(self, step: Step, context: CompressedContext) -> None:
         wanted = step.wanted
         origin = tuple({*wanted.tags, *wanted.origin})
-        loaded = max(time.time(), step.registry.loaded(wanted.key))
+        loaded = step.registry.loaded(wanted.key) or time.time()
         self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=(), loaded=loaded))
         like = context.storage
         self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads

@@ -135,10 +135,11 @@ class Catalogue:
         if wanted.loaded is not None and wanted.loaded <= held.loaded:  # an answer
             return
         notes, key = self._backing.notes(), held.key  # by whom, perhaps, whose clock is ahead
+        is_stored = self._backing.has(key)
         after = max([notes.deleted(key), *(notes.taken(key, tag) for tag in wanted.tags)])
         if wanted.loaded is not None:  # by who has loaded it later than whoever brought it here
             with self._memory.changed:
-                outlived(held, notes)
+                outlived(held, notes, is_stored)
                 held.loaded = max(held.loaded, wanted.loaded)
             return
         names, label = {}, None
@@ -149,7 +150,7 @@ class Catalogue:
             label = self._backing.names.give(given, after)
             names = {label.name: label.loaded}
         with self._memory.changed:
-            outlived(held, notes)
+            outlived(held, notes, is_stored)
             held.loaded = max(time.time(), math.nextafter(after, math.inf))
             tags = dict.fromkeys(wanted.tags, held.loaded)
             held.tags |= tags
@@ -159,12 +160,14 @@ class Catalogue:
     def join(self, key: str, tags: Sequence[str]) -> None:
         """Hold a context by further tags, if it has any and has room for more. One without is whoever's has loaded it, and not to be
         forgotten by one that has found it."""
+        if not tags:
+            return
         notes = self._backing.notes()
         with self._memory.changed:
             here = self._memory.here(key)
             known = {tag for held in here for tag in tags_left(held, notes)}
-        entry = None if here else self._backing.attempt("read", lambda disk: disk.entry(key))
-        known |= {*entry.tags} if entry is not None else set()
+        if not known and (entry := self._backing.attempt("read", lambda disk: disk.entry(key))) is not None:
+            known = {*entry.tags}
         if not known or not has_room(known, tags):
             return
         given = dict.fromkeys(tags, max(time.time(), *(math.nextafter(notes.taken(key, tag), math.inf) for tag in tags)))

@@ -15,7 +15,7 @@ from kvzip_memory.registry.disk.entry import Entry
 from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.disk.names import Label
 from kvzip_memory.registry.disk.store import DiskTier
-from kvzip_memory.registry.holders import LetGo, is_held, without
+from kvzip_memory.registry.holders import LetGo, Naming, is_held, without
 from kvzip_memory.registry.identity import family_of
 from kvzip_memory.registry.memory import Memory, as_entry
 from kvzip_memory.registry.removed import tags_left
@@ -171,8 +171,9 @@ class Forgetting:
         def let_go(key: str, tag: str) -> bool:
             return tag in tags
 
+        tier = self._backing.usable()
         self._writing.flush()
-        tier, notes = self._backing.tier, self._backing.notes()
+        notes = self._backing.notes()
         with self._memory.changed:
             here = self._memory.in_memory([key])
             rest = [tags_left(held, notes).keys() - set(tags) for held in here]
@@ -200,9 +201,9 @@ class Forgetting:
         """
         self._writing.flush()
         disk = self._backing.changeable()
-        named = {label.key for label in self._backing.names.all()}
+        named, notes = {label.key for label in self._backing.names.all()}, self._backing.notes()  # of what others have forgotten
         deleted, kept = disk.forget(let_go, self._backing.mine, named) if disk is not None else ([], [])
-        notes = self._backing.notes()  # also of what others have forgotten
+        here_alone = dict[str, set[str]]()  # by key the tags of what is deleted that is on disk no more
         gone, stays = {entry.key: entry for entry in deleted}, {entry.key: entry for entry in kept}
         memory, again = self._memory, list[Held]()
         with memory.changed:
@@ -220,6 +221,7 @@ class Forgetting:
                     stays[held.key] = entry
                 elif held.key not in stays:  # only in memory
                     gone[held.key] = entry
+                    here_alone.setdefault(held.key, set()).update(left.keys() - set(rest))
             for held in [held for tier in memory.tiers for held in tier.held.values() if held.key in gone]:
                 if not held.users:
                     memory.drop(held)
@@ -232,5 +234,7 @@ class Forgetting:
         self._writing.flush()
         if disk is not None:  # what was being written meanwhile
             disk.forget_again(gone, let_go)
+            if here_alone and not isinstance(let_go, Naming):  # that is noted of all contexts
+                disk.note_taken(here_alone)
         self._forgets()
         return Forgotten(tuple(gone.values()), tuple(stays.values()))

@@ -56,8 +56,13 @@ def tags_left(held: Held, notes: Notes) -> dict[str, float]:
     return dict(held.tags) if held.stored is None else notes.left(held.key, held.tags)
 
 
-def outlived(held: Held, notes: Notes) -> None:
-    """Take from a context in memory that is loaded again what went with it when others have deleted it. With the memory's lock held."""
-    if held.stored is not None and held.loaded <= (deleted := notes.deleted(held.key)):
+def outlived(held: Held, notes: Notes, is_stored: bool) -> None:
+    """Take from a context in memory that is loaded again what went with it when others have deleted it. With the memory's lock held.
+
+    Args:
+        is_stored: whether its file is there; then it was not deleted unless there is a note of that.
+    """
+    deleted = notes.noted(held.key) if is_stored else notes.deleted(held.key)
+    if held.stored is not None and held.loaded <= deleted:
         held.names = {name: given for name, given in held.names.items() if given > deleted}
         held.tags, held.pinned = tags_left(held, notes), False

@@ -116,6 +116,7 @@ class Writing:
         if disk is None:
             return False
         if disk.has(held.key):
+            held.stored = held.stored or time.time()  # by another process
             self._tell_tags(held)
             return True
         hold = disk.builders.hold(held.key)
@@ -129,8 +130,9 @@ class Writing:
             hold.release()
 
     def _tell_tags(self, held: Held) -> None:
-        """Of a file that another process has written again without them."""
-        if held.tags and (tags := tags_left(held, self._backing.notes())):
+        """Of a file that another process has built anew, and knows nothing of them."""
+        entry = self._backing.attempt("read", lambda disk: disk.entry(held.key)) if held.tags else None
+        if entry is not None and entry.created != held.context.created and (tags := tags_left(held, self._backing.notes())):
             self.touch_behind(held.key, tags=tags)
 
     def write_again(self, key: str) -> None:

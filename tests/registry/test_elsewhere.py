@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from conftest import TEXT, tiny_engine
 from kvzip_memory.errors import StorageError
 from kvzip_memory.registry import ContextRegistry
 from kvzip_memory.registry.backing import Backing
@@ -355,3 +356,103 @@ def test_what_is_read_before_its_row_is_written_is_deleted_as_well(two, monkeypa
     assert nobody(ways_to_find(other, "page"))
     other.close()
     assert one.tiers(KEY) == []
+
+
+def let_go(how, tag):
+    return Naming(tag) if how == "by name" else lambda key, other: other == tag
+
+
+@pytest.mark.parametrize("how", ["by name", "by a function"])
+def test_what_is_in_memory_alone_is_forgotten(two, how):
+    one, other = two
+    load(one, 1, None, "red")
+    load(other, 1, None, "blue")
+    load(one, 2, None, "red", "green")
+    evict(one)
+    forgotten = one.forget(let_go(how, "red"))
+    assert [entry.key for entry in forgotten.deleted] == [KEY]
+    assert one.tiers(KEY) == []
+    assert one.is_removed(KEY)
+    assert [held.tags.keys() for held in one._memory.here(wanted(2).key)] == [{"green"}]
+    assert "blue" in other.one(KEY).tags  # nobody has asked to delete that
+
+
+def test_who_joins_holds_though_what_it_has_in_memory_is_older(two):
+    one, other = two
+    load(one, 1, None, "red"), load(other, 1, None, "blue")
+    other.forget(Naming("red"))
+    one.join(KEY, [])
+    one.join(KEY, ["green"])
+    one.flush()
+    assert other.one(KEY).tags == ("blue", "green")
+    assert other.forget(Naming("blue")).deleted == ()
+
+
+def test_a_tag_that_is_left_does_not_come_back_when_another_process_ends(two):
+    one, other = two
+    load(one, 1, None, "red", "blue")
+    answer(other, time.time())
+    one.leave(KEY, ["red"])
+    other.close()
+    assert one.one(KEY).tags == ("blue",)
+    assert one.leave(KEY, ["blue"])
+
+
+def test_blanks_around_what_is_forgotten_matter_nowhere(two):
+    one, other = two
+    load(one, 1, None, "red", "blue")
+    answer(other, time.time())
+    one.forget(Naming(" red "))
+    assert other.one(KEY).tags == ("blue",)
+
+
+def test_what_another_process_has_stored_first_is_deleted_as_well(two, monkeypatch):
+    one, other = two
+    put = DiskTier.put
+
+    def held(tier, *args, **kwargs):
+        if tier is one._backing.tier:
+            raise IndexHeldError
+        return put(tier, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiskTier, "put", held)
+        load(one, 1, None, "red")
+    load(other, 1, None, "blue")
+    one.flush()
+    other.remove(KEY)
+    assert nobody(ways_to_find(one))
+    one.close()
+    assert other.tiers(KEY) == []
+
+
+def test_who_leaves_with_a_closed_registry_is_told(two):
+    one, other = two
+    load(one, 1, None, "red")
+    one.close()
+    with pytest.raises(StorageError):
+        one.leave(KEY, ["red"])
+    assert other.one(KEY).tags == ("red",)
+
+
+def test_a_context_that_nobody_deleted_keeps_its_name_when_the_notes_are_gone(two, monkeypatch):
+    one, other = two
+    monkeypatch.setattr("kvzip_memory.registry.forgotten._LIMIT", 3)
+    load(one, 1, "old", "red")
+    one.pin(KEY)
+    for number in range(10, 20):
+        load(other, number)
+        other.remove(wanted(number).key)
+    load(one, 1, None, "green")
+    evict(one)
+    entry = one.one(KEY)
+    assert (set(entry.names), entry.pinned) == ({"old"}, True)
+    assert not one.leave(KEY, ["green"])
+
+
+def test_a_handle_is_as_old_as_what_was_loaded(tmp_path, monkeypatch):
+    """Not as old as itself: another process may have deleted that in between."""
+    engine = tiny_engine(cache_dir=tmp_path)
+    context = engine.load(TEXT)
+    assert context.storage.step.wanted.loaded == engine.registry.loaded(context.key)
+    engine.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ class Leaving:
         with usable(self._folder.root / "quarantine"):
             self._keeper.empty_quarantine()
         if isinstance(let_go, Naming):
-            self._note_all(let_go.tag)
+            self._note_all(let_go.tag.strip())
         self._keeper.tidy()  # a whole file without a row gets one, by which it is found
         changed = [entry for entry in self._entries(mine) if without(entry.tags, entry.key, let_go) != entry.tags]
         deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
@@ -86,10 +86,12 @@ class Leaving:
             return True
 
     @needs_index
-    def note(self, key: str) -> None:
-        """Note that a context is deleted of which nothing is on disk."""
+    def note_taken(self, tags: Mapping[str, Collection[str]]) -> None:
+        """Note which tags were taken from contexts of which nothing is on disk."""
         with self._keeper.changing() as rows:
-            rows.note(self._folder.tenant, key, here=False)
+            for key, taken in tags.items():
+                for tag in taken:
+                    rows.note(self._folder.tenant, key, tag, here=False)
 
     @needs_index
     def remove(self, key: str, for_good: float | None = None, expired: bool = False) -> Entry | None:

@@ -399,12 +399,14 @@ class DiskTier:
         return self._leaving.let_go(key, let_go, stays)
 
     def forget_again(self, keys: Iterable[str], let_go: LetGo) -> None:
-        """Delete those of the contexts that were stored since and that nobody else holds; others may have some in memory."""
+        """Delete those of the contexts that were stored since and that nobody else holds."""
         for key in keys:
             if self.folder.has(key):
                 self._leaving.let_go(key, let_go, for_good=True)
-            else:
-                self._leaving.note(key)
+
+    def note_taken(self, tags: Mapping[str, Collection[str]]) -> None:
+        """Note, for others who have them in memory, which tags were taken from contexts that are not on disk."""
+        self._leaving.note_taken(tags)
 
     def gc(self, old: bool = False) -> dict[str, int]:
         """Delete expired contexts, what dead writers left, quarantined files, and whatever has no row; count exactly.
