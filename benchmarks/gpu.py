@@ -140,10 +140,10 @@ def bandwidth(size: Size) -> float:
 
 def check(size: Size) -> str:
     """Both backends against the oracle on this device, and a step as a graph against one without."""
-    layer = ragged(size, 150, 1, 0.5)[0]
+    layer, other = (ragged(size, 150, 1, 0.5)[0] for _ in range(2))
     for tokens, name in ((1, "triton"), (3, "triton"), (64 if size.device.type == "cuda" else 3, "auto")):
         rows = [RowKV(c, random(size, size.heads, t, size.dim), random(size, size.heads, t, size.dim), min(t, tokens), 150)
-                for c, t in ((layer, 64), (None, 64), (layer, 70))]  # fmt: skip
+                for c, t in (((layer,), 64), ((), 64), ((layer, other), 70))]  # fmt: skip
         query = random(size, len(rows), size.heads * size.group, tokens, size.dim)
         chosen = choose(name, size.device, size.dtype)
         tolerance = 2e-2 if size.dtype == torch.bfloat16 else 1e-4
@@ -165,7 +165,7 @@ class Attention:
         tail = size.heads, TAIL, size.dim
         self.tails = [[(random(size, *tail), random(size, *tail)) for _ in layers] for _ in range(rows)]
         self._blocks = kernels.blocks(rows, size.group, (size.dim, size.dim), layers[0].keys.element_size())
-        owners = [kernels.context_owner(layers, (0, rows))]
+        owners = [kernels.part_owner(layers, (0, rows), slot=0, last=True)]
         owners += [kernels.tail_owner(tail, TAIL, (b, b + 1)) for b, tail in enumerate(self.tails)]
         plan = kernels.plan(owners, rows, self._blocks.entries, (pair, pair), kernels.programs(size.device))
         self._items, self._parts = (torch.from_numpy(table).to(size.device) for table in plan)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from kvzip_memory.attention import Softmax, triton
-from kvzip_memory.attention.triton import blocks, context_owner, fitting_width, plan, programs, tail_owner
+from kvzip_memory.attention.triton import blocks, fitting_width, part_owners, plan, programs, tail_owner
 from kvzip_memory.context import Window
 
-__all__ = ["append", "attend", "blocks", "context_owner", "fitting_width", "plan", "programs", "tail_owner"]
+__all__ = ["append", "attend", "blocks", "fitting_width", "part_owners", "plan", "programs", "tail_owner"]
 
 
 def floats(address: int, count: int) -> Any:
@@ -52,13 +52,13 @@ def attend(
     for entry, (row, behind) in enumerate(entries.tolist()):
         length, position = int(lengths[row]), int(positions[row]) - behind
         for head in range(parts.shape[1]):
-            first_c, number_c, first_t, number_t = parts[entry, head].tolist()
+            seen_items = [item for first, number in parts[entry, head].tolist() for item in range(first, first + number)]
             logits, values = [np.empty((group, 0))], [np.empty((0, dim_v))]
             assert softmax.cap is None
             assert softmax.sinks is None
             heads = slice(head * group, head * group + group)
             q = query[row, heads, n - 1 - behind].numpy()
-            for item in [*range(first_c, first_c + number_c), *range(first_t, first_t + number_t)]:
+            for item in seen_items:
                 keys, vals, where, first, count, item_head, start, end, in_tail = items[item].tolist()
                 assert item_head == head
                 assert start <= entry < end

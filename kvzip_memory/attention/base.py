@@ -36,13 +36,13 @@ class RowKV(NamedTuple):
     """The pairs one row of a batch may see in one layer.
 
     Attributes:
-        context: the shared compressed pairs, None for a row without a context.
+        parts: compressed pairs that other rows may see, too: this layer of each part of a context; none for a row without a context.
         keys, values: ``[H, t, D]`` and ``[H, t, DV]``, the row's own tail; its last ``n_new`` entries belong to this call's queries.
         n_new: how many of the batch's query columns are this row's; they are the last ones (rows are left-padded).
-        context_tokens: logical length of the context. Entry ``i`` of the tail has position ``context_tokens + i``.
+        context_tokens: logical length of all parts together. Entry ``i`` of the tail has position ``context_tokens + i``.
     """
 
-    context: RaggedLayer | None
+    parts: tuple[RaggedLayer, ...]
     keys: Tensor
     values: Tensor
     n_new: int
@@ -55,7 +55,7 @@ class AttentionBackend(Protocol):
 
         Args:
             query: ``[B, H * G, n, D]``, post-RoPE; G query heads share a KV head.
-            rows: one entry a row of the batch. Several rows may share one context.
+            rows: one entry a row of the batch. Several rows may share parts.
             softmax: of the layer.
             window: what a token of the layer sees, None for all before it.
 
@@ -65,9 +65,19 @@ class AttentionBackend(Protocol):
         ...
 
 
-def rows_by_context(contexts: Sequence[object]) -> list[list[int]]:
-    """Indices of the rows on the same context, a list each, in the order in which the contexts come."""
-    groups: dict[int, list[int]] = {}
-    for b, context in enumerate(contexts):
-        groups.setdefault(id(context), []).append(b)
-    return list(groups.values())
+def rows_by_parts(rows: Sequence[tuple[object, ...]]) -> list[list[int]]:
+    """Indices of the rows that have the same parts, a list each; those that begin with the same ones come one after another."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    first: dict[int, int] = {}
+    for b, parts in enumerate(rows):
+        groups.setdefault(tuple(first.setdefault(id(part), len(first)) for part in parts), []).append(b)
+    return [groups[parts] for parts in sorted(groups)]
+
+
+def users_of_parts(groups: Sequence[tuple[RaggedLayer, ...]]) -> list[tuple[RaggedLayer, list[int]]]:
+    """Each part once, and the indices of the groups that have it."""
+    users: dict[int, tuple[RaggedLayer, list[int]]] = {}
+    for group, parts in enumerate(groups):
+        for part in parts:
+            users.setdefault(id(part), (part, []))[1].append(group)
+    return list(users.values())

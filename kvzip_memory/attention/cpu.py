@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, users_of_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
@@ -45,37 +45,43 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask:
 def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
+    n_heads = rows[0].keys.shape[0]
     if batch == 1:  # no padding, nothing to put together
-        merged = _attend_rows([query.reshape(rows[0].keys.shape[0], -1, dim)], rows, softmax, window)
+        merged = _attend_groups([[query.reshape(n_heads, -1, dim)]], [rows], softmax, window)[0]
         return merged.view(1, query_heads, n, -1).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, rows[0].values.shape[2])
-    for members in rows_by_context([row.context for row in rows]):
-        counts = [rows[b].n_new for b in members]
-        n_heads = rows[members[0]].keys.shape[0]
-        queries = [query[b, :, n - count :].reshape(n_heads, -1, dim) for b, count in zip(members, counts, strict=True)]
-        merged = _attend_rows(queries, [rows[b] for b in members], softmax, window)
-        for b, count, part in zip(members, counts, merged.split([q.shape[1] for q in queries], 1), strict=True):
-            out[b, n - count :] = part.reshape(query_heads, count, -1).transpose(0, 1)
+    groups = rows_by_parts([row.parts for row in rows])
+    queries = [[query[b, :, n - rows[b].n_new :].reshape(n_heads, -1, dim) for b in members] for members in groups]
+    found = _attend_groups(queries, [[rows[b] for b in members] for members in groups], softmax, window)
+    for members, own, merged in zip(groups, queries, found, strict=True):
+        for b, part in zip(members, merged.split([q.shape[1] for q in own], 1), strict=True):
+            out[b, n - rows[b].n_new :] = part.reshape(query_heads, rows[b].n_new, -1).transpose(0, 1)
     return out
 
 
-def _attend_rows(queries: list[Tensor], rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
-    """Attention of rows on one context, each with queries ``[H, G * n_new, D]``: of all of them, one behind another in dimension 1."""
-    context = rows[0].context
-    outs, lses = _joined([_attend_tail(q, row, softmax, window) for q, row in zip(queries, rows, strict=True)])
-    if context is not None:  # [H, parts, R, D] over the rows' queries, R of them a head
-        seen = None
-        if window is not None:
-            seen = torch.cat(
-                [_first_seen(row, window, q.device).repeat(q.shape[1] // row.n_new) for q, row in zip(queries, rows, strict=True)]
-            )
-        parts = _attend_context(_cat(queries), context, softmax, seen)
-        outs, lses = torch.cat([outs, parts[0]], 1), torch.cat([lses, parts[1]], 1)
+def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]], softmax: Softmax, window: Window | None) -> list[Tensor]:
+    """Attention of groups of rows on the same parts, each row with queries ``[H, G * n_new, D]``: of a group's rows, one behind another in
+    dimension 1. A part is read once for all groups that have it."""
+    both = [[*zip(q, rows, strict=True)] for q, rows in zip(queries, groups, strict=True)]
+    # pieces [H, P, R, D] and [H, P, R] over the rows' queries, R of them a head
+    found = [[_joined([_attend_tail(q, row, softmax, window) for q, row in own])] for own in both]
+    seen = [None if window is None else _cat([_first_of(row, window, q) for q, row in own]) for own in both]
+    together = [_cat(own) for own in queries]
+    for part, users in users_of_parts([rows[0].parts for rows in groups]):
+        first_seen = [first for group in users if (first := seen[group]) is not None]
+        outs, lses = _attend_part(_cat([together[group] for group in users]), part, softmax, _cat(first_seen)[0] if first_seen else None)
+        sizes = [together[group].shape[1] for group in users]
+        for group, *piece in zip(users, outs.split(sizes, 2), lses.split(sizes, 2), strict=True):
+            found[group].append((piece[0], piece[1]))
+    return [_merged(pieces, rows, softmax).to(queries[0][0].dtype) for pieces, rows in zip(found, groups, strict=True)]
+
+
+def _merged(pieces: list[tuple[Tensor, Tensor]], rows: Sequence[RowKV], softmax: Softmax) -> Tensor:
+    """Pieces ``[H, P, R, D]`` and ``[H, P, R]`` as one: ``[H, R, D]``, fp32."""
+    outs, lses = _cat([out for out, _ in pieces]), _cat([lse for _, lse in pieces])
     merged = (outs * lses.softmax(1).unsqueeze(-1)).sum(1) if outs.shape[1] > 1 else outs[:, 0]
     sinks = [found for row in rows if (found := softmax.sinks_of(len(merged), row.n_new)) is not None]
-    if sinks:
-        merged, _ = beside_sinks(merged, lses.logsumexp(1), _cat(sinks))
-    return merged.to(queries[0].dtype)
+    return beside_sinks(merged, lses.logsumexp(1), _cat(sinks))[0] if sinks else merged
 
 
 def beside_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -137,7 +143,7 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Sof
 
 def with_context(out: Tensor, lse: Tensor, query: Tensor, context: RaggedLayer, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """What :func:`causal` gave for a query, with the pairs of a context beside those that it has seen; full attention only."""
-    outs, lses = _attend_context(query, context, softmax, None)
+    outs, lses = _attend_part(query, context, softmax, None)
     lses = torch.cat([lse.unsqueeze(1), lses], 1)
     return (torch.cat([out.unsqueeze(1), outs], 1) * lses.softmax(1).unsqueeze(-1)).sum(1), lses.logsumexp(1)
 
@@ -167,13 +173,18 @@ def _causal_masked(
     return torch.cat(outs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
 
 
+def _first_of(row: RowKV, window: Window, query: Tensor) -> Tensor:
+    """``[1, G * n_new]``: the first position that each query sees."""
+    return _first_seen(row, window, query.device).repeat(query.shape[1] // row.n_new)[None]
+
+
 def _first_seen(row: RowKV, window: Window, device: torch.device) -> Tensor:
     """``[n_new]``: the first position that each new token sees."""
     end = row.context_tokens + row.keys.shape[1]
     return window.first(torch.arange(end - row.n_new, end, device=device))
 
 
-def _attend_context(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend_part(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
         return _attend_sliding(query, context, softmax, first_seen)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention import cpu
-from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, rows_by_context
+from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, users_of_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 
@@ -55,17 +55,18 @@ def backend(varlen: Varlen) -> AttentionBackend:
         queries = [query[b, :, n - row.n_new :].reshape(n_heads, -1, row.n_new, dim).transpose(1, 2) for b, row in enumerate(rows)]
         found = _attend_tails(varlen, queries, rows, softmax.scaling)  # each [H, n_new, G, D] and [H, n_new, G]
         out = query.new_zeros(batch, n, query_heads, dim)
-        for members in rows_by_context([row.context for row in rows]):
-            context = rows[members[0]].context
-            outs, lses = (torch.cat([found[b][i] for b in members], 1) for i in (0, 1))
-            if context is not None and any(context.lengths):
-                theirs, their_lses = _attend_context(varlen, torch.cat([queries[b] for b in members], 1), context, softmax.scaling)
-                outs = outs.lerp(theirs, torch.sigmoid(their_lses - lses).unsqueeze(-1))  # the softmax of two log-sum-exps
-                lses = torch.logaddexp(lses, their_lses)
+        for part, users in users_of_parts([row.parts for row in rows]):
+            if any(part.lengths):
+                counts = [rows[b].n_new for b in users]
+                theirs = _attend_part(varlen, torch.cat([queries[b] for b in users], 1), part, softmax.scaling)
+                for b, out_b, lse_b in zip(users, *(x.split(counts, 1) for x in theirs), strict=True):
+                    own, lse = found[b]
+                    # the softmax of two log-sum-exps
+                    found[b] = own.lerp(out_b, torch.sigmoid(lse_b - lse).unsqueeze(-1)), torch.logaddexp(lse, lse_b)
+        for b, (own, lse) in enumerate(found):
             if softmax.sinks is not None:
-                outs = outs * torch.sigmoid(lses - softmax.sinks.float().view(n_heads, 1, -1)).unsqueeze(-1)
-            for b, part in zip(members, outs.split([rows[b].n_new for b in members], 1), strict=True):
-                out[b, n - rows[b].n_new :] = part.transpose(0, 1).flatten(1, 2).to(out.dtype)
+                own = own * torch.sigmoid(lse - softmax.sinks.float().view(n_heads, 1, -1)).unsqueeze(-1)
+            out[b, n - rows[b].n_new :] = own.transpose(0, 1).flatten(1, 2).to(out.dtype)
         return out
 
     return attention
@@ -85,13 +86,13 @@ def _attend_tails(varlen: Varlen, queries: list[Tensor], rows: Sequence[RowKV], 
     return [(part.unflatten(0, (n_heads, -1)), part_lse.unflatten(0, (n_heads, -1))) for part, part_lse in parts]
 
 
-def _attend_context(varlen: Varlen, query: Tensor, context: RaggedLayer, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of ``query [H, R, G, D]`` over a context: fp32 of that shape, and ``[H, R, G]``; -inf where a head is empty."""
-    heads = [head for head, length in enumerate(context.lengths) if length]
+def _attend_part(varlen: Varlen, query: Tensor, part: RaggedLayer, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [H, R, G, D]`` over a part: fp32 of that shape, and ``[H, R, G]``; -inf where a head is empty."""
+    heads = [head for head, length in enumerate(part.lengths) if length]
     rows = query.shape[1] * query.shape[2]
-    lengths = [context.lengths[head] for head in heads]
+    lengths = [part.lengths[head] for head in heads]
     flat = query[heads].reshape(-1, 1, query.shape[3])
-    found, found_lse = varlen(flat, context.keys.unsqueeze(1), context.values.unsqueeze(1), [rows] * len(heads), lengths, scaling, False)
+    found, found_lse = varlen(flat, part.keys.unsqueeze(1), part.values.unsqueeze(1), [rows] * len(heads), lengths, scaling, False)
     out = torch.zeros_like(query, dtype=torch.float32)
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
     out[heads], lse[heads] = found.view(len(heads), *query.shape[1:]).float(), found_lse.view(len(heads), *query.shape[1:3])

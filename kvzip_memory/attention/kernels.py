@@ -110,14 +110,14 @@ def attend(
 
 @triton.jit
 def _slot(items, first, entry, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where an entry's first part is. Item 0's where it has none; then it is not read."""
+    """Where what an entry's first item gave is. Item 0's where it has none; then it is not read."""
     start = tl.load(items + first.to(tl.int64) * 9 + 6)
     return first.to(tl.int64) * BLOCK_M + (entry - start) * GROUP
 
 
 @triton.jit
 def merge(
-    parts,  # [E, H, 4] int32: first item and number of items, of the context and of the tail
+    parts,  # [E, H, SLOTS, 2] int32: first item and number of items, of each part and of the tail
     items,
     entries,
     parts_out,  # what attend() wrote
@@ -131,36 +131,37 @@ def merge(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
-    """One entry and query head: its parts, weighted by their log-sum-exp."""
+    """One entry and query head: what items gave, weighted by their log-sum-exp."""
     entry = tl.program_id(0)
     query_head = tl.program_id(1)
     row = tl.load(entries + entry * 2).to(tl.int64)
     column = n - 1 - tl.load(entries + entry * 2 + 1)
-    fields = parts + (entry * (heads // GROUP) + query_head // GROUP) * 4
+    fields = parts + (entry * (heads // GROUP) + query_head // GROUP) * SLOTS * 2
     offset_d = tl.arange(0, BLOCK_D)
-    of_context = tl.load(fields + 1)
-    number = of_context + tl.load(fields + 3)
-    slot_c, slot_t = _slot(items, tl.load(fields), entry, GROUP, BLOCK_M), _slot(items, tl.load(fields + 2), entry, GROUP, BLOCK_M)
     best = tl.full([], float("-inf"), tl.float32)
     total = tl.full([], 0.0, tl.float32)
     if sinks is not None:
         best = tl.load(sinks + query_head).to(tl.float32) * LOG2_E
         total = tl.full([], 1.0, tl.float32)
     acc = tl.full([BLOCK_D], 0.0, tl.float32)
-    for begin in range(0, number, BLOCK_P):
-        part = begin + tl.arange(0, BLOCK_P)
-        live = part < number
-        slot = tl.where(part < of_context, slot_c + part * BLOCK_M, slot_t + (part - of_context) * BLOCK_M) + query_head % GROUP
-        lse = tl.load(parts_lse + slot, mask=live, other=float("-inf"))
-        values = tl.load(parts_out + slot[:, None] * DIM + offset_d[None, :], mask=live[:, None] & (offset_d < DIM)[None, :], other=0.0)
-        highest = tl.maximum(best, tl.max(lse, 0))
-        shift = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(lse - shift)
-        decay = tl.exp2(best - shift)
-        acc = acc * decay + tl.sum(values * weights[:, None], 0)
-        total = total * decay + tl.sum(weights, 0)
-        best = highest
+    for which in range(SLOTS):
+        number = tl.load(fields + which * 2 + 1)
+        first = _slot(items, tl.load(fields + which * 2), entry, GROUP, BLOCK_M) + query_head % GROUP
+        for begin in range(0, number, BLOCK_P):
+            item = begin + tl.arange(0, BLOCK_P)
+            live = item < number
+            slot = first + item * BLOCK_M
+            lse = tl.load(parts_lse + slot, mask=live, other=float("-inf"))
+            values = tl.load(parts_out + slot[:, None] * DIM + offset_d[None, :], mask=live[:, None] & (offset_d < DIM)[None, :], other=0.0)
+            highest = tl.maximum(best, tl.max(lse, 0))
+            shift = tl.where(highest == float("-inf"), 0.0, highest)
+            weights = tl.exp2(lse - shift)
+            decay = tl.exp2(best - shift)
+            acc = acc * decay + tl.sum(values * weights[:, None], 0)
+            total = total * decay + tl.sum(weights, 0)
+            best = highest
     acc = acc / tl.where(total > 0, total, 1.0)
     target = out + ((row * n + column) * heads + query_head) * DIM + offset_d
     tl.store(target, acc.to(out.dtype.element_ty), mask=offset_d < DIM)

@@ -22,12 +22,12 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         for head in range(query_heads):
             kv_head = head // group
             keys, values, positions = row.keys[kv_head], row.values[kv_head], tail_positions
-            if row.context is not None:
-                context_keys, context_values = row.context.head(kv_head)
-                start, end = row.context.offsets[kv_head : kv_head + 2]
-                keys = torch.cat([context_keys, keys])
-                values = torch.cat([context_values, values])
-                positions = torch.cat([row.context.positions[start:end].long(), positions])
+            for part in row.parts:
+                part_keys, part_values = part.head(kv_head)
+                start, end = part.offsets[kv_head : kv_head + 2]
+                keys = torch.cat([part_keys, keys])
+                values = torch.cat([part_values, values])
+                positions = torch.cat([part.positions[start:end].long(), positions])
             for i in range(row.n_new):
                 position = int(tail_positions[n_tail - row.n_new + i])
                 visible = positions <= position

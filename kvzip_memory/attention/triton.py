@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from math import log2
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from triton import knobs
 
 from kvzip_memory.attention import kernels
-from kvzip_memory.attention.base import RowKV, Softmax, rows_by_context
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 Int64 = npt.NDArray[np.int64]
@@ -38,14 +39,14 @@ KEYS, VALUES, POSITIONS, FIRST, COUNT, HEAD, START, END, TAIL = range(9)
 
 
 class Owner(NamedTuple):
-    """Pairs seen by the same entries in every layer: a context, or a row's tail.
+    """Pairs seen by the same entries in every layer: a part of contexts, or a row's tail.
 
     Attributes:
         keys, values: address of the first pair, a layer each.
         positions: address of the first pair's position (int32), a layer each; 0 in a tail, whose positions follow from their index.
         offsets, counts: ``[L, H]``, where each head's pairs begin and how many there are.
         entries: the first entry and the one after the last.
-        tail: whether it is a tail.
+        slot: the how many-th of their parts it is; -1: their tail.
     """
 
     keys: Sequence[int]
@@ -54,7 +55,11 @@ class Owner(NamedTuple):
     offsets: Int64
     counts: Int64
     entries: tuple[int, int]
-    tail: bool
+    slot: int
+
+    @property
+    def is_tail(self) -> bool:
+        return self.slot < 0
 
 
 class Plan(NamedTuple):
@@ -62,24 +67,43 @@ class Plan(NamedTuple):
 
     Attributes:
         items: ``[L, W, 9]`` int64, what each program of ``attend`` reads; rows of zeros are idle programs.
-        parts: ``[L, E, H, 4]`` int32, first item and number of items of each entry: of its context and of its tail.
+        parts: ``[L, E, H, S, 2]`` int32, first item and number of items of each entry: of each of its parts and, last, of its tail.
     """
 
     items: Int64
     parts: npt.NDArray[np.int32]
 
 
-def context_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int]) -> Owner:
-    """A context's pairs; ``layers`` are all layers or the one in question."""
+def part_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int], slot: int, last: bool) -> Owner:
+    """A part's pairs; ``layers`` are all layers or the one in question. Layers with a window see only those of the ``last`` part."""
     return Owner(
         [layer.keys.data_ptr() for layer in layers],
         [layer.values.data_ptr() for layer in layers],
         [layer.positions.data_ptr() for layer in layers],
         np.array([layer.offsets[:-1] for layer in layers], np.int64),
-        np.array([layer.lengths for layer in layers], np.int64),
+        np.array([layer.lengths if last or layer.window is None else [0] * layer.n_heads for layer in layers], np.int64),
         entries,
-        tail=False,
+        slot,
     )
+
+
+def part_owners(rows: Sequence[Sequence[Sequence[RaggedLayer]]], starts: Sequence[int]) -> list[Owner]:
+    """The parts of rows, each once for rows that have it in the same place and stand one behind another.
+
+    Args:
+        rows: of each row its parts, and of each part the layers.
+        starts: the first entry of each row, and the one after the last.
+    """
+    owners = []
+    for slot in range(max(map(len, rows), default=0)):
+        seen = [(id(parts[slot][0]), slot + 1 == len(parts)) if slot < len(parts) else None for parts in rows]
+        first = 0
+        for part, run in groupby(seen):
+            end = first + len([*run])
+            if part is not None:
+                owners.append(part_owner(rows[first][slot], (starts[first], starts[end]), slot, last=part[1]))
+            first = end
+    return owners
 
 
 def tail_owner(buffers: Sequence[tuple[Tensor, Tensor]], counts: int, entries: tuple[int, int]) -> Owner:
@@ -91,36 +115,46 @@ def tail_owner(buffers: Sequence[tuple[Tensor, Tensor]], counts: int, entries: t
     shape = (len(buffers), n_heads)
     offsets = np.broadcast_to(np.arange(n_heads, dtype=np.int64) * stride, shape)
     keys, values = [pair[0].data_ptr() for pair in buffers], [pair[1].data_ptr() for pair in buffers]
-    return Owner(keys, values, [0] * len(buffers), offsets, np.full(shape, counts, np.int64), entries, tail=True)
+    return Owner(keys, values, [0] * len(buffers), offsets, np.full(shape, counts, np.int64), entries, -1)
 
 
-def plan(owners: Sequence[Owner], n_entries: int, block: int, nbytes: tuple[int, int], programs: int, width: int | None = None) -> Plan:
+def plan(
+    owners: Sequence[Owner],
+    n_entries: int,
+    block: int,
+    nbytes: tuple[int, int],
+    programs: int,
+    width: int | None = None,
+    slots: int | None = None,
+) -> Plan:
     """Cut what the owners hold into items.
 
     Args:
-        owners: of the same layers and heads. An entry belongs to one context at most and to one tail.
+        owners: of the same layers and heads. An entry belongs to one of each slot at most.
         n_entries: entries, those included that see nothing.
         block: entries that one program takes.
         nbytes: of one key and of one value.
         programs: programs the device runs at one time.
         width: items of every layer, idle ones included; as few as are needed if None.
+        slots: parts that an entry may have, and one more for its tail; as few as are needed if None.
     """
+    slots = slots or 2 + max(owner.slot for owner in owners)
     n_layers, n_heads = owners[0].counts.shape
     spans: list[Int64] = []
-    seen = np.full((n_entries, n_heads, 2), -1, np.int64)  # the span each entry sees, of contexts and of tails
+    seen = np.full((n_entries, n_heads, slots), -1, np.int64)  # the span each entry sees
     for owner in owners:
         for start in range(owner.entries[0], owner.entries[1], block):
             end = min(start + block, owner.entries[1])
-            seen[start:end, :, int(owner.tail)] = n_heads * len(spans) + np.arange(n_heads)
+            seen[start:end, :, owner.slot] = n_heads * len(spans) + np.arange(n_heads)
             span = np.empty((n_layers, n_heads, 9), np.int64)
             for column, address, size in (
                 (KEYS, owner.keys, nbytes[0]),
                 (VALUES, owner.values, nbytes[1]),
-                (POSITIONS, owner.positions, 0 if owner.tail else 4),
+                (POSITIONS, owner.positions, 0 if owner.is_tail else 4),
             ):
                 span[..., column] = np.array(address, np.int64)[:, None] + owner.offsets * size
             span[..., FIRST], span[..., COUNT], span[..., HEAD] = 0, owner.counts, np.arange(n_heads)
-            span[..., START], span[..., END], span[..., TAIL] = start, end, owner.tail
+            span[..., START], span[..., END], span[..., TAIL] = start, end, owner.is_tail
             spans.append(span)
     table = np.concatenate(spans, 1)
     assert not (table[..., :2] % 16).any(), "the kernel loads 16 bytes at a time"
@@ -141,7 +175,7 @@ def plan(owners: Sequence[Owner], n_entries: int, block: int, nbytes: tuple[int,
         cut[:, COUNT] = np.minimum(cut[:, COUNT] - skipped, run[layer])
     none = np.zeros((n_layers, 1), np.int64)  # what index -1 finds
     parts = np.stack([np.concatenate([x, none], 1)[:, seen] for x in (firsts, numbers)], -1)
-    return Plan(items, parts.reshape(n_layers, n_entries, n_heads, 4).astype(np.int32))
+    return Plan(items, parts.astype(np.int32))
 
 
 def fitting_width(spans: int, programs: int) -> int:
@@ -204,22 +238,19 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     dims, itemsize = (dim, rows[0].values.shape[2]), query.element_size()
-    groups = rows_by_context([row.context for row in rows])
+    groups = rows_by_parts([row.parts for row in rows])
     entries: list[tuple[int, int]] = []
-    contexts, tails = [], []
-    for members in groups:
-        first, context = len(entries), rows[members[0]].context
-        for b in members:
-            start, row = len(entries), rows[b]
-            entries += [(b, row.n_new - 1 - i) for i in range(row.n_new)]
-            tails.append(tail_owner([(row.keys, row.values)], row.keys.shape[1], (start, len(entries))))
-        if context is not None:
-            contexts.append(context_owner([context], (first, len(entries))))
+    owners, starts = [], [0]
+    for b in (b for members in groups for b in members):
+        start, row = len(entries), rows[b]
+        entries += [(b, row.n_new - 1 - i) for i in range(row.n_new)]
+        owners.append(tail_owner([(row.keys, row.values)], row.keys.shape[1], (start, len(entries))))
+        starts.append(len(entries))
+    owners += part_owners([[[part] for part in rows[b].parts] for members in groups for b in members], starts)
     group = query_heads // rows[0].keys.shape[0]
-    most = max(sum(rows[b].n_new for b in members) for members in groups)
-    size = blocks(most, group, dims, itemsize)
+    size = blocks(max(owner.entries[1] - owner.entries[0] for owner in owners), group, dims, itemsize)
     nbytes = dims[0] * itemsize, dims[1] * itemsize
-    made = plan([*contexts, *tails], len(entries), size.entries, nbytes, programs(query.device))
+    made = plan(owners, len(entries), size.entries, nbytes, programs(query.device))
     tail_lengths = [row.keys.shape[1] for row in rows]
     last = [row.context_tokens + length - 1 for row, length in zip(rows, tail_lengths, strict=True)]
     items, parts = (torch.from_numpy(table[0]).to(query.device) for table in made)
@@ -287,8 +318,9 @@ def attend(
             num_warps=warps(size),
             num_stages=_stages(query.device),
         )
+        sizes = {"BLOCK_P": 16, "SLOTS": parts.shape[2]}
         kernels.merge[(len(entries), query_heads)](
-            parts, items, entries, part_out, part_lse, softmax.sinks, out, n, query_heads, group, dim_v, size.dv, size.m, BLOCK_P=16
+            parts, items, entries, part_out, part_lse, softmax.sinks, out, n, query_heads, group, dim_v, size.dv, size.m, **sizes
         )
     return out
 

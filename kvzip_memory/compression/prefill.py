@@ -103,7 +103,7 @@ class Prefilled:
         """What tokens behind the prefix see in a layer; ``key`` and ``value`` ``[H, t, D]`` are their own, the last ``n_new`` new."""
         keys, values = self.dense[layer]
         position = len(self.token_ids) - keys.shape[1]
-        parent = self.parent[layer] if self.parent else None
+        parent = (self.parent[layer],) if self.parent else ()
         both = torch.cat([keys, key], 1)
         return RowKV(parent, both, both if values is keys else torch.cat([values, value], 1), n_new, position)
 

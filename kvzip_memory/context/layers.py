@@ -74,6 +74,11 @@ class RaggedLayer:
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.keys[rows], self.values[rows]
 
+    def placed_keys(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys of one KV head and their positions, ``[lengths[index], D]`` and ``[lengths[index]]``: views."""
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        return self.keys[rows], self.positions[rows]
+
     def heads(self) -> Tensor:
         """``[sum(lengths)]``, the KV head of each pair."""
         lengths = torch.tensor(self.lengths, device=self.positions.device)

@@ -73,17 +73,17 @@ class _Watch(CallCache):
         if window is None:
             mass = self._mass(place, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
-        return BACKENDS["cpu"](query, [RowKV(row.layers[place], keys, values, n, row.start)], softmax, window)
+        return BACKENDS["cpu"](query, [RowKV(row.pairs(place), keys, values, n, row.start)], softmax, window)
 
     def _mass(self, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
         """``[H, spans]`` fp32: what the rows of scaled ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
-        context, (n_heads, group, n, _) = self._row.layers[layer], query.shape
+        parts, (n_heads, group, n, _) = self._row.pairs(layer), query.shape
         past = self._row.tail.length
         sinks = None if softmax.sinks is None else softmax.sinks.float().view(n_heads, group, 1, 1)
         mass = query.new_zeros(n_heads, group, self._edges.shape[1], dtype=torch.float32)
         for head in range(n_heads):
-            keys, _ = context.head(head)
-            at = torch.searchsorted(context.positions[context.offsets[head] : context.offsets[head + 1]], self._edges)
+            keys, positions = (torch.cat(found) for found in zip(*(part.placed_keys(head) for part in parts), strict=True))
+            at = torch.searchsorted(positions, self._edges)
             step = max(1, _BLOCK_ELEMENTS // (group * (len(keys) + past + n)))
             for start in range(max(0, self._first - past), n, step):
                 rows = query[head, :, start : start + step]

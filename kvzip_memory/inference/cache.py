@@ -112,21 +112,34 @@ class Row(NamedTuple):
     """One row of a batch: a shared context's layers, or none, and the tail of the session that asks.
 
     Attributes:
-        layers: the context's, leased for the time of the call; empty without a context.
+        layers: the context's own, leased for the time of the call; empty without a context.
         start: tokens the context stands for.
         tail: what came after them.
         states: the context's.
+        before: layers of the parts that the context shares with others, which stand before its own, in their order.
     """
 
     layers: tuple[RaggedLayer, ...]
     start: int
     tail: Tail
     states: States = NO_STATES
+    before: tuple[tuple[RaggedLayer, ...], ...] = ()
 
     @property
     def length(self) -> int:
         """Logical length: the position of the row's next token."""
         return self.start + self.tail.length
+
+    @property
+    def parts(self) -> tuple[tuple[RaggedLayer, ...], ...]:
+        """Layers of all parts."""
+        return (*self.before, self.layers) if self.layers else ()
+
+    def pairs(self, place: int) -> tuple[RaggedLayer, ...]:
+        """Of one layer what its queries may see: of all parts, or of the last one, which has all that is in its window."""
+        if not self.before or self.layers[place].window is not None:
+            return self.layers[place : place + 1]
+        return tuple(part[place] for part in self.parts)
 
     @property
     def remembered(self) -> States:
@@ -164,7 +177,7 @@ class SessionCache(CallCache):
             else:
                 keys, values = row.tail.seen(place, count)
             # of those that reuse pairs the model may ask for the last tokens alone
-            rows.append(RowKV(row.layers[place] if row.layers else None, keys, values, min(count, n), row.start))
+            rows.append(RowKV(row.pairs(place), keys, values, min(count, n), row.start))
         if layer == self._last:
             raise LastLayerSeen
         return self._backend(query, rows, softmax, self._layout.windows[place])

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvzip_memory.attention.base import Softmax, rows_by_context
-from kvzip_memory.context import Window
-from kvzip_memory.inference.cache import Row
+from kvzip_memory.attention.base import Softmax, rows_by_parts
+from kvzip_memory.context import RaggedLayer, Window
+from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.system.modes import evaluation_copy, in_evaluation
 from kvzip_memory.system.printable import logger_of
 
@@ -92,14 +92,14 @@ class DecodeSteps:
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[Window | None], kernels: ModuleType) -> None:
         self._model, self._windows, self._kernels = model, windows, kernels
-        self._batches: dict[tuple[int, int], _Batch] = {}
+        self._batches: dict[tuple[int, int, int], _Batch] = {}  # by rows, tokens a row and parts a row
         self._weights: list[int] = []
         self._pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
         self._usable = len(set(getattr(model, "hf_device_map", {}).values())) < 2
 
     @property
     def captured(self) -> list[tuple[int, int]]:
-        return sorted(self._batches)
+        return sorted({(rows, tokens) for rows, tokens, _ in self._batches})
 
     def forget(self) -> None:
         """Let go of all graphs: weights lie elsewhere, or another adapter is active."""
@@ -112,7 +112,7 @@ class DecodeSteps:
         switches a graph would miss, or a model that cannot be captured.
         """
         width = max(map(len, ids))
-        shape = _power(len(rows)), _power(width)
+        shape = _power(len(rows)), _power(width), _power(max(1, *(len(row.parts) for row in rows)))
         if not self._usable or (width > 1 and shape[0] * shape[1] > MOST_TOKENS) or getattr(self._model, "_hf_peft_config_loaded", False):
             return None
         for row, row_ids in zip(rows, ids, strict=True):
@@ -148,6 +148,7 @@ class _Batch:
         kernels: ModuleType,
         size: int,
         width: int,
+        parts: int,
         pair: tuple[Tensor, Tensor],
         pool: Any,
     ) -> None:
@@ -157,8 +158,8 @@ class _Batch:
         self._dim_v, self._nbytes = dims[1], tuple(dim * like.element_size() for dim in dims)
         self._blocks = kernels.blocks(size * width, model.config.num_attention_heads // n_heads, dims, like.element_size())
         self._programs = kernels.programs(like.device)
-        # A row has at most a context and a tail of its own.
-        n_items = kernels.fitting_width(2 * size * -(-width // self._blocks.entries) * n_heads, self._programs)
+        self._slots = parts + 1  # and its tail
+        n_items = kernels.fitting_width(self._slots * size * -(-width // self._blocks.entries) * n_heads, self._programs)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=like.device)
@@ -168,34 +169,33 @@ class _Batch:
         self._tokens, self._positions = tokens.view(size, width), positions.view(size, width)
         self._tails = zeros(len(windows), size, 3)
         self._items = zeros(len(windows), n_items, 9)
-        self._parts = zeros(len(windows), size * width, n_heads, 4, dtype=torch.int32)
+        self._parts = zeros(len(windows), size * width, n_heads, self._slots, 2, dtype=torch.int32)
         self._entries = zeros(size * width, 2, dtype=torch.int32)
-        self._placed: list[tuple[weakref.ref[object], int, weakref.ref[object] | None]] = []
+        self._placed: list[tuple[weakref.ref[Tail], int, list[weakref.ref[RaggedLayer]]]] = []
         self._step = Step(lambda: self._forward(model), like.device, pool)
 
     def holds(self, rows: Sequence[Row]) -> bool:
         """Whether the tables are those of these rows, and no tail has grown."""
         return len(rows) == len(self._placed) and all(
-            tail() is row.tail and capacity == row.tail.capacity and (context is None if not row.layers else _is(context, row.layers[0]))
-            for row, (tail, capacity, context) in zip(rows, self._placed, strict=True)
+            tail() is row.tail
+            and capacity == row.tail.capacity
+            and len(parts) == len(row.parts)
+            and all(part() is layers[0] for part, layers in zip(parts, row.parts, strict=True))
+            for row, (tail, capacity, parts) in zip(rows, self._placed, strict=True)
         )
 
     def place(self, rows: Sequence[Row]) -> None:
         """Write the tables for these rows."""
         kernels, width = self._kernels, self._width
         self._placed = []  # until all is written
-        order: list[int] = []
-        contexts, tails = [], []
-        for members in rows_by_context([_context(row) for row in rows]):
-            first, layers = len(order) * width, rows[members[0]].layers
-            for b in members:
-                tail, start = rows[b].tail, len(order) * width
-                tails.append(kernels.tail_owner(tail.pairs(tail.capacity), tail.capacity, (start, start + width)))
-                order.append(b)
-            if layers:
-                contexts.append(kernels.context_owner(layers, (first, len(order) * width)))
-        n_items = self._items.shape[1]
-        made = kernels.plan([*contexts, *tails], self._size * width, self._blocks.entries, self._nbytes, self._programs, n_items)
+        order = [b for members in rows_by_parts([tuple(part[0] for part in row.parts) for row in rows]) for b in members]
+        starts = [width * i for i in range(len(order) + 1)]
+        owners = kernels.part_owners([rows[b].parts for b in order], starts)
+        for b, start in zip(order, starts, strict=False):
+            tail = rows[b].tail
+            owners.append(kernels.tail_owner(tail.pairs(tail.capacity), tail.capacity, (start, start + width)))
+        shape = self._size * width, self._blocks.entries, self._nbytes, self._programs, self._items.shape[1], self._slots
+        made = kernels.plan(owners, *shape)
         self._items.copy_(torch.from_numpy(made.items))
         self._parts.copy_(torch.from_numpy(made.parts))
         order += range(len(rows), self._size)
@@ -205,7 +205,7 @@ class _Batch:
             capacity = row.tail.capacity
             tables[:, b] = torch.tensor([(keys.data_ptr(), values.data_ptr(), capacity) for keys, values in row.tail.pairs(capacity)])
         self._tails.copy_(tables)
-        self._placed = [(weakref.ref(row.tail), row.tail.capacity, weakref.ref(row.layers[0]) if row.layers else None) for row in rows]
+        self._placed = [(weakref.ref(row.tail), row.tail.capacity, [weakref.ref(part[0]) for part in row.parts]) for row in rows]
 
     def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor:
         tokens, positions = torch.zeros(2, self._size, self._width, dtype=torch.int64)
@@ -254,14 +254,6 @@ class _Call(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # of no use: positions are given
-
-
-def _context(row: Row) -> object:
-    return row.layers[0] if row.layers else None
-
-
-def _is(reference: weakref.ref[object] | None, thing: object) -> bool:
-    return reference is not None and reference() is thing
 
 
 def _power(n: int) -> int:

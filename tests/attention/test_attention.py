@@ -1,6 +1,7 @@
 """Backends against the oracle."""
 
 import os
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -71,11 +72,15 @@ def test_a_backend_equals_the_reference(backend: str, block: int, window: Window
     monkeypatch.setattr(cpu_backend, "BLOCK_ELEMENTS", block)  # 40 elements: every product is cut into blocks of rows
     shared = ragged((5, 0, 9), 20)  # a head may keep nothing
     other = ragged((1, 2, 3), 12, seed=1)
+    own = ragged((0, 4, 10), 10, seed=2)
+    own = replace(own, positions=own.positions + 20)
     rows = [
-        RowKV(shared, *tail(7), n_new=4, context_tokens=20),
-        RowKV(None, *tail(3), n_new=3, context_tokens=0),
-        RowKV(shared, *tail(1), n_new=1, context_tokens=20),
-        RowKV(other, *tail(15), n_new=2, context_tokens=12),
+        RowKV((shared,), *tail(7), n_new=4, context_tokens=20),
+        RowKV((), *tail(3), n_new=3, context_tokens=0),
+        RowKV((shared,), *tail(1), n_new=1, context_tokens=20),
+        RowKV((other,), *tail(15), n_new=2, context_tokens=12),
+        RowKV((shared, own), *tail(2), n_new=2, context_tokens=30),
+        RowKV((shared, other, own), *tail(9), n_new=1, context_tokens=30),
     ]
     query = torch.randn(len(rows), HEADS * GROUP, 4, DIM)
     expected = reference.attention(query, rows, Softmax(0.3), window)
@@ -84,24 +89,26 @@ def test_a_backend_equals_the_reference(backend: str, block: int, window: Window
 
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
-    """Any call a backend may get: rows on several contexts or none, empty and one-pair heads, long and short tails."""
+    """Any call a backend may get: rows on none or several parts, their own and others', empty and one-pair heads, long and short tails."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     heads, group = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     dim = draw(st.sampled_from([32, 64, 80, 96, 128, 256]))
     dim_v = draw(st.sampled_from([dim, dim, dim, 16, 64, 192]))
     dtype = draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16]))
     n = draw(st.integers(1, 300))
-    contexts: list[RaggedLayer | None] = [None]
-    for _ in range(draw(st.integers(1, 3))):
+    parts = []
+    for number in range(draw(st.integers(1, 4))):
         lengths = tuple(draw(st.lists(st.sampled_from([0, 1, min(2, n), n // 3, n]), min_size=heads, max_size=heads)))
-        positions = torch.cat([torch.randperm(n)[:length].sort().values for length in lengths]).int()
+        positions = torch.cat([torch.randperm(n)[:length].sort().values for length in lengths]).int() + n * (number % 2)
         keys, values = (torch.randn(sum(lengths), d).to(dtype) for d in (dim, dim_v))
-        contexts.append(RaggedLayer(keys, values, lengths, positions))
+        parts.append(RaggedLayer(keys, values, lengths, positions))
+    several = st.lists(st.sampled_from(parts), max_size=3, unique_by=id).map(tuple)
+    kinds = [(), (parts[0],), tuple(parts[:2]), draw(several)]
     rows = []
-    for context in draw(st.lists(st.sampled_from(contexts), min_size=1, max_size=9)):
+    for seen in draw(st.lists(st.one_of(st.sampled_from(kinds), several), min_size=1, max_size=9)):
         n_new, before = draw(st.sampled_from([1, 1, 2, 5])), draw(st.sampled_from([0, 1, 7, 40]))
         keys, values = (torch.randn(heads, before + n_new, d).to(dtype) for d in (dim, dim_v))
-        rows.append(RowKV(context, keys, values, n_new, n if context is not None else 0))
+        rows.append(RowKV(seen, keys, values, n_new, 2 * n if seen else 0))
     query = torch.randn(len(rows), heads * group, max(row.n_new for row in rows), dim).to(dtype)
     sinks = draw(st.sampled_from([None, torch.randn(heads * group).mul(3).to(dtype)]))
     softmax = Softmax(dim**-0.5, draw(st.sampled_from([None, None, 1.5, 50.0])), sinks)
@@ -131,7 +138,7 @@ def test_the_triton_kernels_equal_the_reference_on_any_call(call: Call) -> None:
 
 def test_where_torch_has_no_fused_kernel_plain_products_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs on other devices, computed on this one."""
-    row = RowKV(ragged((900, 0, 1301), 2000), *tail(9), n_new=1, context_tokens=2000)
+    row = RowKV((ragged((900, 0, 1301), 2000),), *tail(9), n_new=1, context_tokens=2000)
     query = torch.randn(1, HEADS * GROUP, 1, DIM)
     fused = cpu_backend.attention(query, [row], Softmax(0.3), None)
     monkeypatch.setattr(cpu_backend, "_has_fused", lambda *given: False)
@@ -141,7 +148,7 @@ def test_where_torch_has_no_fused_kernel_plain_products_give_the_same(monkeypatc
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_a_head_divided_among_threads_is_the_whole_head(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    row = RowKV(ragged((1700, 7, 1301), 2000), *tail(3), n_new=1, context_tokens=2000)
+    row = RowKV((ragged((1700, 7, 1301), 2000),), *tail(3), n_new=1, context_tokens=2000)
     query = torch.randn(1, HEADS * GROUP, 1, DIM)
     expected = reference.attention(query, [row], Softmax(0.3), None)
     torch.testing.assert_close(cpu_backend.attention(query, [row], Softmax(0.3), None), expected, atol=1e-5, rtol=1e-5)

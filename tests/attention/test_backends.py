@@ -99,6 +99,6 @@ def test_on_a_gpu_triton_decodes_and_a_library_reads_questions(monkeypatch: pyte
 def test_long_questions_go_to_the_library_if_it_takes_them(tokens: int, dim: int, dim_v: int, cap: float | None, expected: str) -> None:
     names: list[str] = []
     attention = _by_length(*(lambda *call, name=name: names.append(name) for name in ("decode", "read")))
-    row = RowKV(None, torch.empty(1, tokens, dim), torch.empty(1, tokens, dim_v), tokens, 0)
+    row = RowKV((), torch.empty(1, tokens, dim), torch.empty(1, tokens, dim_v), tokens, 0)
     attention(torch.empty(1, 1, tokens, dim), [row], Softmax(1.0, cap), None)
     assert names == [expected]

@@ -31,7 +31,7 @@ def context(tokens: int, ratio: float = 0.3) -> RaggedLayer:
 
 def cut(contexts: list[RaggedLayer], rows: int, tail: int = 256) -> np.ndarray:
     """Items of so many rows on each context."""
-    each = [triton.context_owner([layer], (rows * i, rows * (i + 1))) for i, layer in enumerate(contexts)]
+    each = [triton.part_owner([layer], (rows * i, rows * (i + 1)), 0, True) for i, layer in enumerate(contexts)]
     buffer = torch.empty(N_HEADS, tail, DIM, dtype=torch.bfloat16)
     tails = [triton.tail_owner([(buffer, buffer)], tail, (b, b + 1)) for b in range(rows * len(contexts))]
     size = triton.blocks(rows, GROUP, (DIM, DIM), 2)
@@ -68,7 +68,7 @@ def test_logits_beyond_float16_do_not_overflow() -> None:
     from kvzip_memory.attention import RowKV, Softmax, reference
 
     keys, values = torch.full((1, 40, 64), 60.0).half(), torch.randn(1, 40, 64).half()
-    row = RowKV(None, keys, values, n_new=1, context_tokens=0)
+    row = RowKV((), keys, values, n_new=1, context_tokens=0)
     query = torch.full((1, 1, 1, 64), 60.0).half()  # 64 * 60 * 60 is beyond float16
     call = query, [row], Softmax(0.125), None
     torch.testing.assert_close(triton.attention(*call), reference.attention(*call))
@@ -119,7 +119,7 @@ for capability, limit, calls in (
         assert re.search(r"STACK:0 ", usage), ("registers spill", usage)
     if capability == 90:
         types = tables | scalars | {"parts_out": "*fp32", "parts_lse": "*fp32", "out": "*bf16", "sinks": "*bf16"}
-        shape = {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16}
+        shape = {"GROUP": 4, "DIM": 128, "BLOCK_D": 128, "BLOCK_M": 32, "BLOCK_P": 16, "SLOTS": 3}
         compiled(kernels.merge, types, shape, capability)
         compiled(kernels.merge, types, shape | {"sinks": None}, capability)
         shape = {"DIM": 128, "DIM_V": 128, "BLOCK_D": 128, "BLOCK_DV": 128}

@@ -75,6 +75,23 @@ def test_static_steps_of_several_tokens(engines: tuple[KVzipEngine, KVzipEngine,
     assert steps.captured == [(4, 1), (4, 8), (4, 16)]
 
 
+def test_rows_of_several_parts(engines: tuple[KVzipEngine, KVzipEngine, list[CompressedContext]]) -> None:
+    """Some shared with others, in the same place or in another; others come and go."""
+    one, other, (first, second) = engines
+    a, b = first.layers, second.layers
+    whole = first.n_tokens + second.n_tokens
+    kinds = [(b, (a,)), (a, ()), ((), ()), (a, (b,)), (b, (a,)), (b, (a, a)), (b, ())]
+    rows, twins = ([Row(own, whole if own else 0, Tail(), before=before) for own, before in kinds] for _ in range(2))
+    feed(one, rows, [[5]] * len(rows))
+    feed(other, twins, [[5]] * len(rows))
+    steps = static(one)
+    for chosen in ([*range(7)], [0, 4], [1, 2], [6, 5, 0, 4], [*range(7)]):
+        ids = [torch.randint(3, 250, (1,)).tolist() for _ in chosen]
+        got, expected = feed(one, [rows[i] for i in chosen], ids), feed(other, [twins[i] for i in chosen], ids)
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
+    assert steps.captured == [(2, 1), (4, 1), (8, 1)]
+
+
 def test_in_tritons_interpreter() -> None:
     """The same through the kernels themselves, from the engine's own choice on."""
     model = tiny_model(num_hidden_layers=1)
@@ -129,11 +146,11 @@ def test_weights_that_were_replaced_are_seen() -> None:
     steps = static(engine)
     feed(engine, [row], [[5, 6]])
     feed(engine, [row], [[7]])
-    before = steps._batches[1, 1]
+    before = steps._batches[1, 1, 1]
     engine.model.model.embed_tokens.weight = torch.nn.Parameter(engine.model.model.embed_tokens.weight * 2)
     feed(engine, [twin], [[5, 6]])
     feed(engine, [twin], [[7]])
-    assert steps._batches[1, 1] is not before
+    assert steps._batches[1, 1, 1] is not before
 
 
 def test_a_tail_never_written_is_fed_without_a_step() -> None:
@@ -179,9 +196,9 @@ def test_graphs_are_dropped_when_an_adapter_is_switched() -> None:
     module = engine.model.model.layers[0].self_attn.q_proj  # type: ignore[union-attr]
     module.active_adapters = ["a"]  # type: ignore[union-attr]
     engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
-    before = steps._batches[1, 1]
+    before = steps._batches[1, 1, 1]
     engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
-    assert steps._batches[1, 1] is before
+    assert steps._batches[1, 1, 1] is before
     module.active_adapters = ["b"]  # type: ignore[union-attr]
     engine.generate(None, "Who?", max_new_tokens=4, speculate=False)
-    assert steps._batches[1, 1] is not before
+    assert steps._batches[1, 1, 1] is not before

@@ -85,7 +85,7 @@ def test_an_attention_switched_after_the_engine_was_made_changes_nothing(engine:
 
 def test_float16_products_that_would_overflow_do_not() -> None:
     query, keys = torch.full((1, 2, 1, 64), 60.0).half(), torch.full((1, 3, 64), 60.0).half()
-    row = RowKV(None, keys, torch.ones(1, 3, 64).half(), 1, 0)
+    row = RowKV((), keys, torch.ones(1, 3, 64).half(), 1, 0)
     out = BACKENDS["cpu"](query, [row], Softmax(0.125), None)  # 64 * 60 * 60 is beyond float16
     torch.testing.assert_close(out, torch.ones_like(out), atol=5e-3, rtol=0)
 
