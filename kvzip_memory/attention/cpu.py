@@ -62,18 +62,24 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
 def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]], softmax: Softmax, window: Window | None) -> list[Tensor]:
     """Attention of groups of rows on the same parts, each row with queries ``[H, G * n_new, D]``: of a group's rows, one behind another in
     dimension 1. A part is read once for all groups that have it."""
-    both = [[*zip(q, rows, strict=True)] for q, rows in zip(queries, groups, strict=True)]
-    # pieces [H, P, R, D] and [H, P, R] over the rows' queries, R of them a head
-    found = [[_joined([_attend_tail(q, row, softmax, window) for q, row in own])] for own in both]
-    seen = [None if window is None else _cat([_first_of(row, window, q) for q, row in own]) for own in both]
     together = [_cat(own) for own in queries]
-    for part, users in users_of_parts([rows[0].parts for rows in groups]):
-        first_seen = [first for group in users if (first := seen[group]) is not None]
-        outs, lses = _attend_part(_cat([together[group] for group in users]), part, softmax, _cat(first_seen)[0] if first_seen else None)
-        sizes = [together[group].shape[1] for group in users]
-        for group, *piece in zip(users, outs.split(sizes, 2), lses.split(sizes, 2), strict=True):
-            found[group].append((piece[0], piece[1]))
-    return [_merged(pieces, rows, softmax).to(queries[0][0].dtype) for pieces, rows in zip(found, groups, strict=True)]
+    # pieces [H, P, R, D] and [H, P, R] over the rows' queries, R of them a head
+    pieces = [
+        [_joined([_attend_tail(q, row, softmax, window) for q, row in zip(own, rows, strict=True)])]
+        for own, rows in zip(queries, groups, strict=True)
+    ]
+    if len(groups) == 1:
+        for part in groups[0][0].parts:
+            pieces[0].append(_attend_part(together[0], part, softmax, _first_of(groups[0], queries[0], window)))
+    else:
+        seen = [_first_of(rows, own, window) for rows, own in zip(groups, queries, strict=True)]
+        for part, users in users_of_parts([rows[0].parts for rows in groups]):
+            first_seen = None if window is None else torch.cat([first for group in users if (first := seen[group]) is not None])
+            outs, lses = _attend_part(_cat([together[group] for group in users]), part, softmax, first_seen)
+            sizes = [together[group].shape[1] for group in users]
+            for group, out, lse in zip(users, outs.split(sizes, 2), lses.split(sizes, 2), strict=True):
+                pieces[group].append((out, lse))
+    return [_merged(found, rows, softmax).to(together[0].dtype) for found, rows in zip(pieces, groups, strict=True)]
 
 
 def _merged(pieces: list[tuple[Tensor, Tensor]], rows: Sequence[RowKV], softmax: Softmax) -> Tensor:
@@ -173,9 +179,11 @@ def _causal_masked(
     return torch.cat(outs, 2).flatten(1, 2), torch.cat(lses, 2).flatten(1, 2)
 
 
-def _first_of(row: RowKV, window: Window, query: Tensor) -> Tensor:
-    """``[1, G * n_new]``: the first position that each query sees."""
-    return _first_seen(row, window, query.device).repeat(query.shape[1] // row.n_new)[None]
+def _first_of(rows: Sequence[RowKV], queries: Sequence[Tensor], window: Window | None) -> Tensor | None:
+    """``[R]``: the first position that each query of several rows sees; None if all see all."""
+    if window is None:
+        return None
+    return torch.cat([_first_seen(row, window, q.device).repeat(q.shape[1] // row.n_new) for row, q in zip(rows, queries, strict=True)])
 
 
 def _first_seen(row: RowKV, window: Window, device: torch.device) -> Tensor:
