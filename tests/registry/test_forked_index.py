@@ -234,7 +234,7 @@ def waiting(folder, answers):
     def hold():
         with index.transaction():
             begun.set()
-            time.sleep(1.5)
+            time.sleep(3.0)
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -243,7 +243,7 @@ def waiting(folder, answers):
     child, heard = None, False
     try:
         child = forked(lambda: use(folder, 1))
-        time.sleep(5.0)
+        time.sleep(30.0)
     except KeyboardInterrupt:
         heard = True
     said = outcome(child)
