@@ -35,6 +35,7 @@ from transformers import (
 
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.registry import ContextRegistry
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -143,6 +144,20 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def engine() -> KVzipEngine:
     return tiny_engine()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a registry."""
+    return tmp_path / "contexts"
+
+
+@pytest.fixture
+def two(folder: Path) -> Iterator[tuple[ContextRegistry, ContextRegistry]]:
+    """Registries over one folder, as of two processes."""
+    one, other = (ContextRegistry(torch.device("cpu"), folder) for _ in range(2))
+    yield one, other
+    one.close(), other.close()
 
 
 @pytest.fixture(scope="session")

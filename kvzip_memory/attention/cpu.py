@@ -1,7 +1,7 @@
 """Attention over ragged contexts with torch's fused CPU kernel: one call a KV head, shared by all rows on the context.
 
 The kernel is torch's flash attention for CPUs, which gives the log-sum-exp beside the output and spreads a batch over
-threads. A head's pairs are handed to it as a batch of equal parts, one a thread: a strided view, nothing is copied. On
+threads. A head's pairs are handed to it as a batch of equal pieces, one a thread: a strided view, nothing is copied. On
 other devices plain products take its place.
 """
 
@@ -21,7 +21,7 @@ from kvzip_memory.context import RaggedLayer, Window
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
 BLOCK_ELEMENTS = 8 << 20
 #: Pairs of a head that are worth a thread of their own.
-PART_PAIRS = 256
+PIECE_PAIRS = 256
 
 
 def _has_fused(query: Tensor, values: Tensor, softmax: Softmax) -> bool:
@@ -192,25 +192,25 @@ def _first_seen(row: RowKV, window: Window, device: torch.device) -> Tensor:
     return window.first(torch.arange(end - row.n_new, end, device=device))
 
 
-def _attend_part(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of ``query [H, R, D]`` over a context, in P parts to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
+def _attend_part(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [H, R, D]`` over a part, in P pieces to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
-        return _attend_sliding(query, context, softmax, first_seen)
-    heads = _views(context, torch.get_num_threads() if _has_fused(query, context.values, softmax) else 1)
-    queries = query.unsqueeze(1).expand(-1, heads[0].parts, -1, -1).unsqueeze(2).unbind()
+        return _attend_sliding(query, part, softmax, first_seen)
+    heads = _views(part, torch.get_num_threads() if _has_fused(query, part.values, softmax) else 1)
+    queries = query.unsqueeze(1).expand(-1, heads[0].pieces, -1, -1).unsqueeze(2).unbind()
     found = [_attend_head(q, head, softmax) for q, head in zip(queries, heads, strict=True)]
     return torch.cat([out for out, _ in found], 1).transpose(0, 1).float(), torch.cat([lse for _, lse in found], 1).transpose(0, 1)
 
 
 class _HeadView(NamedTuple):
-    """One head's pairs as a batch of equal parts: strided views ``[P, 1, part, D]``, and what is hidden in them.
+    """One head's pairs as a batch of equal pieces: strided views ``[P, 1, piece, D]``, and what is hidden in them.
 
-    What is left over when the pairs are divided belongs to the last part. The others reach as far into their
+    What is left over when the pairs are divided belongs to the last piece. The others reach as far into their
     successors, so that all are of one size, and mask what they see there. A head with too few pairs to be divided,
-    perhaps none, has all of them in one part.
+    perhaps none, has all of them in one piece.
     """
 
-    parts: int
+    pieces: int
     keys: Tensor
     values: Tensor
     mask: Tensor | None
@@ -220,37 +220,37 @@ class _HeadView(NamedTuple):
 _VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[_HeadView]]] = WeakKeyDictionary()
 
 
-def _views(context: RaggedLayer, threads: int) -> list[_HeadView]:
-    known = _VIEWS.setdefault(context, {})
+def _views(part: RaggedLayer, threads: int) -> list[_HeadView]:
+    known = _VIEWS.setdefault(part, {})
     if threads not in known:
-        parts = max(1, min(threads, max(context.lengths) // PART_PAIRS))
-        known[threads] = [_divided(*context.head(head), parts) for head in range(context.n_heads)]
+        pieces = max(1, min(threads, max(part.lengths) // PIECE_PAIRS))
+        known[threads] = [_divided(*part.head(head), pieces) for head in range(part.n_heads)]
     return known[threads]
 
 
-def _divided(keys: Tensor, values: Tensor, parts: int) -> _HeadView:
-    step, rest = divmod(len(keys), parts)
+def _divided(keys: Tensor, values: Tensor, pieces: int) -> _HeadView:
+    step, rest = divmod(len(keys), pieces)
     if not step:
-        return _HeadView(parts, keys[None, None], values[None, None], None)
+        return _HeadView(pieces, keys[None, None], values[None, None], None)
     keys, values = (
-        x.as_strided((parts, 1, step + rest, x.shape[1]), (step * x.stride(0), 0, x.stride(0), 1), x.storage_offset())
+        x.as_strided((pieces, 1, step + rest, x.shape[1]), (step * x.stride(0), 0, x.stride(0), 1), x.storage_offset())
         for x in (keys, values)
     )
-    mask = _mask(parts, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
-    return _HeadView(parts, keys, values, mask)
+    mask = _mask(pieces, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
+    return _HeadView(pieces, keys, values, mask)
 
 
 @lru_cache(maxsize=256)
-def _mask(parts: int, rest: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[P, 1, 1, size]``: hides the last ``rest`` entries of every part but the last."""
-    mask = torch.zeros(parts, 1, 1, size, dtype=dtype, device=device)
+def _mask(pieces: int, rest: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``[P, 1, 1, size]``: hides the last ``rest`` entries of every piece but the last."""
+    mask = torch.zeros(pieces, 1, 1, size, dtype=dtype, device=device)
     mask[:-1, ..., size - rest :] = float("-inf")
     return mask
 
 
 def _attend_head(query: Tensor, head: _HeadView, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """Attention of ``query [P, 1, R, D]`` over one head: ``[P, 1, R, D]`` and ``[P, 1, R]``."""
-    if len(head.keys) == head.parts and head.keys.shape[2]:
+    if len(head.keys) == head.pieces and head.keys.shape[2]:
         return _attend(query, head.keys, head.values, softmax, head.mask)
     out = query.new_zeros(*query.shape[:3], head.values.shape[3])
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
@@ -259,12 +259,11 @@ def _attend_head(query: Tensor, head: _HeadView, softmax: Softmax) -> tuple[Tens
     return out, lse
 
 
-def _attend_sliding(query: Tensor, context: RaggedLayer, softmax: Softmax, first_seen: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_sliding(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen: Tensor) -> tuple[Tensor, Tensor]:
     found = []
-    for head in range(context.n_heads):
-        keys, values = context.head(head)
-        positions = context.positions[context.offsets[head] : context.offsets[head + 1]]
-        found.append(_attend_masked(query[head], keys, values, positions, softmax, first_seen))
+    for head in range(part.n_heads):
+        keys, values = part.head(head)
+        found.append(_attend_masked(query[head], keys, values, part.positions_of(head), softmax, first_seen))
     return torch.stack([out for out, _ in found]), torch.stack([lse for _, lse in found])
 
 

@@ -24,10 +24,9 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
             keys, values, positions = row.keys[kv_head], row.values[kv_head], tail_positions
             for part in row.parts:
                 part_keys, part_values = part.head(kv_head)
-                start, end = part.offsets[kv_head : kv_head + 2]
                 keys = torch.cat([part_keys, keys])
                 values = torch.cat([part_values, values])
-                positions = torch.cat([part.positions[start:end].long(), positions])
+                positions = torch.cat([part.positions_of(kv_head).long(), positions])
             for i in range(row.n_new):
                 position = int(tail_positions[n_tail - row.n_new + i])
                 visible = positions <= position

@@ -74,10 +74,9 @@ class RaggedLayer:
         rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.keys[rows], self.values[rows]
 
-    def placed_keys(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys of one KV head and their positions, ``[lengths[index], D]`` and ``[lengths[index]]``: views."""
-        rows = slice(self.offsets[index], self.offsets[index + 1])
-        return self.keys[rows], self.positions[rows]
+    def positions_of(self, index: int) -> Tensor:
+        """Positions of one KV head's pairs, ``[lengths[index]]``: a view."""
+        return self.positions[self.offsets[index] : self.offsets[index + 1]]
 
     def heads(self) -> Tensor:
         """``[sum(lengths)]``, the KV head of each pair."""

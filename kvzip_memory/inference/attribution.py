@@ -82,7 +82,8 @@ class _Watch(CallCache):
         sinks = None if softmax.sinks is None else softmax.sinks.float().view(n_heads, group, 1, 1)
         mass = query.new_zeros(n_heads, group, self._edges.shape[1], dtype=torch.float32)
         for head in range(n_heads):
-            keys, positions = (torch.cat(found) for found in zip(*(part.placed_keys(head) for part in parts), strict=True))
+            keys = torch.cat([part.head(head)[0] for part in parts])
+            positions = torch.cat([part.positions_of(head) for part in parts])
             at = torch.searchsorted(positions, self._edges)
             step = max(1, _BLOCK_ELEMENTS // (group * (len(keys) + past + n)))
             for start in range(max(0, self._first - past), n, step):

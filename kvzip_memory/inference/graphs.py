@@ -112,7 +112,7 @@ class DecodeSteps:
         switches a graph would miss, or a model that cannot be captured.
         """
         width = max(map(len, ids))
-        shape = _power(len(rows)), _power(width), _power(max(1, *(len(row.parts) for row in rows)))
+        shape = _power(len(rows)), _power(width), _power(1 + max(len(row.before) for row in rows))
         if not self._usable or (width > 1 and shape[0] * shape[1] > MOST_TOKENS) or getattr(self._model, "_hf_peft_config_loaded", False):
             return None
         for row, row_ids in zip(rows, ids, strict=True):

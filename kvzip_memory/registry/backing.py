@@ -107,34 +107,27 @@ class Backing:
         return self.tenant in (EVERYONE, entry.tenant)
 
     def usable(self) -> DiskTier | None:
-        """The disk tier; None without one.
+        """The disk tier; None if no folder was given.
 
         Raises:
-            StorageError: as for :meth:`check_usable`.
+            StorageError: a folder was given, and there is no disk tier: what is stored in it would stay as it is.
         """
         tier = self.tier
-        self.check_usable()
-        return tier
-
-    def check_usable(self) -> None:
-        """Raises:
-        StorageError: a folder was given, and there is no disk tier: what is stored in it would stay as it is.
-        """
-        if self.folder is not None and self.tier is None:
+        if self.folder is not None and tier is None:
             why = f"what lies in {self.folder} cannot be deleted or changed, and nothing was: {self.no_disk}"
             raise StorageError(f"{why}; then make the engine again")
+        return tier
 
     def check_readable(self) -> None:
         """Raises:
         StorageError: the folder that was given cannot be used.
         OSError: what is on disk cannot be listed now.
         """
-        self.check_usable()
-        if self.tier is not None:
-            self.tier.usage()
+        if (tier := self.usable()) is not None:
+            tier.usage()
 
     def changeable(self) -> DiskTier | None:
-        """The disk tier, of which several things are to be changed and none left half done; None without one.
+        """The disk tier, of which several things are to be changed and none left half done; None if no folder was given.
 
         Raises:
             StorageError: what is on disk cannot be changed now: another process holds the index, or the folder cannot be written or used.

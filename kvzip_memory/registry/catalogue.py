@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -69,7 +68,7 @@ class Catalogue:
     def _merged(self, stored: list[Entry], in_memory: list[Held]) -> list[Entry]:
         """Entries of the disk tier and of memory together, by their last use."""
         found, notes = {entry.key: entry for entry in stored}, self._backing.notes()
-        there = self.without_deleted(in_memory, found)
+        there = self._without_deleted(in_memory, notes, found)
         with self._memory.changed:
             for held in dict.fromkeys([*self._memory.in_memory([*found]), *there]):
                 entry = replace(as_entry(held), tags=tuple(sorted(tags_left(held, notes))))
@@ -80,15 +79,14 @@ class Catalogue:
                 found[held.key] = entry
         return sorted(map(self._backing.told, filter(self._backing.mine, found.values())), key=lambda entry: entry.used)
 
-    def without_deleted(self, in_memory: Iterable[Held], stored: Collection[str] = ()) -> list[Held]:
-        """Contexts in memory but those that were deleted, here or by another process, and not stored again.
+    def without_deleted(self, in_memory: Sequence[Held]) -> Sequence[Held]:
+        """Contexts in memory but those that were deleted, here or by another process, and not stored again."""
+        return self._without_deleted(in_memory, self._backing.notes()) if in_memory else in_memory
 
-        Args:
-            stored: keys of some that are on disk.
-        """
-        asked = [*in_memory]
-        notes = self._backing.notes() if asked else Notes(None)
-        return [held for held in asked if held.key in stored or not self._writing.is_removed(held, notes) or self._backing.has(held.key)]
+    def _without_deleted(self, in_memory: Sequence[Held], notes: Notes, stored: Collection[str] = ()) -> list[Held]:
+        """The same; of some it is known that they are stored."""
+        is_removed, has = self._writing.is_removed, self._backing.has
+        return [held for held in in_memory if held.key in stored or not is_removed(held, notes) or has(held.key)]
 
     def one(self, reference: str) -> Entry:
         """The latest context of a name or key.
@@ -134,9 +132,8 @@ class Catalogue:
         """Give a context the name and tags it was asked for by, beside those it has."""
         if wanted.loaded is not None and wanted.loaded <= held.loaded:  # an answer
             return
-        notes, key = self._backing.notes(), held.key  # by whom, perhaps, whose clock is ahead
-        is_stored = self._backing.has(key)
-        after = max([notes.deleted(key), *(notes.taken(key, tag) for tag in wanted.tags)])
+        notes, key = self._backing.notes(), held.key
+        is_stored, after = self._backing.has(key), notes.after(key, wanted.tags)
         if wanted.loaded is not None:  # by who has loaded it later than whoever brought it here
             with self._memory.changed:
                 outlived(held, notes, is_stored)
@@ -151,7 +148,7 @@ class Catalogue:
             names = {label.name: label.loaded}
         with self._memory.changed:
             outlived(held, notes, is_stored)
-            held.loaded = max(time.time(), math.nextafter(after, math.inf))
+            held.loaded = max(time.time(), after)
             tags = dict.fromkeys(wanted.tags, held.loaded)
             held.tags |= tags
             held.names = held.names | names
@@ -170,7 +167,7 @@ class Catalogue:
             known = {*entry.tags}
         if not known or not has_room(known, tags):
             return
-        given = dict.fromkeys(tags, max(time.time(), *(math.nextafter(notes.taken(key, tag), math.inf) for tag in tags)))
+        given = dict.fromkeys(tags, notes.after(key, tags, time.time()))
         with self._memory.changed:
             for held in here:
                 held.tags |= given

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
@@ -89,6 +90,11 @@ class Notes:
         digests, keys = _digests(tag), ("", _digest(key))
         before = self._operators.taken(key, tag) if self._operators else 0.0
         return max(before, self._last(note for note in self._notes if note.parts and digests.issuperset(note.parts) and note.key in keys))
+
+    def after(self, key: str, tags: Iterable[str] = (), now: float = 0.0) -> float:
+        """A time, from ``now`` on, that is later than what was forgotten of a context and of these tags, by whoever's clock."""
+        forgotten = max([self.deleted(key), *(self.taken(key, tag) for tag in tags)])
+        return max(now, math.nextafter(forgotten, math.inf))
 
     def left(self, key: str, tags: Mapping[str, float]) -> dict[str, float]:
         """Those of a context's tags, with the times when they were given, that were not forgotten since."""

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from math import inf, nextafter
 
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.errors import BudgetError
@@ -119,8 +118,7 @@ class Moves:
                 return error
             entry = self._backing.attempt("read", lambda disk: disk.entry(wanted.key))
             given = () if entry is None else entry.tags  # a file that was just written may have no row yet
-            for forgotten in [notes.deleted(wanted.key), *(notes.taken(wanted.key, tag) for tag in given)]:
-                there = max(there, nextafter(forgotten, inf))  # by whom, perhaps, whose clock is ahead
+            there = notes.after(wanted.key, given, there)
             held = Held(context, wanted.group, tags=dict.fromkeys(given, there), loaded=there, stored=time.time())
             if entry is not None:
                 held.names, held.pinned = dict(entry.names), entry.pinned

@@ -29,11 +29,6 @@ from synthetic import CPU, context, processes, wanted
 
 
 @pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "contexts"
-
-
-@pytest.fixture
 def registry(folder):
     registry = ContextRegistry(CPU, folder)
     yield registry

@@ -17,18 +17,6 @@ from synthetic import CPU, context, token_ids, wanted
 KEY = wanted(1).key
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "contexts"
-
-
-@pytest.fixture
-def two(folder):
-    one, other = ContextRegistry(CPU, folder), ContextRegistry(CPU, folder)
-    yield one, other
-    one.close(), other.close()
-
-
 def load(registry, number=1, name=None, *tags, flush=True):
     registry.readmit(wanted(number).key)
     with registry.lease(replace(wanted(number), name=name, tags=tags), lambda report: context(number, 8)):
@@ -314,14 +302,15 @@ def test_tags_of_what_was_removed_take_no_room(two):
 def test_what_is_done_while_the_registry_closes_is_done_or_refused(two, way, monkeypatch):
     one, other = two
     load(one, 1, "page", "red"), load(one, 1, "other")
-    check = Backing.check_usable
+    usable = Backing.usable
 
     def closes(backing):
-        check(backing)
+        tier = usable(backing)
         monkeypatch.undo()
         one.close()
+        return tier
 
-    monkeypatch.setattr(Backing, "check_usable", closes)
+    monkeypatch.setattr(Backing, "usable", closes)
     doing = {
         "remove": lambda: one.remove(KEY),
         "remove name": lambda: one.remove("other"),

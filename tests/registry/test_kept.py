@@ -22,19 +22,6 @@ from kvzip_memory.system.private import check_file, check_folder
 from synthetic import CPU, context, wanted
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "contexts"
-
-
-@pytest.fixture
-def two(folder):
-    """Registries over one folder, as of two processes."""
-    one, other = ContextRegistry(CPU, folder), ContextRegistry(CPU, folder)
-    yield one, other
-    one.close(), other.close()
-
-
 def load(registry, number, name, *tags):
     registry.readmit(wanted(number).key)
     with registry.lease(replace(wanted(number), name=name, tags=tags), lambda report: context(number, 8)):
