@@ -48,18 +48,18 @@ class Access:
         if context is not None:
             self._identity.check(self.mine(context).identity, language, repr(context))
 
-    def check_parent(self, language: Language, context: CompressedContext) -> None:
-        """:meth:`check` of what a context is to be grown from.
+    def check_parent(self, language: Language, context: CompressedContext, share: bool = False) -> None:
+        """:meth:`check` of what a context is to be grown from, or is to ``share``.
 
         Raises:
-            InputError: another scorer has ranked its pairs.
+            InputError: another scorer has ranked its pairs, which others are to compete with.
         """
         self.check(language, checked_context(context))
         scorer = context.identity.get("scorer")
-        if scorer is not None and not same(scorer, self._builder.scorer):
+        if not share and scorer is not None and not same(scorer, self._builder.scorer):
             raise InputError(
                 f"the pairs of {context!r} were ranked by {scorer}, with which this engine's {self._builder.scorer} cannot be "
-                "compared; extend it with an engine of that scorer, or load the text again"
+                "compared; extend it with an engine of that scorer, or with share=True, or load the text again"
             )
 
     def is_as_fine(self, entry: Entry, ratio: float) -> bool:

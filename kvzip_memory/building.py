@@ -15,7 +15,19 @@ from kvzip_memory.chain import Step
 from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.ratios import pairs_kept
-from kvzip_memory.context import NO_STATES, CompressedContext, Lease, RaggedLayer, Receipt, Resident, States, as_told
+from kvzip_memory.context import (
+    NO_STATES,
+    CompressedContext,
+    Layers,
+    Lease,
+    Part,
+    RaggedLayer,
+    Receipt,
+    Resident,
+    States,
+    as_told,
+    parts_of,
+)
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Stamp
@@ -24,7 +36,7 @@ from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
-from kvzip_memory.registry.identity import MODEL_FIELDS, key_of, recipe_digest, tokens_digest
+from kvzip_memory.registry.identity import model_fields, recipe_digest, tokens_digest, with_parts
 from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
@@ -33,25 +45,30 @@ _STAGES = ("scorer", "allocator", "refit")
 
 
 def context_identity(
-    model_fields: Mapping[str, Any],
+    model: Mapping[str, Any],
     prompt: Prompt,
     ratio: float,
     stages: Stages,
     tenant: str | None = None,
-    parent: Mapping[str, Any] | None = None,
+    parent: CompressedContext | None = None,
     compress_every: int | None = None,
+    share: bool = False,
 ) -> dict[str, Any]:
     """All fields that determine a context's bytes, what may follow it, and who may use it.
 
     Args:
+        model: the model's fields.
         tenant: a digest, see :func:`tenant_digest`.
         compress_every: size of the pieces it is built in, None if in one.
-        parent: identity of the context it was grown from. If that has scores, this one has them at any ratio.
+        parent: the context it was grown from. If that has scores, this one has them at any ratio.
+        share: whether the parent's pairs stay as they are, and where they are; then its scores are none of this one's.
     """
-    scored = ratio < 1.0 or (parent is not None and parent.get("scorer") is not None)
+    scored = ratio < 1.0 or (parent is not None and not share and parent.identity.get("scorer") is not None)
     way = stages.identity() if scored else {"scorer": None, "allocator": None}
+    parts = _parts(parent, share)
     return {
-        **model_fields,
+        **model,
+        **({"format": with_parts(model["format"]), "parts": [list(part) for part in parts]} if parts else {}),
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
@@ -63,8 +80,15 @@ def context_identity(
         "protected": prompt.protected,
         "recipe": recipe_digest(prompt.recipe),
         "tools": prompt.recipe.tools,
-        "parent": None if parent is None else key_of(parent),
+        "parent": None if parent is None else parent.key,
     }
+
+
+def _parts(parent: CompressedContext | None, share: bool) -> tuple[Part, ...]:
+    """What a context shares: what its parent does, and the parent itself."""
+    if parent is None:
+        return ()
+    return (*parent.parts, Part(parent.key, parent.n_tokens - parent.shared_tokens)) if share else parent.parts
 
 
 class Computed(NamedTuple):
@@ -85,12 +109,15 @@ class _Beginning:
 
     Attributes:
         n_tokens: its tokens.
-        layers: their pairs, none of no tokens. Compressing what follows empties it, so that layers nobody else has are freed on the way.
+        layers: their pairs but for those that are shared, none of no tokens. Compressing what follows empties it, so that layers that
+            nobody else has are freed on the way.
         dense_nbytes: storage of all its pairs before eviction.
         fitted: spans of positions whose pairs were refitted.
         ms: milliseconds of each stage, over all pieces.
         fading: the curve that was used, under its name.
         states: what layers without attention remember at its end.
+        before: layers of the parts that are shared.
+        shared: tokens that these stand for.
     """
 
     n_tokens: int = 0
@@ -100,11 +127,17 @@ class _Beginning:
     ms: dict[str, float] = field(default_factory=dict)
     fading: dict[str, Fading] = field(default_factory=dict)
     states: States = field(default_factory=dict)
+    before: tuple[Layers, ...] = ()
+    shared: int = 0
 
     @classmethod
-    def of(cls, parent: CompressedContext, lease: Lease) -> _Beginning:
-        """A whole context."""
-        return cls(parent.n_tokens, list(lease.layers), parent.dense_nbytes, parent.fitted, states=lease.states)
+    def of(cls, parent: CompressedContext, lease: Lease, share: bool) -> _Beginning:
+        """A whole context, of which nothing is the next one's own if that is to share it, but what a window shows."""
+        if share:
+            layers = [layer.none() if layer.window is None else layer for layer in lease.layers]
+            return cls(parent.n_tokens, layers, states=lease.states, before=lease.parts, shared=parent.n_tokens)
+        layers, shared = list(lease.layers), parent.shared_tokens
+        return cls(parent.n_tokens, layers, parent.dense_nbytes, parent.fitted, states=lease.states, before=lease.before, shared=shared)
 
 
 class Builder:
@@ -160,9 +193,18 @@ class Builder:
         return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if not same(identity.get(stage), way.get(stage)))
 
     def identity(
-        self, language: Language, prompt: Prompt, ratio: float, parent: CompressedContext | None = None, *, computed: bool = False
+        self,
+        language: Language,
+        prompt: Prompt,
+        ratio: float,
+        parent: CompressedContext | None = None,
+        *,
+        computed: bool = False,
+        share: bool = False,
     ) -> dict[str, Any]:
-        """What the context of a prompt is the context of; all of its pairs are read in one piece if they are ``computed``."""
+        """What the context of a prompt is the context of; all of its pairs are read in one piece if they are ``computed``. It may ``share``
+        those of its parent.
+        """
         behind = max(prompt.protected, parent.n_tokens if parent else 0)
         whole = computed or ratio == 1.0 or len(prompt.token_ids) - behind <= (self._compress_every or math.inf)
         return context_identity(
@@ -171,12 +213,13 @@ class Builder:
             ratio,
             self._stages,
             self._tenant,
-            parent.identity if parent else None,
+            parent,
             None if whole else self._compress_every,
+            share,
         )
 
-    def estimated_nbytes(self, prompt: Prompt, ratio: float) -> int:
-        """Bytes the context will take, from the model's shape."""
+    def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
+        """Bytes the context will take behind so many tokens whose pairs it shares, from the model's shape."""
         model, n, size = self._model, len(prompt.token_ids), self._model.model.dtype.itemsize
         layers = [
             (window, n_heads, (dim if model.layout.latent else dim + dim_v) * size + 4)
@@ -184,7 +227,7 @@ class Builder:
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * window.left(n) * pair for window, n_heads, pair in layers if window is not None)
-        kept = pairs_kept(ratio, n, prompt.protected, sum(n_heads for n_heads, _ in full))
+        kept = pairs_kept(ratio, n - shared, max(0, prompt.protected - shared), sum(n_heads for n_heads, _ in full))
         states = sum(map(math.prod, model.state_shapes.values())) * size
         return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + states + 4 * n
 
@@ -237,11 +280,12 @@ class Builder:
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
         ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
         known = parent.n_tokens if parent else 0
-        first = known if parent and parent.identity.get("scorer") else step.protected
+        share = parent is not None and len(parts_of(wanted.identity)) > len(parent.parts)
+        first = known if parent and (share or parent.identity.get("scorer")) else step.protected
         total = len(ids) - known + (self._stages.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
-            beginning = _Beginning.of(parent, lease) if parent and lease else _Beginning()
+            beginning = _Beginning.of(parent, lease, share) if parent and lease else _Beginning()
             for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed)
         ratio = wanted.identity["ratio"]
@@ -280,7 +324,7 @@ class Builder:
             pairs = computed.pairs
             progress("prefill", n - start)
         elif layers:
-            pairs, states = prefill_behind(self._model, layers, beginning.states, start, ids[start:], progress)
+            pairs, states = prefill_behind(self._model, layers, beginning.states, start, ids[start:], progress, beginning.before)
         else:
             pairs, states = prefill(self._model, ids, progress)
         read = time.perf_counter()
@@ -296,6 +340,8 @@ class Builder:
             layers,
             start,
             states,
+            before=beginning.before,
+            shared=beginning.shared,
         )
         fading = beginning.fading or self._fading(piece, step.wanted.identity)
         measured = 1e3 * (time.perf_counter() - read)
@@ -304,14 +350,23 @@ class Builder:
         took = {"prefill": 1e3 * (read - began), **compressed.ms, "score": measured + compressed.ms["score"]}
         ms = {stage: beginning.ms.get(stage, 0.0) + more for stage, more in took.items()}
         dense_nbytes, fitted = beginning.dense_nbytes + compressed.dense_nbytes, beginning.fitted + compressed.fitted
-        return _Beginning(n, list(compressed.layers), dense_nbytes, fitted, ms, fading, states)
+        return replace(
+            beginning,
+            n_tokens=n,
+            layers=list(compressed.layers),
+            dense_nbytes=dense_nbytes,
+            fitted=fitted,
+            ms=ms,
+            fading=fading,
+            states=states,
+        )
 
     def _fading(self, piece: Prefilled, identity: Mapping[str, Any]) -> dict[str, Fading]:
         """How scores of the pairs that are there already fade, under the name of what that depends on; nothing if they do not."""
         if not piece.scored_parent:
             return {}
-        model = [identity.get(field) for field in MODEL_FIELDS]
-        name = digest([model, identity["scorer"], piece.opening, piece.closing, piece.token_ids[: piece.protected]])
+        told = [identity["scorer"], piece.opening, piece.closing, piece.token_ids[: piece.protected]]
+        name = digest([*model_fields(identity).values(), *told])
         fading = self._fadings.get(name) or self._stages.fading(piece)
         return {} if fading is None else {name: fading}
 

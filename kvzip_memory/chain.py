@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Lease, Recipe, Resident, Source, Writer, as_told
+from kvzip_memory.context import CompressedContext, Layers, Lease, Recipe, Resident, Source, Writer, as_told, parts_of
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.system import calls
@@ -34,6 +34,7 @@ class Step(Shared):
         keep: spans ``[start, end)`` of the context that are never evicted either.
         recipe: as of the context.
         sources: the documents behind the parent's, as the text tells them.
+        before: the context that it shares, with all that this one shares; None if it shares nothing. Often the parent.
     """
 
     registry: ContextRegistry
@@ -45,6 +46,7 @@ class Step(Shared):
     keep: tuple[tuple[int, int], ...] = ()
     recipe: Recipe | None = None
     sources: tuple[Source, ...] = ()
+    before: Step | CompressedContext | None = None
 
     _way_out = CompressedContext._way_out
 
@@ -64,7 +66,8 @@ class Managed(Shared):
         loaded = step.registry.loaded(wanted.key) or time.time()
         self.step = replace(step, wanted=replace(wanted, name=None, tags=(), origin=origin, sources=(), loaded=loaded))
         like = context.storage
-        self.nbytes, self.kept_pairs, self.full_heads = like.nbytes, like.kept_pairs, like.full_heads
+        self.nbytes, self.shared_nbytes = like.nbytes, like.shared_nbytes
+        self.kept_pairs, self.full_heads = like.kept_pairs, like.full_heads
         self.write: Writer | None = step.registry.write
         self._bare = replace(context, storage=Resident(()), sources=as_told(context.sources), name=None, receipt=None)
 
@@ -80,10 +83,52 @@ class Managed(Shared):
 
 @contextmanager
 def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
-    """A lease of a context, found or made. A parent is brought once its child is not found, and no lock for building that is held.
+    """A lease of a context, found or made, and of what it shares, which is brought first and held for as long as it is.
+
+    Yields:
+        The context, which holds its pairs itself, and the lease.
+    """
+    if step.before is None:
+        with _leased(step, None, (), waiting) as found:
+            yield found
+        return
+    with _whole(step.before, waiting) as (base, lease):
+        shared = lease.parts[: len(parts_of(step.wanted.identity))]
+        with _leased(step, base, shared, waiting) as (context, own):
+            if isinstance(step.before, Step):
+                step.before.registry.use_again(base.key)  # so that what shares it leaves first
+            yield _behind(shared, context, own)
+
+
+@contextmanager
+def _whole(step: Step | CompressedContext, waiting: Report | None) -> Iterator[tuple[CompressedContext, Lease]]:
+    if isinstance(step, Step):
+        with leased(step, waiting) as found:
+            yield found
+    else:
+        with step.lease() as lease:
+            yield step, lease
+
+
+def _behind(shared: tuple[Layers, ...], context: CompressedContext, lease: Lease) -> tuple[CompressedContext, Lease]:
+    """A context and its lease with what it shares."""
+    if not shared:
+        return context, lease
+    return replace(context, storage=Resident(lease.layers, states=lease.states, before=shared)), replace(lease, before=shared)
+
+
+@contextmanager
+def _leased(
+    step: Step, base: CompressedContext | None, shared: tuple[Layers, ...], waiting: Report | None
+) -> Iterator[tuple[CompressedContext, Lease]]:
+    """A lease of a context's own pairs. A parent is brought once its child is not found, and no lock for building that is held.
 
     Several keys share one lock, so whoever holds one must not wait for another: the parent may have to be built, too. No more than one
     ancestor is held at a time, and none while the context is used.
+
+    Args:
+        base: what is held already and may be the parent.
+        shared: what the context shares, and all of its ancestors as far as ``base``.
     """
     path, parent, below = [step], list[CompressedContext](), ExitStack()
     try:
@@ -91,6 +136,8 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
             current = path[-1]
             if isinstance(current.parent, CompressedContext):
                 parent = [current.parent]
+            elif base is not None and current.parent is current.before:
+                parent = [base]
             above = ExitStack()
             try:
                 found = above.enter_context(_one(current, parent, below, waiting))
@@ -99,18 +146,18 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
                 path.append(current.parent)
                 continue
             except BudgetError:
-                if not parent or parent[0] is current.parent:
+                if not parent or parent[0] in (current.parent, base):
                     raise
                 below.close()  # it was found after all, and its parent takes the room that it waits for
                 parent.clear()
                 continue
             below.close()
             path.pop()
-            below, parent = above, [found[0]]
             if not path:
-                parent.clear()
+                below, parent = above, []
                 yield found
                 return
+            below, parent = above, [_behind(shared, *found)[0]]
             del found  # nothing but the lease holds its pairs
     finally:
         below.close()

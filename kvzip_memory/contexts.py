@@ -17,7 +17,7 @@ from kvzip_memory.access import Access
 from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
-from kvzip_memory.context import CompressedContext, as_told
+from kvzip_memory.context import CompressedContext, as_told, parts_of
 from kvzip_memory.errors import IdentityMismatchError, InputError, WindowError
 from kvzip_memory.finding import Finder
 from kvzip_memory.model_identity import ModelIdentity
@@ -140,6 +140,7 @@ class Contexts:
         tags: Words,
         tools: Sequence[Tool] | None,
         behind: bool,
+        share: bool,
     ) -> CompressedContext:
         """See :meth:`KVzipEngine.extend`."""
         began = time.perf_counter()
@@ -147,7 +148,7 @@ class Contexts:
             checked_ratio(ratio)
         labels, kept = _labels(name, tags), _strings(keep)
         language = self._speech.now
-        self._access.check_parent(language, context)
+        self._access.check_parent(language, context, share)
         documents, messages = _read(more, tools)
         prompt = (
             language.prompts.more_documents(context, documents, kept)
@@ -155,7 +156,7 @@ class Contexts:
             else language.prompts.more_turns(context, messages, kept, tools, behind)
         )
         self._check_window(prompt)
-        return self._load(language, prompt, context.ratio if ratio is None else ratio, name, labels, began, context)
+        return self._load(language, prompt, context.ratio if ratio is None else ratio, name, labels, began, context, share=share)
 
     def fold(
         self,
@@ -181,12 +182,13 @@ class Contexts:
                 "again to fold it",
                 fields=differing,
             )
+        share = context is not None and context.is_shareable
         if context is not None:
-            self._access.check_parent(language, context)
+            self._access.check_parent(language, context, share)
         self._check_window(prompt)
         if ratio is None:
             ratio = context.ratio if context else default
-        return self._load(language, prompt, ratio, name, labels, began, context, computed)
+        return self._load(language, prompt, ratio, name, labels, began, context, computed, share)
 
     def _load_text(
         self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
@@ -206,29 +208,34 @@ class Contexts:
         began: float,
         parent: CompressedContext | None = None,
         computed: Computed | None = None,
+        share: bool = False,
     ) -> CompressedContext:
         """A prompt's context out of the registry, built if need be, of pairs that are ``computed`` already if they are given."""
         ratio = checked_ratio(ratio)
         tokenized = time.perf_counter()
-        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None)
+        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None, share=share)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
         check_metadata(prompt.sources)
         wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
         wanted = self._registry.with_room(wanted)
-        self._registry.check_fits(self._builder.estimated_nbytes(prompt, ratio))
+        shared = sum(part.n_tokens for part in parts_of(identity))
+        beside = 0 if parent is None or not shared else parent.shared_nbytes + (parent.nbytes if share else 0)
+        self._registry.check_fits(beside + self._builder.estimated_nbytes(prompt, ratio, shared))
         self._registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
         build = partial(self._builder.build, language)
+        above = parent.storage.step if parent and isinstance(parent.storage, Managed) else parent
         step = Step(
             self._registry,
             wanted,
             build,
-            parent.storage.step if parent and isinstance(parent.storage, Managed) else parent,
+            above,
             torch.tensor(prompt.token_ids[start:], dtype=torch.int32, device="cpu"),
             prompt.protected,
             prompt.keep,
             prompt.recipe,
             as_told(prompt.sources)[known:],
+            above.before if shared and not share and isinstance(above, Step) else above if shared else None,
         )
         now = step if computed is None else replace(step, make=partial(build, computed=computed))
         with self._builder.bar(name) as bar, leased(now, bar.show) as (context, lease):

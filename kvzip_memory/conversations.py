@@ -279,7 +279,9 @@ class _Talk:
         if parent is None:
             return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio, tags=self.tags), count)
         self.engine.leave_behind(parent.identity.get("parent"), self.tags)
-        return Recalled(self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True), count)
+        share = parent.is_shareable
+        context = self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True, share=share)
+        return Recalled(context, count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:
         try:

@@ -15,14 +15,14 @@ from weakref import WeakValueDictionary
 
 from kvzip_memory.access import Access, not_stored
 from kvzip_memory.chain import Managed, Step, leased
-from kvzip_memory.context import CompressedContext, Receipt
+from kvzip_memory.context import CompressedContext, Receipt, parts_of
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.registry import ContextRegistry, Entry, Label, Wanted
 from kvzip_memory.registry.disk.files import read_context
-from kvzip_memory.registry.identity import MODEL_FIELDS
+from kvzip_memory.registry.identity import model_fields
 from kvzip_memory.speech import Speech
 from kvzip_memory.system.paths import as_path
 from kvzip_memory.system.printable import logger_of
@@ -65,7 +65,7 @@ class Finder:
         """See :meth:`KVzipEngine.get`."""
         asked = time.time()
         (entries, labels), here = self._registry.looked_up(reference), self._identity.of(self._speech.now)
-        usable = [e for e in entries if all(e.identity.get(f) == here[f] for f in MODEL_FIELDS)]
+        usable = [entry for entry in entries if model_fields(entry.identity) == here]
         if usable:
             return self._handle(usable[-1], asked, labels.get(usable[-1].key))
         if (loaded := self._loaded.get(reference)) is not None and not self._registry.is_removed(reference, loaded.step.wanted.loaded):
@@ -126,7 +126,7 @@ class Finder:
         def make(*given: Any) -> CompressedContext:
             raise InputError(f"context {label.name if label else entry.key[:12]!r} is no longer stored; load its text again")
 
-        step = Step(self._registry, wanted, make)
+        step = Step(self._registry, wanted, make, before=self._shared(entry, asked))
         with leased(step) as (context, lease):
             handle = Managed(step, context).handle(receipt=lease.receipt)
         if label is None:
@@ -136,6 +136,26 @@ class Finder:
             told = zip(sources, label.sources, strict=True)
             sources = tuple(replace(source, name=name, metadata=deepcopy(metadata)) for source, (name, metadata) in told)
         return replace(handle, name=label.name, sources=sources)
+
+    def _shared(self, entry: Entry, asked: float) -> Step | None:
+        """How what a stored context shares is found.
+
+        Raises:
+            InputError: it is not stored.
+        """
+        parts = parts_of(entry.identity)
+        if not parts:
+            return None
+        key = parts[-1].key
+        said = f"context {entry.key[:12]} shares the pairs of context {key[:12]}, which is not stored; load the text of that one again"
+
+        def make(*given: Any) -> CompressedContext:
+            raise InputError(said)
+
+        if (last := next(iter(self._registry.find(key)), None)) is None:
+            raise InputError(said)
+        wanted = Wanted(key, last.identity, last.group, loaded=asked)
+        return Step(self._registry, wanted, make, before=self._shared(last, asked))
 
     def open(self, path: str | Path) -> CompressedContext:
         """See :meth:`KVzipEngine.open`."""
@@ -147,6 +167,8 @@ class Finder:
             mine = self._access.is_mine(facts["identity"])
             if not mine:
                 raise IdentityMismatchError(f"{file} was saved for another tenant; open it with an engine of that", fields=("tenant",))
+            if facts["identity"].get("parts") and not facts["before"]:
+                raise CorruptFileError(f"{file} is of a cache folder, and lacks what it shares; open what its context's save() has written")
 
         try:
             context = read_context(file, self._model.device, admit=admit, checksums=self._registry.checksums)
@@ -155,7 +177,9 @@ class Finder:
                 raise
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file)) from None  # as for a key that is not stored
         self._identity.check(context.identity, self._speech.now, str(path))
-        self._model.check_layers(context.layers, context.states, str(path))
+        with context.lease() as lease:
+            for layers in lease.parts:
+                self._model.check_layers(layers, lease.states, str(path))
         ms = {"load": 1e3 * (time.perf_counter() - began)}
         receipt = Receipt(context.key, hit=True, tier="disk", nbytes=context.nbytes, ms=ms, fitted=context.fitted)
         return replace(context, receipt=receipt, created=time.time(), expires=None)

@@ -217,6 +217,7 @@ class Library(Shared):
         tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
         behind: bool = False,
+        share: bool = False,
     ) -> CompressedContext:
         """A context that goes on where another one ends. That one stays as it is, for whoever uses it.
 
@@ -235,13 +236,15 @@ class Library(Shared):
             tags: see :meth:`load`.
             tools: as for a conversation in :meth:`load`; described anew only if the parent was made with others.
             behind: all messages are new, also those that say what the parent begins with once more.
+            share: whether the parent's pairs stay as and where they are, for any number of contexts. This one then has pairs of its own for
+                what is new alone, of which it keeps ``ratio``; what grows from it shares the same.
 
         Raises:
             InputError: as for :meth:`load`; documents behind a conversation; a parent whose pairs another scorer ranked.
             WindowError, BudgetError, ModelError: see :meth:`load`.
             IdentityMismatchError: the parent is another model's.
         """
-        return self._contexts.extend(context, more, ratio, name, keep, tags, tools, behind)
+        return self._contexts.extend(context, more, ratio, name, keep, tags, tools, behind, share)
 
     async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
         """:meth:`extend` in a thread, see :meth:`aload`."""

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from kvzip_memory import CompressedContext, KVzipEngine
+from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.registry import ContextRegistry
 
@@ -225,10 +226,24 @@ def kept_at(ratio: float, context: CompressedContext) -> int:
     return head + round(ratio * (context.total_pairs - head))
 
 
+def merged(context: CompressedContext) -> list[RaggedLayer]:
+    """A context's layers with all that it shares, as if it shared nothing; without scores."""
+    with context.lease() as lease:
+        return [_merged(parts) if parts[-1].window is None else parts[-1] for parts in zip(*lease.parts, strict=True)]
+
+
+def _merged(parts: Sequence[RaggedLayer]) -> RaggedLayer:
+    heads = range(parts[0].n_heads)
+    keys, values = (torch.cat([part.head(h)[i] for h in heads for part in parts]) for i in (0, 1))
+    positions = torch.cat([part.positions_of(h) for h in heads for part in parts])
+    lengths = tuple(sum(part.lengths[h] for part in parts) for h in heads)
+    return RaggedLayer(keys, keys if parts[0].shared else values, lengths, positions)
+
+
 def kept_positions(context: CompressedContext) -> list[torch.Tensor]:
     """``[H, n]`` bool a layer; all true in sliding layers, which evict nothing that a later token could see."""
     kept = []
-    for layer in context.layers:
+    for layer in merged(context):
         mask = torch.ones(layer.n_heads, context.n_tokens, dtype=torch.bool)
         if layer.window is None:
             mask = torch.zeros(layer.n_heads, context.n_tokens, dtype=torch.bool)
@@ -261,7 +276,7 @@ def _masked(
     n = context.n_tokens
     attention: list[torch.Tensor] = []
     compressed = sorted([(folded_at or n, context), *((c.n_tokens, c) for c in ancestors)], key=lambda pair: pair[0])
-    kept = [(seen_from, c.n_tokens, kept_positions(c), c.layers) for seen_from, c in compressed]
+    kept = [(seen_from, c.n_tokens, kept_positions(c), merged(c)) for seen_from, c in compressed]
 
     def eager(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         groups = query.shape[1] // key.shape[1]

@@ -1,5 +1,6 @@
 """Contexts: load, list, look, pin, check."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +57,7 @@ def load(
 def list_(
     limit: Annotated[int, typer.Option(min=0, help="how many, the most recently used first")] = 50,
     tag: Annotated[str | None, typer.Option(help="only those with this tag")] = None,
+    tree: Annotated[bool, typer.Option("--tree", help="below each what shares its pairs")] = False,
     tenant: Tenant = None,
     cache_dir: CacheDir = DEFAULT,
     as_json: Json = False,
@@ -67,20 +69,34 @@ def list_(
 
     def render() -> Table | Group:
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
-        for e in entries:
+        for depth, e in _tree(entries) if tree else [(0, e) for e in entries]:
             older = [f"(was {name})" for name in e.former]
             whose = [f"tenant {e.tenant[:12]}"] if e.tenant else []
             states = [*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else [])]
             states += [f"{e.other_version} version"] if e.other_version else []
             marks = " ".join([*states, *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), ago(e.used)
-            table.add_row(shown(", ".join(e.names)), shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
+            called = depth * "  " + shown(", ".join(e.names) or ("-" if depth else ""))
+            table.add_row(called, shown(e.key[:12]), f"{e.n_tokens:,}", f"{e.ratio:g}", size, used, shown(marks))
         if said["sessions"]:
             table.caption = f"and {said['sessions']:,} sessions, {decimal(said['nbytes'])} of turns: kvzip-memory sessions"
         found = [] if tag or tenant else conversions.conversions(cache_dir.expanduser())
         return Group(table, conversions_table(found)) if found else table
 
     tell([facts_of(e) for e in entries], as_json, render)
+
+
+def _tree(entries: Sequence[Entry]) -> Iterator[tuple[int, Entry]]:
+    """The entries with their depths, each before those that share its pairs."""
+    keys = {e.key for e in entries}
+    below: dict[str | None, list[Entry]] = {}
+    for e in entries:
+        below.setdefault(next((key for key in e.parts[::-1] if key in keys), None), []).append(e)
+    left = [(0, e) for e in reversed(below.get(None, []))]
+    while left:
+        depth, e = left.pop()
+        yield depth, e
+        left += [(depth + 1, sharing) for sharing in reversed(below.get(e.key, []))]
 
 
 def show(reference: Reference, tenant: Tenant = None, cache_dir: CacheDir = DEFAULT, as_json: Json = False) -> None:
@@ -122,7 +138,7 @@ def facts_of(entry: Entry) -> dict[str, Any]:
     """What is told of a context as JSON."""
     facts = {k: v for k, v in asdict(entry).items() if k != "identity"}
     times = {k: as_time(v or None) for k, v in facts.items() if k in ("created", "used", "expires")}
-    names = {"names": list(entry.names), "former": list(entry.former)}
+    names = {"names": list(entry.names), "former": list(entry.former), "parts": list(entry.parts)}
     return {**facts, **times, **names, "tenant": entry.tenant, "other_version": entry.other_version}
 
 

@@ -82,6 +82,8 @@ def _forget(tag: str, tenant: str | None, cache_dir: Path, as_json: bool) -> Non
         raise InputError(f"nothing is tagged {tag!r}; kvzip-memory ls shows the tags")
     nbytes = sum(entry.file_nbytes for entry in forgotten.deleted)
     lines = [f"deleted {len(forgotten.deleted)} contexts, {decimal(nbytes)}, and {count} turns"]
+    along = [entry for entry in forgotten.deleted if without(entry.tags, entry.key, Naming(tag)) == entry.tags]
+    lines += [f"{name_of(entry)} went with what it shared" for entry in along]
     for entry in forgotten.kept:
         others = [*entry.names, *without(entry.tags, entry.key, Naming(tag)), *(["a pin"] if entry.pinned else [])]
         lines.append(f"{entry.key[:12]} stays, which others have: {shown(', '.join(others))}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
 from kvzip_memory.compression.choosing import choose
@@ -135,7 +136,7 @@ class Compressed:
 
 def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> Compressed:
     """Keep the protected head and the most important ``round(ratio * L * H * (n - protected))`` other pairs, and free the rest. Empties
-    ``prefilled.dense``.
+    ``prefilled.dense``. What is shared is no part of that: neither of the pairs nor of ``n``.
 
     Pairs of a parent compete with their stored scores, which fade; what it has evicted stays evicted, and the others stay as they are.
     At ratio 1.0 everything is kept and nothing is scored, unless the parent has scores.
@@ -172,11 +173,11 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
 
 
 def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progress) -> tuple[Tensor | None, Tensor]:
-    """Scores ``[L, H, n]`` fp16, None where nothing is scored, and which pairs are kept, ``[L, H, n]`` bool."""
-    full, n = prefilled.full_layers, len(prefilled.token_ids)
+    """Scores ``[L, H, n]`` fp16, None where nothing is scored, and which pairs are kept, ``[L, H, n]`` bool, none that is shared."""
+    full, n, shared = prefilled.full_layers, len(prefilled.token_ids), prefilled.shared
     shape = len(full), prefilled.dense[full[0]][0].shape[0], n
     if ratio == 1.0 and not prefilled.scored_parent:
-        return None, torch.ones(shape, dtype=torch.bool)
+        return None, (torch.arange(n) >= shared).expand(shape)
     # Rounded before they are compared: dropping more pairs of a stored context later keeps the same ones as
     # building at that ratio would.
     scores = owed(stages.scorer, "scores", stages.scorer.score(prefilled, progress), shape, torch.float32).half()
@@ -189,7 +190,8 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
         fading = 1.0 if prefilled.fading is None else prefilled.fading.between(prefilled.start, n)
         scores[:, :, : prefilled.start] = torch.where(stored.isfinite(), (stored * fading).clamp(max=torch.finfo(stored.dtype).max), stored)
     scores[:, :, prefilled.pinned] = float("inf")
-    return scores, choose(stages.allocator, scores, ratio, prefilled.protected) & ~scores.isneginf()
+    own = choose(stages.allocator, scores[:, :, shared:], ratio, max(0, prefilled.protected - shared))
+    return scores, pad(own, (shared, 0)) & ~scores.isneginf()
 
 
 def _fitted(

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from kvzip_memory.attention import RowKV
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
-from kvzip_memory.context import NO_STATES, RaggedLayer, States
+from kvzip_memory.context import NO_STATES, Layers, RaggedLayer, States
 from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 
@@ -38,8 +38,10 @@ class Prefilled:
         keep: spans ``[start, end)`` that are never evicted either.
         states: what layers without attention remember at the end of the prefix.
         parent: the parent's layers, empty without one. Eviction empties it, so that layers nobody else has are freed on the way.
-        start: tokens the parent stands for.
+        start: tokens that the parent, and what it shares, stand for.
         fading: how scores of the parent's pairs fade behind more tokens; None if they do not, or there are none.
+        before: layers of the parts that the context shares, which are seen and never changed. The parent's are those behind them.
+        shared: tokens that these stand for.
         rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
         scored_parent: whether the parent's pairs have scores; without them it has all its pairs.
     """
@@ -56,6 +58,8 @@ class Prefilled:
     start: int = 0
     states: States = field(default_factory=dict)
     fading: Fading | None = None
+    before: tuple[Layers, ...] = ()
+    shared: int = 0
     rows: Rows | None = None
     scored_parent: bool = field(init=False)
 
@@ -70,7 +74,7 @@ class Prefilled:
     @property
     def first(self) -> int:
         """The first position that needs a score."""
-        return self.start if self.scored_parent else self.protected
+        return self.start if self.scored_parent else max(self.protected, self.shared)
 
     @property
     def pinned(self) -> Tensor:
@@ -88,24 +92,32 @@ class Prefilled:
             self.parent[layer] = RaggedLayer(nothing, nothing, (), nothing)
 
     def pairs(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[H, end - start, D]`` of a full layer at positions of which none was evicted."""
+        """Keys and values ``[H, end - start, D]`` of a full layer at positions of which none was evicted; of those that are shared the
+        first ones alone.
+        """
         keys, values = self.dense[layer]
         dense = slice(max(start - self.start, 0), max(end - self.start, 0))
         if start >= self.start:
             return _alike(keys, values, lambda pairs: pairs[:, dense])
-        parent, end = self.parent[layer], min(end, self.start)
-        rows = [slice(offset + start, offset + end) for offset in parent.offsets[:-1]]  # none is missing before them
-        old_keys, old_values = _alike(parent.keys, parent.values, lambda pairs: torch.stack([pairs[r] for r in rows]))
+        shared = start < self.shared
+        began, old = (0, self.before[0][layer]) if shared else (self.shared, self.parent[layer])
+        end = min(end, self.shared if shared else self.start)
+        rows = [slice(offset + start - began, offset + end - began) for offset in old.offsets[:-1]]  # none is missing before them
+        old_keys, old_values = _alike(old.keys, old.values, lambda pairs: torch.stack([pairs[r] for r in rows]))
         new_keys = torch.cat([old_keys, keys[:, dense]], 1)
         return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
+
+    def seen(self, layer: int) -> tuple[RaggedLayer, ...]:
+        """What is compressed already of a layer: what is shared, and the parent's. What a window shows of both is the parent's."""
+        own = tuple(part for part in self.parent[layer : layer + 1] if len(part.positions))
+        return own if self.model.windows[layer] is not None else (*(part[layer] for part in self.before), *own)
 
     def row(self, layer: int, key: Tensor, value: Tensor, n_new: int) -> RowKV:
         """What tokens behind the prefix see in a layer; ``key`` and ``value`` ``[H, t, D]`` are their own, the last ``n_new`` new."""
         keys, values = self.dense[layer]
         position = len(self.token_ids) - keys.shape[1]
-        parent = (self.parent[layer],) if self.parent else ()
         both = torch.cat([keys, key], 1)
-        return RowKV(parent, both, both if values is keys else torch.cat([values, value], 1), n_new, position)
+        return RowKV(self.seen(layer), both, both if values is keys else torch.cat([values, value], 1), n_new, position)
 
 
 def _alike(keys: Tensor, values: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,10 +180,17 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
 
 
 def prefill_behind(
-    model: LanguageModel, parent: Sequence[RaggedLayer], states: States, start: int, token_ids: Sequence[int], progress: Progress
+    model: LanguageModel,
+    parent: Sequence[RaggedLayer],
+    states: States,
+    start: int,
+    token_ids: Sequence[int],
+    progress: Progress,
+    before: tuple[Layers, ...] = (),
 ) -> tuple[DensePairs, States]:
-    """The pairs of ``token_ids`` and the states behind them, behind a compressed parent of ``start`` tokens, which is only read."""
-    row = Row(tuple(parent), start, Tail(len(token_ids)), states)
+    """The pairs of ``token_ids`` and the states behind them, behind a compressed parent, and what it shares, of ``start`` tokens, which are
+    only read."""
+    row = Row(tuple(parent), start, Tail(len(token_ids)), states, before)
     for count in model.append(row, token_ids):
         progress("prefill", count)
     return row.tail.pairs(len(token_ids)), row.remembered

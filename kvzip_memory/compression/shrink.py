@@ -18,6 +18,8 @@ from kvzip_memory.system.modes import plain
 
 def obstacle(identity: Mapping[str, Any]) -> str | None:
     """Why a context of this identity cannot be cut from one of a larger ratio; None if it can."""
+    if identity.get("parts"):
+        return "it shares pairs with another context"
     if identity.get("refit") is not None:
         return "pairs are fitted to those that were evicted"
     if identity.get("compress_every") is not None:

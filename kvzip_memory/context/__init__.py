@@ -1,14 +1,16 @@
 """The values that flow through everything: a compressed context, its layers and facts. No behaviour beyond reading them."""
 
-from kvzip_memory.context.context import CompressedContext, Lease, Resident, Storage, Writer, checked_context
-from kvzip_memory.context.facts import LONGEST_NAME, Receipt, Recipe, Source, as_told
+from kvzip_memory.context.context import CompressedContext, Layers, Lease, Resident, Storage, Writer, checked_context
+from kvzip_memory.context.facts import LONGEST_NAME, Part, Receipt, Recipe, Source, as_told, parts_of
 from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, Window, storage_nbytes
 
 __all__ = [
     "LONGEST_NAME",
     "NO_STATES",
     "CompressedContext",
+    "Layers",
     "Lease",
+    "Part",
     "RaggedLayer",
     "Receipt",
     "Recipe",
@@ -20,5 +22,6 @@ __all__ = [
     "Writer",
     "as_told",
     "checked_context",
+    "parts_of",
     "storage_nbytes",
 ]

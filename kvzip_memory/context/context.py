@@ -11,13 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from kvzip_memory.context.facts import Receipt, Recipe, Source
+from kvzip_memory.context.facts import Part, Receipt, Recipe, Source, parts_of
 from kvzip_memory.context.layers import NO_STATES, RaggedLayer, States, storage_nbytes
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.paths import as_path
 from kvzip_memory.system.sharing import Shared
 
 Writer = Callable[["CompressedContext", Path], Path]
+#: One :class:`RaggedLayer` for each layer of the model that has pairs.
+Layers = tuple[RaggedLayer, ...]
 
 
 @dataclass(frozen=True)
@@ -25,14 +27,22 @@ class Lease:
     """A context's layers on the model's device, there for as long as the lease is held.
 
     Attributes:
-        layers: one :class:`RaggedLayer` for each layer that has pairs.
+        layers: the context's own.
         receipt: where they came from.
         states: what layers without attention remember.
+        before: layers of the parts that it shares with others, which stand before its own, in their order. Of a layer with a window its own
+            have all that the next token sees.
     """
 
-    layers: tuple[RaggedLayer, ...]
+    layers: Layers
     receipt: Receipt
     states: States = field(default_factory=dict)
+    before: tuple[Layers, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Layers, ...]:
+        """Layers of all parts."""
+        return (*self.before, self.layers)
 
 
 @runtime_checkable  # pydantic models hold contexts
@@ -40,13 +50,15 @@ class Storage(Protocol):
     """Where a context's layers are: in its own hands (:class:`Resident`), or in a registry's.
 
     Attributes:
-        nbytes: bytes of the layers' storages, each counted once.
+        nbytes: bytes of the layers' storages, each counted once; the context's own, as all that follows.
+        shared_nbytes: the same of the parts that it shares with others.
         kept_pairs: pairs in the layers with full attention, over all their heads.
         full_heads: KV heads of the layers with full attention, over all of them.
         write: writes a context that holds its pairs itself to a file, atomically; None where there is nobody who does.
     """
 
     nbytes: int
+    shared_nbytes: int
     kept_pairs: int
     full_heads: int
     write: Writer | None
@@ -59,15 +71,16 @@ class Resident(Shared):
 
     _way_out = "save() the context that they belong to and open() the file"
 
-    def __init__(self, layers: tuple[RaggedLayer, ...], write: Writer | None = None, states: States = NO_STATES) -> None:
-        self.layers, self.write, self.states = layers, write, states
+    def __init__(self, layers: Layers, write: Writer | None = None, states: States = NO_STATES, before: tuple[Layers, ...] = ()) -> None:
+        self.layers, self.write, self.states, self.before = layers, write, states, before
         full = [layer for layer in layers if layer.window is None]
         self.nbytes = storage_nbytes([*(t for layer in layers for t in layer.tensors()), *states.values()])
+        self.shared_nbytes = storage_nbytes([t for part in before for layer in part for t in layer.tensors()])
         self.kept_pairs = sum(sum(layer.lengths) for layer in full)
         self.full_heads = sum(layer.n_heads for layer in full)
 
     def lease(self, key: str) -> AbstractContextManager[Lease]:
-        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states))
+        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states, self.before))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -78,6 +91,8 @@ class CompressedContext(Shared):
     the device to the host's memory and to disk between two answers, and brings them back for the next one. A context
     opened from a file by hand holds its pairs itself. A copy, deep or not, is the context itself.
 
+    One that was grown with ``share`` has pairs of its own for what is new alone, and goes on behind those of other contexts, its parts.
+
     Attributes:
         key: content hash of everything that determines the bytes (see :mod:`kvzip_memory.registry.identity`).
         identity: the fields the key was made of.
@@ -85,7 +100,7 @@ class CompressedContext(Shared):
         storage: where the layers are.
         protected: the first so many positions are never evicted (template head and system prompt).
         ratio: the fraction of pairs that was asked for.
-        dense_nbytes: storage of the uncompressed cache, measured while building.
+        dense_nbytes: storage of the uncompressed cache, measured while building; what its parts stand for does not count.
         recipe: the ids that follow.
         sources: the loaded documents and the tokens each covers, with the names and metadata that this object was loaded with.
         name: the name given by the user; not part of the key.
@@ -141,23 +156,43 @@ class CompressedContext(Shared):
         return int(self.token_ids.numel())
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """What it shares with other contexts, in the order in which it is seen; nothing for most."""
+        return parts_of(self.identity)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that its parts stand for; its own pairs are of those behind them."""
+        return sum(part.n_tokens for part in self.parts)
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether what conversations over it fold shares its pairs: of documents, which others may be over, too."""
+        return bool(self.sources) and not self.parts
+
+    @property
     def kept_pairs(self) -> int:
-        """Pairs kept in the layers with full attention, over all their heads."""
+        """Its own pairs that are kept in the layers with full attention, over all their heads."""
         return self.storage.kept_pairs
 
     @property
     def total_pairs(self) -> int:
         """Pairs the same layers held before eviction."""
-        return self.storage.full_heads * self.n_tokens
+        return self.storage.full_heads * (self.n_tokens - self.shared_tokens)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all storages of the context, measured when it was built or read, each counted once."""
+        """Bytes of all storages of its own, measured when it was built or read, each counted once."""
         return self.storage.nbytes + storage_nbytes([self.token_ids])
 
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of the parts that it shares with others."""
+        return self.storage.shared_nbytes
+
     def save(self, path: str | Path) -> Path:
-        """Write the context to one safetensors file, atomically; an older file there is replaced only when done. If its engine has a
-        secret, only one that has it can open the file.
+        """Write the context to one safetensors file, atomically, with the parts that it shares; an older file there is replaced only when
+        done. If its engine has a secret, only one that has it can open the file.
 
         Raises:
             InputError: a path that no file can have.
@@ -170,7 +205,7 @@ class CompressedContext(Shared):
         if write is None:
             raise InputError(f"{self!r} was made by hand, and nothing is known of how to write it; load its text with an engine")
         with self.lease() as lease:
-            return write(replace(self, storage=Resident(lease.layers, states=lease.states)), file)
+            return write(replace(self, storage=Resident(lease.layers, states=lease.states, before=lease.before)), file)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""
@@ -178,8 +213,9 @@ class CompressedContext(Shared):
 
     def __repr__(self) -> str:
         kept = 100 * self.kept_pairs / self.total_pairs
+        own = f"{self.n_tokens - self.shared_tokens:,} of them its own, " if self.parts else ""
         return (
-            f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {kept:.1f} % kept, "
+            f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {own}{kept:.1f} % kept, "
             f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 #: A name or a tag may have so many characters.
 LONGEST_NAME = 4096
@@ -28,6 +28,23 @@ def as_told(sources: Sequence[Source]) -> tuple[Source, ...]:
     """Sources as the text itself tells them, for those who share it: without what only their loader knows."""
     told = enumerate(sources, 1)
     return tuple(replace(source, name=source.name if source.shown else f"document {number}", metadata={}) for number, source in told)
+
+
+class Part(NamedTuple):
+    """What a context shares with others: the pairs of a stored context that are its own.
+
+    Attributes:
+        key: of that context.
+        n_tokens: that its own pairs stand for, behind those of the parts before it.
+    """
+
+    key: str
+    n_tokens: int
+
+
+def parts_of(identity: Mapping[str, Any]) -> tuple[Part, ...]:
+    """What a context shares, as its identity says it, in the order in which it is seen; nothing for most."""
+    return tuple(Part(*part) for part in identity.get("parts") or ())
 
 
 @dataclass(frozen=True)

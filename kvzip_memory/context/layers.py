@@ -90,6 +90,11 @@ class RaggedLayer:
         keys, values = self.pick(wanted)
         return RaggedLayer(keys, values, lengths, self.positions[wanted], window=self.window)
 
+    def none(self) -> RaggedLayer:
+        """A layer like this one without a pair, nor scores."""
+        keys, values = self.pick(torch.arange(0))
+        return RaggedLayer(keys, values, (0,) * self.n_heads, self.positions[:0], window=self.window)
+
     @property
     def shared(self) -> bool:
         """Whether keys are their own values."""

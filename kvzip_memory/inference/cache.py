@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
-from kvzip_memory.context import NO_STATES, RaggedLayer, States
+from kvzip_memory.context import NO_STATES, Layers, Lease, RaggedLayer, States
 from kvzip_memory.inference.layout import Layout
 from kvzip_memory.inference.states import CallCache
 
@@ -119,11 +119,16 @@ class Row(NamedTuple):
         before: layers of the parts that the context shares with others, which stand before its own, in their order.
     """
 
-    layers: tuple[RaggedLayer, ...]
+    layers: Layers
     start: int
     tail: Tail
     states: States = NO_STATES
-    before: tuple[tuple[RaggedLayer, ...], ...] = ()
+    before: tuple[Layers, ...] = ()
+
+    @classmethod
+    def behind(cls, lease: Lease, start: int, tail: Tail) -> Row:
+        """A row behind a leased context of ``start`` tokens."""
+        return cls(lease.layers, start, tail, lease.states, lease.before)
 
     @property
     def length(self) -> int:
@@ -131,7 +136,7 @@ class Row(NamedTuple):
         return self.start + self.tail.length
 
     @property
-    def parts(self) -> tuple[tuple[RaggedLayer, ...], ...]:
+    def parts(self) -> tuple[Layers, ...]:
         """Layers of all parts."""
         return (*self.before, self.layers) if self.layers else ()
 

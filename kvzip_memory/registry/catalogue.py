@@ -99,6 +99,11 @@ class Catalogue:
             raise not_stored(reference)
         return found[-1]
 
+    def sharing(self, key: str) -> list[Entry]:
+        """The contexts that share the pairs of one."""
+        stored = self._backing.attempt("find", lambda disk: disk.sharing(key)) or []
+        return self._merged(stored, [held for held in self._memory.in_memory() if key in held.parts])
+
     def tiers(self, key: str) -> list[str]:
         """The tiers a context is in."""
         with self._memory.changed:

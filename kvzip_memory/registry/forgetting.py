@@ -23,10 +23,13 @@ from kvzip_memory.registry.tier import Held
 from kvzip_memory.registry.writing import Writing
 from kvzip_memory.system.private import usable
 
+_SHOWN = 5  # names of contexts in an error
+
 
 @dataclass(frozen=True)
 class Forgotten:
-    """What :meth:`ContextRegistry.forget` has done: contexts that were deleted, and those that others hold; as they were."""
+    """What :meth:`ContextRegistry.forget` has done: contexts that were deleted, also those that shared the pairs of one of them, and those
+    that others hold; as they were."""
 
     deleted: tuple[Entry, ...]
     kept: tuple[Entry, ...]
@@ -74,6 +77,13 @@ class Forgetting:
         if names and reference in entry.names:
             self._unname(tier, entry, reference)
             return replace(entry, names=names)
+        if sharing := self._catalogue.sharing(entry.key):
+            shown = ", ".join(other.name or other.key[:12] for other in sharing[-_SHOWN:][::-1])
+            more = f" and {len(sharing) - _SHOWN:,} others" if len(sharing) > _SHOWN else ""
+            raise InputError(
+                f"the pairs of context {entry.name or entry.key[:12]!r} are shared by {shown}{more}; delete those before, or forget a tag "
+                "that all of them have, or that it alone has, which takes them along"
+            )
         labels = [label for name in entry.names for label in self._labels(entry, name)]
         try:
             with self._deleting(entry.key, bare=True) as began:
@@ -177,7 +187,9 @@ class Forgetting:
         with self._memory.changed:
             here = self._memory.in_memory([key])
             rest = [tags_left(held, notes).keys() - set(tags) for held in here]
-            stays = any(is_held(self._backing.told(as_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True))
+            stays = any(key in held.parts for held in self._memory.in_memory()) or any(
+                is_held(self._backing.told(as_entry(h)).names, h.pinned, left) for h, left in zip(here, rest, strict=True)
+            )
         self._writing.untell(key, tags)
         with self._deleting(key):
             deleted = not stays if tier is None else tier.let_go(key, let_go, stays)
@@ -208,8 +220,12 @@ class Forgetting:
         memory, again = self._memory, list[Held]()
         with memory.changed:
             memory.changed.wait_for(lambda: not gone.keys() & memory.flights.keys(), memory.wait_s)  # on the way to another tier
-            for held in [held for tier in memory.tiers for held in tier.held.values()]:
+            for held in sorted((held for tier in memory.tiers for held in tier.held.values()), key=lambda held: len(held.parts)):
                 entry = as_entry(held)
+                if held.parts & gone.keys():
+                    gone.setdefault(held.key, entry)
+                    stays.pop(held.key, None)
+                    continue
                 left = tags_left(held, notes)
                 rest = without(tuple(left), held.key, let_go)
                 if not self._backing.mine(entry) or (len(rest) == len(left) and held.key not in gone):
@@ -236,5 +252,10 @@ class Forgetting:
             disk.forget_again(gone, let_go)
             if here_alone and not isinstance(let_go, Naming):  # that is noted of all contexts
                 disk.note_taken(here_alone)
+        labels = [label for entry in gone.values() for name in entry.names for label in self._labels(entry, name)]
+        for label in labels:  # of what went along
+            self._backing.names.take(label)
+        if labels:
+            self._cleaning.later()
         self._forgets()
         return Forgotten(tuple(gone.values()), tuple(stays.values()))

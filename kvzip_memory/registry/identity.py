@@ -18,6 +18,10 @@ from kvzip_memory.system.printable import brief
 FORMAT = 4
 #: That of contexts with states, latents or chunks, which readers of the one before do not know. Whoever changes either makes both new.
 FORMAT_OF_STATES = 5
+#: That of contexts that share parts of others, which readers of those before would take for the whole; and of such with states.
+FORMAT_OF_PARTS, FORMAT_OF_PARTS_AND_STATES = 6, 7
+NEWEST_FORMAT = FORMAT_OF_PARTS_AND_STATES
+_WITHOUT_PARTS = {FORMAT_OF_PARTS: FORMAT, FORMAT_OF_PARTS_AND_STATES: FORMAT_OF_STATES}
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
@@ -38,6 +42,7 @@ _LABELS = {
     "system": "system prompt",
     "recipe": "what follows the context (template variables)",
     "parent": "the context it was grown from",
+    "parts": "the contexts whose pairs it shares",
 }
 _DERIVED = ("tokens", "protected", "recipe")
 
@@ -70,9 +75,24 @@ def group_of(identity: Mapping[str, Any]) -> str:
     return digest([identity["tenant"], identity["text"]])
 
 
+def model_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The :data:`MODEL_FIELDS` of an identity, whether it shares parts or not; None for those that older versions lack."""
+    fields = {field: identity.get(field) for field in MODEL_FIELDS}
+    return {**fields, "format": _without_parts(fields["format"])}
+
+
+def with_parts(written: Any) -> int:
+    """The format of a context that shares parts, of a model of another one."""
+    return next(shared for shared, alone in _WITHOUT_PARTS.items() if alone == written)
+
+
+def _without_parts(written: Any) -> Any:
+    return _WITHOUT_PARTS.get(written, written) if type(written) is int else written
+
+
 def family_of(identity: Mapping[str, Any]) -> str:
-    """What the contexts that one model and tenant can use have in common. Identities of older versions may lack fields."""
-    return digest([identity.get("tenant"), *(identity.get(field) for field in MODEL_FIELDS)])
+    """What the contexts that one model and tenant can use have in common."""
+    return digest([identity.get("tenant"), *model_fields(identity).values()])
 
 
 def tokens_digest(ids: Sequence[int] | np.ndarray) -> str:
@@ -82,6 +102,7 @@ def tokens_digest(ids: Sequence[int] | np.ndarray) -> str:
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields that are not the same; those that follow from others only if nothing else differs."""
+    stored, wanted = ({**identity, "format": _without_parts(identity.get("format"))} for identity in (stored, wanted))
     fields = [field for field in {**wanted, **stored} if not same(stored.get(field), wanted.get(field))]
     return tuple(field for field in fields if field not in _DERIVED) or tuple(fields)
 
@@ -96,7 +117,7 @@ def other_version(identity: Mapping[str, Any]) -> Literal["older", "newer"] | No
     That is told by the version of files and keys, and by that of the scorer. Of a scorer that is not ours nothing is known.
     """
     name, version = _scorer(identity)
-    written = identity.get("format")
+    written = _without_parts(identity.get("format"))
     for stored, here in ((FORMAT if written == FORMAT_OF_STATES else written, FORMAT), (version, VERSIONS.get(name, version))):
         if (other := _compared(stored, here)) is not None:
             return other
@@ -155,7 +176,7 @@ def _told(field: str, stored: Any, wanted: Any) -> str:
 
 def _of_versions(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
     """The same of one that another version has made: all else that differs may come of that."""
-    if (other := _compared(stored.get("format"), wanted.get("format"))) is not None:
+    if (other := _compared(*(_without_parts(identity.get("format")) for identity in (stored, wanted)))) is not None:
         return ("format",), _by(other, f"field format: stored {stored['format']}, wanted {wanted['format']}")
     (name, version), (wanted_name, wanted_version) = _scorer(stored), _scorer(wanted)
     if name == wanted_name and (other := _compared(version, wanted_version)) is not None:
@@ -185,17 +206,22 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 def check_same_model(
     identity: Mapping[str, Any],
-    model_fields: Mapping[str, Any],
+    here: Mapping[str, Any],
     where: str,
     way_out: str = "open it with the model it was built with, or load the text again",
 ) -> None:
-    """Raises:
-    IdentityMismatchError: naming every model field that differs.
     """
-    differing = tuple(f for f in MODEL_FIELDS if identity.get(f) != model_fields[f])
+    Args:
+        here: the model's fields.
+
+    Raises:
+        IdentityMismatchError: naming every model field that differs.
+    """
+    stored = model_fields(identity)
+    differing = tuple(f for f in MODEL_FIELDS if stored[f] != here[f])
     if differing:
-        shown = "; ".join(f"{f}: stored {_short(identity.get(f))}, here {_short(model_fields[f])}" for f in differing)
-        other = _compared(identity.get("format"), model_fields["format"])
+        shown = "; ".join(f"{f}: stored {_short(stored[f])}, here {_short(here[f])}" for f in differing)
+        other = _compared(stored["format"], here["format"])
         if other is not None:  # from which all else may come
             raise IdentityMismatchError(
                 f"{where} was built by {_name_of(other)} ({shown}); load the text again, or use that version", fields=differing

@@ -138,6 +138,11 @@ class ContextRegistry(Shared):
         """
         return self._forgetting.is_removed(key, loaded)
 
+    def use_again(self, key: str) -> None:
+        """Make a context that is on the device the most recently used one there."""
+        with self._memory.using() as use:
+            self._memory.begun(use, key)
+
     def loaded(self, key: str) -> float:
         """When a context in memory was last loaded here, in seconds since the epoch; 0.0 if it is not there."""
         with self._memory.changed:
@@ -212,6 +217,8 @@ class ContextRegistry(Shared):
     def remove(self, reference: str) -> Entry:
         """Delete a context from every tier. One in use goes on in memory until its answer has ended.
 
+        One whose pairs others share stays for as long as they do.
+
         Whoever still has it may go on asking; it is then built for each answer and stored no more, until it is loaded again.
         A context of several names that is given by one of them only loses that name; give its key to delete it. What was loaded under the
         name before stays, and is found by its key.
@@ -220,7 +227,8 @@ class ContextRegistry(Shared):
             The context with the names that it has still, none if it was deleted.
 
         Raises:
-            InputError: nothing is stored under the reference; a name that is left of a context is deleted.
+            InputError: nothing is stored under the reference; a name that is left of a context is deleted. Or others share its pairs; it
+                says which.
             StorageError: as for :meth:`check_changeable`; nothing was deleted.
             OSError: its file or that of its name cannot be deleted.
         """
@@ -236,7 +244,8 @@ class ContextRegistry(Shared):
         return self._forgetting.leave(key, tags)
 
     def forget(self, let_go: LetGo) -> Forgotten:
-        """Take the tags that are let go of from all contexts, and delete those that nobody else holds, by a name, a pin or another tag.
+        """Take the tags that are let go of from all contexts, and delete those that nobody else holds, by a name, a pin or another tag, and
+        all that share the pairs of one of these.
 
         Of these neither text, ids nor pairs are left in the folder or, once answers from them have ended, in memory. A process that has
         one in its memory answers from it until it leaves that, and does not write it again.

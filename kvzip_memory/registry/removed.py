@@ -5,7 +5,7 @@ memory, it leaves that with the last answer from it, and it is not written; who 
 
 Of what was deleted in this process a registry knows the keys. Of what others have deleted there are notes in the folder, with their
 times: a context that was on disk, was deleted there and was not loaded here since is removed as well. One that another process has
-stored again is not.
+stored again is not. What shares the pairs of another is removed with that one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Removed:
             notes: what was forgotten in the folder.
             names: those that the context has still; asked for only if they matter.
         """
-        if held.key in self._keys:
+        if held.key in self._keys or any(held.loaded <= notes.noted(part) for part in held.parts):
             return True
         if held.stored is None:  # nobody else can have deleted it
             return False

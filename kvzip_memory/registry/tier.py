@@ -60,6 +60,7 @@ class Held:
 
     def __post_init__(self) -> None:
         self.nbytes = self.context.nbytes  # the same in every tier
+        self.parts = {part.key for part in self.context.parts}
         self.family = family_of(self.context.identity)
         self.beginning = beginning(self.context.token_ids.numpy())
 

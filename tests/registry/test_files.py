@@ -16,7 +16,7 @@ from conftest import CHATML, TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CorruptFileError, IdentityMismatchError, KVzipEngine
 from kvzip_memory.model_identity import model_identity
 from kvzip_memory.prompting.language import tokenizer_fingerprint
-from kvzip_memory.registry.identity import FORMAT_OF_STATES, key_of
+from kvzip_memory.registry.identity import NEWEST_FORMAT, key_of
 from kvzip_memory.system.digests import digest
 
 
@@ -103,7 +103,7 @@ def test_a_file_of_a_newer_format_is_refused_and_left_alone(engine: KVzipEngine,
     context = engine.load(TEXT, ratio=0.4)
     path = replace(context, identity={**context.identity, "format": 99}).save(tmp_path / "c.safetensors")
     before = path.read_bytes()
-    with pytest.raises(CorruptFileError, match=f"format 99, newer than the {FORMAT_OF_STATES}"):
+    with pytest.raises(CorruptFileError, match=f"format 99, newer than the {NEWEST_FORMAT}"):
         engine.open(path)
     assert path.read_bytes() == before
 

@@ -27,7 +27,7 @@ from kvzip_memory.registry.disk.files import read_context
 TEXT = "The lamp is in the attic."
 STORED = TESTS / "stored"
 EARLIER = range(1, identity.FORMAT)
-LATER = {"FORMAT": identity.FORMAT_OF_STATES + 1, "FORMAT_OF_STATES": identity.FORMAT_OF_STATES + 2}
+LATER = {name: identity.NEWEST_FORMAT + n for name, n in {"FORMAT": 1, "FORMAT_OF_STATES": 2, "NEWEST_FORMAT": 2}.items()}
 
 
 def engine(folder: Path | None) -> KVzipEngine:
@@ -67,7 +67,7 @@ def later(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """From now on it is a later version of this package."""
     if what == "format":
         for module in ("identity", "disk.files"):
-            for name in {"FORMAT", "FORMAT_OF_STATES"} & vars(import_module(f"kvzip_memory.registry.{module}")).keys():
+            for name in LATER.keys() & vars(import_module(f"kvzip_memory.registry.{module}")).keys():
                 monkeypatch.setattr(f"kvzip_memory.registry.{module}.{name}", LATER[name])
     else:
         monkeypatch.setattr(scorers.kvzip, "VERSION", scorers.kvzip.VERSION + 1)

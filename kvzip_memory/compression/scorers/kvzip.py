@@ -83,14 +83,17 @@ class KVzipScorer:
         n, layers = len(prefilled.token_ids), prefilled.full_layers
         scores = torch.zeros(len(layers), prefilled.dense[layers[0]][0].shape[0], n, dtype=torch.float32)
         for start, end in self._chunks(prefilled.first, n, prefilled.model.window - n):
-            lead = self._lead(prefilled, end) if prefilled.scored_parent and start == prefilled.start else 0
+            behind = prefilled.scored_parent or prefilled.shared
+            lead = self._lead(prefilled, end) if behind and start == prefilled.start else 0
             repeat_ids = self._repeat_ids(prefilled, start - lead, end)
             scores[:, :, start:end] = self.score_chunk(prefilled, repeat_ids, prefilled.protected, start, end, lead=lead).cpu()
             progress("score", end - start)
         return scores
 
     def _lead(self, prefilled: Prefilled, end: int) -> int:
-        """Tokens of the parent that are repeated before the first chunk ``[start, end)`` behind it, as far as the window has room."""
+        """Tokens of the parent, and of what is shared, that are repeated before the first chunk ``[start, end)`` behind them, as far as the
+        window has room.
+        """
         repeated = min(REPEATED, prefilled.model.window - len(prefilled.token_ids) - 64, end - prefilled.protected)
         return max(0, repeated - (end - prefilled.start))
 
@@ -132,7 +135,7 @@ class KVzipScorer:
         The probabilities are normalised over the first ``head`` pairs, the chunk's, and the repeat's own so far.
 
         Args:
-            lead: so many of the repeated ids stand before the chunk's, in the parent. What it has kept of them is beside the chunk.
+            lead: so many of the repeated ids stand before the chunk's. What is kept of them is beside the chunk.
         """
         call = _RepeatCall(prefilled, self, head, start, end, len(repeat_ids) - (end - start), lead)
         deque(prefilled.model.fill(repeat_ids, len(prefilled.token_ids) + far, call, call), maxlen=0)
@@ -188,7 +191,7 @@ class _RepeatCall(CallCache):
             grouped = query[0].unflatten(0, (len(own_keys), -1))
             first = own_keys.shape[1] - query.shape[2] - self._opening
             prefilled.rows.take(layer, self._start, self._end, grouped, softmax, first, self._lead, asks)
-        beside = self._beside(layer) if self._lead else None
+        beside = self._beside(layer) if self._lead else ()
         before = 0 if beside else self._head
         head_keys, head_values = prefilled.pairs(layer, 0, before)
         chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
@@ -197,7 +200,7 @@ class _RepeatCall(CallCache):
         scores = self._scores.setdefault(layer, near_keys.new_zeros(len(near_keys), self._end - self._start, dtype=torch.float32))
         local = self._scorer.repeat == "local" and not last
         # where nobody wants what attention gives, any values do that are as wide as those beside them
-        near_values = torch.cat([head_values, chunk_values, own_values], 1) if local or beside is not None else near_keys
+        near_values = torch.cat([head_values, chunk_values, own_values], 1) if local or beside else near_keys
         out = self._attend(query[0], near_keys, near_values, softmax, scored, scores, beside)[None]
         if last:
             raise LastLayerSeen
@@ -205,10 +208,11 @@ class _RepeatCall(CallCache):
             return out
         return BACKENDS["cpu"](query, [row()], softmax, None)
 
-    def _beside(self, layer: int) -> RaggedLayer:
-        """The protected head, and what the parent has kept of those of its tokens that are repeated."""
-        parent = self._prefilled.parent[layer]
-        return parent.among((parent.positions < self._head) | (parent.positions >= self._start - self._lead))
+    def _beside(self, layer: int) -> list[RaggedLayer]:
+        """The protected head, and what is kept of the tokens before the chunk that are repeated."""
+        nearest = self._start - self._lead
+        wanted = [part.among((part.positions < self._head) | (part.positions >= nearest)) for part in self._prefilled.seen(layer)]
+        return [part for part in wanted if len(part.positions)]
 
     def _attend(
         self,
@@ -218,7 +222,7 @@ class _RepeatCall(CallCache):
         softmax: Softmax,
         scored: slice,
         scores: Tensor,
-        beside: RaggedLayer | None,
+        beside: Sequence[RaggedLayer],
     ) -> Tensor:
         """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, and others beside.
 
@@ -227,8 +231,8 @@ class _RepeatCall(CallCache):
         n_heads, n_rows = len(keys), query.shape[1]
         grouped = query.reshape(n_heads, -1, query.shape[2])  # [H, G * T, D]
         out, lse = causal(grouped, keys, values, n_rows, softmax)
-        if beside is not None:
-            out, lse = with_context(out, lse, grouped, beside, softmax)
+        for part in beside:
+            out, lse = with_context(out, lse, grouped, part, softmax)
         out, lse = beside_sinks(out, lse, softmax.sinks_of(n_heads, n_rows))
         self._aggregate(scores, grouped * softmax.scaling, keys[:, scored].mT, lse.unsqueeze(-1), softmax)
         return out.to(query.dtype).unflatten(1, (-1, n_rows)).flatten(0, 1).transpose(0, 1)

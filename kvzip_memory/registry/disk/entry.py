@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, parts_of
 from kvzip_memory.registry.identity import other_version
 
 
@@ -59,6 +59,11 @@ class Entry:
     @property
     def tenant(self) -> str | None:
         return self.identity.get("tenant")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Keys of the contexts whose pairs it shares."""
+        return tuple(part.key for part in parts_of(self.identity))
 
     @property
     def other_version(self) -> Literal["older", "newer"] | None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import RaggedLayer, States, Window
+from kvzip_memory.context import Layers, RaggedLayer, States, Window, parts_of
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -39,55 +39,63 @@ _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 def read_layers(
     file: BinaryIO, facts: Mapping[str, Any], path: Path, device: torch.device, checksums: Checksums
-) -> tuple[tuple[RaggedLayer, ...], States, Tensor]:
+) -> tuple[Layers, tuple[Layers, ...], States, Tensor]:
     """Read and check everything, into one buffer, by a few threads: neither reading nor hashing holds Python's lock.
 
-    Layers go on to the device as they come, while the next ones are read. The token ids come last.
+    Layers go on to the device as they come, while the next ones are read.
+
+    Returns:
+        The context's own layers, those of the parts before it if the file has them, the states and the token ids.
     """
     extents = facts["extents"]
     tensors = _laid_out(extents)
     starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
-    parts: dict[str, list[int]] = {}
+    together: dict[str, list[int]] = {}
     for i, extent in enumerate(extents):
-        parts.setdefault("" if extent["name"] == "token_ids" else ".".join(extent["name"].split(".")[:2]), []).append(i)
+        together.setdefault(extent["name"].rpartition(".")[0], []).append(i)
 
-    def read(part: list[int]) -> None:
-        for i in part:
+    def read(some: list[int]) -> None:
+        for i in some:
             _read_extent(file.fileno(), extents[i], starts[i], bytes_of(tensors[extents[i]["name"]]), path, checksums)
 
     with ThreadPoolExecutor(READERS) as pool:
         small = starts[-1] - starts[0] < _SMALL
         done: dict[str, Callable[[], None]] = {
-            name: partial(read, part) if small else pool.submit(read, part).result for name, part in parts.items()
+            name: partial(read, some) if small else pool.submit(read, some).result for name, some in together.items()
         }
 
-        def layers() -> Iterator[RaggedLayer]:
-            for i, layer in enumerate(facts["layers"]):
-                done[f"layer.{i}"]()
-                keys, positions = (tensors[f"layer.{i}.{kind}"] for kind in ("key", "position"))
-                values = keys if layer.get("shared") else tensors[f"layer.{i}.value"]
+        def layers(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Iterator[RaggedLayer]:
+            for i, layer in enumerate(told):
+                done[f"{part}.{i}"]()
+                keys, positions = (tensors[f"{part}.{i}.{kind}"] for kind in ("key", "position"))
+                values = keys if layer.get("shared") else tensors[f"{part}.{i}.value"]
                 window = Window(layer["window"], layer.get("chunked", False)) if layer["window"] else None
-                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"layer.{i}.score"), window)
-                _check_positions(read, facts["n_tokens"], path)
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"{part}.{i}.score"), window)
+                _check_positions(read, start if window is None else 0, end, path)
                 yield read
 
-        arrived = tuple(arrival.wait() for arrival in upload(layers(), device))
+        def uploaded(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Layers:
+            return tuple(arrival.wait() for arrival in upload(layers(part, told, start, end), device))
+
+        edges = list(accumulate((part.n_tokens for part in parts_of(facts["identity"])), initial=0))
+        own = uploaded("layer", facts["layers"], edges[-1], facts["n_tokens"])
+        before = tuple(uploaded(f"before.{i}", told, *edges[i : i + 2]) for i, told in enumerate(facts["before"]))
         for finish in done.values():
             finish()
         states = {name: tensors[f"state.{name}"].to(device) for name in facts.get("states", ())}
     wanted = facts["identity"].get("tokens")
     if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
         raise CorruptFileError(f"{path}: its token ids are not those of its key")
-    return arrived, states, tensors["token_ids"]
+    return own, before, states, tensors["token_ids"]
 
 
-def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
+def _check_positions(layer: RaggedLayer, start: int, end: int, path: Path) -> None:
     """Raises:
-    CorruptFileError: pairs of tokens that are not there, or not in the order of their positions within each head.
+    CorruptFileError: pairs of tokens other than ``[start, end)``, or not in the order of their positions within each head.
     """
     positions = layer.positions.numpy()
-    if len(positions) and not 0 <= positions.min() <= positions.max() < n_tokens:
-        raise CorruptFileError(f"{path}: pairs at positions beyond its {n_tokens} tokens")
+    if len(positions) and not start <= positions.min() <= positions.max() < end:
+        raise CorruptFileError(f"{path}: pairs at positions beyond its {end - start} tokens")
     falling = np.flatnonzero(positions[1:] <= positions[:-1]) + 1
     if not set(falling.tolist()) <= set(layer.offsets):
         raise CorruptFileError(f"{path}: the pairs of a head are not in the order of their positions")
@@ -95,17 +103,19 @@ def _check_positions(layer: RaggedLayer, n_tokens: int, path: Path) -> None:
 
 @plain()
 def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Empty tensors for the extents, one behind another in one buffer: the types with the longest elements first, so
-    that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
+    """Empty tensors for the extents, one behind another in a buffer, and in a second one what is shared: the types with the longest
+    elements first, so that no gaps are needed. numpy asks for huge pages, which halves the time a fresh buffer of 90 MB takes to fill."""
     shapes = {extent["name"]: (tuple(extent["shape"]), _TORCH[extent["dtype"]]) for extent in extents}
     nbytes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     tensors = {"token_ids": torch.empty(*shapes["token_ids"][0], dtype=shapes["token_ids"][1])}
     names = sorted(shapes.keys() - {"token_ids"}, key=lambda name: -shapes[name][1].itemsize)
-    buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in names), dtype=np.uint8)), 0
-    for name in names:
-        shape, dtype = shapes[name]
-        tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)
-        start += nbytes[name]
+    for shared in (False, True):
+        some = [name for name in names if name.startswith("before.") is shared]
+        buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in some), dtype=np.uint8)), 0
+        for name in some:
+            shape, dtype = shapes[name]
+            tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)
+            start += nbytes[name]
     return tensors
 
 

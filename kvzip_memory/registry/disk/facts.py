@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from kvzip_memory.context import Recipe, Source
+from kvzip_memory.context import Recipe, Source, parts_of
 
 ALIGNMENT = 4096
 #: Bytes of an element, by what safetensors calls its type.
@@ -96,6 +96,7 @@ def _state(value: Any) -> bool:
     return _text(value) and re.fullmatch(r"[0-9]{1,4}\.(conv|recurrent)\.[0-9]{1,4}", value) is not None
 
 
+_SOME_TOKENS: Check = _whole(_TOKENS, least=1)
 _ANYTHING: Check = _mapping(lambda _: True)
 _IDENTITY = _fields(
     {"format": _whole(), "ratio": _number(0, 1), "tenant": _or_none(is_id), "text": is_id},
@@ -106,12 +107,13 @@ _IDENTITY = _fields(
         "parent": _or_none(is_id),
         "system": _or_none(is_id),
         "scorer": _or_none(_ANYTHING),
+        "parts": _list(lambda part: _list(lambda _: True)(part) and len(part) == 2 and is_id(part[0]) and _SOME_TOKENS(part[1])),
     },
 )
 _IDS = _list(_whole(2**31 - 1))
 _COMMON: dict[str, Check] = {
     "identity": lambda value: _ANYTHING(value) and _IDENTITY(value),
-    "n_tokens": _whole(_TOKENS, least=1),
+    "n_tokens": _SOME_TOKENS,
     "nbytes": _whole(),
     "ratio": _number(0, 1),
 }
@@ -135,6 +137,9 @@ _RECIPE = _fields(
 _SOURCE = _fields({"name": _any_text, "metadata": _ANYTHING, "start": _whole(), "end": _whole()}, {"shown": _true_or_false})
 _SPAN: Check = lambda value: _list(_whole())(value) and len(value) == 2 and value[0] < value[1]  # noqa: E731
 _SUMS: dict[str, Check] = {"xxh3": _text, "hmac": _text}
+_LAYERS: Check = _list(
+    _fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"chunked": _true_or_false, "shared": _true_or_false})
+)
 _HEADER: dict[str, Check] = {
     **_COMMON,
     "name": _or_none(_text),
@@ -142,9 +147,7 @@ _HEADER: dict[str, Check] = {
     "dense_nbytes": _whole(),
     "recipe": _only(_RECIPE, Recipe),
     "sources": _list(_only(_SOURCE, Source)),
-    "layers": _list(
-        _fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"chunked": _true_or_false, "shared": _true_or_false})
-    ),
+    "layers": _LAYERS,
     "catalog": _fields({}, {**_CATALOG, **_TIMES}),
     "extents": _list(
         _fields({"name": _text, "dtype": lambda v: _text(v) and v in ELEMENT, "shape": _list(_whole()), "padded": _whole()}, _SUMS)
@@ -216,7 +219,7 @@ def check_header(facts: Any) -> None:
     """
     if type(facts) is not dict:
         raise OddFactError("the facts are no mapping")
-    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN), "states": _list(_state)}):
+    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN), "states": _list(_state), "before": _list(_LAYERS)}):
         raise OddFactError(f"{odd} is missing or of another kind")
     n, expected = facts["n_tokens"], _tensors(facts)
     if facts["protected"] > n or any(not source["start"] <= source["end"] <= n for source in facts["sources"]):
@@ -226,10 +229,14 @@ def check_header(facts: Any) -> None:
     edges = [edge for span in facts.get("fitted", ()) for edge in span]
     if edges != sorted(edges) or edges[-1:] > [n]:
         raise OddFactError("the fitted spans are none of its tokens")
+    parts, before = [part.n_tokens for part in parts_of(facts["identity"])], facts.get("before", [])
+    if sum(parts) >= n or len(before) not in (0, len(parts)):
+        raise OddFactError("the parts before it are not those of its key")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")
-    if any(length > n for layer in facts["layers"] for length in layer["lengths"]):
-        raise OddFactError("a head has more pairs than there are tokens")
+    for tokens, layers in zip([n - sum(parts), *parts], [facts["layers"], *before], strict=False):
+        if any(length > (tokens if layer["window"] is None else n) for layer in layers for length in layer["lengths"]):
+            raise OddFactError("a head has more pairs than there are tokens")
     for name in ("ratio", "protected"):
         if facts["identity"].get(name, facts[name]) != facts[name]:
             raise OddFactError(f"{name} is not that of its key")
@@ -248,12 +255,19 @@ def check_header(facts: Any) -> None:
 
 def _tensors(facts: Mapping[str, Any]) -> list[tuple[str, int, set[str]]]:
     """Name, rows and possible types of each extent, in their order."""
-    named, expected = {extent["name"] for extent in facts["extents"]}, []
-    for i, layer in enumerate(facts["layers"]):
-        rows = sum(layer["lengths"])
-        kinds = ("key",) if layer.get("shared") else ("key", "value")
-        expected += [*((f"layer.{i}.{kind}", rows, _FLOATS) for kind in kinds), (f"layer.{i}.position", rows, {"I32"})]
-        if f"layer.{i}.score" in named:
-            expected.append((f"layer.{i}.score", rows, {"F16"}))
+    named = {extent["name"] for extent in facts["extents"]}
+    expected = [*_tensors_of("layer", facts["layers"], named)]
     expected += [(f"state.{name}", 1, _FLOATS) for name in facts.get("states", ())]
+    for number, layers in enumerate(facts.get("before", ())):
+        expected += _tensors_of(f"before.{number}", layers, named)
     return [*expected, ("token_ids", facts["n_tokens"], {"I32"})]
+
+
+def _tensors_of(part: str, layers: Sequence[Mapping[str, Any]], named: Collection[str]) -> Iterator[tuple[str, int, set[str]]]:
+    for i, layer in enumerate(layers):
+        rows = sum(layer["lengths"])
+        for kind in ("key",) if layer.get("shared") else ("key", "value"):
+            yield f"{part}.{i}.{kind}", rows, _FLOATS
+        yield f"{part}.{i}.position", rows, {"I32"}
+        if f"{part}.{i}.score" in named:
+            yield f"{part}.{i}.score", rows, {"F16"}

@@ -5,7 +5,8 @@ Layout, readable by any safetensors reader::
     8 bytes   length of the header
     header    JSON, padded with spaces so that the data starts at a multiple of 4 KiB
     data      per layer: K, V (if K are not their own values), positions, scores, each an extent padded to 4 KiB;
-              then states, if there are any; then the token ids;
+              then states, if there are any; then the layers of the parts that the context shares, if the file is to do without
+              theirs; then the token ids;
               last, 8 bytes: xxh3-64 of everything up to the start of the data
 
 The header's metadata holds the identity, the lengths of the heads and an xxh3-64 of every extent, padding included,
@@ -31,11 +32,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, RaggedLayer, Recipe, Resident, Source
+from kvzip_memory.context import CompressedContext, Layers, RaggedLayer, Recipe, Resident, Source
 from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
-from kvzip_memory.registry.identity import FORMAT_OF_STATES, key_of, recipe_digest
+from kvzip_memory.registry.identity import NEWEST_FORMAT, key_of, recipe_digest
 from kvzip_memory.system.checksums import PLAIN, Checksums
 
 LARGEST_HEADER = 1 << 26  # bytes of a header at most
@@ -131,8 +132,8 @@ def read_context(
         facts = read_header(file, path, checksums)
         if admit is not None:
             admit(facts)
-        layers, states, token_ids = read_layers(file, facts, path, device, checksums)
-    return _context(facts, Resident(layers, partial(write_context, checksums=checksums), states), token_ids)
+        layers, before, states, token_ids = read_layers(file, facts, path, device, checksums)
+    return _context(facts, Resident(layers, partial(write_context, checksums=checksums), states, before), token_ids)
 
 
 def open_context(path: Path, follow_links: bool) -> BinaryIO:
@@ -184,9 +185,9 @@ def _read_header(file: BinaryIO, path: Path, checksums: Checksums) -> tuple[dict
         written = int(facts["identity"]["format"])
     except (OverflowError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not a context file, or its header is damaged ({type(error).__name__})") from None
-    if written > FORMAT_OF_STATES:
+    if written > NEWEST_FORMAT:
         raise UnreadableHereError(
-            f"{path}: written in format {written}, newer than the {FORMAT_OF_STATES} this version reads; upgrade kvzip-memory"
+            f"{path}: written in format {written}, newer than the {NEWEST_FORMAT} this version reads; upgrade kvzip-memory"
         )
     if f"header.{checksums.name}" not in table:
         if checksums.are_keyed:
@@ -213,7 +214,7 @@ def _of_older_files(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What files of an earlier version do not say, or say elsewhere."""
     catalog = facts["catalog"]
     coarsest = facts["ratio"] if facts["identity"].get("parent") is None else 0.0
-    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest, "fitted": []}
+    return {"created": catalog.get("created", 0.0), "expires": catalog.get("expires"), "coarsest": coarsest, "fitted": [], "before": []}
 
 
 def read_token_ids(file: BinaryIO, facts: Mapping[str, Any]) -> np.ndarray:
@@ -304,19 +305,28 @@ def _layer_facts(layer: RaggedLayer) -> dict[str, Any]:
 
 
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
-    for i, layer in enumerate(context.layers):
-        yield f"layer.{i}.key", layer.keys
-        if not layer.shared:
-            yield f"layer.{i}.value", layer.values
-        yield f"layer.{i}.position", layer.positions
-        if layer.scores is not None:
-            yield f"layer.{i}.score", layer.scores
-    for name, state in sorted(context.states.items()):
-        yield f"state.{name}", state
+    with context.lease() as lease:
+        yield from _tensors_of("layer", lease.layers)
+        for name, state in sorted(lease.states.items()):
+            yield f"state.{name}", state
+        for number, layers in enumerate(lease.before):
+            yield from _tensors_of(f"before.{number}", layers)
     yield "token_ids", context.token_ids
 
 
+def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
+    for i, layer in enumerate(layers):
+        yield f"{part}.{i}.key", layer.keys
+        if not layer.shared:
+            yield f"{part}.{i}.value", layer.values
+        yield f"{part}.{i}.position", layer.positions
+        if layer.scores is not None:
+            yield f"{part}.{i}.score", layer.scores
+
+
 def _facts(context: CompressedContext) -> dict[str, Any]:
+    with context.lease() as lease:
+        layers, *before = ([_layer_facts(layer) for layer in part] for part in (lease.layers, *lease.before))
     return {
         "identity": dict(context.identity),
         "name": context.name,
@@ -331,8 +341,9 @@ def _facts(context: CompressedContext) -> dict[str, Any]:
         "dense_nbytes": context.dense_nbytes,
         "recipe": vars(context.recipe),
         "sources": [vars(source) for source in context.sources],
-        "layers": [_layer_facts(layer) for layer in context.layers],
+        "layers": layers,
         "states": sorted(context.states),
+        **({"before": before} if before else {}),
     }
 
 

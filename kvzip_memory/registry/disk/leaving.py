@@ -44,8 +44,13 @@ class Leaving:
             self._note_all(let_go.tag.strip())
         self._keeper.tidy()  # a whole file without a row gets one, by which it is found
         changed = [entry for entry in self._entries(mine) if without(entry.tags, entry.key, let_go) != entry.tags]
-        deleted = [entry for entry in changed if self.let_go(entry.key, let_go, entry.key in named, for_good=True)]
-        kept = [entry for entry in changed if entry not in deleted]
+        gone = dict[str, Entry]()
+        for entry in changed:
+            sharing = self.sharing(entry.key)
+            if self.let_go(entry.key, let_go, entry.key in named, for_good=True):
+                gone |= {entry.key: entry, **{other.key: other for other in sharing}}
+        deleted = [*gone.values()]
+        kept = [entry for entry in changed if entry.key not in gone]
         self._let_go_lost(let_go, mine)
         self._keeper.empty_quarantine()  # of what was found damaged meanwhile
         self._builders.unreport_all()
@@ -62,7 +67,8 @@ class Leaving:
     def let_go(self, key: str, let_go: LetGo, stays: bool = False, for_good: bool = False) -> bool:
         """Take tags from a context, and delete it if nobody else holds it, here or where it ``stays``; whether it is gone.
 
-        Other processes do not write again what was to be gone ``for_good``, and its file's catalog is to name the tags no more.
+        Other processes do not write again what was to be gone ``for_good``, and its file's catalog is to name the tags no more. What shares
+        it goes with it then, whoever holds that; otherwise it stays for as long as anything does.
         """
         with self._keeper.changing() as rows:
             if (entry := rows.entry(key)) is None or not self._folder.is_mine(entry):
@@ -74,16 +80,26 @@ class Leaving:
                 for tag in set(entry.tags) - set(rest):
                     rows.note(self._folder.tenant, key, tag)
             entry = replace(entry, tags=rest)
-            if stays or self._is_held(entry):
+            if stays or self._is_held(entry) or (not for_good and rows.sharing(key)):
                 rows.change(entry)
                 if for_good:
                     rows.set_stale(key, True)
                 return False
-            if for_good:
-                rows.note(self._folder.tenant, key, when=max(time.time(), entry.heard))
-            self._tidying.drop(rows, entry)
-            rows.forget_lost(key)
+            for going in [*self._sharing(rows, key), entry]:
+                if for_good:
+                    rows.note(self._folder.tenant, going.key, when=max(time.time(), going.heard))
+                self._tidying.drop(rows, going)
+                rows.forget_lost(going.key)
             return True
+
+    @needs_index
+    def sharing(self, key: str) -> list[Entry]:
+        """Stored contexts that share the pairs of one."""
+        return self._sharing(self._keeper.opened(), key)
+
+    @staticmethod
+    def _sharing(rows: Rows, key: str) -> list[Entry]:
+        return [entry for sharing in rows.sharing(key) if (entry := rows.entry(sharing)) is not None]
 
     @needs_index
     def note_taken(self, tags: Mapping[str, Collection[str]]) -> None:

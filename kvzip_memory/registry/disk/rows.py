@@ -15,13 +15,14 @@ from kvzip_memory.registry.disk.layout import KEY
 from kvzip_memory.registry.forgotten import Notes
 from kvzip_memory.registry.identity import EVERYONE, family_of
 
-_CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING = "context:", "group:", "bad:", "tokens:", "beginning:"
+_CONTEXT, _GROUP, _BAD, _TOKENS, _BEGINNING, _PART = "context:", "group:", "bad:", "tokens:", "beginning:", "part:"
 _UNCLEAN = "unclean"  # the row that free pages may still hold what was forgotten, until the index is written anew
 _FORGOTTEN = "forgotten"  # the row of the notes of operators; those of a tenant have its digest behind it
 _LOST = "lost:"  # the row of a context whose file was lost, until it is built again
 _CATALOG = "catalog:"  # of a context whose file names tags that its row has not
 _GROUP_SIZE = 32  # contexts of one text that are remembered as such
 _BEGINNING_SIZE = 4096  # contexts that share all or more than half of their tokens and are found by them, the latest
+_PART_SIZE = 1 << 16  # contexts that share the pairs of one
 
 
 class Rows:
@@ -81,12 +82,16 @@ class Rows:
         self._list_add(f"{_TOKENS}{family}:{tokens}", entry.key, _BEGINNING_SIZE)
         if entry.beginning:
             self._list_add(f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}", _BEGINNING_SIZE)
+        for part in entry.parts:
+            self._list_add(_PART + part, entry.key, _PART_SIZE)
 
     def remove(self, entry: Entry) -> None:
         """A context is no longer stored, and its bytes are free."""
         self.index.delete(_CONTEXT + entry.key)
         self.index.delete(_CATALOG + entry.key)
         self._list_remove(_GROUP + entry.group, entry.key)
+        for part in entry.parts:
+            self._list_remove(_PART + part, entry.key)
         family, tokens = family_of(entry.identity), entry.identity.get("tokens", "")
         if not self._list_remove(f"{_TOKENS}{family}:{tokens}", entry.key):
             self._list_remove(f"{_BEGINNING}{family}:{entry.beginning}", f"{entry.n_tokens}:{tokens[:8]}")
@@ -99,6 +104,10 @@ class Rows:
     def group(self, group: str) -> list[str]:
         """Keys of contexts of one text and tenant."""
         return self._items(_GROUP + group)
+
+    def sharing(self, key: str) -> list[str]:
+        """Keys of the contexts that share the pairs of one."""
+        return [sharing for sharing in self._items(_PART + key) if self.has(sharing)]
 
     def with_tokens(self, family: str, tokens: str) -> list[str]:
         """Keys of contexts of one model and tenant with exactly these tokens."""

@@ -230,20 +230,19 @@ class DiskTier:
 
     def holds(self, key: str) -> bool:
         """:meth:`has`, of a context of the tenant's."""
-        if not self.folder.has(key):
-            return False
-        if self.folder.tenant == EVERYONE:
-            return True
+        if not (there := self.folder.has(key)) or self.folder.tenant == EVERYONE:
+            return there
         entry = self.folder.entry_of_file(self.folder.path(key))
         return entry is not None and self.folder.is_mine(entry)
 
     def verify(self, key: str) -> str | None:
-        """Check every byte of a stored context: None if it is sound, else what is wrong (it is in quarantine then)."""
+        """Check every byte of a stored context: None if it is sound, else what is wrong; a damaged one is in quarantine then."""
         try:
-            self._read(key, torch.device("cpu"))
+            parts = self._read(key, torch.device("cpu")).parts
         except NotStoredError as error:
             return str(error)
-        return None
+        lost = [part.key[:12] for part in parts if not self.has(part.key)]
+        return f"what it shares is not stored: {', '.join(lost)}; load the texts of these again" if lost else None
 
     @needs_index
     def entry(self, key: str) -> Entry | None:
@@ -276,6 +275,10 @@ class DiskTier:
 
     def _listed(self, keys: Iterable[str]) -> list[Entry]:
         return [entry for key in keys if (entry := self.entry(key)) is not None]
+
+    def sharing(self, key: str) -> list[Entry]:
+        """Stored contexts that share the pairs of one."""
+        return self._leaving.sharing(key)
 
     @needs_index
     def starting_with(self, prefix: str) -> list[Entry]:

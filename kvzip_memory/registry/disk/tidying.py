@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -80,10 +80,7 @@ class Tidying:
             if usage + nbytes > self.budget and (bad := rows.bad(name)) is not None and bad["nbytes"]:
                 victims.append(partial(self._drop_bad, rows, bad))
                 usage -= bad["nbytes"]
-        for key in rows.contexts() if usage + nbytes > self.budget else ():
-            entry = rows.entry(key)
-            if entry is None or entry.pinned or entry.key == new.key:
-                continue
+        for entry in self._by_use(rows, new) if usage + nbytes > self.budget else ():
             victims.append(partial(self.drop, rows, entry))
             usage -= entry.file_nbytes
             if usage + nbytes <= self.budget:
@@ -95,6 +92,22 @@ class Tidying:
             )
         for drop in victims:
             drop()
+
+    def _by_use(self, rows: Rows, new: Entry) -> Iterator[Entry]:
+        """What may be deleted for a new file, in the order of its use; what others share behind the last one that shares it."""
+        needed, gone, shared = {new.key, *new.parts}, set[str](), dict[str, Entry]()
+        for key in rows.contexts():
+            entry = rows.entry(key)
+            if entry is None or entry.pinned or key in needed:
+                continue
+            if set(rows.sharing(key)) - gone:
+                shared[key] = entry
+                continue
+            free = [entry]
+            while free:
+                gone.add(free[0].key)
+                yield free[0]
+                free += [shared.pop(key) for key in free.pop(0).parts[::-1] if key in shared and not set(rows.sharing(key)) - gone]
 
     # -- quarantine ----------------------------------------------------------------------------------------------
 
