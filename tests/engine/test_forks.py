@@ -212,6 +212,7 @@ WAYS: dict[type, tuple[str, dict[str, str | None]]] = {
             "stats": "registry.stats()",
             "tiers": "registry.tiers('lamp')",
             "untag": "registry.untag('lamp', 'x')",
+            "use_again": "registry.use_again('lamp')",
             "verify": "registry.verify('lamp')",
             "with_room": "registry.with_room(Wanted('lamp', {}, 'lamp', name='x'))",
             "write": None,

@@ -362,6 +362,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "tiers": lambda b, x: each(b.registry.tiers, x.references),
         "ttl": NOTHING,
         "untag": lambda b, x: each(lambda key: b.registry.untag(key, x.tag), [x.key, x.child.key]),
+        "use_again": lambda b, x: each(b.registry.use_again, x.references),
         "verify": lambda b, x: each(b.registry.verify, x.references),
         "write": NOTHING,
         "with_room": lambda b, x: b.registry.with_room(
@@ -378,6 +379,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "fitted": NOTHING,
         "states": NOTHING,
         "identity": lambda b, x: b.registry.longest_prefix(x.handle.identity, [*x.handle.token_ids.tolist(), 5]),
+        "is_shareable": NOTHING,
         "kept_pairs": NOTHING,
         "key": lambda b, x: b.engine.get(x.handle.key),
         "layers": NOTHING,
@@ -385,11 +387,14 @@ WAYS: dict[type, dict[str, Way]] = {
         "n_tokens": NOTHING,
         "name": lambda b, x: b.engine.get(x.name),
         "nbytes": NOTHING,
+        "parts": lambda b, x: each(b.engine.get, [part.key for part in x.child.parts]),
         "protected": NOTHING,
         "ratio": NOTHING,
         "receipt": lambda b, x: b.engine.get(x.handle.receipt.key),  # type: ignore[union-attr, arg-type]
         "recipe": NOTHING,
         "save": lambda b, x: b.engine.open(x.saved),
+        "shared_nbytes": NOTHING,
+        "shared_tokens": NOTHING,
         "sources": NOTHING,
         "storage": lambda b, x: leased(b, x),
         "token_ids": lambda b, x: b.engine.generate(None, x.handle.token_ids.tolist(), **FEW),  # type: ignore[arg-type]
