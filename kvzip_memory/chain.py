@@ -19,6 +19,8 @@ from kvzip_memory.system.sharing import Shared
 
 logger = logger_of(__name__)
 
+_REMOVED = "removed"
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Step(Shared):
@@ -89,12 +91,12 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
         The context, which holds its pairs itself, and the lease.
     """
     if step.before is None:
-        with _leased(step, None, (), waiting) as found:
+        with _leased(step, waiting) as found:
             yield found
         return
     with _whole(step.before, waiting) as (base, lease):
         shared = lease.parts[: len(parts_of(step.wanted.identity))]
-        with _leased(step, base, shared, waiting) as (context, own):
+        with _leased(step, waiting, base, shared, lease.receipt.reason == _REMOVED) as (context, own):
             if isinstance(step.before, Step):
                 step.before.registry.use_again(base.key)  # so that what shares it leaves first
             yield _behind(shared, context, own)
@@ -119,7 +121,11 @@ def _behind(shared: tuple[Layers, ...], context: CompressedContext, lease: Lease
 
 @contextmanager
 def _leased(
-    step: Step, base: CompressedContext | None, shared: tuple[Layers, ...], waiting: Report | None
+    step: Step,
+    waiting: Report | None,
+    base: CompressedContext | None = None,
+    shared: tuple[Layers, ...] = (),
+    removed: bool = False,
 ) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context's own pairs. A parent is brought once its child is not found, and no lock for building that is held.
 
@@ -129,6 +135,7 @@ def _leased(
     Args:
         base: what is held already and may be the parent.
         shared: what the context shares, and all of its ancestors as far as ``base``.
+        removed: whether that was; the context is then built for one answer, too.
     """
     path, parent, below = [step], list[CompressedContext](), ExitStack()
     try:
@@ -140,7 +147,7 @@ def _leased(
                 parent = [base]
             above = ExitStack()
             try:
-                found = above.enter_context(_one(current, parent, below, waiting))
+                found = above.enter_context(_one(current, parent, below, waiting, removed))
             except _ParentLostError:
                 assert isinstance(current.parent, Step)
                 path.append(current.parent)
@@ -165,7 +172,7 @@ def _leased(
 
 @contextmanager
 def _one(
-    step: Step, parent: list[CompressedContext], below: ExitStack, waiting: Report | None
+    step: Step, parent: list[CompressedContext], below: ExitStack, waiting: Report | None, removed: bool
 ) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context, made of its parent if it is not stored; the parent may leave before the child moves in."""
     registry, key = step.registry, step.wanted.key
@@ -176,12 +183,12 @@ def _one(
         with below:
             return step.make(step, parent.pop() if parent else None, report)
 
-    if registry.is_removed(key):
+    if removed or registry.is_removed(key):
         with calls.waiting():
             context = build(lambda *progress: None)
         logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with registry.guest(context.nbytes), context.lease() as lease:
-            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason="removed"))
+            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason=_REMOVED))
         return
     with registry.lease(step.wanted, build, waiting) as found:
         yield found

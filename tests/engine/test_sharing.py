@@ -207,6 +207,27 @@ def test_what_is_forgotten_takes_along_what_shares_it(in_memory: bool, tmp_path:
         assert path.stem != document.key
 
 
+def test_over_what_was_forgotten_nothing_is_stored(stored: KVzipEngine, tmp_path: Path) -> None:
+    document = stored.load(TEXT, tags="document: a")
+    session = stored.session(document)
+    session.ask("Who carries oil?", max_new_tokens=4)
+    expected = logits(stored, stored.extend(document, FIRST, share=True))
+    stored.forget("document: a")
+    folded = session.fold(keep=0)
+    assert folded.receipt is not None
+    assert folded.receipt.reason == "removed"
+    assert session.ask("When?", max_new_tokens=4).text is not None
+    session.fold(keep=0)
+    torch.testing.assert_close(logits(stored, stored.extend(document, FIRST, share=True)), expected)
+    stored.registry.flush()
+    assert not [*tmp_path.rglob("*.safetensors")]
+    assert stored.registry.contexts() == []
+    again = stored.load(TEXT)
+    stored.extend(again, FIRST, share=True)
+    stored.registry.flush()
+    assert len([*tmp_path.rglob("*.safetensors")]) == 2
+
+
 def test_a_conversation_is_forgotten_and_its_document_stays(stored: KVzipEngine) -> None:
     document = stored.load(TEXT, name="document", tags="thread: ana")
     first = stored.extend(document, FIRST, share=True, tags="thread: ana")

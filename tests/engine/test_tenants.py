@@ -105,7 +105,7 @@ def things(engine: KVzipEngine, folder: Path, who: str) -> Things:
     tag, session_id = thread_tag(who), f"session of {who}"
     handle = engine.load(f"{who} {TEXT}", name=f"diary of {who}", tags=[tag, document_tag(who)])
     talk = engine.load([{"role": "user", "content": f"I am {who}."}, {"role": "assistant", "content": "Hello."}], tags=tag)
-    child = engine.extend(talk, [{"role": "user", "content": "And I like tea."}], name=f"talk of {who}", tags=tag)
+    child = engine.extend(talk, [{"role": "user", "content": "And I like tea."}], name=f"talk of {who}", tags=tag, share=True)
     session = engine.session(handle)
     session.ask(QUESTION, **FEW)
     create_memory_tools(engine)[0].invoke({"name": f"page of {who}", "text": f"{who}'s page. " * 9})
@@ -387,7 +387,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "n_tokens": NOTHING,
         "name": lambda b, x: b.engine.get(x.name),
         "nbytes": NOTHING,
-        "parts": lambda b, x: each(b.engine.get, [part.key for part in x.child.parts]),
+        "parts": lambda b, x: each(b.registry.find, [part.key for part in x.child.parts]),
         "protected": NOTHING,
         "ratio": NOTHING,
         "receipt": lambda b, x: b.engine.get(x.handle.receipt.key),  # type: ignore[union-attr, arg-type]
