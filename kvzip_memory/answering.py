@@ -119,7 +119,7 @@ class Answerer:
         step = self._model.chunk_tokens
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
         with context.lease() if context else nullcontext(None) as lease:
-            row = Row.behind(lease, start, Tail()) if lease else Row((), 0, Tail())
+            row = self._model.row(lease, start, Tail()) if lease else Row((), 0, Tail())
             return torch.cat([self._model.forward([row], [chunk], n_logits=len(chunk))[0] for chunk in chunks])
 
     def relevance(
@@ -150,8 +150,8 @@ class Answerer:
         last, answer = as_messages(question)[-1]["content"], clean(answer, "answer")
         with context.lease() as lease:
             n = context.n_tokens
-            asked = mass(Row.behind(lease, n, Tail()), prompts.question(recipe, question), last, prompts.text_ids(answer))
-            return asked, mass(Row.behind(lease, n, Tail()), prompts.question(recipe, NEUTRAL), NEUTRAL, [])
+            asked = mass(self._model.row(lease, n, Tail()), prompts.question(recipe, question), last, prompts.text_ids(answer))
+            return asked, mass(self._model.row(lease, n, Tail()), prompts.question(recipe, NEUTRAL), NEUTRAL, [])
 
     def _too_much(self, tokens: int, way_out: str) -> WindowError:
         window = self._model.window

@@ -21,8 +21,9 @@ from kvzip_memory.context import CompressedContext, Lease, Receipt
 from kvzip_memory.errors import IdentityMismatchError, InputError, SessionBusyError, WindowError
 from kvzip_memory.inference.admission import Place
 from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.inference.ends import eos_ids
 from kvzip_memory.inference.generation import Detokenizer, GenerationParams, Sampler, decode
-from kvzip_memory.inference.modeling import LanguageModel, eos_ids
+from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.processors import own_settings
 from kvzip_memory.inference.speculation import PromptLookup
 from kvzip_memory.inference.weights import Stamp
@@ -185,7 +186,7 @@ class Session(NotPickled):
         if cut > self._tail.length:
             try:
                 with self.context.lease() if self.context else nullcontext(_NO_LEASE) as lease:
-                    deque(self._model.append(Row.behind(lease, self._start, self._tail), self._pending), maxlen=0)
+                    deque(self._model.append(self._model.row(lease, self._start, self._tail), self._pending), maxlen=0)
             finally:
                 self._computed(since, self._model.watch.stamp())
         return Computed(self._tail.copy(cut).pairs(cut), since)
@@ -291,7 +292,7 @@ class Session(NotPickled):
             with model.answering(tail, turn.entry) as place, self._lease(turn, place) as lease:
                 since = model.watch.stamp()
                 self._begin(start)
-                tokens = self._tokens(turn, sampler, Row.behind(lease, self._start, tail), limit, seen)
+                tokens = self._tokens(turn, sampler, self._model.row(lease, self._start, tail), limit, seen)
                 stops, tokenizer = turn.params.stops(turn.settings), self._prompts.tokenizer
                 pieces = decode(tokens, answer, stops, limit, turn.eos_ids, tokenizer, self._shown, turn.params.grammar)
                 yield from self._told(pieces, turn)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvzip_memory.errors import InputError
-from kvzip_memory.inference.modeling import LanguageModel, eos_ids
+from kvzip_memory.inference.ends import eos_ids
+from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.prompting.guidance import Guidance
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.system.printable import brief

@@ -59,7 +59,8 @@ def attend(
             heads = slice(head * group, head * group + group)
             q = query[row, heads, n - 1 - behind].numpy()
             for item in seen_items:
-                keys, vals, where, first, count, item_head, start, end, in_tail = items[item].tolist()
+                keys, vals, where, first, count, item_head, start, end, in_tail, asked = items[item].tolist()
+                assert asked == 0
                 assert item_head == head
                 assert start <= entry < end
                 assert (end - start) * group <= size.m

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,6 +32,34 @@ class Softmax(NamedTuple):
         return None if self.sinks is None else self.sinks.float().view(n_heads, -1).repeat_interleave(n_tokens, 1)
 
 
+class Turn(NamedTuple):
+    """The rotation that takes queries to where the pairs of a part stand that is seen from ``by`` positions farther on than it was made.
+
+    Rotary embeddings make a product depend on the distance alone, so attending with queries turned back equals attending to pairs that are
+    moved forward, which nobody needs to copy.
+
+    Attributes:
+        by: positions that the part has moved.
+        cos, sin: ``[r]`` fp32, of each dimension that is rotated; the sine with the sign of the dimension that it goes to.
+        start: the first of them.
+        partner: ``[r]``, which one each is rotated with.
+    """
+
+    by: int
+    cos: Tensor
+    sin: Tensor
+    start: int
+    partner: Tensor
+
+    def of(self, query: Tensor) -> Tensor:
+        """Queries ``[..., D]`` turned, in their dtype."""
+        end = self.start + len(self.cos)
+        part = query[..., self.start : end].float()
+        turned = query.clone()
+        turned[..., self.start : end] = part * self.cos + part[..., self.partner] * self.sin
+        return turned
+
+
 class RowKV(NamedTuple):
     """The pairs one row of a batch may see in one layer.
 
@@ -40,6 +68,7 @@ class RowKV(NamedTuple):
         keys, values: ``[H, t, D]`` and ``[H, t, DV]``, the row's own tail; its last ``n_new`` entries belong to this call's queries.
         n_new: how many of the batch's query columns are this row's; they are the last ones (rows are left-padded).
         context_tokens: logical length of all parts together. Entry ``i`` of the tail has position ``context_tokens + i``.
+        turns: how queries are turned for each part, None for those that stand where they were made; empty if all do.
     """
 
     parts: tuple[RaggedLayer, ...]
@@ -47,6 +76,17 @@ class RowKV(NamedTuple):
     values: Tensor
     n_new: int
     context_tokens: int
+    turns: tuple[Turn | None, ...] = ()
+
+    @property
+    def turned(self) -> tuple[tuple[RaggedLayer, Turn | None], ...]:
+        """Each part with its turn."""
+        return tuple(zip(self.parts, self.turns or [None] * len(self.parts), strict=True))
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Which part each is, and how far it has moved: the same for rows that see the same."""
+        return tuple((id(part), turn.by if turn else 0) for part, turn in self.turned)
 
 
 class AttentionBackend(Protocol):
@@ -65,19 +105,33 @@ class AttentionBackend(Protocol):
         ...
 
 
-def rows_by_parts(rows: Sequence[tuple[object, ...]]) -> list[list[int]]:
-    """Indices of the rows that have the same parts, a list each; those that begin with the same ones come one after another."""
+def rows_by_parts(rows: Sequence[tuple[Hashable, ...]]) -> list[list[int]]:
+    """Indices of the rows that have the same parts, a list each; those that begin with the same ones come one after another.
+
+    Args:
+        rows: what tells the parts of each.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
-    first: dict[int, int] = {}
+    first: dict[Hashable, int] = {}
     for b, parts in enumerate(rows):
-        groups.setdefault(tuple(first.setdefault(id(part), len(first)) for part in parts), []).append(b)
+        groups.setdefault(tuple(first.setdefault(part, len(first)) for part in parts), []).append(b)
     return [groups[parts] for parts in sorted(groups)]
 
 
-def users_of_parts(groups: Sequence[tuple[RaggedLayer, ...]]) -> list[tuple[RaggedLayer, list[int]]]:
-    """Each part once, and the indices of the groups that have it."""
-    users: dict[int, tuple[RaggedLayer, list[int]]] = {}
-    for group, parts in enumerate(groups):
-        for part in parts:
-            users.setdefault(id(part), (part, []))[1].append(group)
+def users_of_parts(groups: Sequence[RowKV]) -> list[tuple[RaggedLayer, list[tuple[int, Turn | None]]]]:
+    """Each part once, and the indices of the groups that have it, with their turns. A group is told by one row."""
+    users: dict[int, tuple[RaggedLayer, list[tuple[int, Turn | None]]]] = {}
+    for group, row in enumerate(groups):
+        for part, turn in row.turned:
+            users.setdefault(id(part), (part, []))[1].append((group, turn))
     return list(users.values())
+
+
+def told_by(part: Sequence[RaggedLayer]) -> RaggedLayer:
+    """The layer that tells a part from all others. What a window shows may be the same object in several."""
+    return next((layer for layer in part if layer.window is None), part[0])
+
+
+def turned(query: Tensor, turn: Turn | None) -> Tensor:
+    """Queries ``[..., D]`` as a part sees them."""
+    return query if turn is None else turn.of(query)

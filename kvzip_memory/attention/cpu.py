@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, users_of_parts
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, turned, users_of_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
@@ -50,7 +50,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         merged = _attend_groups([[query.reshape(n_heads, -1, dim)]], [rows], softmax, window)[0]
         return merged.view(1, query_heads, n, -1).transpose(1, 2)
     out = query.new_zeros(batch, n, query_heads, rows[0].values.shape[2])
-    groups = rows_by_parts([row.parts for row in rows])
+    groups = rows_by_parts([row.places for row in rows])
     queries = [[query[b, :, n - rows[b].n_new :].reshape(n_heads, -1, dim) for b in members] for members in groups]
     found = _attend_groups(queries, [[rows[b] for b in members] for members in groups], softmax, window)
     for members, own, merged in zip(groups, queries, found, strict=True):
@@ -69,15 +69,15 @@ def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]
         for own, rows in zip(queries, groups, strict=True)
     ]
     if len(groups) == 1:
-        for part in groups[0][0].parts:
-            pieces[0].append(_attend_part(together[0], part, softmax, _first_of(groups[0], queries[0], window)))
+        for part, turn in groups[0][0].turned:
+            pieces[0].append(_attend_part(turned(together[0], turn), part, softmax, _first_of(groups[0], queries[0], window)))
     else:
         seen = [_first_of(rows, own, window) for rows, own in zip(groups, queries, strict=True)]
-        for part, users in users_of_parts([rows[0].parts for rows in groups]):
-            first_seen = None if window is None else torch.cat([first for group in users if (first := seen[group]) is not None])
-            outs, lses = _attend_part(_cat([together[group] for group in users]), part, softmax, first_seen)
-            sizes = [together[group].shape[1] for group in users]
-            for group, out, lse in zip(users, outs.split(sizes, 2), lses.split(sizes, 2), strict=True):
+        for part, users in users_of_parts([rows[0] for rows in groups]):
+            first_seen = None if window is None else torch.cat([first for group, _ in users if (first := seen[group]) is not None])
+            outs, lses = _attend_part(_cat([turned(together[group], turn) for group, turn in users]), part, softmax, first_seen)
+            sizes = [together[group].shape[1] for group, _ in users]
+            for (group, _), out, lse in zip(users, outs.split(sizes, 2), lses.split(sizes, 2), strict=True):
                 pieces[group].append((out, lse))
     return [_merged(found, rows, softmax).to(together[0].dtype) for found, rows in zip(pieces, groups, strict=True)]
 

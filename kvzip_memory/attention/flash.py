@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention import cpu
-from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, users_of_parts
+from kvzip_memory.attention.base import AttentionBackend, RowKV, Softmax, turned, users_of_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 
@@ -55,11 +55,12 @@ def backend(varlen: Varlen) -> AttentionBackend:
         queries = [query[b, :, n - row.n_new :].reshape(n_heads, -1, row.n_new, dim).transpose(1, 2) for b, row in enumerate(rows)]
         found = _attend_tails(varlen, queries, rows, softmax.scaling)  # each [H, n_new, G, D] and [H, n_new, G]
         out = query.new_zeros(batch, n, query_heads, dim)
-        for part, users in users_of_parts([row.parts for row in rows]):
+        for part, users in users_of_parts(rows):
             if any(part.lengths):
-                counts = [rows[b].n_new for b in users]
-                theirs = _attend_part(varlen, torch.cat([queries[b] for b in users], 1), part, softmax.scaling)
-                for b, out_b, lse_b in zip(users, *(x.split(counts, 1) for x in theirs), strict=True):
+                counts = [rows[b].n_new for b, _ in users]
+                asking = torch.cat([turned(queries[b], turn) for b, turn in users], 1)
+                theirs = _attend_part(varlen, asking, part, softmax.scaling)
+                for (b, _), out_b, lse_b in zip(users, *(x.split(counts, 1) for x in theirs), strict=True):
                     own, lse = found[b]
                     # the softmax of two log-sum-exps
                     found[b] = own.lerp(out_b, torch.sigmoid(lse_b - lse).unsqueeze(-1)), torch.logaddexp(lse, lse_b)

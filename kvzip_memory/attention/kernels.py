@@ -9,7 +9,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def attend(
     query,  # [B, H * GROUP, n, DIM], any strides but the last
-    items,  # [W, 9] int64: keys, values, positions, first, count, head, start, end, tail
+    items,  # [W, 10] int64: keys, values, positions, first, count, head, start, end, tail, rows before the queries
     entries,  # [E, 2] int32: row, how many of the row's tokens come after this one
     lengths,  # [B] int64: pairs in each row's tail, those of this call included
     positions,  # [B] int64: position of each row's last token
@@ -37,7 +37,7 @@ def attend(
 ):
     """One item: the queries of some entries, GROUP heads each, over a run of pairs of one KV head."""
     item = tl.program_id(0)
-    fields = items + item * 9
+    fields = items + item * 10
     count = tl.load(fields + 4).to(tl.int32)
     if count == 0:
         return
@@ -58,7 +58,7 @@ def attend(
     live = m < end * GROUP
     row = tl.load(entries + m // GROUP * 2, mask=live, other=0)
     behind = tl.load(entries + m // GROUP * 2 + 1, mask=live, other=0)
-    q_offset = row.to(tl.int64) * stride_b + (head * GROUP + m % GROUP) * stride_h + (n - 1 - behind) * stride_n
+    q_offset = (row + tl.load(fields + 9)).to(tl.int64) * stride_b + (head * GROUP + m % GROUP) * stride_h + (n - 1 - behind) * stride_n
     q_mask = live[:, None] & (offset_d < DIM)[None, :]
     product = tl.float32 if WIDE else dtype
     q = tl.load(query + q_offset[:, None] + offset_d[None, :], mask=q_mask, other=0.0).to(product)
@@ -111,7 +111,7 @@ def attend(
 @triton.jit
 def _slot(items, first, entry, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where what an entry's first item gave is. Item 0's where it has none; then it is not read."""
-    start = tl.load(items + first.to(tl.int64) * 9 + 6)
+    start = tl.load(items + first.to(tl.int64) * 10 + 6)
     return first.to(tl.int64) * BLOCK_M + (entry - start) * GROUP
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV, Softmax
+from kvzip_memory.attention.base import RowKV, Softmax, turned
 from kvzip_memory.context import Window
 
 
@@ -21,19 +21,18 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         tail_positions = row.context_tokens + torch.arange(n_tail, device=query.device)
         for head in range(query_heads):
             kv_head = head // group
-            keys, values, positions = row.keys[kv_head], row.values[kv_head], tail_positions
-            for part in row.parts:
-                part_keys, part_values = part.head(kv_head)
-                keys = torch.cat([part_keys, keys])
-                values = torch.cat([part_values, values])
-                positions = torch.cat([part.positions_of(kv_head).long(), positions])
+            values = torch.cat([part.head(kv_head)[1] for part in row.parts] + [row.values[kv_head]])
+            moved = [part.positions_of(kv_head).long() + (turn.by if turn else 0) for part, turn in row.turned]
+            positions = torch.cat([*moved, tail_positions])
             for i in range(row.n_new):
                 position = int(tail_positions[n_tail - row.n_new + i])
                 visible = positions <= position
                 if window is not None:
                     visible &= positions >= window.first(position)
-                q = query[b, head, n - row.n_new + i].double()
-                logits = softmax.capped(keys.double() @ q * softmax.scaling).masked_fill(~visible, float("-inf"))
+                q = query[b, head, n - row.n_new + i]
+                products = [part.head(kv_head)[0].double() @ turned(q, turn).double() for part, turn in row.turned]
+                products.append(row.keys[kv_head].double() @ q.double())
+                logits = softmax.capped(torch.cat(products) * softmax.scaling).masked_fill(~visible, float("-inf"))
                 if softmax.sinks is not None:
                     logits = torch.cat([logits, softmax.sinks[head : head + 1].double()])
                 out[b, n - row.n_new + i, head] = (logits.softmax(0)[: len(values)] @ values.double()).to(out.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton import knobs
 
 from kvzip_memory.attention import kernels
-from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, told_by
 from kvzip_memory.context import RaggedLayer, Window
 
 Int64 = npt.NDArray[np.int64]
@@ -35,7 +35,7 @@ SHORTEST_RUN = 128
 PROGRAMS = 2
 
 # Columns of an item; kernels.attend lists the same.
-KEYS, VALUES, POSITIONS, FIRST, COUNT, HEAD, START, END, TAIL = range(9)
+KEYS, VALUES, POSITIONS, FIRST, COUNT, HEAD, START, END, TAIL, ASKED = range(10)
 
 
 class Owner(NamedTuple):
@@ -47,6 +47,7 @@ class Owner(NamedTuple):
         offsets, counts: ``[L, H]``, where each head's pairs begin and how many there are.
         entries: the first entry and the one after the last.
         slot: the how many-th of their parts it is; -1: their tail.
+        asked: rows of queries before those that ask it, which are turned.
     """
 
     keys: Sequence[int]
@@ -56,6 +57,7 @@ class Owner(NamedTuple):
     counts: Int64
     entries: tuple[int, int]
     slot: int
+    asked: int = 0
 
     @property
     def is_tail(self) -> bool:
@@ -66,7 +68,7 @@ class Plan(NamedTuple):
     """Who reads what.
 
     Attributes:
-        items: ``[L, W, 9]`` int64, what each program of ``attend`` reads; rows of zeros are idle programs.
+        items: ``[L, W, 10]`` int64, what each program of ``attend`` reads; rows of zeros are idle programs.
         parts: ``[L, E, H, S, 2]`` int32, first item and number of items of each entry: of each of its parts and, last, of its tail.
     """
 
@@ -74,7 +76,7 @@ class Plan(NamedTuple):
     parts: npt.NDArray[np.int32]
 
 
-def part_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int], slot: int, last: bool) -> Owner:
+def part_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int], slot: int, last: bool, asked: int = 0) -> Owner:
     """A part's pairs; ``layers`` are all layers or the one in question. Layers with a window see only those of the ``last`` part."""
     return Owner(
         [layer.keys.data_ptr() for layer in layers],
@@ -84,24 +86,32 @@ def part_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int], slot: in
         np.array([layer.lengths if last or layer.window is None else [0] * layer.n_heads for layer in layers], np.int64),
         entries,
         slot,
+        asked,
     )
 
 
-def part_owners(rows: Sequence[Sequence[Sequence[RaggedLayer]]], starts: Sequence[int]) -> list[Owner]:
+def part_owners(
+    rows: Sequence[Sequence[Sequence[RaggedLayer]]], starts: Sequence[int], asked: Sequence[Sequence[int]] | None = None
+) -> list[Owner]:
     """The parts of rows, each once for rows that have it in the same place and stand one behind another.
 
     Args:
         rows: of each row its parts, and of each part the layers.
         starts: the first entry of each row, and the one after the last.
+        asked: of each part of each row, see :class:`Owner`; None where no queries are turned.
     """
     owners = []
+    asked = asked or [[0] * len(parts) for parts in rows]
     for slot in range(max(map(len, rows), default=0)):
-        seen = [(id(parts[slot][0]), slot + 1 == len(parts)) if slot < len(parts) else None for parts in rows]
+        seen = [
+            (id(told_by(parts[slot])), slot + 1 == len(parts), of_row[slot]) if slot < len(parts) else None
+            for parts, of_row in zip(rows, asked, strict=True)
+        ]
         first = 0
         for part, run in groupby(seen):
             end = first + len([*run])
             if part is not None:
-                owners.append(part_owner(rows[first][slot], (starts[first], starts[end]), slot, last=part[1]))
+                owners.append(part_owner(rows[first][slot], (starts[first], starts[end]), slot, part[1], part[2]))
             first = end
     return owners
 
@@ -146,7 +156,7 @@ def plan(
         for start in range(owner.entries[0], owner.entries[1], block):
             end = min(start + block, owner.entries[1])
             seen[start:end, :, owner.slot] = n_heads * len(spans) + np.arange(n_heads)
-            span = np.empty((n_layers, n_heads, 9), np.int64)
+            span = np.empty((n_layers, n_heads, 10), np.int64)
             for column, address, size in (
                 (KEYS, owner.keys, nbytes[0]),
                 (VALUES, owner.values, nbytes[1]),
@@ -154,7 +164,7 @@ def plan(
             ):
                 span[..., column] = np.array(address, np.int64)[:, None] + owner.offsets * size
             span[..., FIRST], span[..., COUNT], span[..., HEAD] = 0, owner.counts, np.arange(n_heads)
-            span[..., START], span[..., END], span[..., TAIL] = start, end, owner.is_tail
+            span[..., START], span[..., END], span[..., TAIL], span[..., ASKED] = start, end, owner.is_tail, owner.asked
             spans.append(span)
     table = np.concatenate(spans, 1)
     assert not (table[..., :2] % 16).any(), "the kernel loads 16 bytes at a time"
@@ -162,7 +172,7 @@ def plan(
     run = _shortest_run(table[..., COUNT], most)
     numbers = -(-table[..., COUNT] // run)
     firsts = numbers.cumsum(1) - numbers
-    items = np.zeros((n_layers, width or int(numbers.sum(1).max()), 9), np.int64)
+    items = np.zeros((n_layers, width or int(numbers.sum(1).max()), 10), np.int64)
     for layer in range(n_layers):
         which = np.repeat(np.arange(table.shape[1]), numbers[layer])
         skipped = (np.arange(len(which)) - firsts[layer][which]) * run[layer]
@@ -238,7 +248,9 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
     """See :class:`~kvzip_memory.attention.base.AttentionBackend`."""
     batch, query_heads, n, dim = query.shape
     dims, itemsize = (dim, rows[0].values.shape[2]), query.element_size()
-    groups = rows_by_parts([row.parts for row in rows])
+    groups = rows_by_parts([row.places for row in rows])
+    turns = {turn.by: turn for row in rows for turn in row.turns if turn is not None}
+    before = {by: (number + 1) * batch for number, by in enumerate(turns)}
     entries: list[tuple[int, int]] = []
     owners, starts = [], [0]
     for b in (b for members in groups for b in members):
@@ -246,7 +258,9 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         entries += [(b, row.n_new - 1 - i) for i in range(row.n_new)]
         owners.append(tail_owner([(row.keys, row.values)], row.keys.shape[1], (start, len(entries))))
         starts.append(len(entries))
-    owners += part_owners([[[part] for part in rows[b].parts] for members in groups for b in members], starts)
+    order = [rows[b] for members in groups for b in members]
+    asked = [[before.get(by, 0) for _, by in row.places] for row in order]
+    owners += part_owners([[[part] for part in row.parts] for row in order], starts, asked)
     group = query_heads // rows[0].keys.shape[0]
     size = blocks(max(owner.entries[1] - owner.entries[0] for owner in owners), group, dims, itemsize)
     nbytes = dims[0] * itemsize, dims[1] * itemsize
@@ -257,7 +271,8 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
     lengths, positions = torch.tensor([tail_lengths, last], device=query.device)
     table = torch.tensor(entries, dtype=torch.int32, device=query.device)
     out = query.new_zeros(batch, n, query_heads, dims[1])
-    return attend(query, items, parts, table, lengths, positions, softmax, window, size, out)
+    queries = torch.cat([query, *(turn.of(query) for turn in turns.values())]) if turns else query
+    return attend(queries, items, parts, table, lengths, positions, softmax, window, size, out)
 
 
 def attend(
@@ -275,7 +290,7 @@ def attend(
     """Run one layer's items and merge their parts into ``out [B, n, H * G, DV]``, where entries say.
 
     Args:
-        query: ``[B, H * G, n, D]``.
+        query: ``[B, H * G, n, D]``, and behind them those that are turned, as many for each turn.
         items, parts: one layer of a :class:`Plan`, on the device.
         entries: ``[E, 2]`` int32: the row of each entry, and how many of the row's tokens come after it.
         lengths: ``[B]`` int64, pairs in the tails, this call's included.

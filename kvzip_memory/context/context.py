@@ -32,12 +32,14 @@ class Lease:
         states: what layers without attention remember.
         before: layers of the parts that it shares with others, which stand before its own, in their order. Of a layer with a window its own
             have all that the next token sees.
+        shifts: how far each of :attr:`parts` has moved from where it was made, in positions; empty if none has.
     """
 
     layers: Layers
     receipt: Receipt
     states: States = field(default_factory=dict)
     before: tuple[Layers, ...] = ()
+    shifts: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[Layers, ...]:

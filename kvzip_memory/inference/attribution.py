@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kvzip_memory.attention import BACKENDS, RowKV, Softmax
+from kvzip_memory.attention.base import turned
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.states import CallCache
@@ -58,7 +59,7 @@ class _Watch(CallCache):
 
     def __init__(self, model: LanguageModel, row: Row, spans: Sequence[Span], first: int) -> None:
         super().__init__([row.remembered], model.layout.latent)
-        self._row, self._first, self._layout = row, first, model.layout
+        self._row, self._first, self._layout, self._rotations = row, first, model.layout, model.rotations
         self._edges = torch.tensor(spans, dtype=torch.int32, device=model.device).view(-1, 2).T.contiguous()  # [2, spans]
         self.mass: dict[int, Tensor] = {}  # [H, spans] of each layer with full attention
 
@@ -71,31 +72,35 @@ class _Watch(CallCache):
         new = key[0]
         keys, values = row.tail.append(place, new, new if value is key else value[0]) if own else row.tail.seen(place, n)
         if window is None:
-            mass = self._mass(place, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
+            mass = self._mass(place, layer, query[0].unflatten(0, (len(keys), -1)) * softmax.scaling, keys, softmax)
             self.mass[layer] = self.mass[layer] + mass if layer in self.mass else mass
-        return BACKENDS["cpu"](query, [RowKV(row.pairs(place), keys, values, n, row.start)], softmax, window)
+        return BACKENDS["cpu"](
+            query, [RowKV(row.pairs(place), keys, values, n, row.start, row.turns(place, layer, self._rotations))], softmax, window
+        )
 
-    def _mass(self, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
+    def _mass(self, place: int, layer: int, query: Tensor, tail_keys: Tensor, softmax: Softmax) -> Tensor:
         """``[H, spans]`` fp32: what the rows of scaled ``query [H, G, n, D]`` that count pay to the spans, summed over them."""
-        parts, (n_heads, group, n, _) = self._row.pairs(layer), query.shape
+        parts, (n_heads, group, n, _) = self._row.pairs(place), query.shape
+        turns = self._row.turns(place, layer, self._rotations) or (None,) * len(parts)
+        shifts = self._row.shifts or (0,) * len(parts)
         past = self._row.tail.length
         sinks = None if softmax.sinks is None else softmax.sinks.float().view(n_heads, group, 1, 1)
         mass = query.new_zeros(n_heads, group, self._edges.shape[1], dtype=torch.float32)
         for head in range(n_heads):
-            keys = torch.cat([part.head(head)[0] for part in parts])
-            positions = torch.cat([part.positions_of(head) for part in parts])
-            at = torch.searchsorted(positions, self._edges)
-            step = max(1, _BLOCK_ELEMENTS // (group * (len(keys) + past + n)))
+            positions = torch.cat([part.positions_of(head) + shift for part, shift in zip(parts, shifts, strict=True)])
+            at, n_before = torch.searchsorted(positions, self._edges), len(positions)
+            step = max(1, _BLOCK_ELEMENTS // (group * (n_before + past + n)))
             for start in range(max(0, self._first - past), n, step):
                 rows = query[head, :, start : start + step]
                 own = rows @ tail_keys[head].T
                 positions = torch.arange(past + n, device=own.device)
                 later = positions > positions[past + start : past + start + rows.shape[1], None]
-                logits = softmax.capped(torch.cat([rows @ keys.T, own], -1).float())
-                logits[..., len(keys) :].masked_fill_(later, float("-inf"))
+                before = [turned(rows, turn) @ part.head(head)[0].T for part, turn in zip(parts, turns, strict=True)]
+                logits = softmax.capped(torch.cat([*before, own], -1).float())
+                logits[..., n_before:].masked_fill_(later, float("-inf"))
                 if sinks is not None:
                     logits = torch.cat([logits, sinks[head].expand(-1, rows.shape[1], 1)], -1)
-                paid = pad(logits.softmax(-1)[..., : len(keys)].sum(1).cumsum(-1), (1, 0))
+                paid = pad(logits.softmax(-1)[..., :n_before].sum(1).cumsum(-1), (1, 0))
                 mass[head] += paid[:, at[1]] - paid[:, at[0]]
         return mass.mean(1)
 

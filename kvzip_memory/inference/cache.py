@@ -8,8 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax
-from kvzip_memory.context import NO_STATES, Layers, Lease, RaggedLayer, States
+from kvzip_memory.attention.base import Turn
+from kvzip_memory.context import NO_STATES, Layers, RaggedLayer, States
 from kvzip_memory.inference.layout import Layout
+from kvzip_memory.inference.rotation import Rotations
 from kvzip_memory.inference.states import CallCache
 
 
@@ -117,6 +119,7 @@ class Row(NamedTuple):
         tail: what came after them.
         states: the context's.
         before: layers of the parts that the context shares with others, which stand before its own, in their order.
+        shifts: how far each part, its own included, has moved from where it was made; empty if none has.
     """
 
     layers: Layers
@@ -124,11 +127,7 @@ class Row(NamedTuple):
     tail: Tail
     states: States = NO_STATES
     before: tuple[Layers, ...] = ()
-
-    @classmethod
-    def behind(cls, lease: Lease, start: int, tail: Tail) -> Row:
-        """A row behind a leased context of ``start`` tokens."""
-        return cls(lease.layers, start, tail, lease.states, lease.before)
+    shifts: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
@@ -145,6 +144,12 @@ class Row(NamedTuple):
         if not self.before or self.layers[place].window is not None:
             return self.layers[place : place + 1]
         return tuple(part[place] for part in self.parts)
+
+    def turns(self, place: int, layer: int, rotations: Rotations) -> tuple[Turn | None, ...]:
+        """How queries are turned for :meth:`pairs`; empty if nothing has moved. What a window shows is where it is."""
+        if not any(self.shifts) or self.layers[place].window is not None:
+            return ()
+        return tuple(rotations.turn(layer, shift) for shift in self.shifts)
 
     @property
     def remembered(self) -> States:
@@ -164,10 +169,16 @@ class SessionCache(CallCache):
     """
 
     def __init__(
-        self, rows: Sequence[Row], counts: Sequence[int], layout: Layout, backend: AttentionBackend, pairs_only: bool = False
+        self,
+        rows: Sequence[Row],
+        counts: Sequence[int],
+        layout: Layout,
+        backend: AttentionBackend,
+        rotations: Rotations,
+        pairs_only: bool = False,
     ) -> None:
         super().__init__([row.remembered for row in rows], layout.latent)
-        self._rows, self._counts, self._layout, self._backend = rows, counts, layout, backend
+        self._rows, self._counts, self._layout, self._backend, self._rotations = rows, counts, layout, backend, rotations
         self._last = layout.owners[-1] if pairs_only and not layout.stateful else None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -182,7 +193,7 @@ class SessionCache(CallCache):
             else:
                 keys, values = row.tail.seen(place, count)
             # of those that reuse pairs the model may ask for the last tokens alone
-            rows.append(RowKV(row.pairs(place), keys, values, min(count, n), row.start))
+            rows.append(RowKV(row.pairs(place), keys, values, min(count, n), row.start, row.turns(place, layer, self._rotations)))
         if layer == self._last:
             raise LastLayerSeen
         return self._backend(query, rows, softmax, self._layout.windows[place])

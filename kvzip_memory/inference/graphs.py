@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvzip_memory.attention.base import Softmax, rows_by_parts
+from kvzip_memory.attention.base import Softmax, rows_by_parts, told_by
 from kvzip_memory.context import RaggedLayer, Window
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.system.modes import evaluation_copy, in_evaluation
@@ -108,11 +108,13 @@ class DecodeSteps:
     def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor | None:
         """Feed each row its tokens and append their pairs to its tail, uncounted; logits ``[B, n_logits, vocab]`` fp32 after the last.
 
-        None if that has to be done without graphs: many tokens, a tail that has never been written, adapters, whose
+        None if that has to be done without graphs: parts that have moved, many tokens, a tail that has never been written, adapters, whose
         switches a graph would miss, or a model that cannot be captured.
         """
         width = max(map(len, ids))
         shape = _power(len(rows)), _power(width), _power(1 + max(len(row.before) for row in rows))
+        if any(any(row.shifts) for row in rows):  # whose queries are turned for each part
+            return None
         if not self._usable or (width > 1 and shape[0] * shape[1] > MOST_TOKENS) or getattr(self._model, "_hf_peft_config_loaded", False):
             return None
         for row, row_ids in zip(rows, ids, strict=True):
@@ -168,7 +170,7 @@ class _Batch:
         tokens, positions, self._lengths, self._last, self._counts = self._inputs.split([size * width] * 2 + [size] * 3)
         self._tokens, self._positions = tokens.view(size, width), positions.view(size, width)
         self._tails = zeros(len(windows), size, 3)
-        self._items = zeros(len(windows), n_items, 9)
+        self._items = zeros(len(windows), n_items, 10)
         self._parts = zeros(len(windows), size * width, n_heads, self._slots, 2, dtype=torch.int32)
         self._entries = zeros(size * width, 2, dtype=torch.int32)
         self._placed: list[tuple[weakref.ref[Tail], int, list[weakref.ref[RaggedLayer]]]] = []
@@ -180,7 +182,7 @@ class _Batch:
             tail() is row.tail
             and capacity == row.tail.capacity
             and len(parts) == len(row.parts)
-            and all(part() is layers[0] for part, layers in zip(parts, row.parts, strict=True))
+            and all(part() is told_by(layers) for part, layers in zip(parts, row.parts, strict=True))
             for row, (tail, capacity, parts) in zip(rows, self._placed, strict=True)
         )
 
@@ -188,7 +190,7 @@ class _Batch:
         """Write the tables for these rows."""
         kernels, width = self._kernels, self._width
         self._placed = []  # until all is written
-        order = [b for members in rows_by_parts([tuple(part[0] for part in row.parts) for row in rows]) for b in members]
+        order = [b for members in rows_by_parts([tuple(id(told_by(part)) for part in row.parts) for row in rows]) for b in members]
         starts = [width * i for i in range(len(order) + 1)]
         owners = kernels.part_owners([rows[b].parts for b in order], starts)
         for b, start in zip(order, starts, strict=False):
@@ -205,7 +207,7 @@ class _Batch:
             capacity = row.tail.capacity
             tables[:, b] = torch.tensor([(keys.data_ptr(), values.data_ptr(), capacity) for keys, values in row.tail.pairs(capacity)])
         self._tails.copy_(tables)
-        self._placed = [(weakref.ref(row.tail), row.tail.capacity, [weakref.ref(part[0]) for part in row.parts]) for row in rows]
+        self._placed = [(weakref.ref(row.tail), row.tail.capacity, [weakref.ref(told_by(part)) for part in row.parts]) for row in rows]
 
     def run(self, rows: Sequence[Row], ids: Sequence[Sequence[int]], n_logits: int) -> Tensor:
         tokens, positions = torch.zeros(2, self._size, self._width, dtype=torch.int64)

@@ -14,13 +14,15 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from kvzip_memory.attention import AttentionCall, attach, choose
-from kvzip_memory.context import RaggedLayer, States
+from kvzip_memory.context import Lease, RaggedLayer, States
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, ModelError, UnsupportedModelError
 from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
 from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
+from kvzip_memory.inference.ends import eos_ids
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.layout import check_config, check_kind, layout_of, window_of
+from kvzip_memory.inference.rotation import Rotations
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
 from kvzip_memory.inference.worker import Worker
@@ -147,6 +149,16 @@ class LanguageModel:
         """Ids that end an answer."""
         return eos_ids(self.model, self.tokenizer)
 
+    def row(self, lease: Lease, start: int, tail: Tail) -> Row:
+        """A row behind a leased context of ``start`` tokens.
+
+        Raises:
+            UnsupportedModelError: parts of it have moved, and the model cannot tell.
+        """
+        if any(lease.shifts):
+            self.rotations.measure()
+        return Row(lease.layers, start, tail, lease.states, lease.before, lease.shifts)
+
     @property
     def alone(self) -> bool:
         """Whether at most one answer is running."""
@@ -171,6 +183,7 @@ class LanguageModel:
         self.backend, self._backend = chosen.name, chosen.attend
         layout = self.layout
         alike = len(layout.owners) == len(layout.places) and len(set(layout.shapes)) == 1 and not (layout.stateful or layout.latent)
+        self.rotations = Rotations(self.fill, self.model, layout, self.window)
         self._steps = DecodeSteps(self.model, self.windows, chosen.kernels) if chosen.kernels is not None and alike else None
 
     def changed(self, moved: bool) -> None:
@@ -258,7 +271,7 @@ class LanguageModel:
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
             positions[b, width - count :] = torch.arange(row.length, row.length + count)
         while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
-            model, cache = self._evaluating(), SessionCache(rows, counts, self.layout, self._backend)
+            model, cache = self._evaluating(), SessionCache(rows, counts, self.layout, self._backend, self.rotations)
             cache.positions = positions.to(self.device)
             try:
                 logits: Tensor = model(
@@ -296,7 +309,7 @@ class LanguageModel:
     def append(self, row: Row, ids: Sequence[int]) -> Iterator[int]:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
         for chunk in self._chunks(ids):
-            cache = SessionCache([row], [len(chunk)], self.layout, self._backend, pairs_only=True)
+            cache = SessionCache([row], [len(chunk)], self.layout, self._backend, self.rotations, pairs_only=True)
             self._fill(chunk, row.length, cache, cache)
             cache.advance()
             yield len(chunk)
@@ -433,11 +446,3 @@ class LanguageModel:
 
 def _nothing(logits: Tensor) -> list[int]:
     return []
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer, as model and tokenizer say now."""
-    ids: set[int] = set()
-    for value in (getattr(model.generation_config, "eos_token_id", None), tokenizer.eos_token_id):
-        ids.update(value if isinstance(value, list) else [value] if value is not None else [])
-    return frozenset(ids)

@@ -27,6 +27,7 @@ _table = threading.RLock()  # of who enters such a block for the first time; who
 _locks: dict[threading.Thread, Any] = {}  # of the threads that have been in such a block
 _mine = threading.local()
 _taken: list[Any] = []  # those that who forks has taken, or was about to
+_handler: Any = None  # of interrupts, while one that notes them is in its place
 _interrupted = False
 
 
@@ -88,14 +89,34 @@ class _Refusing:
     __getattr__ = __enter__ = __exit__ = __call__ = __iter__ = __len__ = __getitem__ = __setitem__ = __contains__ = _refused
 
 
+def _note_interrupts() -> None:
+    """Of what is raised in any hook nobody hears, so interrupts are noted until the last of them has ended, and sent again."""
+    global _handler
+    now = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is threading.main_thread() and callable(now) and now is not _noted:
+        _handler = now
+        signal.signal(signal.SIGINT, _noted)
+
+
+def _noted(*given: object) -> None:
+    global _interrupted
+    _interrupted = True
+
+
+def _raise_interrupts() -> None:
+    if signal.getsignal(signal.SIGINT) is _noted and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _handler)
+
+
 def _before_fork() -> None:
     global _interrupted
     for _ in range(3):
         try:
+            _note_interrupts()
             release()  # GNU OpenMP's threads are not in the child either, where the first one that computes in parallel would wait for them
             _hold()
             return
-        except KeyboardInterrupt:  # nobody hears of what is raised here
+        except KeyboardInterrupt:  # just before
             _interrupted = True
 
 
@@ -118,6 +139,7 @@ def _in_parent() -> None:
     for _ in range(3):
         try:
             _let_go()
+            _raise_interrupts()
             break
         except KeyboardInterrupt:
             _interrupted = True
@@ -139,6 +161,7 @@ def _in_child() -> None:
     global _table, _locks, _mine, _taken, _interrupted
     _table = threading.RLock()
     _locks, _mine, _taken, _interrupted = {}, threading.local(), [], False
+    _raise_interrupts()
     for owner, action in list(_actions.items()):
         action(owner)
 

@@ -228,8 +228,11 @@ def found_after(engine: KVzipEngine, session: Session) -> torch.Tensor:
     """The same from the session's own tail, once nothing is answered any more."""
     session._check_idle()
     context, tail = session.context, session._tail.copy()
-    row = Row(context.layers, context.n_tokens, tail, context.states) if context else Row((), 0, tail)
-    return engine._model.forward([row], [[*session._talk.ids[tail.length :], 30, 31]], n_logits=2)[0]
+    ids = [[*session._talk.ids[tail.length :], 30, 31]]
+    if context is None:
+        return engine._model.forward([Row((), 0, tail)], ids, n_logits=2)[0]
+    with context.lease() as lease:
+        return engine._model.forward([engine._model.row(lease, context.n_tokens, tail)], ids, n_logits=2)[0]
 
 
 ENGINES: dict[str, KVzipEngine] = {}
@@ -310,7 +313,12 @@ def test_files_with_states_or_latents_are_of_a_format_of_their_own() -> None:
         identity = engine_of(kind).load(TEXT).identity
         assert identity["format"] == written
         assert other_version(identity) is None
-    assert other_version({**identity, "format": 6}) == "newer"
+    for kind, written in (("llama", 6), ("lfm2", 7)):
+        engine = engine_of(kind)
+        identity = engine.extend(engine.load(TEXT), MORE, share=True).identity
+        assert identity["format"] == written
+        assert other_version(identity) is None
+    assert other_version({**identity, "format": 8}) == "newer"
     assert other_version({**identity, "format": 3}) == "older"
 
 
