@@ -100,7 +100,7 @@ def of_text(ratio: float, prefilled: Prefilled) -> float:
 
 def context_at(prefilled: Prefilled, scored: Scored, ratio: float, refit: Refit | str, base: CompressedContext) -> CompressedContext:
     """A context evicted to ``ratio`` from a dense cache that stays whole."""
-    stages = Stages.of(scored, refit=refit)
+    stages = Stages.of(scored, refit=refit).for_layers(prefilled.model.windows, latent=False, refit=refit)
     layers = compress(replace(prefilled, dense=[*prefilled.dense]), ratio, stages, lambda *_: None).layers
     fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
     return CompressedContext(**fields, storage=Resident(layers), ratio=ratio)
@@ -150,7 +150,7 @@ def main() -> None:
             ours = SCORERS[name] == KVzipScorer()
             ways = {name: ("none", False)}
             if ours:
-                ways |= {f"{name}, refitted": ("ridge", False), 'default with refit="none"': ("none", True), "default": ("ridge", True)}
+                ways |= {f"{name}, refitted": ("ridge", False), 'default with refit="none"': ("none", True), "default": ("auto", True)}
             for ratio, (method, (refit, beside)) in product(RATIOS, ways.items()):
                 context = context_at(prefilled, scored, ratio if beside else of_text(ratio, prefilled), refit, full)
                 kept[method, ratio].append(context.kept_pairs / context.total_pairs)

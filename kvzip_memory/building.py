@@ -64,7 +64,7 @@ def context_identity(
         share: whether the parent's pairs stay as they are, and where they are; then its scores are none of this one's.
     """
     scored = ratio < 1.0 or (parent is not None and not share and parent.identity.get("scorer") is not None)
-    way = stages.identity() if scored else {"scorer": None, "allocator": None}
+    way = stages.at(ratio).identity() if scored else {"scorer": None, "allocator": None}
     parts = _parts(parent, share)
     return {
         **model,
@@ -189,7 +189,7 @@ class Builder:
 
     def _other_stages(self, identity: Mapping[str, Any]) -> tuple[str, ...]:
         """The stages by whose methods, as they are now, pairs of a context would be ranked, chosen or refitted otherwise."""
-        way = self._stages.identity()
+        way = self._stages.at(identity["ratio"]).identity()
         return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if not same(identity.get(stage), way.get(stage)))
 
     def identity(

@@ -75,8 +75,7 @@ class Library(Shared):
         stages = Stages.of(scorer, allocator, refit)
         tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
-        if self._model.layout.latent:
-            stages = stages.of_latents(refit)
+        stages = stages.for_layers(self._model.windows, self._model.layout.latent, refit)
         self._speech = Speech(self._model, tokenizer, template_kwargs)
         salt, device = tenant_digest(tenant), self._model.device
         if device_bytes is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,17 +26,24 @@ from kvzip_memory.context import RaggedLayer, Window
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
 
+#: Where most layers have a window, the smallest ratio at which "auto" refits: below, the few others keep so little that it did harm.
+FITS_FROM = 0.4
 _LAYERS_FREED = 4  # whose pages are returned together: what a refit works with would be fetched from the system anew for each
 
 
 @dataclass(frozen=True)
 class Stages:
-    """A method for each stage."""
+    """A method for each stage.
+
+    Attributes:
+        fits_from: the smallest ratio at which pairs are refitted.
+    """
 
     scorer: Scorer
     allocator: Allocator
     refit: Refit
     codec: Codec
+    fits_from: float = 0.0
 
     @classmethod
     def of(cls, scorer: Scorer | str = "kvzip", allocator: Allocator | str = "global", refit: Refit | str = "auto") -> Stages:
@@ -61,21 +69,30 @@ class Stages:
             )
         return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
 
-    def of_latents(self, refit: Refit | str) -> Stages:
-        """The same for pairs of which keys are their own values: what fits the one would change the other.
+    def for_layers(self, windows: Sequence[Window | None], latent: bool, refit: Refit | str) -> Stages:
+        """The same for the layers of a model.
 
         Args:
-            refit: as it was given; ``"auto"`` is ``"none"``.
+            windows: what each of them sees.
+            latent: whether keys are their own values: what fits the one would change the other.
+            refit: as it was given; ``"auto"`` is ``"none"`` for latents, and below :data:`FITS_FROM` where most layers have a window.
 
         Raises:
-            InputError: it is another refit.
+            InputError: it is another refit, and the model caches latents.
         """
+        if not latent:
+            few = refit == "auto" and 2 * sum(window is None for window in windows) < len(windows)
+            return replace(self, fits_from=FITS_FROM) if few else self
         if refit != "auto" and self.refit.every:
             raise InputError(
                 f"refit {brief(self.refit.identity())} fits keys and values, and this model caches latents, which are both; "
                 "use refit='none'"
             )
         return replace(self, refit=REFITS.of("none"))
+
+    def at(self, ratio: float) -> Stages:
+        """The methods of a ratio."""
+        return self if ratio >= self.fits_from else replace(self, refit=REFITS.of("none"), fits_from=0.0)
 
     def identity(self) -> dict[str, Any]:
         """Its part of a context's key, as the methods say it now. Pairs as the model computed them are not mentioned, as they were not when
@@ -144,6 +161,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     Raises:
         ModelError: the model gave scores that are not finite, or a method something else than it owes.
     """
+    stages = stages.at(ratio)
     dense_nbytes = sum(_nbytes(prefilled, *pairs, window) for pairs, window in zip(prefilled.dense, prefilled.model.windows, strict=True))
     began = time.perf_counter()
     rows = Rows(stages.refit.every) if stages.refit.every else None

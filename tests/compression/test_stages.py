@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import TEXT, tiny_engine
+from conftest import TEXT, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import CompressedContext, IdentityMismatchError, InputError, KVzipEngine
 from kvzip_memory.compression import Prefilled, Progress, methods
 from kvzip_memory.compression.allocators import ALLOCATORS
@@ -513,3 +513,15 @@ def test_a_methods_name_is_a_text(stage: str, name: Any) -> None:
     with pytest.raises(InputError, match=f"name of a {stage}"):
         STAGES[stage].register(name, OWN[stage])
     assert [*STAGES[stage]] == before
+
+
+def test_where_few_layers_are_compressed_auto_refits_from_a_ratio_on() -> None:
+    few = tiny_model("gemma3", layer_types=[*["sliding_attention"] * 3, "full_attention"])
+    engines = {refit: KVzipEngine(few, tiny_tokenizer(), refit=refit) for refit in ("auto", "none", "ridge")}
+    for ratio, like in ((0.3, "none"), (0.5, "ridge")):
+        contexts = {refit: engine.load(TEXT, ratio=ratio) for refit, engine in engines.items()}
+        assert contexts["auto"].key == contexts[like].key != contexts["none" if like == "ridge" else "ridge"].key
+        assert same_pairs(contexts["auto"], contexts[like])
+        assert contexts["auto"].fitted == contexts[like].fitted
+    half = {refit: tiny_engine("gemma3", refit=refit).load(TEXT, ratio=0.3) for refit in ("auto", "ridge")}
+    assert half["auto"].key == half["ridge"].key
