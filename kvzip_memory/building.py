@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvzip_memory.chain import Step
-from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, prefill_behind
+from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, read_behind
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import (
@@ -29,8 +29,10 @@ from kvzip_memory.context import (
     parts_of,
 )
 from kvzip_memory.errors import IdentityMismatchError, InputError
+from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Stamp
+from kvzip_memory.joining import Joinable, joined, without_preamble
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
@@ -53,6 +55,7 @@ def context_identity(
     parent: CompressedContext | None = None,
     compress_every: int | None = None,
     share: bool = False,
+    joinable: Joinable | None = None,
 ) -> dict[str, Any]:
     """All fields that determine a context's bytes, what may follow it, and who may use it.
 
@@ -62,13 +65,15 @@ def context_identity(
         compress_every: size of the pieces it is built in, None if in one.
         parent: the context it was grown from. If that has scores, this one has them at any ratio.
         share: whether the parent's pairs stay as they are, and where they are; then its scores are none of this one's.
+        joinable: what it shares in place of the parent, behind which it is only read.
     """
     scored = ratio < 1.0 or (parent is not None and not share and parent.identity.get("scorer") is not None)
     way = stages.at(ratio).identity() if scored else {"scorer": None, "allocator": None}
-    parts = _parts(parent, share)
+    parts = _parts(parent, share) if joinable is None else (joinable.head,)
+    above = None if parent is None else parent.key
     return {
         **model,
-        **({"format": with_parts(model["format"]), "parts": [list(part) for part in parts]} if parts else {}),
+        **({"format": with_parts(model["format"]), "parts": [part.told for part in parts]} if parts else {}),
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
@@ -80,7 +85,8 @@ def context_identity(
         "protected": prompt.protected,
         "recipe": recipe_digest(prompt.recipe),
         "tools": prompt.recipe.tools,
-        "parent": None if parent is None else parent.key,
+        "parent": above if joinable is None else joinable.front,
+        **({} if joinable is None else {"shift": -joinable.dropped}),
     }
 
 
@@ -88,7 +94,7 @@ def _parts(parent: CompressedContext | None, share: bool) -> tuple[Part, ...]:
     """What a context shares: what its parent does, and the parent itself."""
     if parent is None:
         return ()
-    return (*parent.parts, Part(parent.key, parent.n_tokens - parent.shared_tokens)) if share else parent.parts
+    return parent.all_parts if share else parent.parts
 
 
 class Computed(NamedTuple):
@@ -118,6 +124,7 @@ class _Beginning:
         states: what layers without attention remember at its end.
         before: layers of the parts that are shared.
         shared: tokens that these stand for.
+        shifts: how far each of these, and the layers, have moved; empty if nothing has.
     """
 
     n_tokens: int = 0
@@ -129,15 +136,25 @@ class _Beginning:
     states: States = field(default_factory=dict)
     before: tuple[Layers, ...] = ()
     shared: int = 0
+    shifts: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, parent: CompressedContext, lease: Lease, share: bool) -> _Beginning:
         """A whole context, of which nothing is the next one's own if that is to share it, but what a window shows."""
         if share:
             layers = [layer.none() if layer.window is None else layer for layer in lease.layers]
-            return cls(parent.n_tokens, layers, states=lease.states, before=lease.parts, shared=parent.n_tokens)
-        layers, shared = list(lease.layers), parent.shared_tokens
-        return cls(parent.n_tokens, layers, parent.dense_nbytes, parent.fitted, states=lease.states, before=lease.before, shared=shared)
+            shifts = (*lease.shifts, 0) if lease.shifts else ()
+            return cls(parent.n_tokens, layers, states=lease.states, before=lease.parts, shared=parent.n_tokens, shifts=shifts)
+        return cls(
+            parent.n_tokens,
+            list(lease.layers),
+            parent.dense_nbytes,
+            parent.fitted,
+            states=lease.states,
+            before=lease.before,
+            shared=parent.shared_tokens,
+            shifts=lease.shifts,
+        )
 
 
 class Builder:
@@ -201,9 +218,10 @@ class Builder:
         *,
         computed: bool = False,
         share: bool = False,
+        joinable: Joinable | None = None,
     ) -> dict[str, Any]:
         """What the context of a prompt is the context of; all of its pairs are read in one piece if they are ``computed``. It may ``share``
-        those of its parent.
+        those of its parent, or be made to be joined.
         """
         behind = max(prompt.protected, parent.n_tokens if parent else 0)
         whole = computed or ratio == 1.0 or len(prompt.token_ids) - behind <= (self._compress_every or math.inf)
@@ -216,6 +234,7 @@ class Builder:
             parent,
             None if whole else self._compress_every,
             share,
+            joinable,
         )
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
@@ -236,7 +255,7 @@ class Builder:
         return Bar(name or "context", self._progress)
 
     def build(
-        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, computed: Computed | None = None
+        self, language: Language, step: Step, given: tuple[CompressedContext, ...], report: Report, computed: Computed | None = None
     ) -> CompressedContext:
         """A context of the weights that its key names and of no others: all of them are read once it is built, and nobody has written to
         them meanwhile, or since the stamp of the model that ``computed`` pairs are of.
@@ -249,7 +268,7 @@ class Builder:
         where = f"context {wanted.key[:12]!r}"
         self._identity.check(wanted.identity, language, where)  # a handle may outlive the weights
         self._check_way(wanted.identity, where)
-        context, ms, fading = self._built(language, step, parent, report, computed)
+        context, ms, fading = self._built(language, step, given[0] if step.parent else None, report, computed)
         self._check_way(wanted.identity, where)
         began = time.perf_counter()
         self._identity.prove(wanted.identity, language, where, since)
@@ -279,15 +298,21 @@ class Builder:
         assert recipe is not None
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
         ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
+        dropped = -wanted.identity.get("shift", 0)  # tokens of a preamble, behind the head
         known = parent.n_tokens if parent else 0
-        share = parent is not None and len(parts_of(wanted.identity)) > len(parent.parts)
+        share = parent is not None and (dropped > 0 or len(parts_of(wanted.identity)) > len(parent.parts))
         first = known if parent and (share or parent.identity.get("scorer")) else step.protected
         total = len(ids) - known + (self._stages.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
             beginning = _Beginning.of(parent, lease, share) if parent and lease else _Beginning()
             for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
-                beginning = self._grown(beginning, ids[:end], language, step, progress, computed)
+                beginning = self._grown(beginning, ids[:end], language, step, progress, computed, dropped)
+        if dropped:
+            token_ids = torch.cat([token_ids[: step.protected], token_ids[known:]])
+            layers = without_preamble(self._model, beginning.layers, known, dropped, len(token_ids))
+            fitted = tuple((start - dropped, end - dropped) for start, end in beginning.fitted)
+            beginning = replace(beginning, layers=layers, fitted=fitted)
         ratio = wanted.identity["ratio"]
         context = CompressedContext(
             key=wanted.key,
@@ -299,12 +324,39 @@ class Builder:
             dense_nbytes=beginning.dense_nbytes,
             recipe=recipe,
             sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
-            created=parent.created if parent else 0.0,
-            expires=parent.expires if parent else None,
-            coarsest=min(ratio, parent.coarsest) if parent else ratio,
+            created=parent.created if parent and not dropped else 0.0,
+            expires=parent.expires if parent and not dropped else None,
+            coarsest=min(ratio, parent.coarsest) if parent and not dropped else ratio,
             fitted=beginning.fitted,
         )
         return context, beginning.ms, beginning.fading
+
+    def check_movable(self) -> None:
+        """Raises:
+        UnsupportedModelError: parts of the model's contexts cannot be moved.
+        """
+        self._model.rotations.measure()
+
+    def _read(self, beginning: _Beginning, ids: Sequence[int], progress: Progress) -> tuple[DensePairs, States]:
+        """The pairs of ids behind a beginning, and the states behind them."""
+        if beginning.shifts:
+            self.check_movable()
+        tail = Tail(len(ids))
+        row = Row(tuple(beginning.layers), beginning.n_tokens, tail, beginning.states, beginning.before, beginning.shifts)
+        return read_behind(self._model, row, ids, progress)
+
+    def joined_identity(
+        self, language: Language, prompt: Prompt, contexts: Sequence[CompressedContext], parts: Sequence[Part]
+    ) -> dict[str, Any]:
+        """What contexts are the context of when they are joined."""
+        texts = digest(["joined", [context.identity["text"] for context in contexts]])
+        ratio = min(context.ratio for context in contexts)
+        whole = context_identity(self._identity.of(language), replace(prompt, text_digest=texts), 1.0, self._stages, self._tenant)
+        return {**whole, "format": with_parts(whole["format"]), "ratio": ratio, "parts": [part.told for part in parts]}
+
+    def join(self, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
+        """See :func:`~kvzip_memory.joining.joined`."""
+        return joined(self._model, step, contexts)
 
     def _grown(
         self,
@@ -314,6 +366,7 @@ class Builder:
         step: Step,
         progress: Progress,
         computed: Computed | None,
+        dropped: int = 0,
     ) -> _Beginning:
         """A beginning that goes on to the end of ``ids``: the piece between is read, unless it is computed, and all are compressed."""
         assert step.recipe is not None
@@ -324,7 +377,7 @@ class Builder:
             pairs = computed.pairs
             progress("prefill", n - start)
         elif layers:
-            pairs, states = prefill_behind(self._model, layers, beginning.states, start, ids[start:], progress, beginning.before)
+            pairs, states = self._read(beginning, ids[start:], progress)
         else:
             pairs, states = prefill(self._model, ids, progress)
         read = time.perf_counter()
@@ -336,12 +389,13 @@ class Builder:
             step.recipe.opening,
             step.recipe.closing,
             language.prompts.text_ids,
-            tuple((first, min(last, n)) for first, last in step.keep if first < n),
+            tuple((first + dropped, min(last + dropped, n)) for first, last in step.keep if first + dropped < n),
             layers,
             start,
             states,
             before=beginning.before,
             shared=beginning.shared,
+            shifts=beginning.shifts,
         )
         fading = beginning.fading or self._fading(piece, step.wanted.identity)
         measured = 1e3 * (time.perf_counter() - read)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Layers, Lease, Recipe, Resident, Source, Writer, as_told, parts_of
+from kvzip_memory.context import CompressedContext, Layers, Lease, Part, Recipe, Resident, Source, Writer, as_told, parts_of
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.system import calls
@@ -22,6 +22,9 @@ logger = logger_of(__name__)
 _REMOVED = "removed"
 
 
+Make = Callable[["Step", tuple[CompressedContext, ...], Report], CompressedContext]
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Step(Shared):
     """How one context is made of its parent and its own tokens. Holds nothing of what its ancestors hold.
@@ -29,26 +32,27 @@ class Step(Shared):
     Attributes:
         registry: where it is looked for and stored.
         wanted: what is asked for there.
-        make: builds it of this step and of the parent, whose pairs are on the device.
+        make: builds it of this step and of what it is made of, whose pairs are on the device: the parent, if there is one, and then those
+            that have what it shares.
         parent: None without one; a context that holds its pairs itself, if it was opened from a file.
         ids: ``[m]`` int32 on the host, behind the parent's; None if nobody has given the text.
         protected: as of the context.
         keep: spans ``[start, end)`` of the context that are never evicted either.
         recipe: as of the context.
         sources: the documents behind the parent's, as the text tells them.
-        before: the context that it shares, with all that this one shares; None if it shares nothing. Often the parent.
+        before: the contexts that have what it shares, the last of them often its parent; none if it shares nothing.
     """
 
     registry: ContextRegistry
     wanted: Wanted
-    make: Callable[[Step, CompressedContext | None, Report], CompressedContext]
+    make: Make
     parent: Step | CompressedContext | None = None
     ids: Tensor | None = None
     protected: int = 0
     keep: tuple[tuple[int, int], ...] = ()
     recipe: Recipe | None = None
     sources: tuple[Source, ...] = ()
-    before: Step | CompressedContext | None = None
+    before: tuple[Step | CompressedContext, ...] = ()
 
     _way_out = CompressedContext._way_out
 
@@ -90,16 +94,25 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
     Yields:
         The context, which holds its pairs itself, and the lease.
     """
-    if step.before is None:
-        with _leased(step, waiting) as found:
-            yield found
-        return
-    with _whole(step.before, waiting) as (base, lease):
-        shared = lease.parts[: len(parts_of(step.wanted.identity))]
-        with _leased(step, waiting, base, shared, lease.receipt.reason == _REMOVED) as (context, own):
-            if isinstance(step.before, Step):
-                step.before.registry.use_again(base.key)  # so that what shares it leaves first
-            yield _behind(shared, context, own)
+    with ExitStack() as held:
+        found, bases, removed = dict[str, tuple[Part, Layers]](), list[CompressedContext](), False
+        for before in step.before:
+            base, lease = held.enter_context(_whole(before, waiting))
+            bases.append(base)
+            removed |= lease.receipt.reason == _REMOVED
+            found |= {part.key: (part, layers) for part, layers in zip([*base.parts, Part(base.key, 0)], lease.parts, strict=True)}
+        shared = tuple(_seen(*found[part.key], part.gap) for part in parts_of(step.wanted.identity))
+        context, lease = held.enter_context(_leased(step, waiting, bases, shared, removed))
+        for before in step.before:
+            if isinstance(before, Step):
+                before.registry.use_again(before.wanted.key)  # so that what shares it leaves first
+        yield _behind(shared, context, lease)
+
+
+def _seen(part: Part, layers: Layers, gap: int) -> Layers:
+    """Layers of a part with a gap, of which those of a context may have some already."""
+    more = gap - part.gap
+    return tuple(layer.behind(more) if more and layer.window is None else layer for layer in layers)
 
 
 @contextmanager
@@ -116,14 +129,15 @@ def _behind(shared: tuple[Layers, ...], context: CompressedContext, lease: Lease
     """A context and its lease with what it shares."""
     if not shared:
         return context, lease
-    return replace(context, storage=Resident(lease.layers, states=lease.states, before=shared)), replace(lease, before=shared)
+    storage = Resident(lease.layers, None, lease.states, shared, context.shifts)
+    return replace(context, storage=storage), replace(lease, before=shared, shifts=context.shifts)
 
 
 @contextmanager
 def _leased(
     step: Step,
     waiting: Report | None,
-    base: CompressedContext | None = None,
+    bases: Sequence[CompressedContext] = (),
     shared: tuple[Layers, ...] = (),
     removed: bool = False,
 ) -> Iterator[tuple[CompressedContext, Lease]]:
@@ -133,8 +147,8 @@ def _leased(
     ancestor is held at a time, and none while the context is used.
 
     Args:
-        base: what is held already and may be the parent.
-        shared: what the context shares, and all of its ancestors as far as ``base``.
+        bases: what is held already, of which the last may be the parent.
+        shared: what the context shares, and all of its ancestors that share anything.
         removed: whether that was; the context is then built for one answer, too.
     """
     path, parent, below = [step], list[CompressedContext](), ExitStack()
@@ -143,17 +157,17 @@ def _leased(
             current = path[-1]
             if isinstance(current.parent, CompressedContext):
                 parent = [current.parent]
-            elif base is not None and current.parent is current.before:
-                parent = [base]
+            elif bases and current.before and current.parent is current.before[-1]:
+                parent = [bases[-1]]
             above = ExitStack()
             try:
-                found = above.enter_context(_one(current, parent, below, waiting, removed))
+                found = above.enter_context(_one(current, parent, bases, below, waiting, removed))
             except _ParentLostError:
                 assert isinstance(current.parent, Step)
                 path.append(current.parent)
                 continue
             except BudgetError:
-                if not parent or parent[0] in (current.parent, base):
+                if not parent or parent[0] in (current.parent, *bases[-1:]):
                     raise
                 below.close()  # it was found after all, and its parent takes the room that it waits for
                 parent.clear()
@@ -164,7 +178,7 @@ def _leased(
                 below, parent = above, []
                 yield found
                 return
-            below, parent = above, [_behind(shared, *found)[0]]
+            below, parent = above, [_behind(shared if current.before else (), *found)[0]]
             del found  # nothing but the lease holds its pairs
     finally:
         below.close()
@@ -172,7 +186,12 @@ def _leased(
 
 @contextmanager
 def _one(
-    step: Step, parent: list[CompressedContext], below: ExitStack, waiting: Report | None, removed: bool
+    step: Step,
+    parent: list[CompressedContext],
+    bases: Sequence[CompressedContext],
+    below: ExitStack,
+    waiting: Report | None,
+    removed: bool,
 ) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context, made of its parent if it is not stored; the parent may leave before the child moves in."""
     registry, key = step.registry, step.wanted.key
@@ -181,7 +200,7 @@ def _one(
         if step.parent is not None and not parent:
             raise _ParentLostError(f"context {key[:12]} is no longer stored; load its text again")
         with below:
-            return step.make(step, parent.pop() if parent else None, report)
+            return step.make(step, (*([parent.pop()] if parent else []), *bases), report)
 
     if removed or registry.is_removed(key):
         with calls.waiting():

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kvzip_memory import turns
 from kvzip_memory.access import Access
 from kvzip_memory.building import Builder, Computed
-from kvzip_memory.chain import Managed, Step, leased
+from kvzip_memory.chain import Make, Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
-from kvzip_memory.context import CompressedContext, as_told, parts_of
+from kvzip_memory.context import CompressedContext, Part, Source, as_told, parts_of
 from kvzip_memory.errors import IdentityMismatchError, InputError, WindowError
 from kvzip_memory.finding import Finder
+from kvzip_memory.joining import Join, Joinable
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.cleaning import MOST_KEPT, as_texts, clean
 from kvzip_memory.prompting.documents import Document, check_metadata
 from kvzip_memory.prompting.fronts import Fronts, front
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.messages import Message, as_messages
+from kvzip_memory.prompting.preamble import PREAMBLE, PREAMBLE_TOKENS
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.prompting.sources import read_source
 from kvzip_memory.prompting.tools import Tool
@@ -35,6 +37,7 @@ from kvzip_memory.registry.identity import group_of, key_of, label
 from kvzip_memory.registry.wanted import MOST_TAGS
 from kvzip_memory.speech import Speech
 from kvzip_memory.system.calls import check
+from kvzip_memory.system.digests import digest
 from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.threads import release
 
@@ -79,7 +82,15 @@ class Contexts:
         self._fronts = Fronts()
 
     def load(
-        self, source: Any, ratio: float, name: str | None, system: str | None, keep: Words, tags: Words, tools: Sequence[Tool] | None
+        self,
+        source: Any,
+        ratio: float,
+        name: str | None,
+        system: str | None,
+        keep: Words,
+        tags: Words,
+        tools: Sequence[Tool] | None,
+        joinable: bool,
     ) -> CompressedContext:
         """See :meth:`KVzipEngine.load`."""
         checked_ratio(ratio)
@@ -87,6 +98,8 @@ class Contexts:
         began = time.perf_counter()
         language = self._speech.now
         prompt = self.prompt(language, source, system, _strings(keep), tools)
+        if joinable:
+            return self._load_joinable(language, prompt, ratio, name, labels, began)
         return self._load_text(language, prompt, ratio, name, labels, began)
 
     def load_marked(self, messages: Sequence[Message], ratio: float, tags: Words, tools: Sequence[Tool] | None) -> CompressedContext | None:
@@ -209,42 +222,106 @@ class Contexts:
         parent: CompressedContext | None = None,
         computed: Computed | None = None,
         share: bool = False,
+        front: Front | None = None,
     ) -> CompressedContext:
         """A prompt's context out of the registry, built if need be, of pairs that are ``computed`` already if they are given."""
-        ratio = checked_ratio(ratio)
+        ratio, share = checked_ratio(ratio), share or (parent is not None and parent.shift != 0)  # pairs of one part move together
         tokenized = time.perf_counter()
-        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None, share=share)
+        joinable = front and front.joinable
+        identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None, share=share, joinable=joinable)
         ms = {"tokenize": 1e3 * (tokenized - began), "identify": 1e3 * (time.perf_counter() - tokenized)}
-        check_metadata(prompt.sources)
-        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
-        wanted = self._registry.with_room(wanted)
         shared = sum(part.n_tokens for part in parts_of(identity))
         beside = 0 if parent is None or not shared else parent.shared_nbytes + (parent.nbytes if share else 0)
-        self._registry.check_fits(beside + self._builder.estimated_nbytes(prompt, ratio, shared))
-        self._registry.readmit(wanted.key)
         start, known = (parent.n_tokens, len(parent.sources)) if parent else (0, 0)
-        build = partial(self._builder.build, language)
         above = parent.storage.step if parent and isinstance(parent.storage, Managed) else parent
-        step = Step(
-            self._registry,
-            wanted,
-            build,
-            above,
-            torch.tensor(prompt.token_ids[start:], dtype=torch.int32, device="cpu"),
-            prompt.protected,
-            prompt.keep,
-            prompt.recipe,
-            as_told(prompt.sources)[known:],
-            above.before if shared and not share and isinstance(above, Step) else above if shared else None,
-        )
-        now = step if computed is None else replace(step, make=partial(build, computed=computed))
+        make = partial(self._builder.build, language)
+        step = self._step(identity, prompt, name, tags, make, above, start, known)
+        if front is not None:
+            step = replace(step, parent=front.step, ids=step.ids[front.joinable.head.n_tokens :], before=(front.head,))  # type: ignore[index]
+        else:
+            step = replace(step, before=_before(above, bool(shared), share))
+        now = step if computed is None else replace(step, make=partial(make, computed=computed))
+        nbytes = beside + self._builder.estimated_nbytes(prompt, ratio, shared)
+        return self._leased(now, step, name, prompt.sources, nbytes, ms, len(prompt.token_ids) - start)
+
+    def _step(
+        self,
+        identity: Mapping[str, Any],
+        prompt: Prompt,
+        name: str | None,
+        tags: Sequence[str],
+        make: Make,
+        above: Step | CompressedContext | None = None,
+        start: int = 0,
+        known: int = 0,
+    ) -> Step:
+        """How a prompt's context is made behind the first ``start`` tokens and ``known`` sources."""
+        wanted = Wanted(key_of(identity), identity, group_of(identity), name, tuple(sorted(set(tags))), prompt.sources)
+        ids = torch.tensor(prompt.token_ids[start:], dtype=torch.int32, device="cpu")
+        sources = as_told(prompt.sources)[known:]
+        return Step(self._registry, wanted, make, above, ids, prompt.protected, prompt.keep, prompt.recipe, sources)
+
+    def _leased(
+        self, now: Step, step: Step, name: str | None, sources: tuple[Source, ...], nbytes: int, ms: Mapping[str, float], new: int
+    ) -> CompressedContext:
+        """The context of a step, made as it can be made ``now``, if it is not there.
+
+        Args:
+            nbytes: that it will take, with what it shares.
+            new: tokens that are read then.
+        """
+        check_metadata(sources)
+        wanted = self._registry.with_room(step.wanted)
+        now, step = replace(now, wanted=wanted), replace(step, wanted=wanted)
+        self._registry.check_fits(nbytes)
+        self._registry.readmit(wanted.key)
         with self._builder.bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
-            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=len(prompt.token_ids) - start if built else 0)
+            receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=new if built else 0)
             storage = Managed(step, context)
             self._finder.remember(wanted.key, storage)
         release()
-        return storage.handle(name=name, sources=prompt.sources, receipt=receipt)
+        return storage.handle(name=name, sources=sources, receipt=receipt)
+
+    def _load_joinable(
+        self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
+    ) -> CompressedContext:
+        """The context of a prompt that is read behind the preamble, and goes on from the template's head without it."""
+        self._builder.check_movable()
+        return self._load(language, prompt, ratio, name, tags, began, front=self._front(language, prompt))
+
+    def _front(self, language: Language, prompt: Prompt) -> Front:
+        """What a prompt is read behind: steps of contexts that are the same for all prompts of a template head."""
+        head = prompt.token_ids[: prompt.protected]
+        room = max(0, self._window - FREE_TOKENS - len(prompt.token_ids))
+        length = next((length for length in PREAMBLE_TOKENS if length <= room), 0)
+        ids = language.prompts.text_ids(PREAMBLE)[:length]
+
+        def step(token_ids: Sequence[int]) -> Step:
+            alone = replace(prompt, token_ids=tuple(token_ids), sources=(), keep=(), text_digest=digest(["front", token_ids]))
+            identity = self._builder.identity(language, alone, 1.0)
+            return self._step(identity, alone, None, (), partial(self._builder.build, language))
+
+        first, front = step(head), step([*head, *ids])
+        return Front(first, front, Joinable(Part(first.wanted.key, len(head)), front.wanted.key, len(ids)))
+
+    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words) -> CompressedContext:
+        """See :meth:`KVzipEngine.join`."""
+        began = time.perf_counter()
+        labels, language = _labels(name, tags), self._speech.now
+        self._builder.check_movable()
+        for context in contexts:
+            self._access.check(language, context)
+        join = Join.of(contexts)
+        first, last = contexts[0], contexts[-1]
+        prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
+        self._check_window(prompt)
+        identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
+        above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
+        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told)
+        ms = {"identify": 1e3 * (time.perf_counter() - began)}
+        nbytes = sum({context.key: context.nbytes + context.shared_nbytes for context in contexts}.values())
+        return self._leased(step, step, name, prompt.sources, nbytes, ms, 0)
 
     def prompt(
         self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None
@@ -281,6 +358,27 @@ class Contexts:
         if self._cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self._cache_dir, self._registry.tenant, tag, self._registry.checksums)
         return forgotten
+
+
+class Front(NamedTuple):
+    """What a joinable context is read behind.
+
+    Attributes:
+        head: step of the context of the template's head, which it shares.
+        step: of that of the head and the preamble.
+        joinable: what its key says of them.
+    """
+
+    head: Step
+    step: Step
+    joinable: Joinable
+
+
+def _before(above: Step | CompressedContext | None, shares: bool, share: bool) -> tuple[Step | CompressedContext, ...]:
+    """Who has what a context shares: its parent, or whoever has what that shares."""
+    if above is None or not shares:
+        return ()
+    return above.before if isinstance(above, Step) and not share else (above,)
 
 
 def _read(source: Any, tools: Sequence[Tool] | None) -> tuple[list[Document], list[Message]]:

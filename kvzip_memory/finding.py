@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 from kvzip_memory.access import Access, not_stored
 from kvzip_memory.chain import Managed, Step, leased
-from kvzip_memory.context import CompressedContext, Receipt, parts_of
+from kvzip_memory.context import CompressedContext, Receipt
 from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, KVzipError
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.model_identity import ModelIdentity
@@ -137,25 +137,27 @@ class Finder:
             sources = tuple(replace(source, name=name, metadata=deepcopy(metadata)) for source, (name, metadata) in told)
         return replace(handle, name=label.name, sources=sources)
 
-    def _shared(self, entry: Entry, asked: float) -> Step | None:
-        """How what a stored context shares is found.
+    def _shared(self, entry: Entry, asked: float) -> tuple[Step, ...]:
+        """How what a stored context shares is found: all parts, each by itself or together with those that it shares in its turn.
 
         Raises:
-            InputError: it is not stored.
+            InputError: one is not stored.
         """
-        parts = parts_of(entry.identity)
-        if not parts:
-            return None
-        key = parts[-1].key
-        said = f"context {entry.key[:12]} shares the pairs of context {key[:12]}, which is not stored; load the text of that one again"
+        steps, left = list[Step](), dict.fromkeys(entry.parts)
+        while left:
+            key, _ = left.popitem()
+            said = f"context {entry.key[:12]} shares the pairs of context {key[:12]}, which is not stored; load the text of that one again"
+            if (part := next(iter(self._registry.find(key)), None)) is None:
+                raise InputError(said)
+            steps.append(self._part(part, said, asked))
+            left = dict.fromkeys(other for other in left if other not in part.parts)
+        return tuple(reversed(steps))
 
+    def _part(self, part: Entry, said: str, asked: float) -> Step:
         def make(*given: Any) -> CompressedContext:
             raise InputError(said)
 
-        if (last := next(iter(self._registry.find(key)), None)) is None:
-            raise InputError(said)
-        wanted = Wanted(key, last.identity, last.group, loaded=asked)
-        return Step(self._registry, wanted, make, before=self._shared(last, asked))
+        return Step(self._registry, Wanted(part.key, part.identity, part.group, loaded=asked), make, before=self._shared(part, asked))
 
     def open(self, path: str | Path) -> CompressedContext:
         """See :meth:`KVzipEngine.open`."""

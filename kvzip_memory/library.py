@@ -146,6 +146,7 @@ class Library(Shared):
         keep: str | Sequence[str] | None = (),
         tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
+        joinable: bool = False,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -163,6 +164,8 @@ class Library(Shared):
             keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names; at most 1,000.
             tags: free words to list it by; not part of the key. At most 256 at a time; a name or a tag has at most 4,096 characters.
             tools: the tools of a conversation, in OpenAI's form; described where the template describes them.
+            joinable: for documents that are to stand behind others, see :meth:`join`: they are read behind a text of our own that is
+                dropped then. Alone it is a little farther from the full cache than one that is not.
 
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
@@ -171,7 +174,32 @@ class Library(Shared):
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools)
+        return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable)
+
+    def join(
+        self, contexts: Sequence[CompressedContext | str], *, name: str | None = None, tags: str | Sequence[str] | None = ()
+    ) -> CompressedContext:
+        """Documents' contexts as one, one behind another: no pair is copied and no token read.
+
+        The pairs stay where they are, shared; queries are turned to where each part stands. What a part was not told when it was read is
+        missing: that others stand before it, and what they say. So a join is farther from the full cache than one build of all, and less
+        so if its contexts were loaded ``joinable``; ``docs/benchmarks.md`` says how far.
+
+        Args:
+            contexts: two or more, of the same model, system prompt and tools; their names, keys, or what loaded them. In their order.
+            name, tags: see :meth:`load`.
+
+        Raises:
+            InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored.
+            WindowError: together they do not fit into the window.
+            UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
+            BudgetError, IdentityMismatchError: as for :meth:`extend`.
+        """
+        return self._contexts.join([self.get(c) if isinstance(c, str) else c for c in contexts], name, tags)
+
+    async def ajoin(self, contexts: Sequence[CompressedContext | str], **options: Any) -> CompressedContext:
+        """:meth:`join` in a thread, see :meth:`aload`."""
+        return await result_of(self.loads, self.join, contexts, **options)
 
     async def aload(self, source: Any, **options: Any) -> CompressedContext:
         """:meth:`load` in a thread, so that an event loop goes on.

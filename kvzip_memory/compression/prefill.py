@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvzip_memory.attention import RowKV
+from kvzip_memory.attention.base import Turn
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
 from kvzip_memory.context import NO_STATES, Layers, RaggedLayer, States
@@ -42,6 +43,7 @@ class Prefilled:
         fading: how scores of the parent's pairs fade behind more tokens; None if they do not, or there are none.
         before: layers of the parts that the context shares, which are seen and never changed. The parent's are those behind them.
         shared: tokens that these stand for.
+        shifts: how far each of these, and the parent's own, have moved; empty if nothing has.
         rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
         scored_parent: whether the parent's pairs have scores; without them it has all its pairs.
     """
@@ -60,6 +62,7 @@ class Prefilled:
     fading: Fading | None = None
     before: tuple[Layers, ...] = ()
     shared: int = 0
+    shifts: tuple[int, ...] = ()
     rows: Rows | None = None
     scored_parent: bool = field(init=False)
 
@@ -107,17 +110,26 @@ class Prefilled:
         new_keys = torch.cat([old_keys, keys[:, dense]], 1)
         return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
 
-    def seen(self, layer: int) -> tuple[RaggedLayer, ...]:
-        """What is compressed already of a layer: what is shared, and the parent's. What a window shows of both is the parent's."""
-        own = tuple(part for part in self.parent[layer : layer + 1] if len(part.positions))
-        return own if self.model.windows[layer] is not None else (*(part[layer] for part in self.before), *own)
+    def seen(self, layer: int) -> list[tuple[RaggedLayer, int]]:
+        """What is compressed already of a layer, and how far it has moved: what is shared, and the parent's. What a window shows of both is
+        the parent's."""
+        own = self.parent[layer : layer + 1]
+        parts = [*(part[layer] for part in self.before), *own] if self.model.windows[layer] is None else own
+        shifts = self.shifts if self.model.windows[layer] is None and self.shifts else (0,) * len(parts)
+        return [(part, shift) for part, shift in zip(parts, shifts, strict=True) if any(part.lengths)]
 
-    def row(self, layer: int, key: Tensor, value: Tensor, n_new: int) -> RowKV:
-        """What tokens behind the prefix see in a layer; ``key`` and ``value`` ``[H, t, D]`` are their own, the last ``n_new`` new."""
+    def turn(self, asks: int, shift: int) -> Turn | None:
+        """How queries of a layer are turned for what has moved."""
+        return self.model.rotations.turn(asks, shift) if shift else None
+
+    def row(self, layer: int, key: Tensor, value: Tensor, n_new: int, asks: int) -> RowKV:
+        """What tokens behind the prefix see in a layer that ``asks`` for its pairs; ``key`` and ``value`` ``[H, t, D]`` are their own, the
+        last ``n_new`` new."""
         keys, values = self.dense[layer]
         position = len(self.token_ids) - keys.shape[1]
         both = torch.cat([keys, key], 1)
-        return RowKV(self.seen(layer), both, both if values is keys else torch.cat([values, value], 1), n_new, position)
+        parts, turns = [part for part, _ in self.seen(layer)], [self.turn(asks, shift) for _, shift in self.seen(layer)]
+        return RowKV(tuple(parts), both, both if values is keys else torch.cat([values, value], 1), n_new, position, tuple(turns))
 
 
 def _alike(keys: Tensor, values: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
@@ -165,7 +177,7 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
     """
     ours = model.device.type == "cpu" and not any(model.windows)  # what a window hides is not kept there
     if ours or model.layout.stateful or model.layout.latent:
-        return prefill_behind(model, (), NO_STATES, 0, token_ids, progress)
+        return read_behind(model, Row((), 0, Tail(len(token_ids))), token_ids, progress)
     cache = _PairsOnly(config=model.model.config)
     cache.layers = [
         _Preallocated(len(token_ids)) if window is None else layer for layer, window in zip(cache.layers, model.windows, strict=False)
@@ -179,18 +191,8 @@ def prefill(model: LanguageModel, token_ids: Sequence[int], progress: Progress) 
     return pairs, NO_STATES
 
 
-def prefill_behind(
-    model: LanguageModel,
-    parent: Sequence[RaggedLayer],
-    states: States,
-    start: int,
-    token_ids: Sequence[int],
-    progress: Progress,
-    before: tuple[Layers, ...] = (),
-) -> tuple[DensePairs, States]:
-    """The pairs of ``token_ids`` and the states behind them, behind a compressed parent, and what it shares, of ``start`` tokens, which are
-    only read."""
-    row = Row(tuple(parent), start, Tail(len(token_ids)), states, before)
+def read_behind(model: LanguageModel, row: Row, token_ids: Sequence[int], progress: Progress) -> tuple[DensePairs, States]:
+    """The pairs of ``token_ids`` and the states behind them, behind a row without a tail, of which the context is only read."""
     for count in model.append(row, token_ids):
         progress("prefill", count)
     return row.tail.pairs(len(token_ids)), row.remembered

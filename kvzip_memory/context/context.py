@@ -73,8 +73,15 @@ class Resident(Shared):
 
     _way_out = "save() the context that they belong to and open() the file"
 
-    def __init__(self, layers: Layers, write: Writer | None = None, states: States = NO_STATES, before: tuple[Layers, ...] = ()) -> None:
-        self.layers, self.write, self.states, self.before = layers, write, states, before
+    def __init__(
+        self,
+        layers: Layers,
+        write: Writer | None = None,
+        states: States = NO_STATES,
+        before: tuple[Layers, ...] = (),
+        shifts: tuple[int, ...] = (),
+    ) -> None:
+        self.layers, self.write, self.states, self.before, self.shifts = layers, write, states, before, shifts
         full = [layer for layer in layers if layer.window is None]
         self.nbytes = storage_nbytes([*(t for layer in layers for t in layer.tensors()), *states.values()])
         self.shared_nbytes = storage_nbytes([t for part in before for layer in part for t in layer.tensors()])
@@ -82,7 +89,9 @@ class Resident(Shared):
         self.full_heads = sum(layer.n_heads for layer in full)
 
     def lease(self, key: str) -> AbstractContextManager[Lease]:
-        return nullcontext(Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states, self.before))
+        return nullcontext(
+            Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states, self.before, self.shifts)
+        )
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -163,6 +172,23 @@ class CompressedContext(Shared):
         return parts_of(self.identity)
 
     @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """What another context shares that shares all of this one: its parts and its own pairs, if there are any."""
+        own = self.n_tokens - self.shared_tokens
+        return (*self.parts, Part(self.key, own, self.shift)) if own else self.parts
+
+    @property
+    def shift(self) -> int:
+        """How far its own pairs have moved from where they were made, in positions."""
+        return int(self.identity.get("shift", 0))
+
+    @property
+    def shifts(self) -> tuple[int, ...]:
+        """The same of each of its parts and, last, of its own pairs; empty if nothing has moved."""
+        shifts = (*(part.shift for part in self.parts), self.shift)
+        return shifts if any(shifts) else ()
+
+    @property
     def shared_tokens(self) -> int:
         """Tokens that its parts stand for; its own pairs are of those behind them."""
         return sum(part.n_tokens for part in self.parts)
@@ -207,13 +233,15 @@ class CompressedContext(Shared):
         if write is None:
             raise InputError(f"{self!r} was made by hand, and nothing is known of how to write it; load its text with an engine")
         with self.lease() as lease:
-            return write(replace(self, storage=Resident(lease.layers, states=lease.states, before=lease.before)), file)
+            return write(replace(self, storage=Resident(lease.layers, None, lease.states, lease.before, lease.shifts)), file)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""
         return {"type": "file", "file_id": self.key}
 
     def __repr__(self) -> str:
+        if not self.total_pairs:
+            return f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens of {len(self.parts)} parts>"
         kept = 100 * self.kept_pairs / self.total_pairs
         own = f"{self.n_tokens - self.shared_tokens:,} of them its own, " if self.parts else ""
         return (

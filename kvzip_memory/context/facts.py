@@ -35,11 +35,24 @@ class Part(NamedTuple):
 
     Attributes:
         key: of that context.
-        n_tokens: that its own pairs stand for, behind those of the parts before it.
+        n_tokens: that these pairs stand for, behind those of the parts before it.
+        shift: how far it has moved from where it was made, in positions.
+        gap: so many pairs at the beginning of each head are not seen: the template's head, which the first part has already.
     """
 
     key: str
     n_tokens: int
+    shift: int = 0
+    gap: int = 0
+
+    def moved(self, by: int) -> Part:
+        """The same part, so many positions farther on."""
+        return self._replace(shift=self.shift + by)
+
+    @property
+    def told(self) -> list[str | int]:
+        """As it stands in an identity."""
+        return [*self] if self.shift or self.gap else [self.key, self.n_tokens]
 
 
 def parts_of(identity: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -52,6 +53,7 @@ class RaggedLayer:
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
         window: what the layer sees, None for full attention. A layer with one keeps exactly the pairs the next token can
             still see and is never compressed.
+        gap: pairs in front of each head's that are in the tensors and not of the layer.
     """
 
     keys: Tensor
@@ -60,10 +62,11 @@ class RaggedLayer:
     positions: Tensor
     scores: Tensor | None = None
     window: Window | None = None
+    gap: int = 0
     offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets", tuple(accumulate(self.lengths, initial=0)))
+        object.__setattr__(self, "offsets", tuple(accumulate((length + self.gap for length in self.lengths), initial=self.gap)))
 
     @property
     def n_heads(self) -> int:
@@ -71,24 +74,35 @@ class RaggedLayer:
 
     def head(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one KV head, ``[lengths[index], D]`` and ``[lengths[index], DV]``: views, nothing is copied."""
-        rows = slice(self.offsets[index], self.offsets[index + 1])
+        rows = slice(self.offsets[index], self.offsets[index] + self.lengths[index])
         return self.keys[rows], self.values[rows]
 
     def positions_of(self, index: int) -> Tensor:
         """Positions of one KV head's pairs, ``[lengths[index]]``: a view."""
-        return self.positions[self.offsets[index] : self.offsets[index + 1]]
+        return self.positions[self.offsets[index] : self.offsets[index] + self.lengths[index]]
 
     def heads(self) -> Tensor:
         """``[sum(lengths)]``, the KV head of each pair."""
-        lengths = torch.tensor(self.lengths, device=self.positions.device)
+        lengths = torch.tensor(self.lengths, device=self.positions.device) + self.gap
         return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
 
     def among(self, wanted: Tensor) -> RaggedLayer:
-        """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores."""
+        """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores; of a layer with a gap its pairs are counted, too."""
+        if self.gap:
+            starts = torch.tensor(self.offsets[:-1], device=wanted.device) - self.gap
+            wanted = wanted.index_fill(0, (starts.unsqueeze(1) + torch.arange(self.gap, device=wanted.device)).flatten(), False)
         heads = self.heads()[wanted]
         lengths = tuple(torch.bincount(heads, minlength=self.n_heads).tolist())
         keys, values = self.pick(wanted)
         return RaggedLayer(keys, values, lengths, self.positions[wanted], window=self.window)
+
+    def behind(self, gap: int) -> RaggedLayer:
+        """The layer without so many pairs at the beginning of each head: a view, the same object at every call. Whoever has it sees no less
+        when that one has gone."""
+        known = _BEHIND.setdefault(self, {})
+        if gap not in known:
+            known[gap] = replace(self, lengths=tuple(length - gap for length in self.lengths), gap=self.gap + gap)
+        return known[gap]
 
     def none(self) -> RaggedLayer:
         """A layer like this one without a pair, nor scores."""
@@ -124,6 +138,9 @@ class RaggedLayer:
         values = keys if self.shared else others.pop(0)
         positions, *scores = others
         return replace(self, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
+
+
+_BEHIND: WeakKeyDictionary[RaggedLayer, dict[int, RaggedLayer]] = WeakKeyDictionary()
 
 
 def storage_nbytes(tensors: list[Tensor]) -> int:

@@ -48,7 +48,7 @@ class _Rotation(NamedTuple):
 
 
 class Rotations:
-    """Of all layers with full attention; measured when they are first wanted.
+    """Of all layers; measured when they are first wanted.
 
     Args:
         fill: runs the model's layers over some tokens, see :meth:`LanguageModel.fill`.
@@ -139,8 +139,7 @@ class _Probe(CallCache):
         place = self._layout.places[layer]
         if layer == self._layout.owners[place]:
             self._pairs[place] = key[0], value[0]
-        if self._layout.windows[place] is None:
-            self.asked[layer] = query[0, :, 0].float()
+        self.asked[layer] = query[0, :, 0].float()
         return BACKENDS["cpu"](query, [RowKV((), *self._pairs[place], 1, 0)], softmax, None)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.attention import BACKENDS, Softmax
+from kvzip_memory.attention.base import Turn, turned
 from kvzip_memory.attention.cpu import beside_sinks, causal, with_context
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.prefill import Prefilled, Progress, prefill
@@ -182,7 +183,7 @@ class _RepeatCall(CallCache):
                 new = torch.cat([self._own[layer][0], new[0]], 1), torch.cat([self._own[layer][1], new[1]], 1)
             self._own[layer] = new
         own_keys, own_values = self._own[layer]
-        row = partial(prefilled.row, layer, own_keys, own_values, query.shape[2])
+        row = partial(prefilled.row, layer, own_keys, own_values, query.shape[2], asks)
         if window is not None:
             if last:
                 raise LastLayerSeen
@@ -191,7 +192,7 @@ class _RepeatCall(CallCache):
             grouped = query[0].unflatten(0, (len(own_keys), -1))
             first = own_keys.shape[1] - query.shape[2] - self._opening
             prefilled.rows.take(layer, self._start, self._end, grouped, softmax, first, self._lead, asks)
-        beside = self._beside(layer) if self._lead else ()
+        beside = self._beside(layer, asks) if self._lead else ()
         before = 0 if beside else self._head
         head_keys, head_values = prefilled.pairs(layer, 0, before)
         chunk_keys, chunk_values = prefilled.pairs(layer, self._start, self._end)
@@ -208,11 +209,15 @@ class _RepeatCall(CallCache):
             return out
         return BACKENDS["cpu"](query, [row()], softmax, None)
 
-    def _beside(self, layer: int) -> list[RaggedLayer]:
-        """The protected head, and what is kept of the tokens before the chunk that are repeated."""
-        nearest = self._start - self._lead
-        wanted = [part.among((part.positions < self._head) | (part.positions >= nearest)) for part in self._prefilled.seen(layer)]
-        return [part for part in wanted if len(part.positions)]
+    def _beside(self, layer: int, asks: int) -> list[tuple[RaggedLayer, Turn | None]]:
+        """The protected head, and what is kept of the tokens before the chunk that are repeated, with the turns of queries for them."""
+        nearest, found = self._start - self._lead, []
+        for part, shift in self._prefilled.seen(layer):
+            where = part.positions + shift
+            beside = part.among((where < self._head) | (where >= nearest))
+            if any(beside.lengths):
+                found.append((beside, self._prefilled.turn(asks, shift)))
+        return found
 
     def _attend(
         self,
@@ -222,7 +227,7 @@ class _RepeatCall(CallCache):
         softmax: Softmax,
         scored: slice,
         scores: Tensor,
-        beside: Sequence[RaggedLayer],
+        beside: Sequence[tuple[RaggedLayer, Turn | None]],
     ) -> Tensor:
         """Causal attention ``[T, H * G, D]`` of ``query [H * G, T, D]`` over ``keys [H, C + T, D]``, T of them its own, and others beside.
 
@@ -231,8 +236,8 @@ class _RepeatCall(CallCache):
         n_heads, n_rows = len(keys), query.shape[1]
         grouped = query.reshape(n_heads, -1, query.shape[2])  # [H, G * T, D]
         out, lse = causal(grouped, keys, values, n_rows, softmax)
-        for part in beside:
-            out, lse = with_context(out, lse, grouped, part, softmax)
+        for part, turn in beside:
+            out, lse = with_context(out, lse, turned(grouped, turn), part, softmax)
         out, lse = beside_sinks(out, lse, softmax.sinks_of(n_heads, n_rows))
         self._aggregate(scores, grouped * softmax.scaling, keys[:, scored].mT, lse.unsqueeze(-1), softmax)
         return out.to(query.dtype).unflatten(1, (-1, n_rows)).flatten(0, 1).transpose(0, 1)

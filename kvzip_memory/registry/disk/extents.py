@@ -71,15 +71,20 @@ def read_layers(
                 values = keys if layer.get("shared") else tensors[f"{part}.{i}.value"]
                 window = Window(layer["window"], layer.get("chunked", False)) if layer["window"] else None
                 read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"{part}.{i}.score"), window)
-                _check_positions(read, start if window is None else 0, end, path)
+                first, last = (start, end) if window is None else (0, facts["n_tokens"])
+                _check_positions(read, first, last, path)
                 yield read
 
         def uploaded(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Layers:
             return tuple(arrival.wait() for arrival in upload(layers(part, told, start, end), device))
 
-        edges = list(accumulate((part.n_tokens for part in parts_of(facts["identity"])), initial=0))
-        own = uploaded("layer", facts["layers"], edges[-1], facts["n_tokens"])
-        before = tuple(uploaded(f"before.{i}", told, *edges[i : i + 2]) for i, told in enumerate(facts["before"]))
+        parts, shift = parts_of(facts["identity"]), facts["identity"].get("shift", 0)
+        edges = list(accumulate((part.n_tokens for part in parts), initial=0))
+        own = uploaded("layer", facts["layers"], edges[-1] - shift, facts["n_tokens"] - shift)
+        before = tuple(
+            uploaded(f"before.{i}", told, edges[i] - parts[i].shift, edges[i + 1] - parts[i].shift)
+            for i, told in enumerate(facts["before"])
+        )
         for finish in done.values():
             finish()
         states = {name: tensors[f"state.{name}"].to(device) for name in facts.get("states", ())}

@@ -96,6 +96,13 @@ def _state(value: Any) -> bool:
     return _text(value) and re.fullmatch(r"[0-9]{1,4}\.(conv|recurrent)\.[0-9]{1,4}", value) is not None
 
 
+def _is_part(value: Any) -> bool:
+    if not _list(lambda _: True)(value) or len(value) not in (2, 4):
+        return False
+    key, n_tokens, shift, gap = (*value, 0, 0)[:4]
+    return is_id(key) and _SOME_TOKENS(n_tokens) and _whole(_TOKENS, least=-_TOKENS)(shift) and _whole(_TOKENS)(gap)
+
+
 _SOME_TOKENS: Check = _whole(_TOKENS, least=1)
 _ANYTHING: Check = _mapping(lambda _: True)
 _IDENTITY = _fields(
@@ -107,7 +114,8 @@ _IDENTITY = _fields(
         "parent": _or_none(is_id),
         "system": _or_none(is_id),
         "scorer": _or_none(_ANYTHING),
-        "parts": _list(lambda part: _list(lambda _: True)(part) and len(part) == 2 and is_id(part[0]) and _SOME_TOKENS(part[1])),
+        "shift": _whole(_TOKENS, least=-_TOKENS),
+        "parts": _list(lambda part: _is_part(part)),
     },
 )
 _IDS = _list(_whole(2**31 - 1))
@@ -230,7 +238,7 @@ def check_header(facts: Any) -> None:
     if edges != sorted(edges) or edges[-1:] > [n]:
         raise OddFactError("the fitted spans are none of its tokens")
     parts, before = [part.n_tokens for part in parts_of(facts["identity"])], facts.get("before", [])
-    if sum(parts) >= n or len(before) not in (0, len(parts)):
+    if sum(parts) > n or len(before) not in (0, len(parts)):
         raise OddFactError("the parts before it are not those of its key")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")

@@ -24,6 +24,7 @@ import stat
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -133,7 +134,9 @@ def read_context(
         if admit is not None:
             admit(facts)
         layers, before, states, token_ids = read_layers(file, facts, path, device, checksums)
-    return _context(facts, Resident(layers, partial(write_context, checksums=checksums), states, before), token_ids)
+    context = _context(facts, Resident(()), token_ids)
+    storage = Resident(layers, partial(write_context, checksums=checksums), states, before, context.shifts if before else ())
+    return replace(context, storage=storage)
 
 
 def open_context(path: Path, follow_links: bool) -> BinaryIO:
@@ -310,8 +313,13 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
         for name, state in sorted(lease.states.items()):
             yield f"state.{name}", state
         for number, layers in enumerate(lease.before):
-            yield from _tensors_of(f"before.{number}", layers)
+            yield from _tensors_of(f"before.{number}", _whole(layers))
     yield "token_ids", context.token_ids
+
+
+def _whole(layers: Layers) -> Layers:
+    """Layers without gaps; their scores are of no use to others."""
+    return tuple(layer.among(torch.ones_like(layer.positions, dtype=torch.bool)) if layer.gap else layer for layer in layers)
 
 
 def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
