@@ -107,7 +107,7 @@ class RaggedLayer:
     def none(self) -> RaggedLayer:
         """A layer like this one without a pair, nor scores."""
         keys, values = self.pick(torch.arange(0))
-        return RaggedLayer(keys, values, (0,) * self.n_heads, self.positions[:0], window=self.window)
+        return RaggedLayer(keys, values, (0,) * self.n_heads, self.positions[:0].clone(), window=self.window)
 
     @property
     def shared(self) -> bool:

@@ -92,10 +92,15 @@ def agent(made: Made) -> Any:
     return create_agent(made.chat, tools=[], middleware=[KVzipMemoryMiddleware(trigger=("messages", 4), keep=("messages", 2))])
 
 
+async def joining(made: Made) -> Any:
+    return await made.engine.ajoin([made.context, await made.engine.aload("Another. " * 30, ratio=0.5)])
+
+
 #: Ways to ask, by every async function of ours that they go through.
 WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     "aload": ("library.aload", lambda made: made.engine.aload("Another. " * 30, ratio=0.5)),
     "aextend": ("library.aextend", lambda made: made.engine.aextend(made.context, [Document(text="And more. " * 30)])),
+    "ajoin": ("library.ajoin", joining),
     "agenerate": ("engine.agenerate bridge.result_of bridge.pieces_of", lambda made: made.engine.agenerate(made.context, "word " * 120)),
     "aload_documents": ("chat_models.aload_documents", lambda made: made.chat.aload_documents(["Another. " * 30])),
     "ainvoke": (

@@ -289,7 +289,9 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue
-            if "engine" in ast.unparse(node.func.value) and node.func.attr in ("load", "aload", "extend", "aextend", "load_marked"):
+            making = ("load", "aload", "extend", "aextend", "join", "ajoin", "load_marked")
+            of = ast.unparse(node.func.value)
+            if "engine" in of and "registry" not in of and node.func.attr in making:
                 yield f"{path.name}:{node.lineno}", node
 
 

@@ -387,6 +387,7 @@ TAKE: dict[str, Callable[[KVzipEngine, str], Any]] = {
     "stream": lambda engine, option: next(engine.stream(engine.load(TEXT), "Why?", **{"max_new_tokens": 1, option: UNWRITABLE})),
     "load": lambda engine, option: engine.load(TEXT, **{option: UNWRITABLE}),
     "extend": lambda engine, option: engine.extend(engine.load(TEXT), "More.", **{option: UNWRITABLE}),
+    "join": lambda engine, option: engine.join([engine.load(TEXT)] * 2, **{option: UNWRITABLE}),
     "get": lambda engine, option: engine.get(UNWRITABLE),  # type: ignore[arg-type]
     "forget": lambda engine, option: engine.forget(UNWRITABLE),  # type: ignore[arg-type]
     "logits": lambda engine, option: engine.logits(None, [UNWRITABLE]),
@@ -442,7 +443,7 @@ def test_all_ways_to_name_are_known() -> None:
         if name[0] != "_" and takes & inspect.signature(method).parameters.keys()
     }
     # of these a name or tag is one that a context already has
-    assert methods - {"leave_behind"} == {"load", "extend", "load_marked", "forget", "aforget", "get", "fold"}
+    assert methods - {"leave_behind"} == {"load", "extend", "join", "load_marked", "forget", "aforget", "get", "fold"}
 
 
 @pytest.mark.parametrize("way", NAMED)

@@ -498,6 +498,7 @@ def test_no_way_in_takes_an_empty_name_or_one_of_the_form_of_a_key(name: str, tm
         "load": lambda: engine.load("Another page. " * 9, name=name),
         "load, found": lambda: engine.load("A page. " * 9, name=name),
         "extend": lambda: engine.extend(context, "More. " * 9, name=name),
+        "join": lambda: engine.join([context, context], name=name),
         "fold": lambda: session.fold(keep=0, name=name),
     }
     for way, give in ways.items():

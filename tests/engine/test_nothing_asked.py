@@ -69,6 +69,7 @@ GIVING_A_CONTEXT: dict[str, Callable[[KVzipEngine, Any], Any]] = {
     "stream": lambda e, c: e.stream(c, "Who?"),
     "session": lambda e, c: e.session(c),
     "extend": lambda e, c: e.extend(c, "More."),
+    "join": lambda e, c: e.join([c, c]),
     "relevance": lambda e, c: e.relevance([(c, [(0, 5)])], "Who?"),
     "logits": lambda e, c: e.logits(c, [5]),
     "langchain": lambda e, c: KVzipChatModel(engine=e).with_context(c),

@@ -283,6 +283,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "aextend": lambda b, x: run(lambda: b.engine.aextend(x.handle, "More.")),
         "aforget": lambda b, x: run(lambda: b.engine.aforget(x.tag)),
         "agenerate": lambda b, x: run(lambda: b.engine.agenerate(x.handle, QUESTION, **FEW)),
+        "ajoin": lambda b, x: run(lambda: b.engine.ajoin([x.handle, x.handle])),
         "aload": lambda b, x: run(lambda: b.engine.aload(TEXT, name=x.name)),
         "cache_dir": NOTHING,
         "close": NOTHING,
@@ -292,6 +293,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "forget": lambda b, x: each(b.engine.forget, [x.tag, document_tag("ann"), *x.references, f"memory history: {x.session_id}"]),
         "from_pretrained": NOTHING,
         "generate": lambda b, x: each(lambda c: b.engine.generate(c, QUESTION, **FEW), [x.handle, x.child]),
+        "join": lambda b, x: each(lambda c: b.engine.join([c, c]), [*x.references, x.handle, x.child]),
         "get": lambda b, x: each(b.engine.get, x.references),
         "guidance": NOTHING,
         "leave_behind": lambda b, x: each(lambda key: b.engine.leave_behind(key, [x.tag]), [x.key, x.child.key]),
@@ -371,6 +373,7 @@ WAYS: dict[type, dict[str, Way]] = {
     },
     # What the holder of an object reads of it is in his hands; given to an engine of another tenant it is of no use.
     CompressedContext: {
+        "all_parts": lambda b, x: each(b.registry.find, [part.key for part in x.child.all_parts]),
         "as_block": lambda b, x: b.chat.invoke([HumanMessage([x.handle.as_block(), {"type": "text", "text": QUESTION}])]),
         "coarsest": NOTHING,
         "created": NOTHING,
@@ -394,6 +397,8 @@ WAYS: dict[type, dict[str, Way]] = {
         "recipe": NOTHING,
         "save": lambda b, x: b.engine.open(x.saved),
         "shared_nbytes": NOTHING,
+        "shift": NOTHING,
+        "shifts": NOTHING,
         "shared_tokens": NOTHING,
         "sources": NOTHING,
         "storage": lambda b, x: leased(b, x),

@@ -1,4 +1,4 @@
-"""Contexts that grow, share, fold, are deleted and lost in two processes over one folder: never a wrong logit, nor a byte that is left."""
+"""Contexts that grow, share, fold, are joined, deleted and lost in two processes over one folder: never a wrong logit, nor a byte left."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Trees(RuleBasedStateMachine):
         self.known: dict[str, Known] = {}
         self.hands: list[Hand] = []
         self.originals: dict[str, CompressedContext] = {}
+        self.lost: set[str] = set()  # which come back when somebody who has their texts needs them
 
     def engine(self) -> KVzipEngine:
         return tiny_engine(cache_dir=self.room.name)
@@ -68,13 +69,45 @@ class Trees(RuleBasedStateMachine):
         self.originals[context.key] = original
         self.hands.append(Hand(who, context, has_text, self.alone.logits(original, IDS)))
         self.engines[who].registry.flush()
+        self.find_again()
+        if context.shift and self.engines[who].registry.find(front := context.identity["parent"]):  # what it was read behind
+            self.known.setdefault(front, Known(()))
+        for part in context.parts:  # the template's head
+            if part.n_tokens == context.protected and not self.engines[who].registry.is_removed(part.key):
+                self.known.setdefault(part.key, Known(()))
         if not any(part.key not in self.known for part in context.parts):
             self.known.setdefault(context.key, Known(tuple(part.key for part in context.parts))).tags |= tags
 
-    @rule(who=WHO, text=st.sampled_from(TEXTS), ratio=RATIO, tags=st.sets(st.sampled_from(TAGS)))
-    def load(self, who: int, text: str, ratio: float, tags: set[str]) -> None:
-        context = self.engines[who].load(text, ratio=ratio, tags=sorted(tags))
-        self.take(who, context, self.alone.load(text, ratio=ratio), tags, has_text=True)
+    def find_again(self) -> None:
+        for engine in self.engines:
+            for entry in engine.registry.contexts():
+                if entry.key in self.lost:
+                    self.known[entry.key] = Known(entry.parts, {*entry.tags})
+                    self.lost.discard(entry.key)
+
+    @rule(who=WHO, text=st.sampled_from(TEXTS), ratio=RATIO, joinable=st.booleans(), tags=st.sets(st.sampled_from(TAGS)))
+    def load(self, who: int, text: str, ratio: float, joinable: bool, tags: set[str]) -> None:
+        context = self.engines[who].load(text, ratio=ratio, joinable=joinable, tags=sorted(tags))
+        self.take(who, context, self.alone.load(text, ratio=ratio, joinable=joinable), tags, has_text=True)
+
+    @precondition(lambda self: self.hands)
+    @rule(data=st.data(), tags=st.sets(st.sampled_from(TAGS)))
+    def join(self, data: st.DataObject, tags: set[str]) -> None:
+        first = data.draw(st.sampled_from(self.hands))
+        second = data.draw(st.sampled_from([hand for hand in self.hands if hand.who == first.who]))
+        if max(first.context.n_tokens, second.context.n_tokens) > 400:
+            return
+        originals = [self.originals[hand.context.key] for hand in (first, second)]
+        try:
+            original = self.alone.join(originals)
+        except InputError:  # a conversation goes on otherwise
+            return
+        try:
+            context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags))
+        except InputError as error:
+            self.must_be_lost(second if first.has_text else first, error)
+            return
+        self.take(first.who, context, original, tags, first.has_text and second.has_text)
 
     @precondition(lambda self: self.hands)
     @rule(data=st.data(), said=st.sampled_from(SAID), ratio=RATIO, share=st.booleans(), tags=st.sets(st.sampled_from(TAGS)))
@@ -82,12 +115,13 @@ class Trees(RuleBasedStateMachine):
         hand = data.draw(st.sampled_from(self.hands))
         if hand.context.n_tokens > 400:
             return
+        more = [{"role": "user", "content": said}]
         try:
-            context = self.engines[hand.who].extend(hand.context, said, ratio=ratio, share=share, tags=sorted(tags))
+            context = self.engines[hand.who].extend(hand.context, more, ratio=ratio, share=share, tags=sorted(tags))
         except InputError as error:
             self.must_be_lost(hand, error)
             return
-        original = self.alone.extend(self.originals[hand.context.key], said, ratio=ratio, share=share)
+        original = self.alone.extend(self.originals[hand.context.key], more, ratio=ratio, share=share)
         self.take(hand.who, context, original, tags, hand.has_text)
 
     @precondition(lambda self: self.hands)
@@ -121,6 +155,7 @@ class Trees(RuleBasedStateMachine):
             self.must_be_lost(hand, error)
             return
         torch.testing.assert_close(got, hand.wanted, atol=1e-4, rtol=1e-4)
+        self.find_again()
 
     def must_be_lost(self, hand: Hand, error: InputError) -> None:
         """Only what nobody has the text of, and is not stored, may be refused."""
@@ -148,6 +183,7 @@ class Trees(RuleBasedStateMachine):
 
     @rule(who=WHO, tag=st.sampled_from(TAGS))
     def forget(self, who: int, tag: str) -> None:
+        self.lost.clear()  # what is stored again has other tags
         self.engines[who].forget(tag)
         gone = {key for key, known in self.known.items() if known.tags == {tag}}
         self.known = {key: known for key, known in self.known.items() if key not in gone and not gone & {*known.parts}}
@@ -173,6 +209,7 @@ class Trees(RuleBasedStateMachine):
             for engine in self.engines:
                 lose(engine, key)
             del self.known[key]
+            self.lost.add(key)
 
     @rule(who=WHO)
     def restart(self, who: int) -> None:

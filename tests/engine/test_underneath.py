@@ -120,6 +120,12 @@ def fold(world: World) -> Given:
     return context.key, logits(world.engine, context)
 
 
+def join(world: World) -> Given:
+    page = world.engine.get("page")
+    context = world.engine.join([page, page])
+    return context.key, logits(world.engine, context)
+
+
 def stream(world: World) -> Given:
     return None, "".join(world.stream)
 
@@ -148,6 +154,7 @@ def store(world: World) -> Given:
 COLUMNS: dict[str, list[Callable[[World], Given]]] = {
     "load": [load, load_cut, load_marked],
     "extend": [extend],
+    "join": [join],
     "answer": [answer, answer_logits, relevance, session_new],
     "answer without a context": [answer_alone],
     "stream begun before": [stream],

@@ -116,7 +116,7 @@ def _laid_out(extents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     names = sorted(shapes.keys() - {"token_ids"}, key=lambda name: -shapes[name][1].itemsize)
     for shared in (False, True):
         some = [name for name in names if name.startswith("before.") is shared]
-        buffer, start = torch.from_numpy(np.empty(sum(nbytes[name] for name in some), dtype=np.uint8)), 0
+        buffer, start = torch.from_numpy(np.empty(max(1, sum(nbytes[name] for name in some)), dtype=np.uint8)), 0
         for name in some:
             shape, dtype = shapes[name]
             tensors[name] = buffer[start : start + nbytes[name]].view(dtype).view(shape)

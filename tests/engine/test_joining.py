@@ -1,0 +1,265 @@
+"""Contexts that are put together from others: what they answer is what copies of their pairs would say, moved to where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import ARCHITECTURES, lose, own_logits, tiny_engine, tiny_model, tiny_tokenizer
+from families import FAMILIES, tiny_family
+from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, UnsupportedModelError, WindowError
+from kvzip_memory.attention.base import turned
+from kvzip_memory.context import RaggedLayer
+from kvzip_memory.inference.cache import Row, Tail
+from kvzip_memory.prompting.documents import Document
+
+A = "The lamp is wound at dusk. " * 6
+B = "Ferdinand the donkey carries oil on Tuesdays. " * 5
+C = "The door code is 8306; nobody tells. " * 5
+QUESTION = "What is wound at dusk?"
+JOINABLE = [(False, False, False), (True, True, True), (False, True, True), (True, False, True)]
+
+
+def asked(engine: KVzipEngine, context: CompressedContext) -> torch.Tensor:
+    return engine.logits(context, engine.prompt_ids(context, QUESTION))
+
+
+def loaded(engine: KVzipEngine, joinable: Sequence[bool] = (False, False, False)) -> list[CompressedContext]:
+    return [engine.load(text, joinable=how) for text, how in zip((A, B, C), joinable, strict=True)]
+
+
+def copied(engine: KVzipEngine, context: CompressedContext) -> Row:
+    """A row over copies of all that a context sees, each with its keys rotated on to where it stands. Shares nothing with turned queries
+    but the rotation itself."""
+    rotations, owners, parts = engine._model.rotations, engine._model.layout.owners, []
+    with context.lease() as lease:
+        for layers, shift in zip(lease.parts, lease.shifts or [0] * len(lease.parts), strict=True):
+            own = []
+            for layer, owner in zip(layers, owners, strict=True):
+                plain = layer.among(torch.ones_like(layer.positions, dtype=torch.bool))
+                if plain.window is None:
+                    keys = turned(plain.keys, rotations.turn(owner, -shift))
+                    values = keys if layer.shared else plain.values
+                    plain = replace(plain, keys=keys, values=values, positions=plain.positions + shift)
+                own.append(plain)
+            parts.append(tuple(own))
+    *before, last = parts
+    return Row(last, context.n_tokens, Tail(), {}, tuple(before))
+
+
+def positions(engine: KVzipEngine, row: Row) -> list[list[int]]:
+    """Of each full layer's first head, those of the copies."""
+    full = [place for place, window in enumerate(engine._model.windows) if window is None]
+    return [[p for part in row.parts for p in part[place].positions_of(0).tolist()] for place in full]
+
+
+@pytest.mark.parametrize("joinable", JOINABLE, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_join_is_what_copies_would_be(architecture: str, joinable: tuple[bool, ...]) -> None:
+    for ratio in (1.0, 0.5):
+        engine = tiny_engine(architecture, ratio=ratio)
+        join = engine.join(loaded(engine, joinable))
+        ids, row = engine.prompt_ids(join, QUESTION), copied(engine, join)
+        expected = engine._model.forward([row], [ids], n_logits=len(ids))[0]
+        torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
+        if ratio == 1.0:  # each token once, in its order
+            assert positions(engine, row) == [list(range(join.n_tokens))] * len(positions(engine, row))
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_family_joins_or_says_why_not(kind: str) -> None:
+    engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), ratio=0.5)
+    if engine._model.layout.stateful or kind == "llama4_text":
+        for attempt in (lambda: engine.join(loaded(engine)), lambda: engine.load(A, joinable=True)):
+            with pytest.raises(UnsupportedModelError, match=r"load their texts as one|put together from parts"):
+                attempt()
+        return
+    join = engine.join(loaded(engine, (False, True, False)))
+    ids = engine.prompt_ids(join, QUESTION)
+    expected = engine._model.forward([copied(engine, join)], [ids], n_logits=len(ids))[0]
+    torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_joinable_context_has_the_pairs_that_the_model_computes_behind_the_preamble(architecture: str) -> None:
+    engine = tiny_engine(architecture, ratio=1.0)
+    context, head = engine.load(A, joinable=True), engine.load(A).protected
+    front = next(entry for entry in engine.registry.contexts() if entry.n_tokens == head + 1024)
+    ids = torch.cat([engine.get(front.key).token_ids, context.token_ids[head:]]).long()
+    with torch.inference_mode():
+        cache = engine.model(input_ids=ids[None], use_cache=True).past_key_values
+    for layer, owner in zip(context.layers, engine._model.layout.owners, strict=True):
+        if layer.window is None:
+            wanted = cache.layers[owner].keys[0, :, head + 1024 :]
+            torch.testing.assert_close(layer.keys, wanted.flatten(0, 1), atol=1e-4, rtol=1e-4)
+    assert context.token_ids.tolist() == engine.load(A).token_ids.tolist()
+    assert asked(engine, context).isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_first_alone_is_as_if_it_were_not_joined(architecture: str) -> None:
+    """What stands first has not moved: asked over it and an empty rest, it is the context itself."""
+    engine = tiny_engine(architecture, ratio=0.5)
+    one, other = engine.load(A), engine.load(A, joinable=True)
+    for context in (one, other):
+        expected = engine._model.forward([copied(engine, context)], [[5, 6, 7]], n_logits=3)[0]
+        torch.testing.assert_close(engine.logits(context, [5, 6, 7]), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        asked(tiny_engine(architecture, ratio=1.0), one), own_logits(engine, one, engine.prompt_ids(one, QUESTION))
+    ) if (one.ratio == 1.0) else None
+
+
+def test_no_pair_is_copied_and_no_token_read() -> None:
+    engine = tiny_engine(ratio=0.5)
+    contexts = loaded(engine, (True, True, True))
+    join = engine.join(contexts)
+    assert join.receipt is not None
+    assert join.receipt.read == 0
+    assert join.kept_pairs == join.storage.nbytes == 0
+    assert join.nbytes == 4 * join.n_tokens
+    with join.lease() as lease:
+        for part, context in zip(lease.before[1:], contexts, strict=True):
+            assert all(x.keys is y.keys for x, y in zip(part, context.layers, strict=True))
+    assert engine.join(contexts).receipt.hit  # type: ignore[union-attr]
+    assert engine.join(contexts[::-1]).key != join.key
+
+
+def test_a_join_is_asked_grown_folded_cited_and_joined_again(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    a, b, c = loaded(engine, (False, True, True))
+    join = engine.join([a, b], name="both")
+    assert engine.session(join).ask(QUESTION, max_new_tokens=4).text is not None
+    grown = engine.extend(join, [{"role": "user", "content": "Hello?"}])
+    assert grown.parts == join.parts
+    for context in (grown, engine.extend(grown, [{"role": "user", "content": "More?"}]), engine.join([join, c]), engine.join([c, join])):
+        ids = engine.prompt_ids(context, QUESTION)
+        expected = engine._model.forward([copied(engine, context)], [ids], n_logits=len(ids))[0]
+        torch.testing.assert_close(engine.logits(context, ids), expected, atol=1e-4, rtol=1e-4)
+    session = engine.session(join)
+    session.ask(QUESTION, max_new_tokens=4)
+    folded = session.fold(keep=0)
+    assert folded.parts == join.parts
+    assert session.ask("And?", max_new_tokens=4).text is not None
+    spans = [(source.start, source.end) for source in join.sources]
+    assert len(engine.relevance([(join, spans)], QUESTION, "The lamp.")[0]) == 2
+    engine.close()
+    again = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    torch.testing.assert_close(asked(again, again.get("both")), asked(tiny_engine_with(engine), again.get("both")))
+    again.close()
+
+
+def tiny_engine_with(engine: KVzipEngine) -> KVzipEngine:
+    return KVzipEngine(engine.model, engine.tokenizer, ratio=0.5)
+
+
+def test_a_conversation_over_a_joinable_document_shares_it() -> None:
+    engine = tiny_engine(ratio=0.5)
+    document = engine.load(A, joinable=True)
+    grown = engine.extend(document, [{"role": "user", "content": "Hello?"}])
+    assert [part.key for part in grown.parts][-1] == document.key  # whose pairs are seen from elsewhere than where they were made
+    ids = engine.prompt_ids(grown, QUESTION)
+    expected = engine._model.forward([copied(engine, grown)], [ids], n_logits=len(ids))[0]
+    torch.testing.assert_close(engine.logits(grown, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sources_and_kept_strings_hold_across_parts() -> None:
+    engine = tiny_engine(ratio=0.2)
+    contexts = [
+        engine.load([Document(text, name=name)], keep=["8306"] if "8306" in text else (), joinable=True)
+        for text, name in ((A, "a"), (C, "c"))
+    ]
+    join = engine.join(contexts)
+    assert [source.name for source in join.sources] == ["a", "c"]
+    for source, text in zip(join.sources, (A, C), strict=True):
+        assert text.strip() in engine.tokenizer.decode(join.token_ids[source.start : source.end])
+    ids = engine.tokenizer("8306", add_special_tokens=False).input_ids
+    seen = {p for layer in copied(engine, join).parts[-1] for p in layer.positions.tolist()} | {
+        p for part in copied(engine, join).parts for p in part[0].positions_of(0).tolist()
+    }
+    at = [i for i in range(join.n_tokens) if join.token_ids[i : i + len(ids)].tolist() == ids]
+    assert at
+    assert all(i in seen for i in at)
+
+
+def test_what_was_lost_is_made_again(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    contexts = loaded(engine, (False, True, True))
+    join = engine.join(contexts)
+    expected = asked(engine, join)
+    for entry in engine.registry.contexts():
+        lose(engine, entry.key)
+    torch.testing.assert_close(asked(engine, join), expected, atol=1e-5, rtol=1e-5)
+    saved = join.save(tmp_path / "join.safetensors")
+    opened = tiny_engine(ratio=0.5).open(saved)
+    torch.testing.assert_close(asked(tiny_engine(ratio=0.5), opened), expected, atol=1e-5, rtol=1e-5)
+    engine.registry.flush()
+    (path,) = [path for path in tmp_path.rglob("*.safetensors") if path.stem == join.key]
+    with pytest.raises(CorruptFileError, match="lacks what it shares"):
+        engine.open(path)
+    engine.close()
+
+
+def test_replacing_a_document_is_another_join_and_forgetting_one_takes_its_joins_along(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    a, b, c = (engine.load(text, joinable=True, tags=f"document: {n}") for n, text in enumerate((A, B, C)))
+    join, other = engine.join([a, b]), engine.join([a, c])
+    with pytest.raises(InputError, match="are shared by"):
+        engine.registry.remove(b.key)
+    forgotten = engine.forget("document: 1")
+    assert {entry.key for entry in forgotten.deleted} == {b.key, join.key}
+    assert asked(engine, other).isfinite().all()
+    engine.close()
+
+
+def test_what_cannot_be_joined_says_why(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5)
+    a, b = engine.load(A), engine.load(B)
+    with pytest.raises(InputError, match="1 contexts to join; give at least two"):
+        engine.join([a])
+    with pytest.raises(InputError, match="the same system prompt"):
+        engine.join([a, engine.load(B, system="Be short.")])
+    with pytest.raises(InputError, match="contexts are joined that are of"):
+        engine.join([a, engine.load([{"role": "user", "content": "Hi"}])])
+    with pytest.raises(InputError, match="no context 'nobody'"):
+        engine.join([a, "nobody"])
+    with pytest.raises(WindowError):
+        KVzipEngine(tiny_model(max_position_embeddings=600), tiny_tokenizer()).join(
+            [
+                c
+                for engine in [KVzipEngine(tiny_model(max_position_embeddings=600), tiny_tokenizer())]
+                for c in (engine.load(A), engine.load(B))
+            ]
+        )
+    assert engine.join([a, b]).n_tokens == a.n_tokens + b.n_tokens - a.protected
+
+
+def test_rows_over_joins_and_others_are_one_batch() -> None:
+    engine = tiny_engine(ratio=0.5)
+    a, b, c = loaded(engine, (True, True, True))
+    joins = [engine.join([a, b]), engine.join([b, a]), engine.join([a, b, c]), a]
+    rows, copies = [], []
+    for context in joins:
+        with context.lease() as lease:
+            rows.append(engine._model.row(lease, context.n_tokens, Tail()))
+        copies.append(copied(engine, context))
+    ids = [[5, 6], [7], [8, 9], [4]]
+    for got, expected in zip(engine._model.forward(rows, ids), engine._model.forward(copies, ids), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_gap_hides_pairs_at_the_beginning_of_each_head() -> None:
+    layer = RaggedLayer(torch.randn(9, 4), torch.randn(9, 4), (4, 5), torch.tensor([0, 1, 2, 5, 0, 1, 3, 4, 8], dtype=torch.int32))
+    view = layer.behind(2)
+    assert view is layer.behind(2)
+    assert view.lengths == (2, 3)
+    for head in (0, 1):
+        assert torch.equal(view.head(head)[0], layer.head(head)[0][2:])
+        assert torch.equal(view.positions_of(head), layer.positions_of(head)[2:])
+    alone = view.among(torch.ones(9, dtype=torch.bool))
+    assert (alone.gap, alone.lengths) == (0, (2, 3))
+    assert alone.positions.tolist() == [2, 5, 3, 4, 8]
+    assert view.behind(1).lengths == (1, 2)
