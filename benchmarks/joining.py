@@ -31,6 +31,7 @@ from kvzip_memory.inference.cache import Tail
 RATIOS = [1.0, 0.5, 0.3]
 COUNTS = [2, 3, 5, 7]
 TOKENS = 900  # of an article
+TOWNS = ["Aldmoor", "Brackwell", "Carrow", "Dunhythe", "Eastry", "Fenwick", "Garth"]
 WAYS = ["plain", "joinable", "first plain"]
 
 
@@ -45,6 +46,16 @@ def whole(engine: KVzipEngine, join: CompressedContext, ratio: float) -> Compres
     return CompressedContext(**fields, identity={**join.identity, "parts": []}, storage=Resident(layers), ratio=ratio)
 
 
+def told_apart(docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Documents whose codes are of other places each."""
+    found = []
+    for doc, town in zip(docs, TOWNS, strict=False):
+        asked = [(kind, question.replace("access code of the", f"{town} access code of the")) for kind, question in doc["asked"]]
+        text = doc["text"].replace("access code of the", f"{town} access code of the")
+        found.append({**doc, "asked": asked, "text": f"{text}\n\n"})
+    return found
+
+
 def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str) -> CompressedContext:
     contexts = [
         engine.load(text, ratio=ratio, joinable=way == "joinable" or (way == "first plain" and i > 0)) for i, text in enumerate(texts)
@@ -56,6 +67,7 @@ def fidelity(engine: KVzipEngine, data: list[dict[str, Any]], sets: int, counts:
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for number in range(sets):
         docs = documents(data[number * max(counts) : (number + 1) * max(counts)], max(counts), engine.tokenizer, TOKENS)
+        docs = told_apart(docs)
         for count in tqdm(counts, desc=f"set {number}"):
             some = docs[:count]
             texts = [doc["text"] for doc in some]

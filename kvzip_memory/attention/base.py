@@ -43,6 +43,7 @@ class Turn(NamedTuple):
         cos, sin: ``[r]`` fp32, of each dimension that is rotated; the sine with the sign of the dimension that it goes to.
         start: the first of them.
         partner: ``[r]``, which one each is rotated with.
+        halves: whether that is the one half of them farther on.
     """
 
     by: int
@@ -50,13 +51,18 @@ class Turn(NamedTuple):
     sin: Tensor
     start: int
     partner: Tensor
+    halves: bool = False
 
     def of(self, query: Tensor) -> Tensor:
         """Queries ``[..., D]`` turned, in their dtype."""
-        end = self.start + len(self.cos)
-        part = query[..., self.start : end].float()
+        size = len(self.cos)
+        part = query[..., self.start : self.start + size].float()
+        others = part.roll(size // 2, -1) if self.halves else part[..., self.partner]
+        moved = (part * self.cos).addcmul_(others, self.sin).to(query.dtype)
+        if size == query.shape[-1]:
+            return moved
         turned = query.clone()
-        turned[..., self.start : end] = part * self.cos + part[..., self.partner] * self.sin
+        turned[..., self.start : self.start + size] = moved
         return turned
 
 

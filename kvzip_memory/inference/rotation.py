@@ -35,16 +35,18 @@ class _Rotation(NamedTuple):
         frequencies: ``[r]`` fp64, radians a position, of each dimension that is rotated, with the sign of the sine that goes to it.
         start: the first of these dimensions.
         partner: ``[r]``, which one each is rotated with.
+        halves: whether that is the one half of them farther on.
     """
 
     frequencies: Tensor
     start: int
     partner: Tensor
+    halves: bool
 
     def turn(self, by: int) -> Turn:
         """That takes queries ``by`` positions back."""
         angles = -by * self.frequencies
-        return Turn(by, angles.cos().float(), angles.sin().float(), self.start, self.partner)
+        return Turn(by, angles.cos().float(), angles.sin().float(), self.start, self.partner, self.halves)
 
 
 class Rotations:
@@ -115,13 +117,13 @@ class Rotations:
         for buffer in buffers:
             half = len(buffer)
             near, numbers = buffer.detach().double(), torch.arange(2 * half, device=buffer.device)
-            for frequencies, partner in (
-                (torch.cat([-near, near]), numbers.roll(half)),
-                (torch.stack([-near, near], 1).flatten(), numbers ^ 1),
+            for frequencies, partner, halves in (
+                (torch.cat([-near, near]), numbers.roll(half), True),
+                (torch.stack([-near, near], 1).flatten(), numbers ^ 1, False),
             ):
                 for start in {0, dim - 2 * half} if dim >= 2 * half else ():
-                    yield _Rotation(frequencies, start, partner)
-                    yield _Rotation(-frequencies, start, partner)
+                    yield _Rotation(frequencies, start, partner, halves)
+                    yield _Rotation(-frequencies, start, partner, halves)
 
 
 class _Probe(CallCache):
