@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvzip_memory.building import Builder
-from kvzip_memory.context import CompressedContext, checked_context
+from kvzip_memory.context import CompressedContext, checked_context, parts_of
 from kvzip_memory.errors import InputError
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.language import Language
@@ -63,8 +63,10 @@ class Access:
             )
 
     def is_as_fine(self, entry: Entry, ratio: float) -> bool:
-        """Whether a stored context keeps as much, chosen as the engine chooses, unless nothing was evicted."""
-        return entry.fineness >= ratio and self._builder.is_way_of(entry.identity)
+        """Whether a stored context keeps as much, chosen as the engine chooses, unless nothing was evicted; and was read where it stands,
+        behind all that is before it."""
+        moved = entry.identity.get("shift") or any(part.shift for part in parts_of(entry.identity))
+        return not moved and entry.fineness >= ratio and self._builder.is_way_of(entry.identity)
 
 
 def not_stored(reference: str, but: str = "") -> InputError:

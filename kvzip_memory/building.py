@@ -268,7 +268,7 @@ class Builder:
         where = f"context {wanted.key[:12]!r}"
         self._identity.check(wanted.identity, language, where)  # a handle may outlive the weights
         self._check_way(wanted.identity, where)
-        context, ms, fading = self._built(language, step, given[0] if step.parent else None, report, computed)
+        context, ms, fading = self._built(language, step, given, report, computed)
         self._check_way(wanted.identity, where)
         began = time.perf_counter()
         self._identity.prove(wanted.identity, language, where, since)
@@ -291,9 +291,9 @@ class Builder:
 
     @plain()
     def _built(
-        self, language: Language, step: Step, parent: CompressedContext | None, report: Report, computed: Computed | None
+        self, language: Language, step: Step, given: tuple[CompressedContext, ...], report: Report, computed: Computed | None
     ) -> tuple[CompressedContext, dict[str, float], dict[str, Fading]]:
-        wanted, recipe = step.wanted, step.recipe
+        wanted, recipe, parent = step.wanted, step.recipe, given[0] if step.parent else None
         assert step.ids is not None
         assert recipe is not None
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
@@ -324,9 +324,9 @@ class Builder:
             dense_nbytes=beginning.dense_nbytes,
             recipe=recipe,
             sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
-            created=parent.created if parent and not dropped else 0.0,
-            expires=parent.expires if parent and not dropped else None,
-            coarsest=min(ratio, parent.coarsest) if parent and not dropped else ratio,
+            created=given[-1].created if parent else 0.0,  # as old as what it shares
+            expires=given[-1].expires if parent else None,
+            coarsest=min([ratio, *(context.coarsest for context in given)]) if parent else ratio,
             fitted=beginning.fitted,
         )
         return context, beginning.ms, beginning.fading

@@ -99,6 +99,8 @@ class Contexts:
         language = self._speech.now
         prompt = self.prompt(language, source, system, _strings(keep), tools)
         if joinable:
+            if not prompt.sources:
+                raise InputError("joinable=True is for documents; a conversation stands behind them: extend() or fold() puts it there")
             return self._load_joinable(language, prompt, ratio, name, labels, began)
         return self._load_text(language, prompt, ratio, name, labels, began)
 

@@ -255,7 +255,7 @@ def _page_locked(nbytes: int) -> Tensor:
     if torch.cuda.is_available():
         cudart = torch.cuda.cudart()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        if int(cudart.cudaHostRegister(address, nbytes, 0)) == 0:
+        if int(cudart.cudaHostRegister(address, len(mapping), 0)) == 0:
             weakref.finalize(mapping, cudart.cudaHostUnregister, address)
         else:
             logger.warning("the driver does not lock %d bytes of host memory; contexts come back slower", nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -215,11 +216,46 @@ def test_replacing_a_document_is_another_join_and_forgetting_one_takes_its_joins
     engine.close()
 
 
+def test_what_was_not_read_where_it_stands_is_used_only_when_it_is_named() -> None:
+    engine = tiny_engine(ratio=0.5)
+    parts = [engine.load(text, joinable=True) for text in (A, B)]
+    join = engine.join(parts)
+    for context in (*parts, join):
+        ids = [*context.token_ids.tolist(), *engine.prompt_ids(context, QUESTION)]
+        found = engine.stored_prefix(ids, 0.5)
+        assert found is None or found.n_tokens == found.protected
+        assert engine.get(context.key).n_tokens == context.n_tokens
+    plain = engine.load(A)
+    found = engine.stored_prefix([*plain.token_ids.tolist(), 5], 0.5)
+    assert found is not None
+    assert found.key == plain.key
+
+
+def test_it_is_as_old_as_what_it_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path, ttl=1000)
+    first = engine.load(A, joinable=True)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 600)
+    second = engine.load(B, joinable=True)
+    join = engine.join([first, second])
+    for context in (second, join):
+        assert abs(context.created - first.created) < 5
+        assert context.expires == first.expires
+    monkeypatch.setattr(time, "time", lambda: now + 1100)
+    for context in (first, second, join):
+        with pytest.raises(InputError):
+            tiny_engine(ratio=0.5, cache_dir=tmp_path, ttl=1000).get(context.key)
+    assert asked(engine, join).isfinite().all()
+    engine.close()
+
+
 def test_what_cannot_be_joined_says_why(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.5)
     a, b = engine.load(A), engine.load(B)
     with pytest.raises(InputError, match="1 contexts to join; give at least two"):
         engine.join([a])
+    with pytest.raises(InputError, match="joinable=True is for documents"):
+        engine.load([{"role": "user", "content": "Hi"}], joinable=True)
     with pytest.raises(InputError, match="the same system prompt"):
         engine.join([a, engine.load(B, system="Be short.")])
     with pytest.raises(InputError, match="contexts are joined that are of"):
