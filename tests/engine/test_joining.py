@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import ARCHITECTURES, lose, own_logits, tiny_engine, tiny_model, tiny_tokenizer
+from conftest import ARCHITECTURES, STRESS, lose, tiny_engine, tiny_model, tiny_tokenizer
 from families import FAMILIES, tiny_family
 from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, UnsupportedModelError, WindowError
 from kvzip_memory.attention.base import turned
@@ -61,7 +61,7 @@ def positions(engine: KVzipEngine, row: Row) -> list[list[int]]:
 @pytest.mark.parametrize("joinable", JOINABLE, ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_join_is_what_copies_would_be(architecture: str, joinable: tuple[bool, ...]) -> None:
-    for ratio in (1.0, 0.5):
+    for ratio in (1.0, 0.5) if STRESS or architecture in ("llama", "gemma3") else (0.5,):
         engine = tiny_engine(architecture, ratio=ratio)
         join = engine.join(loaded(engine, joinable))
         ids, row = engine.prompt_ids(join, QUESTION), copied(engine, join)
@@ -71,7 +71,10 @@ def test_a_join_is_what_copies_would_be(architecture: str, joinable: tuple[bool,
             assert positions(engine, row) == [list(range(join.n_tokens))] * len(positions(engine, row))
 
 
-@pytest.mark.parametrize("kind", sorted(FAMILIES))
+SOME = ["cohere", "deepseek_v3", "gemma3n_text", "glm4", "llama4_text", "nanochat", "qwen3_next", "smollm3"]
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES) if STRESS else SOME)
 def test_every_family_joins_or_says_why_not(kind: str) -> None:
     engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), ratio=0.5)
     if engine._model.layout.stateful or kind == "llama4_text":
@@ -102,16 +105,12 @@ def test_a_joinable_context_has_the_pairs_that_the_model_computes_behind_the_pre
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_the_first_alone_is_as_if_it_were_not_joined(architecture: str) -> None:
-    """What stands first has not moved: asked over it and an empty rest, it is the context itself."""
+def test_a_joinable_context_is_seen_where_it_stands_alone(architecture: str) -> None:
     engine = tiny_engine(architecture, ratio=0.5)
-    one, other = engine.load(A), engine.load(A, joinable=True)
-    for context in (one, other):
-        expected = engine._model.forward([copied(engine, context)], [[5, 6, 7]], n_logits=3)[0]
-        torch.testing.assert_close(engine.logits(context, [5, 6, 7]), expected, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(
-        asked(tiny_engine(architecture, ratio=1.0), one), own_logits(engine, one, engine.prompt_ids(one, QUESTION))
-    ) if (one.ratio == 1.0) else None
+    context = engine.load(A, joinable=True)
+    expected = engine._model.forward([copied(engine, context)], [[5, 6, 7]], n_logits=3)[0]
+    torch.testing.assert_close(engine.logits(context, [5, 6, 7]), expected, atol=1e-4, rtol=1e-4)
+    assert positions(engine, copied(engine, engine.load(A, ratio=1.0, joinable=True)))[0] == list(range(context.n_tokens))
 
 
 def test_no_pair_is_copied_and_no_token_read() -> None:
@@ -133,6 +132,7 @@ def test_a_join_is_asked_grown_folded_cited_and_joined_again(tmp_path: Path) -> 
     engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
     a, b, c = loaded(engine, (False, True, True))
     join = engine.join([a, b], name="both")
+    expected = asked(engine, join)
     assert engine.session(join).ask(QUESTION, max_new_tokens=4).text is not None
     grown = engine.extend(join, [{"role": "user", "content": "Hello?"}])
     assert grown.parts == join.parts
@@ -149,12 +149,8 @@ def test_a_join_is_asked_grown_folded_cited_and_joined_again(tmp_path: Path) -> 
     assert len(engine.relevance([(join, spans)], QUESTION, "The lamp.")[0]) == 2
     engine.close()
     again = tiny_engine(ratio=0.5, cache_dir=tmp_path)
-    torch.testing.assert_close(asked(again, again.get("both")), asked(tiny_engine_with(engine), again.get("both")))
+    assert torch.equal(asked(again, again.get("both")), expected)
     again.close()
-
-
-def tiny_engine_with(engine: KVzipEngine) -> KVzipEngine:
-    return KVzipEngine(engine.model, engine.tokenizer, ratio=0.5)
 
 
 def test_a_conversation_over_a_joinable_document_shares_it() -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from conftest import ARCHITECTURES, TEXT, lose, masked_logits, merged, own_logits, same_pairs, tiny_engine
 from kvzip_memory import BudgetError, CompressedContext, CorruptFileError, InputError, KVzipEngine
 from kvzip_memory.cli import app
+from kvzip_memory.compression.scorers import KVzipScorer
 from kvzip_memory.prompting.messages import Message
 
 FIRST: list[Message] = [{"role": "user", "content": "Who carries oil?"}, {"role": "assistant", "content": "The donkey does, on Tuesdays."}]
@@ -81,17 +82,11 @@ def test_its_own_pairs_are_those_of_what_is_new(architecture: str) -> None:
 
 
 def test_what_a_parent_has_ranked_otherwise_can_be_shared() -> None:
-    engine, other = tiny_engine(ratio=0.5), tiny_engine(ratio=0.5, scorer=_scorer())
+    engine, other = tiny_engine(ratio=0.5), tiny_engine(ratio=0.5, scorer=KVzipScorer(chunk_tokens=400))
     document = engine.load(TEXT)
     with pytest.raises(InputError, match="share=True"):
         other.extend(document, FIRST)
-    torch.testing.assert_close(logits(other, other.extend(document, FIRST, ratio=1.0, share=True)).isfinite().all(), torch.tensor(True))
-
-
-def _scorer() -> object:
-    from kvzip_memory.compression.scorers import KVzipScorer
-
-    return KVzipScorer(chunk_tokens=400)
+    assert logits(other, other.extend(document, FIRST, share=True)).isfinite().all()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -106,13 +101,7 @@ def test_a_session_over_a_document_folds_into_pairs_of_its_own(architecture: str
     assert session.context is not None
     assert [part.key for part in session.context.parts] == [document.key]
     assert session.context.nbytes < document.nbytes
-    twin = engine.extend(document, _said(engine, session.context), share=True)
-    assert twin.n_tokens >= document.n_tokens
     assert session.ask("And then?", max_new_tokens=4).text is not None
-
-
-def _said(engine: KVzipEngine, context: CompressedContext) -> list[Message]:
-    return FIRST
 
 
 def test_one_document_is_stored_once_for_many(stored: KVzipEngine, tmp_path: Path) -> None:
