@@ -35,7 +35,7 @@ stress: tokenizers
 	KVZIP_STRESS=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist worksteal -rP -o faulthandler_timeout=0 tests/registry/test_registry_stress.py tests/registry/test_failures.py tests/registry/test_two_registries.py tests/engine/test_turns.py tests/prompting/test_template_equality.py \
 		tests/prompting/test_guidance.py tests/registry/test_fuzz.py tests/registry/test_hostile_folders.py \
 		tests/integrations/test_langchain_standard.py tests/inference/test_families.py \
-		tests/engine/test_trees.py tests/engine/test_joining.py
+		tests/engine/test_trees.py tests/engine/test_joining.py tests/inference/test_moved_parts.py
 
 tokenizers: $(VENV)/.installed
 	$(BIN)/python tests/makers.py

@@ -153,8 +153,7 @@ def store(world: World) -> Given:
 #: By the columns of the table.
 COLUMNS: dict[str, list[Callable[[World], Given]]] = {
     "load": [load, load_cut, load_marked],
-    "extend": [extend],
-    "join": [join],
+    "extend": [extend, join],
     "answer": [answer, answer_logits, relevance, session_new],
     "answer without a context": [answer_alone],
     "stream begun before": [stream],

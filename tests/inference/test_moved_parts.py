@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_parts import IDS, parts_of
 
-from conftest import ARCHITECTURES, TEXT, row_over, tiny_engine, tiny_tokenizer
+from conftest import ARCHITECTURES, STRESS, TEXT, row_over, tiny_engine, tiny_tokenizer
 from families import FAMILIES, tiny_family
 from kvzip_memory import CompressedContext, KVzipEngine, UnsupportedModelError
 from kvzip_memory.attention.base import turned
@@ -57,8 +57,11 @@ def check(engine: KVzipEngine) -> None:
     torch.testing.assert_close(*alone, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["cpu", "reference", "triton"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+BACKENDS = [(architecture, attention) for attention in ("cpu", "reference") for architecture in ARCHITECTURES]
+BACKENDS += [(architecture, "triton") for architecture in (ARCHITECTURES if STRESS else ["gemma3", "llama"])]
+
+
+@pytest.mark.parametrize(("architecture", "attention"), BACKENDS)
 def test_what_has_moved_is_seen_where_it_is(architecture: str, attention: str) -> None:
     check(tiny_engine(architecture, attention=attention))
 

@@ -228,6 +228,7 @@ def test_whatever_is_interrupted_nobody_who_forks_waits_for_it(tmp_path):
 
 def waiting(folder, answers):
     """A fork waits for a thread inside the index, and is interrupted meanwhile."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     registry, index = opened(folder)
     begun = threading.Event()
 
