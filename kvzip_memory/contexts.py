@@ -289,8 +289,9 @@ class Contexts:
         self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
     ) -> CompressedContext:
         """The context of a prompt that is read behind the preamble, and goes on from the template's head without it."""
+        front = self._front(language, prompt)
         self._builder.check_movable()
-        return self._load(language, prompt, ratio, name, tags, began, front=self._front(language, prompt))
+        return self._load(language, prompt, ratio, name, tags, began, front=front)
 
     def _front(self, language: Language, prompt: Prompt) -> Front:
         """What a prompt is read behind: steps of contexts that are the same for all prompts of a template head."""
@@ -311,10 +312,10 @@ class Contexts:
         """See :meth:`KVzipEngine.join`."""
         began = time.perf_counter()
         labels, language = _labels(name, tags), self._speech.now
-        self._builder.check_movable()
         for context in contexts:
             self._access.check(language, context)
         join = Join.of(contexts)
+        self._builder.check_movable()
         first, last = contexts[0], contexts[-1]
         prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
         self._check_window(prompt)

@@ -121,8 +121,7 @@ def fold(world: World) -> Given:
 
 
 def join(world: World) -> Given:
-    page = world.engine.get("page")
-    context = world.engine.join([page, page])
+    context = world.engine.join([world.context, world.context])
     return context.key, logits(world.engine, context)
 
 
