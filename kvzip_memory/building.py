@@ -298,7 +298,8 @@ class Builder:
         assert recipe is not None
         token_ids = step.ids if parent is None else torch.cat([parent.token_ids, step.ids])
         ids, scored = tuple(token_ids.tolist()), wanted.identity["scorer"] is not None
-        dropped = -wanted.identity.get("shift", 0)  # tokens of a preamble, behind the head
+        if (dropped := -wanted.identity.get("shift", 0)) > 0:  # tokens of a preamble, behind the head
+            self.check_movable()
         known = parent.n_tokens if parent else 0
         share = parent is not None and (dropped > 0 or len(parts_of(wanted.identity)) > len(parent.parts))
         first = known if parent and (share or parent.identity.get("scorer")) else step.protected
@@ -356,6 +357,7 @@ class Builder:
 
     def join(self, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
         """See :func:`~kvzip_memory.joining.joined`."""
+        self.check_movable()
         return joined(self._model, step, contexts)
 
     def _grown(
