@@ -116,7 +116,7 @@ def room(engine: KVzipEngine, data: list[dict[str, Any]], counts: list[int]) -> 
         join = engine.join(contexts)
         took = time.perf_counter() - began
         single = whole(engine, join, 0.3)
-        steps = {"join": [], "single": []}
+        steps: dict[str, list[float]] = {"join": [], "single": []}
         for _ in range(30):
             for way, context in (("join", join), ("single", single)):
                 with context.lease() as lease:
