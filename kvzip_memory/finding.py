@@ -85,8 +85,8 @@ class Finder:
         short = "; a key is known by its first 8 digits at least" if _SHORT_OF_A_KEY.fullmatch(reference) else ""
         return other + held + short
 
-    def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:
-        """See :meth:`KVzipEngine.one_context`."""
+    def contexts(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> list[CompressedContext]:
+        """The contexts of references, each once; see :meth:`KVzipEngine.one_context`."""
         for reference in references:
             if isinstance(reference, str) and not by_name and not _WHOLE_KEY.fullmatch(reference):
                 raise InputError(
@@ -95,10 +95,7 @@ class Finder:
                     "contexts_by_name=True"
                 )
         contexts = [self.get(reference) if isinstance(reference, str) else reference for reference in references if reference is not None]
-        found = {self._access.mine(context).key: context for context in contexts}
-        if len(found) > 1:
-            raise InputError(f"{len(found)} contexts in one prompt ({', '.join(map(repr, found.values()))}); load their texts as one")
-        return next(iter(found.values()), None)
+        return [*{self._access.mine(context).key: context for context in contexts}.values()]
 
     def prefix(self, language: Language, ids: Sequence[int], ratio: float) -> CompressedContext | None:
         """See :meth:`KVzipEngine.stored_prefix`."""

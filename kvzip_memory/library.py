@@ -290,15 +290,20 @@ class Library(Shared):
         return self._finder.get(reference)
 
     def one_context(self, references: Sequence[CompressedContext | str | None], by_name: bool = True) -> CompressedContext | None:
-        """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none.
+        """The one context that a prompt refers to, by itself, its name or its key; None if it refers to none. Several are joined.
 
         Args:
+            references: in the order in which they are joined; one that is there already adds nothing.
             by_name: whether texts may be names and beginnings of keys; else they are whole keys, which nobody guesses.
 
         Raises:
-            InputError: the references are to several contexts, one is not the whole key it has to be, or :meth:`get` does not find it.
+            InputError: one is not the whole key it has to be, :meth:`get` does not find it, or as for :meth:`join`.
+            WindowError: as for :meth:`join`.
         """
-        return self._finder.one_context(references, by_name)
+        found = self._finder.contexts(references, by_name)
+        inside = {part.key for context in found for part in context.parts}
+        found = [context for context in found if context.key not in inside]
+        return self.join(found) if len(found) > 1 else next(iter(found), None)
 
     def open(self, path: str | Path) -> CompressedContext:
         """A context from a file written by :meth:`CompressedContext.save`, with the name and the sources of who saved it. For a ``ttl`` it

@@ -23,8 +23,7 @@ from langchain_core.tools import BaseTool
 
 from kvzip_memory import CompressedContext, InputError, WindowError
 from kvzip_memory.bridge import pieces_of, result_of
-from kvzip_memory.context import checked_context
-from kvzip_memory.frameworks.engines import loads_of, places_of
+from kvzip_memory.frameworks.engines import Given, given_context, loads_of, places_of
 from kvzip_memory.frameworks.hidden import revealed, told
 from kvzip_memory.frameworks.options import CALL_OPTIONS, reused
 from kvzip_memory.prompting.forms import FORMS
@@ -166,20 +165,19 @@ class KVzipChatModel(ChatModelSettings):
         """:meth:`load_documents` in a thread, so that an event loop goes on."""
         return await result_of(loads_of(self), self.load_documents, documents, **options)
 
-    def with_context(self, context: CompressedContext | str | None, *, behind: bool = False) -> KVzipChatModel:
+    def with_context(self, context: Given, *, behind: bool = False) -> KVzipChatModel:
         """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
 
         Args:
-            context: what is answered from; None for nothing.
+            context: what is answered from; several contexts or names are joined, see :meth:`KVzipEngine.join`. None for nothing.
             behind: messages come behind it, also those that say what it begins with once more; otherwise such are taken for the
                 whole conversation, of which the context holds a part.
 
         Raises:
-            InputError: nothing is stored under the name, or it is no context.
+            InputError: nothing is stored under the name, it is no context, or several cannot be joined.
+            WindowError: several do not fit into the window together.
         """
-        if isinstance(context, str):
-            context = self.engine.get(context)
-        context = None if context is None else checked_context(context)
+        context = given_context(self, context)
         given = self.profile != self._resolve_model_profile()
         copy = self.model_copy(update={"context": context, "behind": behind})
         if not given:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from functools import wraps
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 from weakref import WeakValueDictionary
 
@@ -120,10 +121,13 @@ def create_memory_tools(
         lines = [f"{' '.join(name.splitlines())}: {entry.n_tokens:,} tokens" for name, entry in sorted(mine().items())]
         return "\n".join(lines) or "no documents"
 
-    def ask_document(name: str, question: str) -> str:
-        """Answer a question from a document that is kept."""
-        key = entry_of(clean(name, "name")).key
-        return engine.generate(engine.get(key), question, max_new_tokens=max_tokens).text
+    def ask_document(name: str | list[str], question: str) -> str:
+        """Answer a question from a document that is kept, or from several, by the list of their names."""
+        names = [name] if isinstance(name, str) else name
+        context = engine.one_context([entry_of(clean(one, "name")).key for one in names])
+        if context is None:
+            raise ToolException("no name is given; give that of a document, or several")
+        return engine.generate(context, question, max_new_tokens=max_tokens).text
 
     def forget_document(name: str) -> str:
         """Delete a document that is kept."""
@@ -137,11 +141,11 @@ def create_memory_tools(
 
     def tool(name: str, function: Callable[..., str], places: Callable[[KVzipEngine], Places] = attrgetter("loads")) -> BaseTool:
         @wraps(function)
-        def now(*args: str, **given: str) -> str:
+        def now(*args: Any, **given: Any) -> str:
             with told():
                 return function(*args, **given)
 
-        async def later(**given: str) -> str:
+        async def later(**given: Any) -> str:
             return await result_of(places(engine), now, **given)
 
         return StructuredTool.from_function(now, later, name=name, handle_tool_error=True, handle_validation_error=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 from weakref import WeakSet
 
@@ -19,9 +19,10 @@ from langchain.agents.structured_output import AutoStrategy, OutputToolBinding, 
 from langchain_core.runnables.configurable import DynamicRunnable
 from langgraph.types import Command, TracePolicy, omit_payload
 
-from kvzip_memory import InputError, KVzipEngine
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.bridge import result_of
 from kvzip_memory.compression.ratios import checked_ratio
+from kvzip_memory.context import checked_context
 from kvzip_memory.conversations import Memory, Recalled, Size, Trigger
 from kvzip_memory.frameworks.engines import loads_of
 from kvzip_memory.prompting.cleaning import clean
@@ -54,6 +55,8 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         trigger: ``("tokens", n)``, ``("messages", n)``, ``("fraction", x)`` of the model's window; a dictionary of several that
             must all be reached, or a list of which one must.
         keep: how much is never folded.
+        documents: contexts, or the names of some, that stand before every conversation, joined if there are several. All threads share
+            them; a thread has pairs of its own for what is said in it alone.
         ratio: fraction of key-value pairs kept; None is the chat model's.
         unsupported_model_behavior: what to do with another chat model than :class:`KVzipChatModel`: it is called
             as if there were no memory, with a warning (``"warn"``) or without (``"ignore"``), or a ``TypeError`` is raised.
@@ -100,12 +103,16 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         *,
         trigger: Trigger = ("tokens", 6000),
         keep: Size = ("messages", 6),
+        documents: Sequence[CompressedContext | str] = (),
         ratio: float | None = None,
         unsupported_model_behavior: Literal["ignore", "warn", "raise"] = "warn",
     ) -> None:
         super().__init__()
         ratio = None if ratio is None else checked_ratio(ratio)
         self._memory, self._ratio, self._unsupported = Memory(trigger, keep), ratio, unsupported_model_behavior
+        if isinstance(documents, str | CompressedContext):
+            documents = [documents]
+        self._documents = [one if isinstance(one, str) else checked_context(one) for one in documents]
         self._warned = False
         self._engines: WeakSet[KVzipEngine] = WeakSet()
 
@@ -192,6 +199,9 @@ class KVzipMemoryMiddleware(AgentMiddleware[KVzipMemoryState, Any, Any]):
         system = [request.system_message] if request.system_message else []
         said = [message for message in request.messages if plain_messages([message])[0]]  # not what only brings a context
         turns, file_ids = plain_messages([*system, *request.messages])
+        if self._documents:
+            model = model.with_context([*([model.context] if model.context else []), *self._documents], behind=True)
+            request = request.override(model=model)
         base = model.engine.one_context([model.context, *file_ids], by_name=model.contexts_by_name)
         tools = [openai_tool(tool) for tool in [*request.tools, *_answering_tools(request)]]
         handle: Any = request.state.get("kvzip_memory")

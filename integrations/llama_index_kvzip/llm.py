@@ -43,8 +43,16 @@ from pydantic import (
 
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.bridge import pieces_of
-from kvzip_memory.context import checked_context
-from kvzip_memory.frameworks.engines import LazyEngine, LazyEngines, configured_window, fixed_folder, located, places_of
+from kvzip_memory.frameworks.engines import (
+    Given,
+    LazyEngine,
+    LazyEngines,
+    configured_window,
+    fixed_folder,
+    given_context,
+    located,
+    places_of,
+)
 from kvzip_memory.frameworks.hidden import Options, revealed
 from kvzip_memory.frameworks.options import CALL_OPTIONS, for_fields, renamed, reused, sampling
 from kvzip_memory.frameworks.travel import cannot_travel, check_arrived, still_held, written_down
@@ -182,16 +190,15 @@ class KVzipLLM(FunctionCallingLLM):
         options = {"cache_dir": self.cache_dir, **({} if self.ratio is None else {"ratio": self.ratio}), **revealed(self.model_kwargs)}
         return self._lazy.get(lambda: KVzipEngine.from_pretrained(self.model, **options))
 
-    def with_context(self, context: CompressedContext | str | None) -> KVzipLLM:
-        """This model answering from a context, or from the one loaded under a name; both share the engine and its weights.
+    def with_context(self, context: Given) -> KVzipLLM:
+        """This model answering from a context, or from the one loaded under a name; both share the engine and its weights. Several are
+        joined, see :meth:`KVzipEngine.join`.
 
         Raises:
-            InputError: nothing is stored under the name, or it is no context.
+            InputError: nothing is stored under the name, it is no context, or several cannot be joined.
+            WindowError: several do not fit into the window together.
         """
-        if isinstance(context, str):
-            context = self.engine.get(context)
-        context = None if context is None else checked_context(context)
-        return self.model_copy(update={"context": context})
+        return self.model_copy(update={"context": given_context(self, context)})
 
     @property
     def metadata(self) -> LLMMetadata:

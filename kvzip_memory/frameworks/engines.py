@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os.path
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -12,13 +12,18 @@ from typing import Any, SupportsIndex
 from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedConfig
 
+from kvzip_memory.context import CompressedContext, checked_context
 from kvzip_memory.engine import KVzipEngine
+from kvzip_memory.errors import InputError
 from kvzip_memory.frameworks.hidden import told
 from kvzip_memory.inference.admission import Places
 from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import after_fork
 from kvzip_memory.system.paths import as_folder
 from kvzip_memory.system.sharing import Shared
+
+#: What a framework's model answers from, see :func:`given_context`.
+Given = CompressedContext | str | Sequence[CompressedContext | str] | None
 
 
 class LazyEngine(Shared):
@@ -63,6 +68,23 @@ def loads_of(model: Any) -> Places | Callable[[], Places]:
     """:func:`places_of` for everything else that an event loop waits for."""
     engine: KVzipEngine | None = model._ready
     return engine.loads if engine is not None else lambda: model.engine.loads
+
+
+def given_context(model: Any, given: Any) -> CompressedContext | None:
+    """What a framework's model is to answer from: nothing, a context, the one of a name, or several of them as one.
+
+    Raises:
+        InputError: nothing is stored under a name, one is no context, or as for :meth:`KVzipEngine.join`.
+        WindowError: together they do not fit into the window.
+    """
+    if isinstance(given, str):
+        return model.engine.get(given)
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        return None if given is None else checked_context(given)
+    several = [one if isinstance(one, str) else checked_context(one) for one in given]
+    if not several:
+        raise InputError("no context is given; give one or several, or None to answer from nothing")
+    return model.engine.one_context(several)
 
 
 def located(path: str) -> str:

@@ -445,7 +445,8 @@ WAYS: dict[type, dict[str, Way]] = {
         "tool_call_parser": NOTHING,
         "top_k": NOTHING,
         "top_p": NOTHING,
-        "with_context": lambda b, x: each(lambda r: b.chat.with_context(r).invoke(QUESTION), [*x.references, x.handle]),
+        "with_context": lambda b, x: each(lambda r: b.chat.with_context(r).invoke(QUESTION), [*x.references, x.handle])
+        + each(lambda r: b.chat.with_context([b.own, r]).invoke(QUESTION), [*x.references, x.handle]),
         "with_structured_output": lambda b, x: b.chat.with_structured_output({"type": "string"}).invoke([block(x.key)]),
         # LangChain's own
         "abatch": lambda b, x: run(lambda: b.chat.abatch([[block(x.key)]])),
@@ -485,7 +486,8 @@ WAYS: dict[type, dict[str, Way]] = {
             ],
             NOTHING,
         ),
-        "with_context": lambda b, x: each(lambda r: b.llm.with_context(r).complete(QUESTION), [*x.references, x.handle]),
+        "with_context": lambda b, x: each(lambda r: b.llm.with_context(r).complete(QUESTION), [*x.references, x.handle])
+        + each(lambda r: b.llm.with_context([b.own, r]).complete(QUESTION), [*x.references, x.handle]),
     },
     KVzipMemoryBlock: {
         "context": lambda b, x: each(lambda s: b.block.context(s), [x.session_id, x.tag]),
@@ -530,7 +532,10 @@ WAYS: dict[type, dict[str, Way]] = {
 TOOLS: dict[str, Way] = {
     "load_document": lambda b, x: create_memory_tools(b.engine)[0].invoke({"name": x.document, "text": TEXT}),
     "list_documents": lambda b, x: create_memory_tools(b.engine)[1].invoke({}),
-    "ask_document": lambda b, x: create_memory_tools(b.engine, namespace="b")[2].invoke({"name": x.document, "question": QUESTION}),
+    "ask_document": lambda b, x: each(
+        lambda name: create_memory_tools(b.engine, namespace="b")[2].invoke({"name": name, "question": QUESTION}),
+        [x.document, [x.document], [x.key]],
+    ),
     "forget_document": lambda b, x: create_memory_tools(b.engine, namespace="b")[3].invoke({"name": x.document}),
 }
 

@@ -242,10 +242,37 @@ def test_a_context_brought_explicitly_wins(llm: KVzipChatModel, engine: KVzipEng
     assert reply.usage_metadata["input_tokens"] == len(ids)  # type: ignore[index]
 
 
-def test_two_contexts_in_one_prompt_are_refused(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
-    other = engine.load("Another page. " * 30)
-    with pytest.raises(InputError, match="2 contexts"):
+def test_several_contexts_in_one_prompt_are_joined(llm: KVzipChatModel, engine: KVzipEngine) -> None:
+    page, other = (engine.load(text, joinable=True, name=text[:7]) for text in (LONG, "Another page. " * 30))
+    both = engine.join([page, other])
+    expected = engine.generate(both, "Who?", max_new_tokens=12).text
+    asked = {
+        "one field": (llm.with_context([page, other]), "Who?"),
+        "names": (llm.with_context([page.name, other.name]), "Who?"),
+        "field and block": (llm.with_context(page), [HumanMessage([other.as_block(), "Who?"])]),
+        "two blocks": (llm, [SystemMessage([page.as_block()]), HumanMessage([other.as_block(), "Who?"])]),
+        "one of them twice": (llm.with_context([page, other]), [HumanMessage([page.as_block(), "Who?"])]),
+    }
+    for way, (model, question) in asked.items():
+        reply = model.invoke(question)
+        assert (reply.text, reply.response_metadata["kvzip"]["context"]) == (expected, both.key), way
+    assert llm.with_context([page]).context is page
+
+
+def test_contexts_that_cannot_be_joined_say_why(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
+    other = engine.load("Another page. " * 30, system="Be brief.")
+    with pytest.raises(InputError, match="the same system prompt"):
         llm.with_context(context).invoke([HumanMessage([other.as_block(), "Who?"])])
+    with pytest.raises(InputError, match="the same system prompt"):
+        llm.with_context([context, other])
+    for wrong, said in (
+        ([], "no context is given"),
+        ([3], "no context"),
+        (["nothing"], "no context .nothing. of this model"),
+        (b"x", "no context"),
+    ):
+        with pytest.raises(InputError, match=said):
+            llm.with_context(wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no context"):
         llm.invoke([HumanMessage([{"type": "file", "file_id": "f" * 64}, "Who?"])])
 

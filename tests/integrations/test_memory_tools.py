@@ -29,6 +29,14 @@ def test_an_agents_documents(tmp_path: Path) -> None:
     assert "is kept" in load.invoke({"name": "page", "text": "A page. " * 9})
     assert re.fullmatch(r"page: \d+ tokens", names.invoke({}))
     assert ask.invoke({"name": "page", "question": "Who?"}) == engine.generate(engine.load("A page. " * 9), "Who?", max_new_tokens=5).text
+    load.invoke({"name": "other", "text": "Another. " * 9})
+    both = engine.join([engine.load(text) for text in ("Another. " * 9, "A page. " * 9)])
+    said = engine.generate(both, "Who?", max_new_tokens=5).text
+    assert ask.invoke({"name": ["other", "page"], "question": "Who?"}) == said
+    assert "no name is given" in ask.invoke({"name": [], "question": "Who?"})
+    assert "no document 'private'" in ask.invoke({"name": ["page", "private"], "question": "Who?"})
+    assert "is forgotten" in forget.invoke({"name": "other"})  # and what was joined with it
+    assert [entry.tags for entry in engine.registry.contexts()] == [("memory:agent:page",), ()]
     assert create_memory_tools(engine, namespace="else")[1].invoke({}) == "no documents"
     for tool in (ask, forget):
         assert "no document 'private'" in tool.invoke({"name": "private", "question": "Who?"})

@@ -255,6 +255,34 @@ def test_a_document_in_the_system_prompt_stays_in_front() -> None:
     assert attached.get_state(THREAD).values["kvzip_memory"] == agent.get_state(THREAD).values["kvzip_memory"]
 
 
+def test_documents_stand_before_every_thread_and_are_no_threads_own() -> None:
+    engine, watch = tiny_engine(), Watch()
+    pages = [engine.load(text, ratio=0.6, joinable=True) for text in (TEXT, "The ferry leaves at nine. " * 12)]
+    engine.load("The ferry leaves at nine. " * 12, ratio=0.6, joinable=True, name="ferry")
+    llm = KVzipChatModel(engine=engine, max_tokens=6)
+    agent = create_agent(
+        llm, tools=[], middleware=[memory(documents=[pages[0], "ferry"]), watch], checkpointer=InMemorySaver(), system_prompt=PERSONA
+    )
+    talk(agent, 1)
+    assert watch.requests[-1].model.context.key == engine.join(pages).key  # before the first fold, too
+    talk(agent, 6)
+    context = watch.requests[-1].model.context
+    both = engine.join(pages)
+    assert context.token_ids.tolist()[: both.n_tokens] == both.token_ids.tolist()
+    assert {part.key for part in context.parts} >= {page.key for page in pages}
+    assert context.nbytes < both.shared_nbytes
+    attached = create_agent(llm.with_context(pages), tools=[], middleware=[memory()], checkpointer=InMemorySaver(), system_prompt=PERSONA)
+    talk(attached, 1)
+    talk(attached, 6)
+    assert attached.get_state(THREAD).values["kvzip_memory"] == agent.get_state(THREAD).values["kvzip_memory"]
+    brought = create_agent(llm, tools=[], middleware=[memory(documents=pages[:1]), watch], checkpointer=InMemorySaver())
+    brought.invoke({"messages": [SystemMessage([pages[1].as_block()]), HumanMessage("Who?")]}, THREAD)
+    assert str(brought.get_state(THREAD).values["messages"][-1].response_metadata["kvzip"]["context"]) == both.key
+    for wrong in ([3], [None]):
+        with pytest.raises(InputError, match="no context"):
+            memory(documents=wrong)
+
+
 def test_a_message_that_only_brings_a_context_takes_no_others_place() -> None:
     engine, watch = tiny_engine(), Watch()
     page = engine.load(TEXT, ratio=1.0)
