@@ -19,7 +19,8 @@ from kvzip_memory.system.sharing import Shared
 
 logger = logger_of(__name__)
 
-_REMOVED = "removed"
+# Why a context is built for one answer, and so is what shares it.
+_REMOVED, _UNSTORED = "removed", "unstored"
 
 
 Make = Callable[["Step", tuple[CompressedContext, ...], Report], CompressedContext]
@@ -41,6 +42,7 @@ class Step(Shared):
         recipe: as of the context.
         sources: the documents behind the parent's, as the text tells them.
         before: the contexts that have what it shares, the last of them often its parent; none if it shares nothing.
+        stored: whether the registry is to have it.
     """
 
     registry: ContextRegistry
@@ -53,6 +55,7 @@ class Step(Shared):
     recipe: Recipe | None = None
     sources: tuple[Source, ...] = ()
     before: tuple[Step | CompressedContext, ...] = ()
+    stored: bool = True
 
     _way_out = CompressedContext._way_out
 
@@ -95,14 +98,15 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
         The context, which holds its pairs itself, and the lease.
     """
     with ExitStack() as held:
-        found, bases, removed = dict[str, tuple[Part, Layers]](), list[CompressedContext](), False
+        found, bases, guest = dict[str, tuple[Part, Layers]](), list[CompressedContext](), None if step.stored else _UNSTORED
         for before in step.before:
             base, lease = held.enter_context(_whole(before, waiting))
             bases.append(base)
-            removed |= lease.receipt.reason == _REMOVED
+            if lease.receipt.reason in (_REMOVED, _UNSTORED):
+                guest = lease.receipt.reason
             found |= {part.key: (part, layers) for part, layers in zip([*base.parts, Part(base.key, 0)], lease.parts, strict=True)}
         shared = tuple(_seen(*found[part.key], part.gap) for part in parts_of(step.wanted.identity))
-        context, lease = held.enter_context(_leased(step, waiting, bases, shared, removed))
+        context, lease = held.enter_context(_leased(step, waiting, bases, shared, guest))
         for before in step.before:
             if isinstance(before, Step):
                 before.registry.use_again(before.wanted.key)  # so that what shares it leaves first
@@ -139,7 +143,7 @@ def _leased(
     waiting: Report | None,
     bases: Sequence[CompressedContext] = (),
     shared: tuple[Layers, ...] = (),
-    removed: bool = False,
+    guest: str | None = None,
 ) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context's own pairs. A parent is brought once its child is not found, and no lock for building that is held.
 
@@ -149,7 +153,7 @@ def _leased(
     Args:
         bases: what is held already, of which the last may be the parent.
         shared: what the context shares, and all of its ancestors that share anything.
-        removed: whether that was; the context is then built for one answer, too.
+        guest: why the context is built for one answer, as what it shares was.
     """
     path, parent, below = [step], list[CompressedContext](), ExitStack()
     try:
@@ -161,7 +165,7 @@ def _leased(
                 parent = [bases[-1]]
             above = ExitStack()
             try:
-                found = above.enter_context(_one(current, parent, bases, below, waiting, removed))
+                found = above.enter_context(_one(current, parent, bases, below, waiting, guest))
             except _ParentLostError:
                 assert isinstance(current.parent, Step)
                 path.append(current.parent)
@@ -191,7 +195,7 @@ def _one(
     bases: Sequence[CompressedContext],
     below: ExitStack,
     waiting: Report | None,
-    removed: bool,
+    guest: str | None,
 ) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context, made of its parent if it is not stored; the parent may leave before the child moves in."""
     registry, key = step.registry, step.wanted.key
@@ -202,12 +206,13 @@ def _one(
         with below:
             return step.make(step, (*([parent.pop()] if parent else []), *bases), report)
 
-    if removed or registry.is_removed(key):
+    if guest or registry.is_removed(key):
         with calls.waiting():
             context = build(lambda *progress: None)
-        logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
+        if guest != _UNSTORED:
+            logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with registry.guest(context.nbytes), context.lease() as lease:
-            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason=_REMOVED))
+            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason=guest or _REMOVED))
         return
     with registry.lease(step.wanted, build, waiting) as found:
         yield found

@@ -242,6 +242,8 @@ class Contexts:
             step = replace(step, parent=front.step, ids=step.ids[front.joinable.head.n_tokens :], before=(front.head,))  # type: ignore[index]
         else:
             step = replace(step, before=_before(above, bool(shared), share))
+        if isinstance(above, Step):
+            step = replace(step, stored=above.stored)
         now = step if computed is None else replace(step, make=partial(make, computed=computed))
         nbytes = beside + self._builder.estimated_nbytes(prompt, ratio, shared)
         return self._leased(now, step, name, prompt.sources, nbytes, ms, len(prompt.token_ids) - start)
@@ -276,7 +278,8 @@ class Contexts:
         wanted = self._registry.with_room(step.wanted)
         now, step = replace(now, wanted=wanted), replace(step, wanted=wanted)
         self._registry.check_fits(nbytes)
-        self._registry.readmit(wanted.key)
+        if step.stored:
+            self._registry.readmit(wanted.key)
         with self._builder.bar(name) as bar, leased(now, bar.show) as (context, lease):
             built = lease.receipt.tier == "built" and lease.receipt.shrunk_from is None
             receipt = replace(lease.receipt, ms={**ms, **lease.receipt.ms}, read=new if built else 0)
@@ -308,7 +311,7 @@ class Contexts:
         first, front = step(head), step([*head, *ids])
         return Front(first, front, Joinable(Part(first.wanted.key, len(head)), front.wanted.key, len(ids)))
 
-    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words) -> CompressedContext:
+    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words, store: bool) -> CompressedContext:
         """See :meth:`KVzipEngine.join`."""
         began = time.perf_counter()
         labels, language = _labels(name, tags), self._speech.now
@@ -321,7 +324,7 @@ class Contexts:
         self._check_window(prompt)
         identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
-        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told)
+        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told, stored=store)
         ms = {"identify": 1e3 * (time.perf_counter() - began)}
         nbytes = sum({context.key: context.nbytes + context.shared_nbytes for context in contexts}.values())
         return self._leased(step, step, name, prompt.sources, nbytes, ms, 0)

@@ -177,7 +177,12 @@ class Library(Shared):
         return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable)
 
     def join(
-        self, contexts: Sequence[CompressedContext | str], *, name: str | None = None, tags: str | Sequence[str] | None = ()
+        self,
+        contexts: Sequence[CompressedContext | str],
+        *,
+        name: str | None = None,
+        tags: str | Sequence[str] | None = (),
+        store: bool = True,
     ) -> CompressedContext:
         """Documents' contexts as one, one behind another: no pair is copied and no token read.
 
@@ -188,6 +193,8 @@ class Library(Shared):
         Args:
             contexts: two or more, of the same model, system prompt and tools; their names, keys, or what loaded them. In their order.
             name, tags: see :meth:`load`.
+            store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored either:
+                for what a single question is about, say.
 
         Raises:
             InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored.
@@ -195,7 +202,7 @@ class Library(Shared):
             UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
             BudgetError, IdentityMismatchError: as for :meth:`extend`.
         """
-        return self._contexts.join([self.get(c) if isinstance(c, str) else c for c in contexts], name, tags)
+        return self._contexts.join([self.get(c) if isinstance(c, str) else c for c in contexts], name, tags, store)
 
     async def ajoin(self, contexts: Sequence[CompressedContext | str], **options: Any) -> CompressedContext:
         """:meth:`join` in a thread, see :meth:`aload`."""

@@ -22,8 +22,9 @@ from llama_index.core.schema import BaseNode, Document
 from llama_index.core.storage.docstore.types import RefDocInfo
 from llama_index.core.storage.storage_context import StorageContext
 
-from kvzip_memory import CompressedContext, InputError
+from kvzip_memory import InputError
 from kvzip_memory.bridge import result_of
+from kvzip_memory.frameworks.options import checked_flag
 from kvzip_memory.registry.holders import document_tag, escaped, parts
 from kvzip_memory.system.calls import check
 from kvzip_memory.system.forks import refuse_after_fork
@@ -44,11 +45,12 @@ from llama_index_kvzip.options import (
     chosen,
     known_options,
 )
-from llama_index_kvzip.packing import document_of, encodable, room, tag_of
-from llama_index_kvzip.placing import Group, Placing, group_of
+from llama_index_kvzip.packing import document_of, encodable, room
+from llama_index_kvzip.placing import Group, Placing
 from llama_index_kvzip.query_engine import KVzipQueryEngine
+from llama_index_kvzip.reading import Reading
 from llama_index_kvzip.retriever import DocumentRetriever
-from llama_index_kvzip.sources import Part, Ranking, whole
+from llama_index_kvzip.sources import Part, Ranking, joined
 from llama_index_kvzip.structured import unwrapped
 
 # Where the structure keeps an index's first id, in a dictionary that LlamaIndex does not use.
@@ -60,12 +62,9 @@ _INDEX = "index: "
 
 _ALL = Choice()
 
-# So many handles of contexts of chosen documents are kept, which spares reading their texts to find them.
-_MOST_CHOSEN = 64
-
 
 class KVzipIndex(Shared, BaseManagedIndex):
-    """Documents in as few compressed contexts as the model's window allows; every question is answered from all of them.
+    """Whole documents in compressed contexts; every question is answered from those that it is about, in one call.
 
     .. code-block:: python
 
@@ -76,9 +75,12 @@ class KVzipIndex(Shared, BaseManagedIndex):
         index = KVzipIndex.from_storage(StorageContext.from_defaults(persist_dir="contracts.index"), llm=llm)
 
     Texts and the split into contexts are persisted by the ``StorageContext``; the contexts lie in the registry of the model's
-    engine, on disk if it has a ``cache_dir``, and are built again only if they are found nowhere. A change rebuilds the contexts
-    that the changed documents leave and join, no others; one that fails leaves the documents as they were. Query engines and
-    retrievers made before a change see it, also copies of them: a copy of the index, deep or not, is the index itself.
+    engine, on disk if it has a ``cache_dir``, and are built again only if they are found nowhere. All documents lie in one context while
+    they fit into the window. Beyond that each has its own, small ones share one, and a question joins the contexts that it is about, as
+    many as the window takes; see :class:`KVzipQueryEngine`.
+
+    A change rebuilds the contexts that the changed documents leave and join, no others; one that fails leaves the documents as they were.
+    Query engines and retrievers made before a change see it, also copies of them: a copy of the index, deep or not, is the index itself.
 
     What ``filters`` or ``doc_ids`` leave out is in no context that is asked: the documents that remain of a context are read into
     one of their own, once for each set of them.
@@ -86,10 +88,14 @@ class KVzipIndex(Shared, BaseManagedIndex):
     Args:
         llm: what reads the documents and answers; None is ``Settings.llm``.
         system: a system prompt that is put first and never evicted.
-        context_tokens: at most so many tokens of documents in one context. None is what the window leaves beside a question and
-            an answer of ``llm.max_tokens``.
+        context_tokens: at most so many tokens of documents in one context; few make a change quick, since the documents of a context are
+            read together. None is what the window leaves beside a question and an answer of ``llm.max_tokens``, and an eighth
+            of that where the documents do not all fit.
+        joinable: where there are several contexts, build each a second time, to be joined (see :meth:`KVzipEngine.load`): twice the time
+            and the bytes. A join is then two to three times closer to the full cache; small models do not answer better.
 
     Raises:
+        UnsupportedModelError: ``joinable`` contexts of a model that has none.
         InputError: ``context_tokens`` outside the window, ``transformations``, unknown options, or no :class:`KVzipLLM`.
         WindowError: a document that is too long for a context.
         BudgetError, ModelError: as for :meth:`KVzipEngine.load`.
@@ -105,15 +111,15 @@ class KVzipIndex(Shared, BaseManagedIndex):
         llm: KVzipLLM | None = None,
         system: str | None = None,
         context_tokens: int | None = None,
+        joinable: bool = False,
         **kwargs: Any,
     ) -> None:
         check_index_options(kwargs, WHOLE)
         llm = given_or_set_kvzip(llm)
         self._llm, self._system = llm, system
-        self._placing = Placing(llm.engine, room(llm, system, context_tokens))
-        self._contexts: dict[Group, CompressedContext] = {}
-        self._chosen: dict[Group, CompressedContext] = {}
-        self._known: set[str] = set()  # keys of all that it has loaded
+        most = room(llm, system, context_tokens)
+        self._placing = Placing(llm.engine, most, None if context_tokens is None else most)
+        self._reading = Reading(llm, system, checked_flag("joinable", joinable))
         self._gone: set[str] = set()  # tags of documents that are deleted by a change under way
         self._persisted = kwargs.get("index_struct") is not None
         self._lock, self._changing = threading.RLock(), False
@@ -150,34 +156,16 @@ class KVzipIndex(Shared, BaseManagedIndex):
         """The contexts and their documents, those that are chosen; built where they are found nowhere."""
         with self._lock:
             groups = self._groups_of_nodes()
-            if not choice.is_of_all:
-                return self._chosen_parts(choice, groups)
-            self._contexts = {key: self._contexts.get(key) or self._load(nodes) for key, nodes in groups.items()}
-            return [Part(self._contexts[key], whole(self._contexts[key], nodes)) for key, nodes in groups.items()]
+            parts = self._reading.parts([*groups.values()] if choice.is_of_all else self._chosen(choice, groups), self._tag)
+            self._reading.let_go(groups)
+            return parts
 
-    def _chosen_parts(self, choice: Choice, groups: Mapping[Group, Sequence[BaseNode]]) -> list[Part]:
-        """Contexts of which all documents are chosen, as they are; and as few others as the rest of the chosen ones need."""
-        parts: list[Part] = []
-        rest: list[BaseNode] = []
-        for key, nodes in groups.items():
-            chosen = [node for node in nodes if choice(node)]
-            if len(chosen) == len(nodes):
-                self._contexts[key] = self._contexts.get(key) or self._load(nodes)
-                parts.append(Part(self._contexts[key], whole(self._contexts[key], nodes)))
-                continue
-            rest += chosen
-        for nodes in self._placing.together(rest):
-            context = self._chosen.pop(group_of(nodes), None) or self._load(nodes)
-            self._chosen[group_of(nodes)] = context  # the last used is last
-            parts.append(Part(context, whole(context, nodes)))
-        for key in list(self._chosen)[:-_MOST_CHOSEN]:
-            del self._chosen[key]  # found again by its text
-        return parts
-
-    def _load(self, nodes: Sequence[BaseNode]) -> CompressedContext:
-        context = self._llm.engine.load(nodes, ratio=self._llm.ratio, system=self._system, tags=tag_of(nodes, *self._tag))
-        self._known.add(context.key)
-        return context
+    def _chosen(self, choice: Choice, groups: Mapping[Group, Sequence[BaseNode]]) -> list[Sequence[BaseNode]]:
+        """Groups of which all documents are chosen, as they are, and the rest of the chosen ones."""
+        chosen = [[node for node in nodes if choice(node)] for nodes in groups.values()]
+        whole = [part for part, nodes in zip(chosen, groups.values(), strict=True) if len(part) == len(nodes)]
+        rest = [node for part, nodes in zip(chosen, groups.values(), strict=True) if len(part) < len(nodes) for node in part]
+        return [*whole, *self._placing.together(rest)]
 
     def _groups_of_nodes(self) -> dict[Group, list[BaseNode]]:
         """The nodes of each context."""
@@ -191,13 +179,10 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     def _forget_unused(self) -> None:
         """Let go of the contexts that this index no longer has, and of all that others without a name have of deleted documents."""
-        present = self._groups_of_nodes()
-        nodes = {node for group in present for node in group}
-        self._chosen = {key: context for key, context in self._chosen.items() if nodes.issuperset(key)}
-        used = {context.key for key, context in self._contexts.items() if key in present}
-        used |= {context.key for context in self._chosen.values()}
+        self._reading.without({node for group in self._groups_of_nodes() for node in group})
+        used, known = self._reading.keys, self._reading.known
         indexes: list[KVzipIndex] = [index for index in self._llm.engine.shared["llama_index.indexes"] if index is not self]
-        others = {context.key for index in indexes for context in [*index._contexts.values(), *index._chosen.values()]}
+        others = set[str]().union(*(index._reading.keys for index in indexes))
         gone, self._gone = self._gone, set()
 
         def let_go(key: str, tag: str) -> bool:
@@ -209,8 +194,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
             if key in others:
                 return False
             if tag.startswith("llama_index:"):  # of earlier versions: whose it is is not known
-                return key in self._known
-            return bool(named & gone) or (key in self._known and all(part.startswith(document_tag("")) for part in named))
+                return key in known
+            return bool(named & gone) or (key in known and all(part.startswith(document_tag("")) for part in named))
 
         self._llm.engine.registry.forget(let_go)
 
@@ -416,7 +401,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
                 ``node_parser``; for another mode those of LlamaIndex' chat engines and of :meth:`as_query_engine`.
 
         Raises:
-            InputError: unknown options; several contexts, which no conversation can have; or as for :meth:`as_query_engine`.
+            InputError: unknown options; contexts that do not fit into the window together; or as for :meth:`as_query_engine`.
+            UnsupportedModelError, BudgetError: several contexts, as for :meth:`KVzipEngine.join`.
         """
         if isinstance(llm, StructuredLLM):
             raise InputError("a chat engine answers in text; give the llm itself, or the structured one to as_query_engine")
@@ -433,12 +419,12 @@ class KVzipIndex(Shared, BaseManagedIndex):
         parts = self.parts(choice)
         if not parts:
             raise InputError(f"there are no documents to talk about; insert some{'' if choice.is_of_all else ', or choose others'}")
-        if len(parts) > 1:
+        if len(parts) > 1 and sum(part.context.n_tokens for part in parts) > room(model):
             raise InputError(
-                f"the documents lie in {len(parts)} contexts and a conversation has one; use chat_mode=ChatMode.CONDENSE_QUESTION, "
-                "or a model with a longer window"
+                f"the documents lie in {len(parts)} contexts that do not fit into the window together, beside a question and an answer; "
+                "use chat_mode=ChatMode.CONDENSE_QUESTION, choose some documents, or use a model with a longer window"
             )
-        return KVzipChatEngine._over(parts[0], model, **options)
+        return KVzipChatEngine._over(joined(model.engine, parts), model, **options)
 
     def _checked(self, llm: LLMType | None) -> KVzipLLM:
         model, _ = unwrapped(llm or self._llm)

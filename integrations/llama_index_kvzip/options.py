@@ -18,7 +18,8 @@ from kvzip_memory import InputError
 from kvzip_memory.frameworks.options import CALL_OPTIONS, renamed
 from llama_index_kvzip.filters import Choice
 
-INDEX_OPTIONS = {"llm", "system", "context_tokens", "index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
+INDEX_OPTIONS = {"llm", "system", "context_tokens", "joinable"}
+INDEX_OPTIONS |= {"index_struct", "objects", "storage_context", "callback_manager", "show_progress"}
 _CHOICE_OPTIONS = {"filters", "doc_ids"}
 _RANKING_OPTIONS = {"source_top_k", "similarity_top_k", "node_parser"}
 SOURCE_OPTIONS = {*_RANKING_OPTIONS, *_CHOICE_OPTIONS}

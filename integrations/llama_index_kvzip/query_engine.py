@@ -24,11 +24,12 @@ from pydantic import BaseModel
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.context import checked_context
+from kvzip_memory.contexts import FREE_TOKENS
 from kvzip_memory.frameworks.options import checked_flag
-from llama_index_kvzip.llm import KVzipLLM, given_or_set
+from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.options import ANSWER_OPTIONS, known_options
 from llama_index_kvzip.packing import encodable, readable, tag_of
-from llama_index_kvzip.sources import Part, Ranking, whole
+from llama_index_kvzip.sources import Part, Ranking, joined_last, whole
 from llama_index_kvzip.structured import (
     AsyncStreamedObject,
     StreamedObject,
@@ -42,19 +43,12 @@ from llama_index_kvzip.structured import (
 # What LlamaIndex' own engines say where there is nothing to read.
 _EMPTY = "Empty Response"
 
-# Makes the metadata of a response from the calls that were made.
-Facts = Callable[..., dict[str, Any]]
-
 _ONE_ANSWER = (ResponseMode.COMPACT, ResponseMode.TREE_SUMMARIZE)
 _MODES = (*_ONE_ANSWER, ResponseMode.ACCUMULATE, ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
-_COMBINE = (
-    "A question was answered from {count} parts of the documents, each without the others.\n\n{answers}\n\n"
-    "Question: {question}\n\nGive one answer to the question. Leave out parts that do not know it."
-)
 
 
 class KVzipQueryEngine(BaseQueryEngine):
-    """Answers every question from compressed contexts that hold all documents; one of them, as a rule, and one model call.
+    """Answers every question from compressed contexts that hold whole documents, in one model call.
 
     .. code-block:: python
 
@@ -62,10 +56,9 @@ class KVzipQueryEngine(BaseQueryEngine):
         query_engine = KVzipQueryEngine.from_documents(documents, llm=llm)
         print(query_engine.query("Who signed the lease?"))
 
-    Where there are several contexts and the question is about one of them alone, as its words and the attention it pays agree, only that
-    is asked. Otherwise all are asked at one time and one more call combines their answers. ``metadata["parts"]`` shows
-    which were asked and what they said. More answers than a prompt takes are combined a few at a time before, and none of them is longer
-    than a quarter of the window. ``metadata["usage"]`` sums up all calls.
+    Where there are several contexts those are asked that the question is about, as its words and the attention it pays say, as many as
+    the window takes: joined, see :meth:`KVzipEngine.join`, what it is about most next to it. ``metadata["parts"]`` shows what was asked.
+    Of a model whose contexts cannot be joined the one is asked that it is about most.
 
     Where there are no documents the answer is LlamaIndex' "Empty Response".
 
@@ -79,8 +72,7 @@ class KVzipQueryEngine(BaseQueryEngine):
         source_top_k: make the ``source_nodes`` the so many passages that the question is about most, with scores; see
             :class:`~llama_index_kvzip.sources.Ranking`. ``similarity_top_k`` is another name of it.
         node_parser: splits documents into these passages; None takes paragraphs.
-        output_cls: a Pydantic class; ``response`` is an object of it, in a ``PydanticResponse``, and its JSON is what is streamed. Where
-            several contexts are asked, it is what the last call gives.
+        output_cls: a Pydantic class; ``response`` is an object of it, in a ``PydanticResponse``, and its JSON is what is streamed.
         options: of every call, such as ``max_tokens``, see :class:`KVzipLLM`, which tells the errors too.
 
     Raises:
@@ -110,7 +102,6 @@ class KVzipQueryEngine(BaseQueryEngine):
         self._llm.stream_options(options)  # tells at once what is wrong with them
         self._mode = _checked_mode(response_mode, streaming, self._output_cls)
         self._sources = Ranking(self._llm.engine, source_top_k, node_parser)
-        self._quarter = self._llm.engine.window // 4
 
     @classmethod
     def from_context(
@@ -145,23 +136,14 @@ class KVzipQueryEngine(BaseQueryEngine):
         with self._event(query_bundle) as event:
             question = query_bundle.query_str
             parts, nodes = self._aimed(question)
-            answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
-            if self._asks_each(parts):
-                with ThreadPoolExecutor(len(parts)) as pool:
-                    runs = [pool.submit(contextvars.copy_context().run, self._ask, part, question) for part in parts]
-                    answers = [run.result() for run in runs]
-            calls = rest = answers
-            while count := self._combined_before(question, rest):
-                said = self._llm.with_context(None).chat([ChatMessage(_combined(question, rest[:count]))], **self._options_of_part())
-                calls, rest = [*calls, said], [*rest[count:], said]
             if not parts:
                 response = StreamingResponse(_empty()) if self._streaming else Response(_EMPTY)
             elif self._mode not in _ONE_ANSWER:
-                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
+                answers = self._answers(parts, question) if self._mode == ResponseMode.ACCUMULATE else []
+                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers))
             else:
-                llm, asked = self._last_call(parts, question, rest)
-                response = self._answered(llm, asked, nodes, partial(_metadata, parts, nodes, answers), calls)
+                response = self._answered(parts[0], question, nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
@@ -169,84 +151,58 @@ class KVzipQueryEngine(BaseQueryEngine):
         with self._event(query_bundle) as event:
             question = query_bundle.query_str
             parts, nodes = await result_of(self._llm.engine.loads, self._aimed, question)
-            answers: list[ChatResponse] = []
             response: RESPONSE_TYPE
-            if self._asks_each(parts):
-                asked, options = [ChatMessage(question)], self._options_of_part()
-                answers = await asyncio.gather(*(self._llm.with_context(p.context).achat(asked, **options) for p in parts))
-            calls = rest = answers
-            while count := self._combined_before(question, rest):
-                asked = [ChatMessage(_combined(question, rest[:count]))]
-                said = await self._llm.with_context(None).achat(asked, **self._options_of_part())
-                calls, rest = [*calls, said], [*rest[count:], said]
             if not parts:
                 response = AsyncStreamingResponse(_aempty()) if self._streaming else Response(_EMPTY)
             elif self._mode not in _ONE_ANSWER:
-                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers, answers))
+                answers = await self._aanswers(parts, question) if self._mode == ResponseMode.ACCUMULATE else []
+                response = Response(self._listed(nodes, answers), nodes, _metadata(parts, nodes, answers))
             else:
-                llm, asked = self._last_call(parts, question, rest)
-                response = await self._aanswered(llm, asked, nodes, partial(_metadata, parts, nodes, answers), calls)
+                response = await self._aanswered(parts[0], question, nodes)
             event.on_end(payload={EventPayload.RESPONSE: response})
             return response
 
-    def _answered(
-        self, llm: KVzipLLM, asked: list[ChatMessage], nodes: list[NodeWithScore], facts: Facts, calls: Sequence[ChatResponse]
-    ) -> RESPONSE_TYPE:
-        """The one answer, by the last call behind ``calls``."""
+    def _answered(self, part: Part, question: str, nodes: list[NodeWithScore]) -> RESPONSE_TYPE:
+        """The one answer."""
+        llm, asked, facts = self._llm.with_context(part.context), [ChatMessage(question)], partial(_metadata, [part], nodes)
         if self._output_cls is not None:
             call = {**object_call(self._output_cls, asked), **self._options}
             if self._streaming:
                 return StreamedObject(json_pieces(llm.stream_chat_with_tools(**call)), nodes, facts(), output_cls=self._output_cls)
-            last = llm.chat_with_tools(**call)
-            return PydanticResponse(object_of(self._output_cls, last), nodes, facts([*calls, last]))
+            said = llm.chat_with_tools(**call)
+            return PydanticResponse(object_of(self._output_cls, said), nodes, facts([said]))
         if self._streaming:
             pieces = (piece.delta or "" for piece in llm.stream_chat(asked, **self._options))
             return StreamingResponse(pieces, nodes, facts())
-        last = llm.chat(asked, **self._options)
-        return Response(last.message.content, nodes, facts([*calls, last]))
+        said = llm.chat(asked, **self._options)
+        return Response(said.message.content, nodes, facts([said]))
 
-    async def _aanswered(
-        self, llm: KVzipLLM, asked: list[ChatMessage], nodes: list[NodeWithScore], facts: Facts, calls: Sequence[ChatResponse]
-    ) -> RESPONSE_TYPE:
+    async def _aanswered(self, part: Part, question: str, nodes: list[NodeWithScore]) -> RESPONSE_TYPE:
+        llm, asked, facts = self._llm.with_context(part.context), [ChatMessage(question)], partial(_metadata, [part], nodes)
         if self._output_cls is not None:
             call = {**object_call(self._output_cls, asked), **self._options}
             if self._streaming:
                 responses = await llm.astream_chat_with_tools(**call)
                 return AsyncStreamedObject(ajson_pieces(responses), nodes, facts(), output_cls=self._output_cls)
-            last = await llm.achat_with_tools(**call)
-            return PydanticResponse(object_of(self._output_cls, last), nodes, facts([*calls, last]))
+            said = await llm.achat_with_tools(**call)
+            return PydanticResponse(object_of(self._output_cls, said), nodes, facts([said]))
         if self._streaming:
             pieces = (piece.delta or "" async for piece in await llm.astream_chat(asked, **self._options))
             return AsyncStreamingResponse(pieces, nodes, facts())
-        last = await llm.achat(asked, **self._options)
-        return Response(last.message.content, nodes, facts([*calls, last]))
+        said = await llm.achat(asked, **self._options)
+        return Response(said.message.content, nodes, facts([said]))
 
-    def _asks_each(self, parts: Sequence[Part]) -> bool:
-        """Whether the contexts are asked by themselves, with or without a call for all of them behind."""
-        return (self._mode == ResponseMode.ACCUMULATE and len(parts) > 0) or (self._mode in _ONE_ANSWER and len(parts) > 1)
+    def _answers(self, parts: Sequence[Part], question: str) -> list[ChatResponse]:
+        """Each context's own."""
+        if not parts:
+            return []
+        with ThreadPoolExecutor(len(parts)) as pool:
+            runs = [pool.submit(contextvars.copy_context().run, self._ask, part, question) for part in parts]
+            return [run.result() for run in runs]
 
-    def _options_of_part(self) -> dict[str, Any]:
-        """Options of a call whose answer is combined with others."""
-        if self._mode == ResponseMode.ACCUMULATE:
-            return self._options
-        limit: int = self._llm.stream_options(self._options)["max_new_tokens"]
-        return {**self._options, "max_tokens": min(limit, self._quarter)}
-
-    def _combined_before(self, question: str, answers: Sequence[ChatResponse]) -> int:
-        """How many answers, two or more, are combined before the others since no prompt takes all; 0 if one does."""
-        if self._mode == ResponseMode.ACCUMULATE:
-            return 0
-        room = self._llm.engine.window - self._options_of_part()["max_tokens"]
-        for count in range(3, len(answers) + 1):
-            if self._llm.engine.count_tokens([{"role": "user", "content": _combined(question, answers[:count])}]) > room:
-                return count - 1
-        return 0
-
-    def _last_call(self, parts: Sequence[Part], question: str, answers: Sequence[ChatResponse]) -> tuple[KVzipLLM, list[ChatMessage]]:
-        """What gives the one answer, and what it is asked."""
-        if len(parts) == 1:
-            return self._llm.with_context(parts[0].context), [ChatMessage(question)]
-        return self._llm.with_context(None), [ChatMessage(_combined(question, answers))]
+    async def _aanswers(self, parts: Sequence[Part], question: str) -> list[ChatResponse]:
+        asked = [ChatMessage(question)]
+        return await asyncio.gather(*(self._llm.with_context(part.context).achat(asked, **self._options) for part in parts))
 
     def _listed(self, nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse]) -> str:
         """The text of the modes that do not give one answer, as LlamaIndex forms it."""
@@ -259,14 +215,17 @@ class KVzipQueryEngine(BaseQueryEngine):
         return self.callback_manager.event(CBEventType.QUERY, payload={EventPayload.QUERY_STR: query_bundle.query_str})
 
     def _aimed(self, question: str) -> tuple[Sequence[Part], list[NodeWithScore]]:
-        """The parts to ask, and the sources."""
+        """The parts to ask, one if there is to be one answer, and the sources."""
         parts = self._parts()
-        if self._mode in _ONE_ANSWER and len(parts) > 1 and (only := self._sources.about_one(parts, question)):
-            parts = [only]
+        if self._mode in _ONE_ANSWER and len(parts) > 1:
+            engine = self._llm.engine
+            asked = max(FREE_TOKENS, engine.count_tokens([{"role": "user", "content": question}]))
+            behind = asked + self._llm.stream_options(self._options)["max_new_tokens"]
+            parts = [joined_last(engine, self._sources.about(parts, question, engine.window - behind))]
         return parts, self._sources(parts, question)
 
     def _ask(self, part: Part, question: str) -> ChatResponse:
-        return self._llm.with_context(part.context).chat([ChatMessage(question)], **self._options_of_part())
+        return self._llm.with_context(part.context).chat([ChatMessage(question)], **self._options)
 
     def _get_prompts(self) -> PromptDictType:
         return {}
@@ -297,20 +256,11 @@ def _checked_mode(mode: ResponseMode | str, streaming: bool, output_cls: type[Ba
     return ResponseMode(mode)
 
 
-def _combined(question: str, answers: Sequence[ChatResponse]) -> str:
-    numbered = "\n\n".join(f"Answer {i}: {answer.message.content}" for i, answer in enumerate(answers, 1))
-    return _COMBINE.format(count=len(answers), answers=numbered, question=question)
-
-
-def _metadata(
-    parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse], calls: Sequence[ChatResponse] = ()
-) -> dict[str, Any]:
+def _metadata(parts: Sequence[Part], nodes: Sequence[NodeWithScore], answers: Sequence[ChatResponse] = ()) -> dict[str, Any]:
     facts: dict[str, Any] = {node.node.node_id: node.node.metadata for node in nodes}
     facts["parts"] = [{"context": part.context.key, "ref_doc_ids": [node.node.ref_doc_id for node in part.nodes]} for part in parts]
-    for asked, answer in zip(facts["parts"], answers, strict=False):  # no answers of parts if one was asked, which gave the answer
-        asked["answer"] = answer.message.content
-    if calls:
-        raws: list[Any] = [call.raw for call in calls]
+    if answers:
+        raws: list[Any] = [answer.raw for answer in answers]
         usage: Counter[str] = Counter()
         for raw in raws:
             usage.update(raw["usage"])

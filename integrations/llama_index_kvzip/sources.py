@@ -12,17 +12,22 @@ from llama_index.core.node_parser import NodeParser, TextSplitter
 from llama_index.core.schema import BaseNode, NodeRelationship, NodeWithScore, TextNode
 from torch import Tensor
 
-from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory import BudgetError, CompressedContext, InputError, KVzipEngine, UnsupportedModelError
 from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.inference.attribution import Span, blend, bm25
 from kvzip_memory.prompting.messages import Message
-from kvzip_memory.system.printable import brief
+from kvzip_memory.system.printable import brief, logger_of
+
+logger = logger_of(__name__)
 
 #: In the metadata of a source: the tokens of the context that it covers, ``[start, end)``.
 TOKENS_KEY = "kvzip_tokens"
 
-# A passage far behind another has less than this share of its score; see docs/benchmarks.md.
+# A part far behind the best has less than this share of its score; see docs/benchmarks.md.
 _FAR = 0.3
+
+# So many parts are ranked by what the question looks at in them.
+_MOST_COMPARED = 16
 
 # A paragraph shorter than this is joined with the next, as headings are; one that is longer is cut behind a line or a sentence.
 _SHORT, _LONG = 100, 1500
@@ -37,10 +42,35 @@ _Passages = list[tuple[TextNode, Span | None]]
 
 @dataclass(frozen=True)
 class Part:
-    """A context and the nodes it was made of."""
+    """A context and the nodes it was made of, and what stands for it in a join."""
 
     context: CompressedContext
     nodes: Sequence[NodeWithScore]
+    joinable: CompressedContext | None = None
+
+
+def joined(engine: KVzipEngine, parts: Sequence[Part]) -> Part:
+    """Parts as one, in their order; nothing of it is stored.
+
+    Raises:
+        as :meth:`KVzipEngine.join`, if there are several.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    context = engine.join([part.joinable or part.context for part in parts], store=False)
+    return Part(context, whole(context, [scored.node for part in parts for scored in part.nodes]))
+
+
+def joined_last(engine: KVzipEngine, parts: Sequence[Part]) -> Part:
+    """As many of the last parts as can be one: a model's contexts may be none that can be joined, a device may have no room for all."""
+    for first in range(len(parts) - 1):
+        try:
+            return joined(engine, parts[first:])
+        except UnsupportedModelError:
+            break
+        except BudgetError as error:
+            logger.info("%d contexts are answered from, not %d: %s", len(parts) - first - 1, len(parts) - first, error)
+    return parts[-1]
 
 
 def whole(context: CompressedContext, documents: Sequence[BaseNode]) -> list[NodeWithScore]:
@@ -49,7 +79,8 @@ def whole(context: CompressedContext, documents: Sequence[BaseNode]) -> list[Nod
     nodes = []
     for document, span in zip(documents, spans, strict=True):
         start = getattr(document, "start_char_idx", None)
-        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=dict(document.metadata), start_char_idx=start)
+        metadata = {key: value for key, value in document.metadata.items() if key != TOKENS_KEY}
+        node = TextNode(text=document.get_content(), id_=document.node_id, metadata=metadata, start_char_idx=start)
         node.relationships[NodeRelationship.SOURCE] = document.source_node or document.as_related_node_info()
         if span is not None:
             _mark(node, (span.start, span.end))
@@ -122,12 +153,29 @@ class Ranking:
         best = scores.argsort(descending=True, stable=True)[: self.top_k]
         return [NodeWithScore(node=passages[i], score=float(scores[i])) for i in best.tolist()]
 
-    def about_one(self, parts: Sequence[Part], question: str) -> Part | None:
-        """The only part that the question is about, as both its words and the attention it pays say; None if that is not clear."""
-        part = _only(_words(self._found(parts, located=False), question))
-        if part is None or _only(self._attention(parts, self._found(parts), question)) != part:
-            return None
-        return parts[part]
+    def about(self, parts: Sequence[Part], question: str, room: int) -> list[Part]:
+        """What a question is answered from: the one part it is about, if its words and the attention it pays agree that no other is near;
+        else as many parts as have ``room`` for their tokens, what it is about most last, next to the question.
+
+        The attention it pays is looked at in the parts that its words speak for most.
+        """
+        if len(parts) < 2:
+            return list(parts)
+        words = _best(_words(self._found(parts, located=False), question))
+        order = words.argsort(descending=True, stable=True).tolist()
+        compared = [parts[i] for i in order[:_MOST_COMPARED]]
+        attention = [_best(scores) for scores in [self._attention(compared, self._found(compared), question)] if scores]
+        scores = blend(words[order[:_MOST_COMPARED]], *attention)
+        best = int(scores.argmax())
+        if attention and _only(words) == order[best] and _only(attention[0]) == best:
+            return [compared[best]]
+        ranked = [compared[i] for i in scores.argsort(descending=True, stable=True).tolist()] + [parts[i] for i in order[_MOST_COMPARED:]]
+        chosen: list[Part] = []
+        for part in ranked:
+            if not chosen or part.context.n_tokens <= room:
+                chosen.insert(0, part)
+                room -= part.context.n_tokens
+        return chosen
 
     def _found(self, parts: Sequence[Part], located: bool = True) -> list[_Passages]:
         parser = self.node_parser or Paragraphs(include_prev_next_rel=False)
@@ -148,11 +196,15 @@ def _words(found: Sequence[_Passages], question: str | Sequence[Message]) -> lis
     return list(scores.split([*map(len, found)]))
 
 
-def _only(scores: Sequence[Tensor]) -> int | None:
-    """The part whose best passage leaves those of all others far behind."""
-    best = [float(of_part.max()) if len(of_part) else 0.0 for of_part in scores]
-    near = [number for number, score in enumerate(best) if score >= _FAR * max(best) > 0]
+def _only(scores: Tensor) -> int | None:
+    """The part that leaves all others far behind."""
+    near = (scores >= _FAR * scores.max()).nonzero().flatten().tolist() if scores.max() > 0 else []
     return near[0] if len(near) == 1 else None
+
+
+def _best(scores: Sequence[Tensor]) -> Tensor:
+    """Of each part's best passage."""
+    return torch.stack([of_part.max() if len(of_part) else torch.zeros(()) for of_part in scores])
 
 
 def _passages(engine: KVzipEngine, part: Part, parser: NodeParser, located: bool) -> _Passages:
@@ -161,12 +213,7 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser, located: bool
     for scored in part.nodes:
         document, covered = scored.node, scored.node.metadata.get(TOKENS_KEY)
         before = getattr(document, "start_char_idx", None) or 0  # of a node that is a piece of its document
-        try:
-            offsets = engine.token_offsets(document.get_content(), alone=len(part.nodes) == 1) if located and covered is not None else []
-        except InputError:  # a slow tokenizer
-            offsets = []
-        if covered is not None and 0 < len(offsets) - (covered[1] - covered[0]) <= _TAIL:
-            offsets = offsets[: covered[1] - covered[0]]
+        offsets = _offsets(engine, document.get_content(), covered) if located and covered is not None else []
         for passage in parser([document]):
             if not isinstance(passage, TextNode) or passage.start_char_idx is None or passage.end_char_idx is None:
                 raise InputError(f"{type(parser).__name__} changes the text of {document.node_id!r}; use a parser that only splits it")
@@ -182,6 +229,16 @@ def _passages(engine: KVzipEngine, part: Part, parser: NodeParser, located: bool
                 passage.metadata.pop(TOKENS_KEY, None)
             found.append((passage, span))
     return found
+
+
+def _offsets(engine: KVzipEngine, text: str, covered: Span) -> list[Span]:
+    """Characters of the tokens that a document covers, whether it was loaded alone or with others; none if they are not known."""
+    n = covered[1] - covered[0]
+    try:
+        both = [engine.token_offsets(text, alone=alone) for alone in (True, False)]
+    except InputError:  # a slow tokenizer
+        return []
+    return next((offsets[:n] for more in range(_TAIL + 1) for offsets in both if len(offsets) == n + more), [])
 
 
 def _mark(node: TextNode, span: Span) -> None:

@@ -20,9 +20,11 @@ from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.registry.holders import document_tag
 from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.options import ANSWER_OPTIONS, known_options
-from llama_index_kvzip.packing import readable, room, size, tag_of
+from llama_index_kvzip.packing import readable, room
+from llama_index_kvzip.placing import Placing
 from llama_index_kvzip.query_engine import KVzipQueryEngine
-from llama_index_kvzip.sources import Part, whole
+from llama_index_kvzip.reading import Reading
+from llama_index_kvzip.sources import Part
 from llama_index_kvzip.structured import unwrapped
 
 _dispatcher = get_dispatcher(__name__)
@@ -38,7 +40,7 @@ class KVzipSynthesizer(BaseSynthesizer):
         print(query_engine.query("Who signed the lease?"))
 
     Nodes are read in the order of their documents and of their places in them, each under the title, file name or source in its
-    metadata; what does not fit into one context goes into several, asked as by :class:`KVzipQueryEngine`. ``source_nodes`` are the
+    metadata; what does not fit into one context goes into several, asked as by :class:`KVzipQueryEngine`: joined. ``source_nodes`` are the
     retrieved nodes with their scores. An index whose nodes are other ones for every question gains nothing: each set is built.
 
     Args:
@@ -123,18 +125,8 @@ class KVzipSynthesizer(BaseSynthesizer):
         )
 
     def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
-        engine, limit = self._model.engine, room(self._model, self._system)
-        groups: list[list[BaseNode]] = []
-        taken = 0
-        for node in sorted(nodes, key=_place):
-            tokens = size(engine, node)
-            if not groups or taken + tokens > limit:
-                groups.append([])
-                taken = 0
-            groups[-1].append(node)
-            taken += tokens
-        contexts = [engine.load(group, ratio=self._model.ratio, system=self._system, tags=tag_of(group)) for group in groups]
-        return [Part(context, whole(context, group)) for context, group in zip(contexts, groups, strict=True)]
+        groups = Placing(self._model.engine, room(self._model, self._system)).together(sorted(nodes, key=_place))
+        return Reading(self._model, self._system).parts(groups)
 
     def _with_sources(self, response: RESPONSE_TYPE, nodes: Sequence[NodeWithScore], more: Sequence[NodeWithScore] | None) -> RESPONSE_TYPE:
         found = nodes if self._top_k is None else response.source_nodes

@@ -128,6 +128,27 @@ def test_no_pair_is_copied_and_no_token_read() -> None:
     assert engine.join(contexts[::-1]).key != join.key
 
 
+def test_a_join_that_is_not_stored_is_there_while_it_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    contexts = loaded(engine, (True, True, True))
+    engine.registry.flush()
+    stored, files = {entry.key for entry in engine.registry.contexts()}, sorted(tmp_path.rglob("*.safetensors"))
+    join = engine.join(contexts, store=False)
+    assert (join.receipt.tier, join.receipt.read, join.receipt.reason) == ("built", 0, "unstored")  # type: ignore[union-attr]
+    grown = engine.extend(join, [{"role": "user", "content": "Hello?"}])
+    assert grown.receipt.reason == "unstored"  # type: ignore[union-attr]
+    assert engine.get(join.key).key == join.key  # while it is in use
+    answers = [asked(engine, context) for context in (join, grown)]
+    assert {entry.key for entry in engine.registry.contexts()} == stored
+    engine.registry.flush()
+    assert sorted(tmp_path.rglob("*.safetensors")) == files
+    other = engine.join(contexts)
+    assert torch.equal(asked(engine, other), answers[0])
+    assert len(engine.registry.contexts()) == len(stored) + 1
+    assert "removed" not in caplog.text
+    engine.close()
+
+
 def test_a_join_is_asked_grown_folded_cited_and_joined_again(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
     a, b, c = loaded(engine, (False, True, True))

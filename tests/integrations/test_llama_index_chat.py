@@ -11,6 +11,7 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.memory import ChatMemoryBuffer, Memory
 
 import writers
+from conftest import TEXT
 from documents import DOCUMENTS, THIRD
 from kvzip_memory import InputError, KVzipEngine, SessionBusyError, WindowError
 from llama_index_kvzip import KVzipChatEngine, KVzipIndex, KVzipLLM, KVzipMemoryBlock, KVzipQueryEngine
@@ -42,9 +43,15 @@ async def test_a_chat_engine_answers_from_documents_and_history(llm: KVzipLLM) -
     assert str(chat_engine.chat("Who?")) == str(first)
 
 
-def test_a_conversation_has_one_context(llm: KVzipLLM) -> None:
+def test_a_conversation_is_over_all_contexts_joined(llm: KVzipLLM) -> None:
     index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
-    with pytest.raises(InputError, match="2 contexts"):
+    chat_engine, engine = index.as_chat_engine(), llm.engine
+    join = engine.join([part.context for part in index.parts()])
+    response = chat_engine.chat("Who?")
+    assert str(response) == engine.generate(join, "Who?", max_new_tokens=llm.max_tokens).text
+    assert [node.node.ref_doc_id for node in response.source_nodes] == ["a", "c", "b"]
+    index = KVzipIndex.from_documents([Document(text=f"{i}. {TEXT}") for i in range(6)], llm=llm)
+    with pytest.raises(InputError, match="6 contexts that do not fit into the window together"):
         index.as_chat_engine()
     assert str(index.as_chat_engine(ChatMode.CONDENSE_QUESTION).chat("Who?")) == str(index.as_query_engine().query("Who?"))
 
