@@ -40,6 +40,10 @@ class Access:
             raise not_stored(context.key)
         return context
 
+    def is_own(self, context: CompressedContext) -> bool:
+        """Whether a context is the tenant's, and not nobody's unless the engine has none."""
+        return context.identity.get("tenant") == self._tenant
+
     def check(self, language: Language, context: CompressedContext | None) -> None:
         """Raises:
         InputError: as of :meth:`mine`.
@@ -52,9 +56,16 @@ class Access:
         """:meth:`check` of what a context is to be grown from, or is to ``share``.
 
         Raises:
-            InputError: another scorer has ranked its pairs, which others are to compete with.
+            InputError: another scorer has ranked its pairs, which others are to compete with; or pairs that are not the tenant's are to be
+            shared.
         """
         self.check(language, checked_context(context))
+        share = share or context.shift != 0
+        if (share or context.parts) and not self.is_own(context):
+            raise InputError(
+                f"{context!r} is nobody's and would be deleted without asking this tenant, whose context would share its pairs; load its "
+                "text with this engine"
+            )
         scorer = context.identity.get("scorer")
         if not share and scorer is not None and not same(scorer, self._builder.scorer):
             raise InputError(
@@ -65,8 +76,12 @@ class Access:
     def is_as_fine(self, entry: Entry, ratio: float) -> bool:
         """Whether a stored context keeps as much, chosen as the engine chooses, unless nothing was evicted; and was read where it stands,
         behind all that is before it."""
-        moved = entry.identity.get("shift") or any(part.shift for part in parts_of(entry.identity))
-        return not moved and entry.fineness >= ratio and self._builder.is_way_of(entry.identity)
+        moved = entry.identity.get("shift") or any(part.joined for part in parts_of(entry.identity))
+        return not moved and entry.fineness >= ratio and self.is_way_of(entry)
+
+    def is_way_of(self, entry: Entry) -> bool:
+        """Whether its pairs were chosen as the engine chooses, unless nothing was evicted."""
+        return self._builder.is_way_of(entry.identity)
 
 
 def not_stored(reference: str, but: str = "") -> InputError:

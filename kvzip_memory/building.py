@@ -311,10 +311,10 @@ class Builder:
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed, dropped)
         if dropped:
             token_ids = torch.cat([token_ids[: step.protected], token_ids[known:]])
-            layers = without_preamble(self._model, beginning.layers, known, dropped, len(token_ids))
+            layers = without_preamble(self._model, given[1].layers, beginning.layers, known, dropped, len(token_ids))
             fitted = tuple((start - dropped, end - dropped) for start, end in beginning.fitted)
             beginning = replace(beginning, layers=layers, fitted=fitted)
-        ratio = wanted.identity["ratio"]
+        ratio, above = wanted.identity["ratio"], given[1:] if dropped else given  # it is as old as what it shares
         context = CompressedContext(
             key=wanted.key,
             identity=wanted.identity,
@@ -325,8 +325,8 @@ class Builder:
             dense_nbytes=beginning.dense_nbytes,
             recipe=recipe,
             sources=(*(as_told(parent.sources) if parent else ()), *step.sources),
-            created=given[-1].created if parent else 0.0,  # as old as what it shares
-            expires=given[-1].expires if parent else None,
+            created=min((context.created for context in above), default=0.0),
+            expires=min((context.expires for context in above if context.expires is not None), default=None),
             coarsest=min([ratio, *(context.coarsest for context in given)]) if parent else ratio,
             fitted=beginning.fitted,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Layers, Lease, Part, Recipe, Resident, Source, Writer, as_told, parts_of
+from kvzip_memory.context import CompressedContext, Layers, Lease, Part, Recipe, Resident, Source, Writer, as_told, behind, parts_of
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import ContextRegistry, Report, Wanted
 from kvzip_memory.system import calls
@@ -57,6 +57,11 @@ class Step(Shared):
     before: tuple[Step | CompressedContext, ...] = ()
     stored: bool = True
 
+    @property
+    def levels(self) -> int:
+        """How deep what it shares is shared in its turn."""
+        return 1 + max((before.levels for before in self.before if isinstance(before, Step)), default=0)
+
     _way_out = CompressedContext._way_out
 
 
@@ -99,13 +104,13 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
     """
     with ExitStack() as held:
         found, bases, guest = dict[str, tuple[Part, Layers]](), list[CompressedContext](), None if step.stored else _UNSTORED
-        for before in step.before:
-            base, lease = held.enter_context(_whole(before, waiting))
+        for base, lease in _together(step, waiting, held):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
             found |= {part.key: (part, layers) for part, layers in zip([*base.parts, Part(base.key, 0)], lease.parts, strict=True)}
-        shared = tuple(_seen(*found[part.key], part.gap) for part in parts_of(step.wanted.identity))
+        wanted = [(part, *found[part.key]) for part in parts_of(step.wanted.identity)]
+        shared = tuple(behind(layers, part.gap - there.gap) for part, there, layers in wanted)
         context, lease = held.enter_context(_leased(step, waiting, bases, shared, guest))
         for before in step.before:
             if isinstance(before, Step):
@@ -113,10 +118,31 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
         yield _behind(shared, context, lease)
 
 
-def _seen(part: Part, layers: Layers, gap: int) -> Layers:
-    """Layers of a part with a gap, of which those of a context may have some already."""
-    more = gap - part.gap
-    return tuple(layer.behind(more) if more and layer.window is None else layer for layer in layers)
+def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple[CompressedContext, Lease]]:
+    """Leases of what a context shares, all or none: who has some of them waits for no room, which others may hold who wait for these."""
+    began, last = time.monotonic(), False
+    while True:
+        with ExitStack() as taken:
+            found = list[tuple[CompressedContext, Lease]]()
+            try:
+                for before in step.before:
+                    with step.registry.at_once(bool(found)):
+                        found.append(taken.enter_context(_whole(before, waiting)))
+            except BudgetError:
+                if not found:
+                    raise
+            else:
+                held.push(taken.pop_all())
+                return found
+            count = len(found)
+            del found
+            taken.close()
+            if last:
+                raise BudgetError(
+                    f"context {step.wanted.key[:12]} shares the pairs of {len(step.before)} contexts, and there was room on the device for "
+                    f"{count} of them; end some answers, unpin, or raise device_bytes"
+                )
+            last = not step.registry.wait_for_room(began)
 
 
 @contextmanager
@@ -206,6 +232,7 @@ def _one(
         with below:
             return step.make(step, (*([parent.pop()] if parent else []), *bases), report)
 
+    guest = guest or (None if step.stored else _UNSTORED)
     if guest or registry.is_removed(key):
         with calls.waiting():
             context = build(lambda *progress: None)

@@ -17,7 +17,7 @@ from kvzip_memory.access import Access
 from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Make, Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
-from kvzip_memory.context import CompressedContext, Part, Source, as_told, parts_of
+from kvzip_memory.context import CompressedContext, Part, Source, as_told, checked_context, parts_of
 from kvzip_memory.errors import IdentityMismatchError, InputError, WindowError
 from kvzip_memory.finding import Finder
 from kvzip_memory.joining import Join, Joinable
@@ -45,6 +45,8 @@ logger = logger_of(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
+#: A context that shares another's pairs may be shared in its turn, so many times.
+MOST_LEVELS = 64
 
 #: The fewest tokens of a prompt's beginning that a context of their own is worth: building one costs more than reading them again.
 FEWEST_TOKENS = 256
@@ -97,10 +99,8 @@ class Contexts:
         labels = _labels(name, tags)
         began = time.perf_counter()
         language = self._speech.now
-        prompt = self.prompt(language, source, system, _strings(keep), tools)
+        prompt = self.prompt(language, source, system, _strings(keep), tools, joinable)
         if joinable:
-            if not prompt.sources:
-                raise InputError("joinable=True is for documents; a conversation stands behind them: extend() or fold() puts it there")
             return self._load_joinable(language, prompt, ratio, name, labels, began)
         return self._load_text(language, prompt, ratio, name, labels, began)
 
@@ -155,7 +155,7 @@ class Contexts:
         tags: Words,
         tools: Sequence[Tool] | None,
         behind: bool,
-        share: bool,
+        share: bool | None,
     ) -> CompressedContext:
         """See :meth:`KVzipEngine.extend`."""
         began = time.perf_counter()
@@ -163,6 +163,7 @@ class Contexts:
             checked_ratio(ratio)
         labels, kept = _labels(name, tags), _strings(keep)
         language = self._speech.now
+        share = self._is_shared(checked_context(context)) if share is None else share
         self._access.check_parent(language, context, share)
         documents, messages = _read(more, tools)
         prompt = (
@@ -197,13 +198,23 @@ class Contexts:
                 "again to fold it",
                 fields=differing,
             )
-        share = context is not None and context.is_shareable
+        share = context is not None and self._is_shared(context)
         if context is not None:
             self._access.check_parent(language, context, share)
         self._check_window(prompt)
         if ratio is None:
             ratio = context.ratio if context else default
         return self._load(language, prompt, ratio, name, labels, began, context, computed, share)
+
+    def _is_shared(self, context: CompressedContext) -> bool:
+        """Whether what conversations over a context fold shares its pairs."""
+        return context.is_shareable and self._is_here(context) and self._access.is_own(context)
+
+    def _is_here(self, context: CompressedContext) -> bool:
+        """Whether a context is the registry's, and all that it shares."""
+        if isinstance(context.storage, Managed) and context.storage.step.registry is self._registry:
+            return context.storage.step.stored
+        return all(self._registry.find(key) for key in (context.key, *(part.key for part in context.parts)))
 
     def _load_text(
         self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
@@ -241,9 +252,14 @@ class Contexts:
         if front is not None:
             step = replace(step, parent=front.step, ids=step.ids[front.joinable.head.n_tokens :], before=(front.head,))  # type: ignore[index]
         else:
-            step = replace(step, before=_before(above, bool(shared), share))
-        if isinstance(above, Step):
-            step = replace(step, stored=above.stored)
+            step = replace(step, before=_before(above, parts_of(identity)))
+        if parent is not None and (shared or isinstance(above, Step)):
+            step = replace(step, stored=self._is_here(parent) if shared else above.stored)  # type: ignore[union-attr]
+        if step.levels > MOST_LEVELS:
+            raise InputError(
+                f"the context would share the pairs of one that shares, and so on, {step.levels} times; at most {MOST_LEVELS} are: "
+                "extend without share=True"
+            )
         now = step if computed is None else replace(step, make=partial(make, computed=computed))
         nbytes = beside + self._builder.estimated_nbytes(prompt, ratio, shared)
         return self._leased(now, step, name, prompt.sources, nbytes, ms, len(prompt.token_ids) - start)
@@ -294,6 +310,8 @@ class Contexts:
         """The context of a prompt that is read behind the preamble, and goes on from the template's head without it."""
         front = self._front(language, prompt)
         self._builder.check_movable()
+        for key in (front.joinable.head.key, front.joinable.front):
+            self._registry.readmit(key)
         return self._load(language, prompt, ratio, name, tags, began, front=front)
 
     def _front(self, language: Language, prompt: Prompt) -> Front:
@@ -315,8 +333,10 @@ class Contexts:
         """See :meth:`KVzipEngine.join`."""
         began = time.perf_counter()
         labels, language = _labels(name, tags), self._speech.now
+        if not store and (name is not None or labels):
+            raise InputError("store=False with a name or tags; they are of what is stored")
         for context in contexts:
-            self._access.check(language, context)
+            self._access.check_parent(language, context, share=True)
         join = Join.of(contexts)
         self._builder.check_movable()
         first, last = contexts[0], contexts[-1]
@@ -325,12 +345,19 @@ class Contexts:
         identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
         step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told, stored=store)
+        step = replace(step, stored=store and all(map(self._is_here, contexts)))
         ms = {"identify": 1e3 * (time.perf_counter() - began)}
-        nbytes = sum({context.key: context.nbytes + context.shared_nbytes for context in contexts}.values())
+        nbytes = sum({context.key: context.nbytes for context in contexts}.values()) + max(context.shared_nbytes for context in contexts)
         return self._leased(step, step, name, prompt.sources, nbytes, ms, 0)
 
     def prompt(
-        self, language: Language, source: Any, system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None
+        self,
+        language: Language,
+        source: Any,
+        system: str | None = None,
+        keep: Sequence[str] = (),
+        tools: Sequence[Tool] | None = None,
+        joinable: bool = False,
     ) -> Prompt:
         """What the context of a source is built from.
 
@@ -340,7 +367,12 @@ class Contexts:
         prompts = language.prompts
         documents, messages = _read(source, tools)
         system = None if system is None else clean(system, "system prompt")
-        prompt = prompts.documents(documents, system, keep) if documents else prompts.conversation(messages, system, keep, tools)
+        if joinable and not documents:
+            raise InputError("joinable=True is for documents; a conversation stands behind them: extend() or fold() puts it there")
+        if documents:
+            prompt = prompts.documents_apart(documents, system, keep) if joinable else prompts.documents(documents, system, keep)
+        else:
+            prompt = prompts.conversation(messages, system, keep, tools)
         self._check_window(prompt)
         return prompt
 
@@ -380,11 +412,11 @@ class Front(NamedTuple):
     joinable: Joinable
 
 
-def _before(above: Step | CompressedContext | None, shares: bool, share: bool) -> tuple[Step | CompressedContext, ...]:
+def _before(above: Step | CompressedContext | None, shared: Sequence[Part]) -> tuple[Step | CompressedContext, ...]:
     """Who has what a context shares: its parent, or whoever has what that shares."""
-    if above is None or not shares:
+    if above is None or not shared:
         return ()
-    return above.before if isinstance(above, Step) and not share else (above,)
+    return above.before if isinstance(above, Step) and above.wanted.key not in [part.key for part in shared] else (above,)
 
 
 def _read(source: Any, tools: Sequence[Tool] | None) -> tuple[list[Document], list[Message]]:

@@ -279,8 +279,7 @@ class _Talk:
         if parent is None:
             return Recalled(self.engine.load(more, tools=self.tools, ratio=ratio, tags=self.tags), count)
         self.engine.leave_behind(parent.identity.get("parent"), self.tags)
-        share = parent.is_shareable
-        context = self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True, share=share)
+        context = self.engine.extend(parent, more, tools=self.tools, ratio=ratio, tags=self.tags, behind=True, share=None)
         return Recalled(context, count)
 
     def _begins(self, ids: Sequence[int], recipe: Recipe, count: int) -> bool:

@@ -103,7 +103,7 @@ class Finder:
         if registry.is_empty():
             return None
         entry = registry.longest_prefix(self._identity.of(language), ids, lambda entry: self._access.is_as_fine(entry, ratio))
-        if entry is None:
+        if entry is None or not all(map(self._access.is_way_of, self._stored_parts(entry))):
             return None
         try:
             context = self._handle(entry, asked)
@@ -111,6 +111,10 @@ class Finder:
             logger.debug("a stored beginning of the prompt is not used: %s", error)
             return None
         return context if list(ids[: context.n_tokens]) == context.token_ids.tolist() else None
+
+    def _stored_parts(self, entry: Entry) -> list[Entry]:
+        """What a stored context shares, as far as it is stored."""
+        return [part for key in entry.parts for part in self._registry.find(key)]
 
     def _handle(self, entry: Entry, asked: float, label: Label | None = None) -> CompressedContext:
         """A context that was there when it was ``asked`` for and that nobody gave the text of, with what was told of it when it got a name.

@@ -59,19 +59,22 @@ class Join(NamedTuple):
         if len(contexts) < 2:
             raise InputError(f"{len(contexts)} contexts to join; give at least two")
         first, *others = contexts
-        head = first.protected
         ids, parts, shifts = [first.token_ids], [*first.all_parts], [0]
         sources, told = [*first.sources], [*as_told(first.sources)]
         for context in contexts:
             _check_same_head(first, context)
         for context in others:
+            head = context.protected
             shift = sum(map(len, ids)) - head
             beginning, *rest = context.all_parts
             if beginning.n_tokens > head:  # else it is the head alone
                 rest.insert(0, beginning._replace(n_tokens=beginning.n_tokens - head, gap=head))
             parts += [part.moved(shift) for part in rest]
             for found, of in ((sources, context.sources), (told, as_told(context.sources))):
-                found += [replace(source, start=source.start + shift, end=source.end + shift) for source in of]
+                for number, source in enumerate(of, 1):
+                    unnamed = not source.shown and source.name == f"document {number}"
+                    name = f"document {len(found) + 1}" if unnamed else source.name
+                    found.append(replace(source, name=name, start=source.start + shift, end=source.end + shift))
             ids.append(context.token_ids[head:])
             shifts.append(shift)
         return cls(torch.cat(ids), tuple(parts), tuple(sources), as_told(told), tuple(shifts))
@@ -81,11 +84,14 @@ def _check_same_head(first: CompressedContext, other: CompressedContext) -> None
     """Raises:
     InputError: they begin otherwise, or go on otherwise, so that no prompt is of both.
     """
-    begins = first.token_ids[: first.protected].tolist() == other.token_ids[: other.protected].tolist()
-    goes_on = recipe_digest(first.recipe) == recipe_digest(other.recipe)
-    if not (begins and goes_on and first.sources and other.sources):
-        what = "documents" if begins and goes_on else "the same system prompt, tools and template variables"
-        raise InputError(f"{other!r} cannot be joined to {first!r}; contexts are joined that are of {what}")
+    head = min(first.protected, other.protected)  # a tokenizer may put the last character of one to what follows
+    begins = first.token_ids[:head].tolist() == other.token_ids[:head].tolist() and abs(first.protected - other.protected) <= 1
+    goes_on = [recipe_digest(replace(context.recipe, tail="")) for context in (first, other)]
+    for context in (first, other):
+        if not context.sources or context.sources[-1].end != context.n_tokens:
+            raise InputError(f"{context!r} is of a conversation; documents are joined, and a conversation goes on behind them")
+    if not begins or goes_on[0] != goes_on[1]:
+        raise InputError(f"{other!r} has another system prompt, tools or template variables than {first!r}; such contexts cannot be joined")
 
 
 def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, ...]) -> CompressedContext:
@@ -98,7 +104,7 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
                 layers.append(of_all[-1].none())
                 continue
             turns = [model.rotations.turn(owner, -shift) for shift in shifts]
-            firsts = [step.protected * (number > 0) for number in range(len(shifts))]
+            firsts = [context.protected * (number > 0) for number, context in enumerate(contexts)]
             layers.append(joined_window([Piece(*piece) for piece in zip(of_all, firsts, shifts, turns, strict=True)], n))
     assert step.ids is not None
     assert step.recipe is not None
@@ -119,11 +125,14 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
     )
 
 
-def without_preamble(model: LanguageModel, layers: Sequence[RaggedLayer], start: int, dropped: int, n: int) -> list[RaggedLayer]:
-    """Layers of what was read from position ``start`` on, as they stand without the preamble: what a window shows of the ``n`` tokens that
+def without_preamble(
+    model: LanguageModel, head: Sequence[RaggedLayer], layers: Sequence[RaggedLayer], start: int, dropped: int, n: int
+) -> list[RaggedLayer]:
+    """Layers of what was read from position ``start`` on, as they stand behind the head alone: what a window shows of the ``n`` tokens that
     are left has moved. All else moves when it is seen."""
     moved = list(layers)
     for place, (layer, owner) in enumerate(zip(layers, model.layout.owners, strict=True)):
         if layer.window is not None:
-            moved[place] = joined_window([Piece(layer, start, -dropped, model.rotations.turn(owner, dropped))], n)
+            read = Piece(layer, start, -dropped, model.rotations.turn(owner, dropped))
+            moved[place] = joined_window([Piece(head[place], 0, 0, None), read], n)
     return moved

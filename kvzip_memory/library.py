@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from kvzip_memory.compression.allocators import Allocator
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.compression.refit import Refit
 from kvzip_memory.compression.scorers import Scorer
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, checked_context
 from kvzip_memory.contexts import Contexts
+from kvzip_memory.errors import InputError
 from kvzip_memory.finding import Finder
 from kvzip_memory.inference.admission import Places
 from kvzip_memory.inference.modeling import LanguageModel
@@ -35,6 +36,7 @@ from kvzip_memory.system.digests import digest
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
 from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.paths import as_folder
+from kvzip_memory.system.printable import brief
 from kvzip_memory.system.sharing import Shared
 from kvzip_memory.system.threads import release
 
@@ -193,8 +195,8 @@ class Library(Shared):
         Args:
             contexts: two or more, of the same model, system prompt and tools; their names, keys, or what loaded them. In their order.
             name, tags: see :meth:`load`.
-            store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored either:
-                for what a single question is about, say.
+            store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored
+                either: for what a single question is about, say.
 
         Raises:
             InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored.
@@ -202,7 +204,10 @@ class Library(Shared):
             UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
             BudgetError, IdentityMismatchError: as for :meth:`extend`.
         """
-        return self._contexts.join([self.get(c) if isinstance(c, str) else c for c in contexts], name, tags, store)
+        if isinstance(contexts, str | CompressedContext) or not isinstance(contexts, Iterable):
+            raise InputError(f"contexts is {brief(contexts)}; give a list of two contexts or more, or of their names or keys")
+        found = [self.get(context) if isinstance(context, str) else checked_context(context) for context in contexts]
+        return self._contexts.join(found, name, tags, store)
 
     async def ajoin(self, contexts: Sequence[CompressedContext | str], **options: Any) -> CompressedContext:
         """:meth:`join` in a thread, see :meth:`aload`."""
@@ -251,7 +256,7 @@ class Library(Shared):
         tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
         behind: bool = False,
-        share: bool = False,
+        share: bool | None = False,
     ) -> CompressedContext:
         """A context that goes on where another one ends. That one stays as it is, for whoever uses it.
 
@@ -271,7 +276,8 @@ class Library(Shared):
             tools: as for a conversation in :meth:`load`; described anew only if the parent was made with others.
             behind: all messages are new, also those that say what the parent begins with once more.
             share: whether the parent's pairs stay as and where they are, for any number of contexts. This one then has pairs of its own for
-                what is new alone, of which it keeps ``ratio``; what grows from it shares the same.
+                what is new alone, of which it keeps ``ratio``; what grows from it shares the same. None: if the parent is of documents
+                alone and stored in this engine's registry. What shares with one that is not (it was opened) is not stored either.
 
         Raises:
             InputError: as for :meth:`load`; documents behind a conversation; a parent whose pairs another scorer ranked.

@@ -68,12 +68,14 @@ def list_(
     said = turns.usage(cache_dir.expanduser())
 
     def render() -> Table | Group:
+        fronts = {e.identity["parent"] for e in entries if e.identity.get("shift")}  # what joinable contexts were read behind
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for depth, e in _tree(entries) if tree else [(0, e) for e in entries]:
             older = [f"(was {name})" for name in e.former]
             whose = [f"tenant {e.tenant[:12]}"] if e.tenant else []
             states = [*(["pinned"] if e.pinned else []), *(["expired"] if e.expired else [])]
             states += [f"{e.other_version} version"] if e.other_version else []
+            states += ["preamble"] if e.key in fronts else []
             marks = " ".join([*states, *whose, *older, *e.tags])
             size, used = decimal(e.file_nbytes), ago(e.used)
             called = depth * "  " + shown(", ".join(e.names) or ("-" if depth else ""))
@@ -87,11 +89,13 @@ def list_(
 
 
 def _tree(entries: Sequence[Entry]) -> Iterator[tuple[int, Entry]]:
-    """The entries with their depths, each before those that share its pairs."""
-    keys = {e.key for e in entries}
+    """The entries with their depths, each before those that share its pairs: one that shares those of several comes below each."""
+    shares = {e.key: {*e.parts} for e in entries}
     below: dict[str | None, list[Entry]] = {}
     for e in entries:
-        below.setdefault(next((key for key in e.parts[::-1] if key in keys), None), []).append(e)
+        near = [key for key in e.parts if key in shares and not any(key in shares.get(other, ()) for other in e.parts)]
+        for over in [*near] if near else [None]:
+            below.setdefault(over, []).append(e)
     left = [(0, e) for e in reversed(below.get(None, []))]
     while left:
         depth, e = left.pop()

@@ -22,6 +22,11 @@ Writer = Callable[["CompressedContext", Path], Path]
 Layers = tuple[RaggedLayer, ...]
 
 
+def behind(layers: Layers, gap: int) -> Layers:
+    """Layers without so many more pairs at the beginning of each head; with those again if it is negative. Windows have no gaps."""
+    return tuple(layer.behind(gap) if gap and layer.window is None else layer for layer in layers)
+
+
 @dataclass(frozen=True)
 class Lease:
     """A context's layers on the model's device, there for as long as the lease is held.

@@ -38,26 +38,28 @@ class Part(NamedTuple):
         n_tokens: that these pairs stand for, behind those of the parts before it.
         shift: how far it has moved from where it was made, in positions.
         gap: so many pairs at the beginning of each head are not seen: the template's head, which the first part has already.
+        joined: whether it was read behind other things than it stands behind.
     """
 
     key: str
     n_tokens: int
     shift: int = 0
     gap: int = 0
+    joined: bool = False
 
     def moved(self, by: int) -> Part:
-        """The same part, so many positions farther on."""
-        return self._replace(shift=self.shift + by)
+        """The same part in a join, so many positions farther on."""
+        return self._replace(shift=self.shift + by, joined=True)
 
     @property
     def told(self) -> list[str | int]:
         """As it stands in an identity."""
-        return [*self] if self.shift or self.gap else [self.key, self.n_tokens]
+        return [*self[:4]] if self.joined or self.shift or self.gap else [self.key, self.n_tokens]
 
 
 def parts_of(identity: Mapping[str, Any]) -> tuple[Part, ...]:
     """What a context shares, as its identity says it, in the order in which it is seen; nothing for most."""
-    return tuple(Part(*part) for part in identity.get("parts") or ())
+    return tuple(Part(*part)._replace(joined=len(part) > 2) for part in identity.get("parts") or ())
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,24 @@ class Prefixes:
         kept = kept_spans(self._encoder, keep, texts, settled[head:], tokens, head)
         return Prompt(tuple(tokens.ids), protected, recipe, sources, kept, digest_of([names, texts]), digest_of(system))
 
+    def documents_apart(self, documents: Sequence[Document], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+        """:meth:`documents` that may stand behind any others: they begin with a blank line, and no token of theirs depends on what follows.
+
+        Raises:
+            InputError: as for :meth:`documents`; or the template puts nothing before them, so that there is nothing to stand behind.
+        """
+        plain, any_text = self.documents(documents, system, keep), self.documents([Document(ASKED["content"])], system)
+        head, (shown, spans), at = any_text.token_ids[: any_text.protected], in_one_text(documents), len(SEPARATOR)
+        if not head:
+            raise InputError(
+                "joinable=True: this model's template puts nothing before a text, which all parts of a join share; load without"
+            )
+        tokens = self._encoder.tokens(f"{SEPARATOR}{shown}", continued=True)
+        sources = sources_in(documents, 1, tokens, [at + place for span in spans for place in span], len(head))
+        kept = kept_spans(self._encoder, keep, [document.text for document in documents], shown, tokens, at, len(head))
+        recipe = replace(plain.recipe, tail="")
+        return replace(plain, token_ids=(*head, *tokens.ids), protected=len(head), recipe=recipe, sources=sources, keep=kept)
+
     def conversation(
         self,
         messages: Sequence[Message],

@@ -64,6 +64,10 @@ class PromptBuilder:
         """See :meth:`Prefixes.documents`."""
         return self._prefixes.documents(documents, system, keep)
 
+    def documents_apart(self, documents: Sequence[Document], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
+        """See :meth:`Prefixes.documents_apart`."""
+        return self._prefixes.documents_apart(documents, system, keep)
+
     def conversation(
         self, messages: Sequence[Message], system: str | None = None, keep: Sequence[str] = (), tools: Sequence[Tool] | None = None
     ) -> Prompt:

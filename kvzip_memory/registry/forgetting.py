@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -81,8 +81,8 @@ class Forgetting:
             shown = ", ".join(other.name or other.key[:12] for other in sharing[-_SHOWN:][::-1])
             more = f" and {len(sharing) - _SHOWN:,} others" if len(sharing) > _SHOWN else ""
             raise InputError(
-                f"the pairs of context {entry.name or entry.key[:12]!r} are shared by {shown}{more}; delete those before, or forget a tag "
-                "that all of them have, or that it alone has, which takes them along"
+                f"the pairs of context {entry.name or entry.key[:12]!r} are shared by {shown}{more}; delete those before. Or forget it by "
+                "a tag: when nothing else holds it, no name either, it goes with all that share it"
             )
         labels = [label for name in entry.names for label in self._labels(entry, name)]
         try:
@@ -258,4 +258,19 @@ class Forgetting:
         if labels:
             self._cleaning.later()
         self._forgets()
-        return Forgotten(tuple(gone.values()), tuple(stays.values()))
+        return Forgotten((*gone.values(), *self._remove_fronts(gone.values())), tuple(stays.values()))
+
+    def _remove_fronts(self, deleted: Iterable[Entry]) -> list[Entry]:
+        """Delete what deleted contexts were read behind and no others: the template's head, with its system prompt, and a preamble."""
+        fronts = [key for entry in deleted if entry.identity.get("shift") for key in (entry.identity["parent"], *entry.parts)]
+        if not fronts:
+            return []
+        there = {entry.key: entry for entry in self._catalogue.contexts()}
+        used = {key for entry in there.values() for key in (*entry.parts, entry.identity.get("parent"))}
+        removed = []
+        for entry in [there[key] for key in dict.fromkeys(fronts) if key in there and key not in used]:
+            with self._memory.changed:
+                in_use = any(held.users for held in self._memory.here(entry.key))
+            if not (in_use or entry.names or entry.tags or entry.pinned):
+                removed.append(self.remove(entry.key))
+        return removed

@@ -130,6 +130,15 @@ class ContextRegistry(Shared):
         """
         return self._moves.guest(nbytes)
 
+    def at_once(self, now: bool) -> AbstractContextManager[None]:
+        """Do not wait for room in the block, if so ``now``: the caller holds room that others may wait for."""
+        return self._moves.at_once(now)
+
+    def wait_for_room(self, began: float) -> bool:
+        """Wait a little, for what others give back; False if that is no use: nobody uses any, or it ``began`` (``time.monotonic``) so long
+        ago."""
+        return self._moves.wait_for_room(began)
+
     def is_removed(self, key: str, loaded: float | None = None) -> bool:
         """Whether a context was deleted here and loaded again neither here nor by another process.
 

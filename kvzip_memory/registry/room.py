@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from kvzip_memory.context import CompressedContext
@@ -22,6 +24,9 @@ from kvzip_memory.system.locks import Notice
 from kvzip_memory.system.printable import logger_of
 
 logger = logger_of(__name__)
+
+# Whether what is not there at once is not waited for.
+_IMPATIENT: ContextVar[bool] = ContextVar("kvzip_memory_impatient", default=False)
 
 
 class Moves:
@@ -144,6 +149,28 @@ class Moves:
                 tier.give_back(room)
                 self._memory.changed.notify_all()
 
+    @contextmanager
+    def at_once(self, now: bool) -> Iterator[None]:
+        """Do not wait for room in the block, if so ``now``: the caller holds room that others may wait for."""
+        before = _IMPATIENT.set(now or _IMPATIENT.get())
+        try:
+            yield
+        finally:
+            _IMPATIENT.reset(before)
+
+    def wait_for_room(self, began: float) -> bool:
+        """Wait a little, for what others give back; False if that is no use: nobody uses any, or it ``began`` (``time.monotonic``) so long
+        ago."""
+        calls.check()
+        if _IMPATIENT.get() or time.monotonic() - began >= self._memory.wait_s:
+            return False
+        with self._memory.changed:
+            tier = self._memory.device
+            if not tier.reserved and len(self._memory.flights) <= 1 and not any(held.users for held in tier.held.values()):
+                return False
+            self._memory.changed.wait(random.uniform(0.2, 1.0) * calls.LOOK_S)  # not all at the same moment
+        return True
+
     def _reserve(self, tier: MemoryTier, nbytes: int, room: Room) -> None:
         """Make room in a tier, moving down what was used longest ago; waits while others use all of it.
 
@@ -161,7 +188,7 @@ class Moves:
                     continue
                 waited, passing = time.monotonic() - began, tier.reserved  # of contexts that come, or leave with their users
                 users = sum(held.users > 0 for held in tier.held.values())
-                if waited >= self._memory.wait_s or (users == 0 and not passing and len(self._memory.flights) <= 1):
+                if waited >= self._memory.wait_s or _IMPATIENT.get() or (users == 0 and not passing and len(self._memory.flights) <= 1):
                     raise BudgetError(
                         f"no room for {nbytes:,} bytes in the {tier.name} tier: {users} contexts in use, "
                         f"{sum(held.pinned for held in tier.held.values())} pinned and {passing:,} bytes of others that come or leave take "
@@ -187,7 +214,13 @@ class Moves:
 
     def _victim(self, tier: MemoryTier) -> Held | None:
         """The context that leaves a tier next. With the lock held."""
-        return tier.victim(lambda held: held.key not in self._memory.flights and not (held.pinned and not self._backing.has(held.key)))
+        pinned = [held for each in self._memory.tiers for held in each.held.values() if held.pinned and not self._backing.has(held.key)]
+        kept = {key for held in pinned for key in (held.key, *held.parts)}
+
+        def may_leave(held: Held) -> bool:
+            return held.key not in self._memory.flights and not (held.key in kept and not self._backing.has(held.key))
+
+        return tier.victim(may_leave)
 
     def _move_down(self, victim: Held, tier: MemoryTier) -> None:
         """From the device to the host if there is room, else to disk; it stays if somebody begins to read it meanwhile.

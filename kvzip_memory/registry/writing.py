@@ -79,7 +79,7 @@ class Writing:
                 return False
             disk.check_free()  # before anything is copied
             notes = disk.notes()
-            if self.is_removed(held, notes):
+            if self.is_removed(held, notes) or not self._has_parts(held):
                 return False
             names = held.names if held.stored is None else self._backing.told(as_entry(held)).names  # others may have taken some
             tags, pinned = tags_left(held, notes), held.pinned
@@ -105,6 +105,14 @@ class Writing:
     def is_removed(self, held: Held, notes: Notes) -> bool:
         """Whether a context that is in memory still was deleted, here or by another process, and not loaded here since."""
         return self._memory.removed.forbids(held, notes, lambda: self._backing.told(as_entry(held)).names)
+
+    def _has_parts(self, held: Held) -> bool:
+        """Whether all that a context shares is on disk, or was stored now: without it nobody could use its file."""
+        for key in held.parts:
+            if not self._backing.has(key) and not any(map(self.stored_unless_there, self._memory.in_memory([key]))):
+                logger.debug("context %s is not stored: it shares the pairs of %s, which is not", held.key[:12], key[:12])
+                return False
+        return True
 
     def stored_unless_there(self, held: Held) -> bool:
         """Whether a context is on disk, or was stored now.

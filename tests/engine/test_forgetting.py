@@ -298,7 +298,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
 def test_whoever_makes_a_context_tags_it() -> None:
     found = dict(calls())
     assert len(found) > 8
-    untagged = [where for where, call in found.items() if not {"tags", None} & {keyword.arg for keyword in call.keywords}]
+    untagged = [where for where, call in found.items() if not {"tags", "store", None} & {keyword.arg for keyword in call.keywords}]
     assert [where.partition(":")[0] for where in untagged] == ["llm.py"]  # marks of LlamaIndex' model, which knows no session
 
 

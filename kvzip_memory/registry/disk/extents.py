@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import Layers, RaggedLayer, States, Window, parts_of
+from kvzip_memory.context import Layers, RaggedLayer, States, Window, behind, parts_of
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -82,8 +82,8 @@ def read_layers(
         edges = list(accumulate((part.n_tokens for part in parts), initial=0))
         own = uploaded("layer", facts["layers"], edges[-1] - shift, facts["n_tokens"] - shift)
         before = tuple(
-            uploaded(f"before.{i}", told, edges[i] - parts[i].shift, edges[i + 1] - parts[i].shift)
-            for i, told in enumerate(facts["before"])
+            behind(uploaded(f"before.{i}", told, edges[i] - part.shift - part.gap, edges[i + 1] - part.shift), part.gap)
+            for i, (part, told) in enumerate(zip(parts, facts["before"], strict=False))  # no file but those that are saved has them
         )
         for finish in done.values():
             finish()

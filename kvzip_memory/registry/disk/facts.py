@@ -237,14 +237,18 @@ def check_header(facts: Any) -> None:
     edges = [edge for span in facts.get("fitted", ()) for edge in span]
     if edges != sorted(edges) or edges[-1:] > [n]:
         raise OddFactError("the fitted spans are none of its tokens")
-    parts, before = [part.n_tokens for part in parts_of(facts["identity"])], facts.get("before", [])
-    if sum(parts) > n or len(before) not in (0, len(parts)):
+    parts, before = parts_of(facts["identity"]), facts.get("before", [])
+    beside = n - sum(part.n_tokens for part in parts)
+    if beside < 0 or len(before) not in (0, len(parts)):
         raise OddFactError("the parts before it are not those of its key")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")
-    for tokens, layers in zip([n - sum(parts), *parts], [facts["layers"], *before], strict=False):
-        if any(length > (tokens if layer["window"] is None else n) for layer in layers for length in layer["lengths"]):
+    gaps, counts = [0, *(part.gap for part in parts)], [beside, *(part.n_tokens for part in parts)]
+    for gap, tokens, layers in zip(gaps, counts, [facts["layers"], *before], strict=False):
+        if any(length > (gap + tokens if layer["window"] is None else n) for layer in layers for length in layer["lengths"]):
             raise OddFactError("a head has more pairs than there are tokens")
+        if any(length < gap for layer in layers if layer["window"] is None for length in layer["lengths"]):
+            raise OddFactError("a head has fewer pairs than its part hides")
     for name in ("ratio", "protected"):
         if facts["identity"].get(name, facts[name]) != facts[name]:
             raise OddFactError(f"{name} is not that of its key")

@@ -318,8 +318,8 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
 
 
 def _whole(layers: Layers) -> Layers:
-    """Layers without gaps; their scores are of no use to others."""
-    return tuple(layer.among(torch.ones_like(layer.positions, dtype=torch.bool)) if layer.gap else layer for layer in layers)
+    """Layers with what is in their gaps, which others see that share the same part."""
+    return tuple(layer.behind(-layer.gap) if layer.gap else layer for layer in layers)
 
 
 def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
@@ -334,7 +334,7 @@ def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
 
 def _facts(context: CompressedContext) -> dict[str, Any]:
     with context.lease() as lease:
-        layers, *before = ([_layer_facts(layer) for layer in part] for part in (lease.layers, *lease.before))
+        layers, *before = ([_layer_facts(layer) for layer in _whole(part)] for part in (lease.layers, *lease.before))
     return {
         "identity": dict(context.identity),
         "name": context.name,

@@ -49,9 +49,8 @@ class Leaving:
             sharing = self.sharing(entry.key)
             if self.let_go(entry.key, let_go, entry.key in named, for_good=True):
                 gone |= {entry.key: entry, **{other.key: other for other in sharing}}
-        deleted = [*gone.values()]
         kept = [entry for entry in changed if entry.key not in gone]
-        self._let_go_lost(let_go, mine)
+        deleted = [*(gone | self._let_go_lost(let_go, mine)).values()]
         self._keeper.empty_quarantine()  # of what was found damaged meanwhile
         self._builders.unreport_all()
         self._keeper.rewrite(self._write_catalogs())
@@ -149,10 +148,10 @@ class Leaving:
         return rows.entry(key) or rows.lost(key)
 
     @needs_index
-    def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> None:
-        """The same for contexts whose files were lost."""
-        rows = self._keeper.opened()
-        with rows.transaction():
+    def _let_go_lost(self, let_go: LetGo, mine: Callable[[Entry], bool]) -> dict[str, Entry]:
+        """The same for contexts whose files were lost, and what shares them, which is deleted."""
+        deleted = dict[str, Entry]()
+        with self._keeper.changing() as rows:
             for key in [*rows.lost_keys()]:
                 entry = rows.lost(key)
                 if entry is None or not mine(entry) or without(entry.tags, key, let_go) == entry.tags:
@@ -160,9 +159,14 @@ class Leaving:
                 entry = replace(entry, tags=without(entry.tags, key, let_go))
                 if self._is_held(entry):
                     rows.remember_lost(entry)
-                else:
-                    rows.forget_lost(key)
-                    rows.note(self._folder.tenant, key)
+                    continue
+                for going in self._sharing(rows, key):
+                    deleted[going.key] = going
+                    rows.note(self._folder.tenant, going.key, when=max(time.time(), going.heard))
+                    self._tidying.drop(rows, going)
+                rows.forget_lost(key)
+                rows.note(self._folder.tenant, key)
+        return deleted
 
     def _is_held(self, entry: Entry) -> bool:
         """Whether anybody has a context. A row has former names, too, which mean others now."""

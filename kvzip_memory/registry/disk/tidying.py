@@ -201,6 +201,8 @@ class Tidying:
         for key in listed - blobs.keys() - writing.keys():
             if (entry := rows.entry(key)) is not None:
                 self.drop(rows, entry)
+                if rows.sharing(key):  # what shares it goes when it is forgotten
+                    rows.remember_lost(entry)
                 rows.set_unclean()  # it may have been deleted by who could not finish that
         stored = sum(self._measured_bad(rows, row) for row in rows.all_bad())
         stored += sum(path.lstat().st_size for key, path in blobs.items() if key in listed)
