@@ -57,9 +57,11 @@ def told_apart(docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str) -> CompressedContext:
-    contexts = [
-        engine.load(text, ratio=ratio, joinable=way == "joinable" or (way == "first plain" and i > 0)) for i, text in enumerate(texts)
-    ]
+    contexts = []
+    for number, text in enumerate(texts):
+        joinable = way == "joinable" or (way == "first plain" and number > 0)
+        text = text if way == "plain" else text.rstrip()  # the others begin with a blank line
+        contexts.append(engine.load(text, ratio=ratio, joinable=joinable))
     return engine.join(contexts)
 
 

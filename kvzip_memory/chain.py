@@ -104,10 +104,12 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
     """
     with ExitStack() as held:
         found, bases, guest = dict[str, tuple[Part, Layers]](), list[CompressedContext](), None if step.stored else _UNSTORED
-        for base, lease in _together(step, waiting, held):
+        for before, (base, lease) in zip(step.before, _together(step, waiting, held), strict=True):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
+            if isinstance(before, Step) and before.registry.is_removed(before.wanted.key, before.wanted.loaded):  # by another process
+                guest = _REMOVED
             found |= {part.key: (part, layers) for part, layers in zip([*base.parts, Part(base.key, 0)], lease.parts, strict=True)}
         wanted = [(part, *found[part.key]) for part in parts_of(step.wanted.identity)]
         shared = tuple(behind(layers, part.gap - there.gap) for part, there, layers in wanted)

@@ -45,8 +45,8 @@ logger = logger_of(__name__)
 
 #: Tokens of the window that a context leaves free, for a question and its answer.
 FREE_TOKENS = 256
-#: A context that shares another's pairs may be shared in its turn, so many times.
-MOST_LEVELS = 64
+# A context that shares another's pairs may be shared in its turn, so many times.
+_LEVELS = 64
 
 #: The fewest tokens of a prompt's beginning that a context of their own is worth: building one costs more than reading them again.
 FEWEST_TOKENS = 256
@@ -255,9 +255,9 @@ class Contexts:
             step = replace(step, before=_before(above, parts_of(identity)))
         if parent is not None and (shared or isinstance(above, Step)):
             step = replace(step, stored=self._is_here(parent) if shared else above.stored)  # type: ignore[union-attr]
-        if step.levels > MOST_LEVELS:
+        if step.levels > _LEVELS:
             raise InputError(
-                f"the context would share the pairs of one that shares, and so on, {step.levels} times; at most {MOST_LEVELS} are: "
+                f"the context would share the pairs of one that shares, and so on, {step.levels} times; at most {_LEVELS} are: "
                 "extend without share=True"
             )
         now = step if computed is None else replace(step, make=partial(make, computed=computed))

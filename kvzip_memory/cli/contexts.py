@@ -28,6 +28,7 @@ def load(
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="a string never to evict; may be given again")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="a word to list it by; may be given again")] = None,
+    joinable: Annotated[bool, typer.Option("--joinable", help="to be joined with others")] = False,
     tenant: Annotated[str | None, typer.Option(envvar="KVZIP_MEMORY_TENANT", help="salt of the key; - for none")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help='budget of the folder, such as "20GiB"')] = None,
     cache_dir: CacheDir = DEFAULT,
@@ -46,7 +47,8 @@ def load(
         secret=folder_secret(),
         progress=False if as_json else None,
     )
-    context = engine.load(file, name=file.stem if name is None else name, system=system, keep=keep or (), tags=tag or ())
+    name = file.stem if name is None else name
+    context = engine.load(file, name=name, system=system, keep=keep or (), tags=tag or (), joinable=joinable)
     engine.close()
     receipt = context.receipt
     assert receipt is not None

@@ -126,7 +126,10 @@ WAYS: dict[str, tuple[str, Callable[[Made], Awaitable[Any]]]] = {
     ),
     "aput": ("memory._aput memory._aget", lambda made: made.retold()),
     "memory": ("", lambda made: made.remembered()),
-    "aquery": ("query_engine._aquery query_engine._aanswered query_engine._aempty", lambda made: made.query().aquery("Who?")),
+    "aquery": (
+        "query_engine._aquery query_engine._aanswered query_engine._aanswers query_engine._aempty",
+        lambda made: made.query().aquery("Who?"),
+    ),
     "aquery of several contexts": ("", lambda made: made.split.as_query_engine().aquery("Who?")),
     "aquery with sources": ("", lambda made: made.query(source_top_k=1).aquery("Who?")),
     "streamed aquery": ("", lambda made: read_response(made.query(streaming=True).aquery("Who?"))),

@@ -49,6 +49,7 @@ class Trees(RuleBasedStateMachine):
         self.known: dict[str, Known] = {}
         self.hands: list[Hand] = []
         self.originals: dict[str, CompressedContext] = {}
+        self.fronts: dict[str, set[str]] = {}  # what a joinable text was read behind
         self.lost: set[str] = set()  # which come back when somebody who has their texts needs them
 
     def engine(self) -> KVzipEngine:
@@ -70,8 +71,10 @@ class Trees(RuleBasedStateMachine):
         self.hands.append(Hand(who, context, has_text, self.alone.logits(original, IDS)))
         self.engines[who].registry.flush()
         self.find_again()
-        if context.shift and self.engines[who].registry.find(front := context.identity["parent"]):  # what it was read behind
-            self.known.setdefault(front, Known(()))
+        if context.shift:
+            self.fronts[context.key] = {context.identity["parent"], context.parts[0].key}
+            if self.engines[who].registry.find(front := context.identity["parent"]):
+                self.known.setdefault(front, Known(()))
         for part in context.parts:  # the template's head
             if part.n_tokens == context.protected and not self.engines[who].registry.is_removed(part.key):
                 self.known.setdefault(part.key, Known(()))
@@ -163,10 +166,10 @@ class Trees(RuleBasedStateMachine):
         assert not hand.has_text, error
         assert lost, error
 
-    @precondition(lambda self: self.known)
+    @precondition(lambda self: {*self.known} & {*self.originals})
     @rule(who=WHO, data=st.data())
     def get(self, who: int, data: st.DataObject) -> None:
-        key = data.draw(st.sampled_from(sorted(self.known)))
+        key = data.draw(st.sampled_from(sorted({*self.known} & {*self.originals})))
         context = self.engines[who].get(key)
         self.hands.append(Hand(who, context, False, self.alone.logits(self.originals[key], IDS)))
 
@@ -186,7 +189,12 @@ class Trees(RuleBasedStateMachine):
         self.lost.clear()  # what is stored again has other tags
         self.engines[who].forget(tag)
         gone = {key for key, known in self.known.items() if known.tags == {tag}}
-        self.known = {key: known for key, known in self.known.items() if key not in gone and not gone & {*known.parts}}
+        gone |= {key for key, known in self.known.items() if gone & {*known.parts}}
+        fronts = {front for key in gone for front in self.fronts.get(key, ())}
+        self.known = {key: known for key, known in self.known.items() if key not in gone}
+        used = {part for key, known in self.known.items() for part in (*known.parts, *self.fronts.get(key, ()))}
+        for front in fronts - used:
+            self.known.pop(front, None)
         for known in self.known.values():
             known.tags.discard(tag)
 
