@@ -202,11 +202,24 @@ def test_a_message_may_stand_for_a_context(llm: KVzipLLM, context: CompressedCon
     assert llm.chat([handle, *MESSAGES]).message.content == llm.with_context(context).chat(MESSAGES).message.content
 
 
+def test_several_contexts_are_joined(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
+    other = engine.load("Another page. " * 9, ratio=0.4, name="other")
+    handle = ChatMessage("", role="system", additional_kwargs={"kvzip_context": context.key})
+    joined = [
+        llm.with_context([other, context]),
+        llm.with_context(["other", context.key]),
+        llm.with_context(engine.join([other, context])),
+    ]
+    said = [model.chat(MESSAGES).message.content for model in joined] + [llm.with_context(other).chat([handle, *MESSAGES]).message.content]
+    assert len({*said}) == 1
+    assert joined[0].metadata.context_window == engine.window - engine.join([other, context]).n_tokens
+
+
 def test_what_cannot_be_sent_is_refused(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
     with pytest.raises(InputError, match="'image'"):
         llm.chat([ChatMessage(role="user", blocks=[ImageBlock(url="http://x/y.png")])])
-    other = engine.load("Another page. " * 9, ratio=0.4)
-    with pytest.raises(InputError, match="2 contexts"):
+    other = engine.load("Another page. " * 9, ratio=0.4, system="Be brief.")
+    with pytest.raises(InputError, match="another system prompt"):
         llm.with_context(other).chat([ChatMessage("", role="system", additional_kwargs={"kvzip_context": context.key}), *MESSAGES])
     with pytest.raises(ValueError, match="model="):
         KVzipLLM()
