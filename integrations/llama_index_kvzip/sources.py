@@ -57,7 +57,8 @@ def joined(engine: KVzipEngine, parts: Sequence[Part]) -> Part:
     """
     if len(parts) == 1:
         return parts[0]
-    context = engine.join([part.joinable or part.context for part in parts], store=False)
+    contexts = [parts[0].context, *(part.joinable or part.context for part in parts[1:])]
+    context = engine.join(contexts, store=False)
     return Part(context, whole(context, [scored.node for part in parts for scored in part.nodes]))
 
 
