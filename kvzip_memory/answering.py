@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvzip_memory.access import Access
 from kvzip_memory.compression.ratios import checked_ratio
-from kvzip_memory.context import CompressedContext
+from kvzip_memory.context import CompressedContext, Storage
 from kvzip_memory.contexts import Contexts
 from kvzip_memory.errors import InputError, WindowError
 from kvzip_memory.finding import Finder
@@ -50,6 +52,8 @@ class Answerer:
     ) -> None:
         self._model, self._identity, self._speech = model, identity, speech
         self._access, self._finder, self._contexts = access, finder, contexts
+        # What the question to compare with pays to spans of contexts, for as long as anybody holds these.
+        self._neutral: WeakKeyDictionary[Storage, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 
     def session(self, context: CompressedContext | None, ratio: float) -> Session:
         """See :meth:`KVzipEngine.session`.
@@ -151,7 +155,13 @@ class Answerer:
         with context.lease() as lease:
             n = context.n_tokens
             asked = mass(self._model.row(lease, n, Tail()), prompts.question(recipe, question), last, prompts.text_ids(answer))
-            return asked, mass(self._model.row(lease, n, Tail()), prompts.question(recipe, NEUTRAL), NEUTRAL, [])
+            ids = prompts.question(recipe, NEUTRAL)
+            known, of = self._neutral.setdefault(context.storage, {}), (*ids, *chain.from_iterable(spans))
+            if (neutral := known.get(of)) is None:
+                neutral = mass(self._model.row(lease, n, Tail()), ids, NEUTRAL, [])
+                known.clear()  # of other spans
+                known[of] = neutral
+            return asked, neutral
 
     def _too_much(self, tokens: int, way_out: str) -> WindowError:
         window = self._model.window

@@ -341,7 +341,7 @@ class Contexts:
         self._builder.check_movable()
         first, last = contexts[0], contexts[-1]
         prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
-        self._check_window(prompt)
+        self._check_window(prompt, "join fewer contexts")
         identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
         step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told, stored=store)
@@ -376,13 +376,13 @@ class Contexts:
         self._check_window(prompt)
         return prompt
 
-    def _check_window(self, prompt: Prompt) -> None:
+    def _check_window(self, prompt: Prompt, way_out: str = "split the text into several contexts") -> None:
         tokens, limit = len(prompt.token_ids), max(0, self._window - FREE_TOKENS)
         if tokens > limit:
             raise WindowError(
                 f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {self._window:,} less "
-                f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: split the text into several "
-                "contexts or use a model with a longer one",
+                f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: {way_out} or use a model with a "
+                "longer one",
                 tokens=tokens,
                 window=self._window,
             )

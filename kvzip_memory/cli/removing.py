@@ -52,10 +52,13 @@ def rm(
     try:
         entry = registry.remove(reference)
     except InputError as error:
+        if registry.find(reference):  # it may not be deleted
+            raise
         raise InputError(f"{error}; or a session, as kvzip-memory sessions shows it") from None
     older = [e for e in registry.contexts() if reference in e.former]
     kept = f"{called} is no longer a name of {name_of(entry)}; give {entry.key[:12]} to delete it"
-    lines = [kept if entry.names else f"deleted {called}, {entry.key[:12]}, {decimal(entry.file_nbytes)}"]
+    key = "" if called == entry.key[:12] else f", {entry.key[:12]}"
+    lines = [kept if entry.names else f"deleted {called}{key}, {decimal(entry.file_nbytes)}"]
     lines += [f"{e.key[:12]}, which was {called} before, stays; give that key to delete it" for e in older]
     lines += [f"the turns it was made of are kept; rm {shown(repr(s.name))} deletes them" for s in _sessions_from(cache_dir, entry)]
     tell(facts_of(entry), as_json, lambda: "\n".join(lines))

@@ -42,7 +42,7 @@ _LABELS = {
     "system": "system prompt",
     "recipe": "what follows the context (template variables)",
     "parent": "the context it was grown from",
-    "parts": "the contexts whose pairs it shares",
+    "parts": "what it shares with others",
 }
 _DERIVED = ("tokens", "protected", "recipe")
 

@@ -96,6 +96,20 @@ async def test_of_several_contexts_the_one_that_a_question_is_about_alone_is_ask
     assert len(everything.metadata["parts"]) == 3
 
 
+def test_what_is_compared_with_is_read_once_over_each_context(engine: KVzipEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    plain = engine._model.fill
+    monkeypatch.setattr(engine._model, "fill", lambda *args, **kwargs: read.append(1) or plain(*args, **kwargs))
+    one, other = engine.load(TEXT, ratio=0.4), engine.load(TEXT[::-1], ratio=0.4)
+    counts, scores = [], []
+    for question, spans in (("Who?", SPANS), ("Who?", SPANS), ("When?", SPANS), ("Who?", SPANS[:1]), ("Who?", SPANS)):
+        read.clear()
+        scores.append(engine.relevance([(one, spans), (other, spans)], question))
+        counts.append(len(read))
+    assert counts == [4, 2, 2, 4, 4]
+    assert all(torch.equal(a, b) for at in (1, 4) for a, b in zip(scores[0], scores[at], strict=True))
+
+
 def test_relevance_counts_the_question_and_its_answer_and_compares_all_contexts(engine: KVzipEngine) -> None:
     one, other = engine.load(TEXT, ratio=0.4), engine.load(TEXT[::-1], ratio=0.4)
     closing = len(engine._prompts.text_ids("Who?")) + len(one.recipe.closing)
