@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -45,15 +44,22 @@ class Answerer:
         access: which contexts may be used.
         finder: finds the one that a prompt begins with.
         contexts: makes those that turns are folded into.
+        neutral: what :data:`NEUTRAL` pays to spans of contexts, as known so far, for as long as anybody holds these.
     """
 
     def __init__(
-        self, model: LanguageModel, identity: ModelIdentity, speech: Speech, access: Access, finder: Finder, contexts: Contexts
+        self,
+        model: LanguageModel,
+        identity: ModelIdentity,
+        speech: Speech,
+        access: Access,
+        finder: Finder,
+        contexts: Contexts,
+        neutral: MutableMapping[Storage, dict[tuple[int, ...], Tensor]],
     ) -> None:
         self._model, self._identity, self._speech = model, identity, speech
         self._access, self._finder, self._contexts = access, finder, contexts
-        # What the question to compare with pays to spans of contexts, for as long as anybody holds these.
-        self._neutral: WeakKeyDictionary[Storage, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
+        self._neutral = neutral
 
     def session(self, context: CompressedContext | None, ratio: float) -> Session:
         """See :meth:`KVzipEngine.session`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -157,8 +158,9 @@ class KVzipEngine(Library):
 
     @property
     def _answerer(self) -> Answerer:
-        """Keeps nothing between calls."""
-        return Answerer(self._model, self._model_identity, self._speech, self._access, self._finder, self._contexts)
+        """Keeps nothing itself between calls."""
+        neutral = self.shared.setdefault("relevance.neutral", WeakKeyDictionary())
+        return Answerer(self._model, self._model_identity, self._speech, self._access, self._finder, self._contexts, neutral)
 
     @property
     def _prompts(self) -> PromptBuilder:
