@@ -253,8 +253,10 @@ class Contexts:
             step = replace(step, parent=front.step, ids=step.ids[front.joinable.head.n_tokens :], before=(front.head,))  # type: ignore[index]
         else:
             step = replace(step, before=_before(above, parts_of(identity)))
-        if parent is not None and (shared or isinstance(above, Step)):
-            step = replace(step, stored=self._is_here(parent) if shared else above.stored)  # type: ignore[union-attr]
+        if parent is not None and shared:
+            step = replace(step, stored=self._is_here(parent))
+        elif isinstance(above, Step):
+            step = replace(step, stored=above.stored)
         if step.levels > _LEVELS:
             raise InputError(
                 f"the context would share the pairs of one that shares, and so on, {step.levels} times; at most {_LEVELS} are: "
@@ -344,7 +346,7 @@ class Contexts:
         self._check_window(prompt, "join fewer contexts")
         identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
-        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told, stored=store)
+        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told)
         step = replace(step, stored=store and all(map(self._is_here, contexts)))
         ms = {"identify": 1e3 * (time.perf_counter() - began)}
         nbytes = sum({context.key: context.nbytes for context in contexts}.values()) + max(context.shared_nbytes for context in contexts)
