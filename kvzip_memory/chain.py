@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, Layers, Lease, Part, Recipe, Resident, Source, Writer, as_told, behind, parts_of
 from kvzip_memory.errors import BudgetError, InputError
-from kvzip_memory.registry import ContextRegistry, Report, Wanted
+from kvzip_memory.registry import BusyError, ContextRegistry, Report, Wanted
 from kvzip_memory.system import calls
 from kvzip_memory.system.printable import logger_of
 from kvzip_memory.system.sharing import Shared
@@ -130,9 +130,11 @@ def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple
                 for before in step.before:
                     with step.registry.at_once(bool(found)):
                         found.append(taken.enter_context(_whole(before, waiting)))
-            except BudgetError:
+            except BudgetError as error:
                 if not found:
                     raise
+                if isinstance(error, BusyError):  # for as long as that takes
+                    began = time.monotonic()
             else:
                 held.push(taken.pop_all())
                 return found

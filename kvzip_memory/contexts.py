@@ -93,6 +93,7 @@ class Contexts:
         tags: Words,
         tools: Sequence[Tool] | None,
         joinable: bool,
+        preamble: bool,
     ) -> CompressedContext:
         """See :meth:`KVzipEngine.load`."""
         checked_ratio(ratio)
@@ -100,9 +101,8 @@ class Contexts:
         began = time.perf_counter()
         language = self._speech.now
         prompt = self.prompt(language, source, system, _strings(keep), tools, joinable)
-        if joinable:
-            return self._load_joinable(language, prompt, ratio, name, labels, began)
-        return self._load_text(language, prompt, ratio, name, labels, began)
+        load = self._load_joinable if joinable and preamble else self._load_text
+        return load(language, prompt, ratio, name, labels, began)
 
     def load_marked(self, messages: Sequence[Message], ratio: float, tags: Words, tools: Sequence[Tool] | None) -> CompressedContext | None:
         """See :meth:`KVzipEngine.load_marked`."""
@@ -211,7 +211,7 @@ class Contexts:
         return context.is_shareable and self._is_here(context) and self._access.is_own(context)
 
     def _is_here(self, context: CompressedContext) -> bool:
-        """Whether a context is the registry's, and all that it shares."""
+        """Whether the registry has a context and all that it shares."""
         if isinstance(context.storage, Managed) and context.storage.step.registry is self._registry:
             return context.storage.step.stored
         return all(self._registry.find(key) for key in (context.key, *(part.key for part in context.parts)))
@@ -258,10 +258,7 @@ class Contexts:
         elif isinstance(above, Step):
             step = replace(step, stored=above.stored)
         if step.levels > _LEVELS:
-            raise InputError(
-                f"the context would share the pairs of one that shares, and so on, {step.levels} times; at most {_LEVELS} are: "
-                "extend without share=True"
-            )
+            raise InputError(f"{step.levels} contexts would share one behind another; at most {_LEVELS} may: extend without share=True")
         now = step if computed is None else replace(step, make=partial(make, computed=computed))
         nbytes = beside + self._builder.estimated_nbytes(prompt, ratio, shared)
         return self._leased(now, step, name, prompt.sources, nbytes, ms, len(prompt.token_ids) - start)
@@ -309,12 +306,17 @@ class Contexts:
     def _load_joinable(
         self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
     ) -> CompressedContext:
-        """The context of a prompt that is read behind the preamble, and goes on from the template's head without it."""
+        """The context of a prompt that is read behind the preamble."""
+        if not prompt.protected:
+            raise InputError("joinable=True: the template puts nothing before a text, which all parts share; load with preamble=False, too")
         front = self._front(language, prompt)
         self._builder.check_movable()
-        for key in (front.joinable.head.key, front.joinable.front):
-            self._registry.readmit(key)
-        return self._load(language, prompt, ratio, name, tags, began, front=front)
+        while True:
+            for key in (front.joinable.head.key, front.joinable.front):
+                self._registry.readmit(key)
+            context = self._load(language, prompt, ratio, name, tags, began, front=front)
+            if not self._registry.is_removed(front.joinable.head.key):  # meanwhile, with the last other text that was read behind it
+                return context
 
     def _front(self, language: Language, prompt: Prompt) -> Front:
         """What a prompt is read behind: steps of contexts that are the same for all prompts of a template head."""

@@ -149,6 +149,7 @@ class Library(Shared):
         tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
         joinable: bool = False,
+        preamble: bool = True,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -166,8 +167,11 @@ class Library(Shared):
             keep: strings of the text whose pairs are never evicted, wherever they occur, such as codes and names; at most 1,000.
             tags: free words to list it by; not part of the key. At most 256 at a time; a name or a tag has at most 4,096 characters.
             tools: the tools of a conversation, in OpenAI's form; described where the template describes them.
-            joinable: for documents that are to stand behind others, see :meth:`join`: they are read behind a text of our own that is
-                dropped then. Alone it is a little farther from the full cache than one that is not.
+            joinable: for documents that are to stand behind others, see :meth:`join`: they begin with a blank line, are whole whatever
+                follows, and are read behind a text of our own that is dropped then. Alone such a context is a little farther from the full
+                cache than one that is not.
+            preamble: whether ``joinable`` documents are read behind that text. Without it a join is farther from the full cache, and the
+                context alone is not.
 
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
@@ -176,7 +180,7 @@ class Library(Shared):
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable)
+        return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable, preamble)
 
     def join(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -156,7 +157,8 @@ class KVzipIndex(Shared, BaseManagedIndex):
         """The contexts and their documents, those that are chosen; built where they are found nowhere."""
         with self._lock:
             groups = self._groups_of_nodes()
-            parts = self._reading.parts([*groups.values()] if choice.is_of_all else self._chosen(choice, groups), self._tag)
+            read = [*groups.values()] if choice.is_of_all else self._chosen(choice, groups)
+            parts = self._reading.parts(read, self._tag, apart=len(groups) > 1)
             self._reading.let_go(groups)
             return parts
 
@@ -173,9 +175,13 @@ class KVzipIndex(Shared, BaseManagedIndex):
 
     @property
     def _tag(self) -> tuple[str, ...]:
-        """What names the index at every run: the id it had first; nothing while that is a random one that nobody knows."""
-        named = self._persisted or _FIRST_ID in self._index_struct.doc_id_dict
-        return (_INDEX + escaped(self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0]),) if named else ()
+        """What names the index at every run; nothing while that is a random id that nobody knows."""
+        return (self._own_tag,) if self._persisted or _FIRST_ID in self._index_struct.doc_id_dict else ()
+
+    @property
+    def _own_tag(self) -> str:
+        """Of the id it had first, which other objects of the same index may have given."""
+        return _INDEX + escaped(self._index_struct.doc_id_dict.get(_FIRST_ID, [self.index_id])[0])
 
     def _forget_unused(self) -> None:
         """Let go of the contexts that this index no longer has, and of all that others without a name have of deleted documents."""
@@ -184,13 +190,14 @@ class KVzipIndex(Shared, BaseManagedIndex):
         indexes: list[KVzipIndex] = [index for index in self._llm.engine.shared["llama_index.indexes"] if index is not self]
         others = set[str]().union(*(index._reading.keys for index in indexes))
         gone, self._gone = self._gone, set()
+        own = {self._own_tag}
 
         def let_go(key: str, tag: str) -> bool:
             named = parts(tag)
             if key in used:
                 return False
             if indices := {part for part in named if part.startswith(_INDEX)}:
-                return indices == {*self._tag}
+                return indices == own
             if key in others:
                 return False
             if tag.startswith("llama_index:"):  # of earlier versions: whose it is is not known
@@ -228,6 +235,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
                 self._llm.engine.registry.check_changeable()
             check()
             placed = dict(self._index_struct.nodes_dict)
+            stored = copy.deepcopy(self.storage_context.index_store.get_index_struct(self.index_id))  # another object may have changed it
             self._changing = True
             try:
                 with unchanged_on_failure(self.docstore, nodes):
@@ -235,7 +243,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
                     self.parts()
             except BaseException:
                 self._index_struct.nodes_dict = placed
-                self.storage_context.index_store.add_index_struct(self._index_struct)
+                self.storage_context.index_store.add_index_struct(self._index_struct if stored is None else stored)
                 raise
             finally:
                 self._changing = False

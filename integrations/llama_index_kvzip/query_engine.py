@@ -16,6 +16,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.callbacks.schema import CBEventType, EventPayload
 from llama_index.core.llms import LLM, ChatMessage, ChatResponse
 from llama_index.core.node_parser import NodeParser
+from llama_index.core.program.function_program import get_function_tool
 from llama_index.core.prompts.mixin import PromptDictType, PromptMixinType
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
@@ -219,7 +220,10 @@ class KVzipQueryEngine(BaseQueryEngine):
         parts = self._parts()
         if self._mode in _ONE_ANSWER and len(parts) > 1:
             engine = self._llm.engine
-            asked = max(FREE_TOKENS, engine.count_tokens([{"role": "user", "content": question}]))
+            tools = (
+                [] if self._output_cls is None else [get_function_tool(self._output_cls).metadata.to_openai_tool(skip_length_check=True)]
+            )
+            asked = max(FREE_TOKENS, engine.count_tokens([{"role": "user", "content": question}], tools))
             behind = asked + self._llm.stream_options(self._options)["max_new_tokens"]
             parts = [joined_last(engine, self._sources.about(parts, question, engine.window - behind))]
         return parts, self._sources(parts, question)

@@ -20,6 +20,7 @@ _MOST_OTHERS = 64
 @dataclass(frozen=True)
 class _Read:
     context: CompressedContext
+    apart: bool
     joinable: CompressedContext | None = None
 
 
@@ -39,8 +40,11 @@ class Reading:
         self.known: set[str] = set()
         """Keys of all that was read."""
 
-    def parts(self, groups: Collection[Sequence[BaseNode]], tags: Sequence[str] = ()) -> list[Part]:
+    def parts(self, groups: Collection[Sequence[BaseNode]], tags: Sequence[str] = (), *, apart: bool) -> list[Part]:
         """The context of each group, tagged by its documents and ``tags``; read where it is found nowhere.
+
+        Args:
+            apart: whether they are some of several, which may stand behind one another.
 
         Raises:
             InputError, WindowError, BudgetError, ModelError, UnsupportedModelError: as for :meth:`KVzipEngine.load`.
@@ -48,9 +52,11 @@ class Reading:
         found = []
         for nodes in groups:
             group = group_of(nodes)
-            read = self._read.get(group) or _Read(self._load(nodes, tags))
-            if len(groups) > 1 and self._joinable and read.joinable is None:
-                read = replace(read, joinable=self._load(nodes, tags, joinable=True))
+            read = self._read.get(group)
+            if read is None or read.apart != apart:
+                read = _Read(self._load(nodes, tags, apart=apart), apart)
+            if apart and self._joinable and read.joinable is None:
+                read = replace(read, joinable=self._load(nodes, tags, apart=True, preamble=True))
             self._read.pop(group, None)
             self._read[group] = read  # the last used is last
             found.append(Part(read.context, whole(read.context, nodes), read.joinable))
@@ -73,8 +79,8 @@ class Reading:
         """Of the contexts whose handles are kept."""
         return {context.key for read in self._read.values() for context in (read.context, read.joinable) if context is not None}
 
-    def _load(self, nodes: Sequence[BaseNode], tags: Sequence[str], joinable: bool = False) -> CompressedContext:
-        llm = self._llm
-        context = llm.engine.load(nodes, ratio=llm.ratio, system=self._system, tags=tag_of(nodes, *tags), joinable=joinable)
+    def _load(self, nodes: Sequence[BaseNode], tags: Sequence[str], *, apart: bool, preamble: bool = False) -> CompressedContext:
+        llm, all_tags = self._llm, tag_of(nodes, *tags)
+        context = llm.engine.load(nodes, ratio=llm.ratio, system=self._system, tags=all_tags, joinable=apart, preamble=preamble)
         self.known.add(context.key)
         return context

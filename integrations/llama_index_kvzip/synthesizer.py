@@ -126,7 +126,7 @@ class KVzipSynthesizer(BaseSynthesizer):
 
     def _parts(self, nodes: Sequence[BaseNode]) -> list[Part]:
         groups = Placing(self._model.engine, room(self._model, self._system)).together(sorted(nodes, key=_place))
-        return Reading(self._model, self._system).parts(groups)
+        return Reading(self._model, self._system).parts(groups, apart=len(groups) > 1)
 
     def _with_sources(self, response: RESPONSE_TYPE, nodes: Sequence[NodeWithScore], more: Sequence[NodeWithScore] | None) -> RESPONSE_TYPE:
         found = nodes if self._top_k is None else response.source_nodes

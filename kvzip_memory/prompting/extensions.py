@@ -50,7 +50,8 @@ class Extensions:
         tokens = self._encoder.tokens(settled, continued=True)
         n = context.n_tokens
         sources = sources_in(documents, first, tokens, [len(before) + at for span in spans for at in span], n)
-        kept = kept_spans(self._encoder, keep, [document.text for document in documents], settled[len(before) :], tokens, len(before), n)
+        whole, texts = f"{settled}{tail}"[len(before) :], [document.text for document in documents]
+        kept = kept_spans(self._encoder, keep, texts, whole, tokens, len(before), n)
         recipe = replace(context.recipe, tail=tail)
         return _grown(context, tokens.ids, recipe, kept, (*context.sources, *sources))
 
@@ -91,7 +92,7 @@ class Extensions:
         tokens = self._encoder.tokens(settled, continued=True)
         recipe = self._layouts.recipe_behind(turns, layout, joins, tail)
         recipe = replace(recipe, next_turn=context.recipe.next_turn, tools=shown, system=context.recipe.system)
-        kept = kept_spans(self._encoder, keep, [turn["content"] for turn in turns], settled, tokens, 0, n)
+        kept = kept_spans(self._encoder, keep, [turn["content"] for turn in turns], f"{settled}{tail}", tokens, 0, n)
         return _grown(context, tokens.ids, recipe, kept, context.sources)
 
     def _repeating(

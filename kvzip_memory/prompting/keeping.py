@@ -19,7 +19,7 @@ def kept_spans(
     Args:
         encoder: of the tokens.
         texts: where each must occur.
-        shown: the texts as they are shown, from character ``start`` of what the tokens are of.
+        shown: the texts as they are shown, from character ``start`` of what the tokens are of; they may go on behind these.
         first: number of the first of the tokens.
     """
     spans = set[tuple[int, int]]()
@@ -28,7 +28,10 @@ def kept_spans(
     for wanted in dict.fromkeys(keep):
         if not wanted or not any(wanted in text for text in texts):
             raise InputError(f"keep: {brief(wanted)} does not occur in the text; give strings as they are spelled there")
-        for spelled in {wanted, json.dumps(wanted, ensure_ascii=False)[1:-1]}:  # templates show results as JSON, too
+        spellings = {wanted, json.dumps(wanted, ensure_ascii=False)[1:-1]}  # templates show results as JSON, too
+        if not any(spelled in shown for spelled in spellings):
+            spellings = {wanted.strip()} - {""}  # they may trim a text
+        for spelled in spellings:
             for at in _places_of(spelled, shown):
                 span = tokens.span(start + at, start + at + len(spelled))
                 if span[0] < span[1]:

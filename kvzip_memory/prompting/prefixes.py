@@ -52,21 +52,17 @@ class Prefixes:
         names = [document.name if len(documents) > 1 else None for document in documents]
         texts = [document.text for document in documents]
         protected = tokens.before(head)
-        kept = kept_spans(self._encoder, keep, texts, settled[head:], tokens, head)
+        kept = kept_spans(self._encoder, keep, texts, f"{settled}{tail}"[head:], tokens, head)
         return Prompt(tuple(tokens.ids), protected, recipe, sources, kept, digest_of([names, texts]), digest_of(system))
 
     def documents_apart(self, documents: Sequence[Document], system: str | None = None, keep: Sequence[str] = ()) -> Prompt:
         """:meth:`documents` that may stand behind any others: they begin with a blank line, and no token of theirs depends on what follows.
 
         Raises:
-            InputError: as for :meth:`documents`; or the template puts nothing before them, so that there is nothing to stand behind.
+            InputError: as for :meth:`documents`.
         """
         plain, any_text = self.documents(documents, system, keep), self.documents([Document(ASKED["content"])], system)
         head, (shown, spans), at = any_text.token_ids[: any_text.protected], in_one_text(documents), len(SEPARATOR)
-        if not head:
-            raise InputError(
-                "joinable=True: this model's template puts nothing before a text, which all parts of a join share; load without"
-            )
         tokens = self._encoder.tokens(f"{SEPARATOR}{shown}", continued=True)
         sources = sources_in(documents, 1, tokens, [at + place for span in spans for place in span], len(head))
         kept = kept_spans(self._encoder, keep, [document.text for document in documents], shown, tokens, at, len(head))
@@ -104,7 +100,7 @@ class Prefixes:
         recipe = self._layouts.recipe_behind(turns, layout, joins, tail)
         recipe = replace(recipe, next_turn=self._layouts.next_turn, tools=shown, system=self._roles.shown_system(turns))
         protected = len(tokens.ids) if all(turn["role"] == "system" for turn in turns) else tokens.before(start)
-        kept = kept_spans(self._encoder, keep, [turn["content"] for turn in turns], settled[start:], tokens, start)
+        kept = kept_spans(self._encoder, keep, [turn["content"] for turn in turns], f"{settled}{tail}"[start:], tokens, start)
         said = digest_of([what_is_said(message) for message in messages[0 if system is None else 1 :]])
         return Prompt(tuple(tokens.ids), protected, recipe, (), kept, said, digest_of(system))
 

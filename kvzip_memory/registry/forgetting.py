@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from kvzip_memory.errors import InputError
@@ -94,6 +94,7 @@ class Forgetting:
         finally:
             self._cleaning.later()
         self._forgets()
+        self._remove_fronts([entry])
         return replace(entry, names={})
 
     def _remove_rest(self, tier: DiskTier | None, key: str) -> Entry | None:
@@ -269,8 +270,7 @@ class Forgetting:
         used = {key for entry in there.values() for key in (*entry.parts, entry.identity.get("parent"))}
         removed = []
         for entry in [there[key] for key in dict.fromkeys(fronts) if key in there and key not in used]:
-            with self._memory.changed:
-                in_use = any(held.users for held in self._memory.here(entry.key))
-            if not (in_use or entry.names or entry.tags or entry.pinned):
-                removed.append(self.remove(entry.key))
+            if not (entry.names or entry.tags or entry.pinned):
+                with suppress(InputError):  # somebody has loaded another text behind it meanwhile
+                    removed.append(self.remove(entry.key))
         return removed

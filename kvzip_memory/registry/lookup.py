@@ -103,6 +103,7 @@ class Lookup:
                     other = self._memory.flights.setdefault(wanted.key, flight)
                     if other is flight:
                         break
+                    self._moves.check_patience(wanted.key)
                     if self._waits_for_us(other.thread, flight.thread):
                         said = "this text is being loaded by the very thread that asks for it, or by one that waits for it"
                         raise InputError(f"{said}; do not load it where texts are scored or progress is shown")

@@ -29,6 +29,10 @@ logger = logger_of(__name__)
 _IMPATIENT: ContextVar[bool] = ContextVar("kvzip_memory_impatient", default=False)
 
 
+class BusyError(BudgetError):
+    """What is not waited for is being brought by another thread."""
+
+
 class Moves:
     """Moves contexts up to the device, and down when a tier is full: what was used longest ago leaves first.
 
@@ -158,6 +162,13 @@ class Moves:
         finally:
             _IMPATIENT.reset(before)
 
+    def check_patience(self, key: str) -> None:
+        """Raises:
+        BusyError: the caller may not wait for who brings a context, and who may wait for what the caller holds.
+        """
+        if _IMPATIENT.get():
+            raise BusyError(f"context {key[:12]} is being brought by another thread")
+
     def wait_for_room(self, began: float) -> bool:
         """Wait a little, for what others give back; False if that is no use: nobody uses any, or it ``began`` (``time.monotonic``) so long
         ago."""
@@ -166,7 +177,7 @@ class Moves:
             return False
         with self._memory.changed:
             tier = self._memory.device
-            if not tier.reserved and len(self._memory.flights) <= 1 and not any(held.users for held in tier.held.values()):
+            if not tier.reserved and not self._memory.flights and not any(held.users for held in tier.held.values()):
                 return False
             self._memory.changed.wait(random.uniform(0.2, 1.0) * calls.LOOK_S)  # not all at the same moment
         return True

@@ -109,7 +109,10 @@ class Writing:
     def _has_parts(self, held: Held) -> bool:
         """Whether all that a context shares is on disk, or was stored now: without it nobody could use its file."""
         for key in held.parts:
-            if not self._backing.has(key) and not any(map(self.stored_unless_there, self._memory.in_memory([key]))):
+            there = [] if self._backing.has(key) else self._memory.in_memory([key])
+            for part in there if held.context.shift else ():  # the head of the same text: who has loaded this has loaded it, too
+                part.loaded = max(part.loaded, held.loaded)
+            if not self._backing.has(key) and not any(map(self.stored_unless_there, there)):
                 logger.debug("context %s is not stored: it shares the pairs of %s, which is not", held.key[:12], key[:12])
                 return False
         return True

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,6 +122,8 @@ def test_without_a_head_nothing_is_joinable() -> None:
     engine = KVzipEngine(tiny_model("llama", vocab_size=len(tokenizer) + 8), tokenizer, ratio=0.5)
     with pytest.raises(InputError, match="puts nothing before a text"):
         engine.load(A, joinable=True)
+    apart = engine.join([engine.load(text, joinable=True, preamble=False) for text in (A, B)])
+    assert tokenizer.decode(apart.token_ids) == f"\n\n{A}\n\n{B}"
     assert asked(engine, engine.join([engine.load(A), engine.load(B)])).isfinite().all()
 
 
@@ -239,8 +242,8 @@ def test_what_a_pinned_context_shares_stays_with_it() -> None:
 def test_after_a_head_was_removed_joinable_texts_are_stored_as_before(tmp_path: Path) -> None:
     engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
     engine.load(A, joinable=True)
-    for entry in sorted(engine.registry.contexts(), key=lambda entry: -len(entry.parts)):
-        engine.registry.remove(entry.key)
+    engine.registry.remove(engine.load(A, joinable=True).key)
+    assert engine.registry.contexts() == []  # nor what it was read behind
     context = engine.load(B, joinable=True, name="b")
     assert engine.get("b").key == context.key
     assert engine.load(B, joinable=True).receipt.hit  # type: ignore[union-attr]
@@ -316,7 +319,7 @@ def test_sharing_what_shares_ends_somewhere() -> None:
     for _ in range(63):
         context = engine.extend(context, HELLO, share=True, behind=True)
     assert len(context.parts) == 63
-    with pytest.raises(InputError, match="65 times; at most 64 are: extend without share=True"):
+    with pytest.raises(InputError, match="65 contexts would share one behind another; at most 64 may: extend without share=True"):
         engine.extend(context, HELLO, share=True, behind=True)
     assert engine.extend(context, HELLO, behind=True).parts == context.parts
 
@@ -333,3 +336,78 @@ def test_joins_of_what_is_no_list_of_contexts_say_so() -> None:
     with pytest.raises(InputError, match="store=False"):
         engine.join([a, b], name="both", store=False)
     assert engine.join(iter([a, b])).key == engine.join(["a", b]).key  # type: ignore[arg-type]
+
+
+def test_joins_of_the_same_parts_in_any_order_and_number_end(tmp_path: Path) -> None:
+    """Who holds a part waits for nobody who brings another."""
+    nbytes = tiny_engine(ratio=0.5).load(A).nbytes
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path, device_bytes=int(2.4 * nbytes), host_bytes=0)
+    engine.registry._memory.wait_s = 20
+    a, b, k = (engine.load(A[number:] + "abcdefg"[:number]) for number in (0, 3, 5))
+    engine.registry.flush()
+    found: list[torch.Tensor] = []
+
+    def ask(*contexts: CompressedContext) -> None:
+        found.extend(asked(engine, engine.join(contexts, store=False)) for _ in range(15))
+
+    threads = [threading.Thread(target=ask, args=pair) for pair in ((a, k), (b, k), (k, a))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 45
+    engine.close()
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+@pytest.mark.parametrize("who", ["itself", "another process"])
+def test_a_joinable_text_is_stored_whoever_forgets_the_last_other_one(
+    tmp_path: Path, who: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, other = (tiny_engine(ratio=0.5, cache_dir=tmp_path) for _ in range(2))
+    engine.load(A, joinable=True, tags="a")
+    engine.registry.flush()
+    forgetting = engine if who == "itself" else other
+    plain, done = engine._contexts._builder.build, list[str]()
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if not done:
+            done.append(when)
+            forgetting.forget("a")
+        return plain(*args, **kwargs)
+
+    readmit = engine.registry.readmit
+
+    def readmitted(key: str) -> None:
+        readmit(key)
+        if not done and len(engine.registry.find(key)) and key != b_key:
+            done.append(when)
+            forgetting.forget("a")
+
+    b_key = tiny_engine(ratio=0.5).load(B, joinable=True).key
+    monkeypatch.setattr(
+        *((engine.registry, "readmit", readmitted) if when == "before it is read" else (engine._contexts._builder, "build", build))
+    )
+    context = engine.load(B, joinable=True, name="b")
+    assert done
+    engine.close()
+    other.close()
+    again = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    assert again.get("b").key == context.key
+    assert asked(again, again.get("b")).isfinite().all()
+    again.close()
+
+
+def test_what_is_to_be_kept_is_kept_though_its_end_depends_on_what_follows() -> None:
+    template = TEMPLATES["qwen3"]
+    tokenizer = tiny("bytes NFC", template.special, template.tags)
+    tokenizer.chat_template = template.template
+    engine = KVzipEngine(tiny_model("llama", vocab_size=len(tokenizer) + 8), tokenizer, ratio=0.1)
+    text, wanted = "The lamp is wound at dusk. " * 20 + "The door code is 8306.", "The door code is 8306."
+    for joinable in (False, True):
+        context = engine.load(text, keep=[wanted], joinable=joinable)
+        tail = len(engine.text_ids(wanted)) - 2
+        for layer in context.layers:
+            for head in range(layer.n_heads):
+                kept = layer.positions_of(head).tolist()
+                assert {*range(context.n_tokens - tail, context.n_tokens)} <= {position + context.shift for position in kept}

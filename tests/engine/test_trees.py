@@ -37,7 +37,7 @@ class Hand:
     who: int
     context: CompressedContext
     has_text: bool
-    wanted: torch.Tensor
+    wanted: torch.Tensor = field(repr=False)
 
 
 class Trees(RuleBasedStateMachine):
@@ -56,8 +56,11 @@ class Trees(RuleBasedStateMachine):
         return tiny_engine(cache_dir=self.room.name)
 
     def teardown(self) -> None:
-        for key in sorted(self.known, key=lambda key: -len(self.known[key].parts)):
+        while self.known:
+            key = max(self.known, key=lambda key: len(self.known[key].parts))
             self.engines[0].registry.remove(key)
+            del self.known[key]
+            self.fronts_go({key})
         for engine in self.engines:
             assert not engine.registry.contexts()
             engine.close()
@@ -69,7 +72,6 @@ class Trees(RuleBasedStateMachine):
         assert context.key == original.key
         self.originals[context.key] = original
         self.hands.append(Hand(who, context, has_text, self.alone.logits(original, IDS)))
-        self.engines[who].registry.flush()
         self.find_again()
         if context.shift:
             self.fronts[context.key] = {context.identity["parent"], context.parts[0].key}
@@ -82,6 +84,8 @@ class Trees(RuleBasedStateMachine):
             self.known.setdefault(context.key, Known(tuple(part.key for part in context.parts))).tags |= tags
 
     def find_again(self) -> None:
+        for engine in self.engines:
+            engine.registry.flush()
         for engine in self.engines:
             for entry in engine.registry.contexts():
                 if entry.key in self.lost:
@@ -183,20 +187,24 @@ class Trees(RuleBasedStateMachine):
         else:
             self.engines[who].registry.remove(key)
             del self.known[key]
+            self.fronts_go({key})
 
     @rule(who=WHO, tag=st.sampled_from(TAGS))
     def forget(self, who: int, tag: str) -> None:
-        self.lost.clear()  # what is stored again has other tags
         self.engines[who].forget(tag)
         gone = {key for key, known in self.known.items() if known.tags == {tag}}
         gone |= {key for key, known in self.known.items() if gone & {*known.parts}}
-        fronts = {front for key in gone for front in self.fronts.get(key, ())}
         self.known = {key: known for key, known in self.known.items() if key not in gone}
+        self.fronts_go(gone)
+        for known in self.known.values():
+            known.tags.discard(tag)
+
+    def fronts_go(self, gone: set[str]) -> None:
+        """What deleted texts were read behind goes with the last of them."""
+        fronts = {front for key in gone for front in self.fronts.get(key, ())}
         used = {part for key, known in self.known.items() for part in (*known.parts, *self.fronts.get(key, ()))}
         for front in fronts - used:
             self.known.pop(front, None)
-        for known in self.known.values():
-            known.tags.discard(tag)
 
     @precondition(lambda self: self.hands)
     @rule(data=st.data())

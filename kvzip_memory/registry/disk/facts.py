@@ -249,6 +249,9 @@ def check_header(facts: Any) -> None:
             raise OddFactError("a head has more pairs than there are tokens")
         if any(length < gap for layer in layers if layer["window"] is None for length in layer["lengths"]):
             raise OddFactError("a head has fewer pairs than its part hides")
+    first = before[0] if before else [] if parts else facts["layers"]
+    if any(length < facts["protected"] for layer in first if layer["window"] is None for length in layer["lengths"]):
+        raise OddFactError("a head has fewer pairs than are protected")
     for name in ("ratio", "protected"):
         if facts["identity"].get(name, facts[name]) != facts[name]:
             raise OddFactError(f"{name} is not that of its key")
