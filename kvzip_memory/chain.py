@@ -19,6 +19,9 @@ from kvzip_memory.system.sharing import Shared
 
 logger = logger_of(__name__)
 
+# So often nobody is seen to use the room that is not there before that is believed: others come and go.
+_TRIES = 5
+
 # Why a context is built for one answer, and so is what shares it.
 _REMOVED, _UNSTORED = "removed", "unstored"
 
@@ -122,7 +125,7 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
 
 def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple[CompressedContext, Lease]]:
     """Leases of what a context shares, all or none: who has some of them waits for no room, which others may hold who wait for these."""
-    began, last = time.monotonic(), False
+    began, alone = time.monotonic(), 0
     while True:
         with ExitStack() as taken:
             found = list[tuple[CompressedContext, Lease]]()
@@ -141,12 +144,12 @@ def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple
             count = len(found)
             del found
             taken.close()
-            if last:
+            alone = 0 if step.registry.wait_for_room(began) else alone + 1
+            if alone > _TRIES:
                 raise BudgetError(
                     f"context {step.wanted.key[:12]} shares the pairs of {len(step.before)} contexts, and there was room on the device for "
                     f"{count} of them; end some answers, unpin, or raise device_bytes"
                 )
-            last = not step.registry.wait_for_room(began)
 
 
 @contextmanager

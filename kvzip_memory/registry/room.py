@@ -178,6 +178,7 @@ class Moves:
         with self._memory.changed:
             tier = self._memory.device
             if not tier.reserved and not self._memory.flights and not any(held.users for held in tier.held.values()):
+                self._memory.changed.wait(random.uniform(0.001, 0.02))
                 return False
             self._memory.changed.wait(random.uniform(0.2, 1.0) * calls.LOOK_S)  # not all at the same moment
         return True
