@@ -31,6 +31,7 @@ from kvzip_memory.prompting.tools import Tool, checked_tools
 from kvzip_memory.session import Session
 from kvzip_memory.speech import Speech
 from kvzip_memory.streaming import Stream
+from kvzip_memory.system.flags import check_flags
 from kvzip_memory.system.printable import brief
 
 
@@ -95,6 +96,9 @@ class Answerer:
         Args:
             ratio: the least of what is reused, unless ``reuse`` gives another.
         """
+        several = {} if parallel_tool_calls is None else {"parallel_tool_calls": parallel_tool_calls}
+        check_flags(behind=behind, **several)
+        least = ratio if isinstance(reuse, bool) else checked_ratio(reuse, "reuse")
         tools, language = checked_tools(tools), self._speech.now
         prompts = language.prompts
         schema = cleaned(schema, "the schema", MOST_OF_SCHEMA) if isinstance(schema, Mapping) else schema
@@ -111,7 +115,7 @@ class Answerer:
         checked = GenerationParams.of(params)
         ids = prompts.question(None, question, tools, thinks=checked.free)
         if reuse:
-            context = self._finder.prefix(language, ids, ratio if reuse is True else checked_ratio(reuse, "reuse"))
+            context = self._finder.prefix(language, ids, least)
         return self._session(language, context, ratio).stream_ids(ids[context.n_tokens :] if context else ids, checked)
 
     def logits(self, context: CompressedContext | None, ids: Sequence[int] | Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from kvzip_memory.registry.identity import tenant_digest
 from kvzip_memory.session import Session
 from kvzip_memory.streaming import Reply, Stream
 from kvzip_memory.system.checksums import Checksums
+from kvzip_memory.system.flags import checked_flag
 from kvzip_memory.system.paths import as_folder
 
 
@@ -121,6 +122,8 @@ class KVzipEngine(Library):
         """
         checked_ratio(ratio)
         Builder.check_every(compress_every)
+        if progress is not None:
+            checked_flag("progress", progress)
         Stages.of(scorer, allocator, refit)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
@@ -262,7 +265,7 @@ class KVzipEngine(Library):
         Raises:
             InputError: the tokenizer does not know them; a fast one does.
         """
-        return self._prompts.offsets(clean(text, "document"), alone)
+        return self._prompts.offsets(clean(text, "document"), checked_flag("alone", alone))
 
     def relevance(
         self, parts: Sequence[tuple[CompressedContext, Sequence[Span]]], question: str | Sequence[Message], answer: str = ""

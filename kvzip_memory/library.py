@@ -33,6 +33,7 @@ from kvzip_memory.registry import ContextRegistry, Forgotten
 from kvzip_memory.registry.identity import tenant_digest
 from kvzip_memory.speech import Speech
 from kvzip_memory.system.digests import digest
+from kvzip_memory.system.flags import check_flags, checked_flag
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
 from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.paths import as_folder
@@ -74,6 +75,8 @@ class Library(Shared):
     ) -> None:
         self.ratio = checked_ratio(ratio)
         Builder.check_every(compress_every)
+        if progress is not None:
+            checked_flag("progress", progress)
         stages = Stages.of(scorer, allocator, refit)
         tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
@@ -180,6 +183,7 @@ class Library(Shared):
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
+        check_flags(joinable=joinable, preamble=preamble)
         return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable, preamble)
 
     def join(
@@ -208,6 +212,7 @@ class Library(Shared):
             UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
             BudgetError, IdentityMismatchError: as for :meth:`extend`.
         """
+        check_flags(store=store)
         if isinstance(contexts, str | CompressedContext) or not isinstance(contexts, Iterable):
             raise InputError(f"contexts is {brief(contexts)}; give a list of two contexts or more, or of their names or keys")
         found = [self.get(context) if isinstance(context, str) else checked_context(context) for context in contexts]
@@ -288,6 +293,7 @@ class Library(Shared):
             WindowError, BudgetError, ModelError: see :meth:`load`.
             IdentityMismatchError: the parent is another model's.
         """
+        check_flags(behind=behind, **({} if share is None else {"share": share}))
         return self._contexts.extend(context, more, ratio, name, keep, tags, tools, behind, share)
 
     async def aextend(self, context: CompressedContext, more: Any, **options: Any) -> CompressedContext:
@@ -317,6 +323,7 @@ class Library(Shared):
             InputError: one is not the whole key it has to be, :meth:`get` does not find it, or as for :meth:`join`.
             WindowError: as for :meth:`join`.
         """
+        check_flags(by_name=by_name)
         found = self._finder.contexts(references, by_name)
         inside = {part.key for context in found for part in context.parts}
         found = [context for context in found if context.key not in inside]

@@ -37,6 +37,7 @@ from kvzip_memory.registry.identity import check_same_model
 from kvzip_memory.streaming import Reply, Stream, Turn, Usage
 from kvzip_memory.system import calls
 from kvzip_memory.system.calls import Cancelled
+from kvzip_memory.system.flags import check_flags
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.printable import brief
 from kvzip_memory.system.sharing import NotPickled
@@ -101,6 +102,7 @@ class Session(NotPickled):
         return self._asked(question, tools, behind, checked)
 
     def _asked(self, question: str | Sequence[Message], tools: Sequence[Tool] | None, behind: bool, checked: GenerationParams) -> Stream:
+        check_flags(behind=behind)
         return self._stream(lambda: self._talk.ask(question, tools, behind, self._tail.length, thinks=checked.free), checked)
 
     def stream_ids(self, ids: list[int], params: GenerationParams) -> Stream:

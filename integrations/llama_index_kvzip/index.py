@@ -25,9 +25,9 @@ from llama_index.core.storage.storage_context import StorageContext
 
 from kvzip_memory import InputError
 from kvzip_memory.bridge import result_of
-from kvzip_memory.frameworks.options import checked_flag
 from kvzip_memory.registry.holders import document_tag, escaped, parts
 from kvzip_memory.system.calls import check
+from kvzip_memory.system.flags import checked_flag
 from kvzip_memory.system.forks import refuse_after_fork
 from kvzip_memory.system.sharing import Shared
 from llama_index_kvzip.chat_engine import KVzipChatEngine

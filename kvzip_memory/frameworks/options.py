@@ -11,6 +11,7 @@ from typing import Any
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.generation import GenerationParams
+from kvzip_memory.system.flags import checked_flag
 from kvzip_memory.system.printable import brief
 
 #: How an answer is generated; ``max_tokens`` is ``max_new_tokens`` of :class:`~kvzip_memory.inference.generation.GenerationParams`.
@@ -70,19 +71,8 @@ def for_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     if options.get("ratio") is not None:
         options["ratio"] = checked_ratio(options["ratio"])
     for name in options.keys() & _FLAGS.keys():
-        checked_flag(name, options[name])
+        checked_flag(name, options[name], _FLAGS[name])
     return {**options, "stop": [options["stop"]]} if isinstance(options.get("stop"), str) else options
-
-
-def checked_flag(name: str, value: Any) -> bool:
-    """Whether something is to be done.
-
-    Raises:
-        InputError: the value is neither True nor False.
-    """
-    if isinstance(value, bool):
-        return value
-    raise InputError(f"{name} is {brief(value)}; it must be True or False{_FLAGS.get(name, '')}")
 
 
 def is_whole(value: Any) -> bool:
@@ -114,5 +104,5 @@ def reused(call: bool | None, of_object: bool, ratio: float | None) -> bool | fl
     Raises:
         InputError: the call says neither True nor False.
     """
-    reuse = of_object if call is None else checked_flag("reuse", call)
+    reuse = of_object if call is None else checked_flag("reuse", call, _FLAGS["reuse"])
     return reuse if ratio is None else reuse and ratio

@@ -26,6 +26,7 @@ from kvzip_memory.registry.room import Moves
 from kvzip_memory.registry.wanted import Build, Report, Wanted, check_ttl, parse_bytes
 from kvzip_memory.registry.writing import Writing
 from kvzip_memory.system.checksums import Checksums
+from kvzip_memory.system.flags import checked_flag
 from kvzip_memory.system.forks import is_parents, refuse_after_fork
 from kvzip_memory.system.sharing import Shared
 
@@ -208,7 +209,7 @@ class ContextRegistry(Shared):
             InputError: nothing is stored under the reference.
             StorageError: the disk tier cannot note it now; nothing was changed.
         """
-        return self._catalogue.pin(reference, pinned)
+        return self._catalogue.pin(reference, checked_flag("pinned", pinned))
 
     def untag(self, key: str, tag: str) -> None:
         """Take a tag from a context.
@@ -309,7 +310,7 @@ class ContextRegistry(Shared):
         Raises:
             StorageError: as for :meth:`check_changeable`, and nothing was deleted; or a file cannot be, and those before it were.
         """
-        return self._forgetting.collect(old)
+        return self._forgetting.collect(checked_flag("old", old))
 
     def write(self, context: CompressedContext, path: Path) -> Path:
         """Write a context that holds its pairs itself to a file of the user's, with the registry's secret if it has one.

@@ -11,7 +11,7 @@ from kvzip_memory.context import CompressedContext, parts_of
 from kvzip_memory.registry.identity import other_version
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entry:
     """What the index knows about a stored context.
 
@@ -50,6 +50,11 @@ class Entry:
     coarsest: float | None = None
     former: tuple[str, ...] = ()
     beginning: str = ""
+
+    def __repr__(self) -> str:
+        shares = f", sharing {len(self.parts)} parts" if self.parts else ""
+        size = f"{max(self.nbytes, self.file_nbytes) / 1e6:.1f} MB"
+        return f"<Entry {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, ratio {self.ratio:g}, {size}{shares}>"
 
     @property
     def name(self) -> str | None:
