@@ -69,22 +69,21 @@ def aimed(first: KVzipEngine, found: list[dict[str, Any]]) -> list[dict[str, Any
     return [{"questions_about": kind, **{name: count for (of, name), count in counts.items() if of == kind}} for kind in kinds]
 
 
-def slices(found: list[dict[str, Any]], count: int, chars: int = 3900) -> list[tuple[Document, str, list[str]]]:
-    """Documents of whole paragraphs, and of each a question and its answers."""
+def slices(found: list[dict[str, Any]], count: int) -> list[tuple[Document, str, list[str]]]:
+    """All articles as about so many documents of whole paragraphs, and of each a question and its answers."""
     made: list[tuple[Document, str, list[str]]] = []
-    for article in found:
-        some: list[dict[str, Any]] = []
+    sizes = [sum(len(p["context"]) for p in article["paragraphs"]) for article in found]
+    for article, size in zip(found, sizes, strict=True):
+        groups: list[list[dict[str, Any]]] = [[] for _ in range(max(1, round(count * size / sum(sizes))))]
+        before = 0
         for paragraph in article["paragraphs"]:
-            some.append(paragraph)
-            if sum(len(p["context"]) for p in some) < chars:
-                continue
-            asked = [qa for p in some[len(some) // 2 :] for qa in p["qas"]]
-            if asked:
-                document = Document(text="\n\n".join(p["context"] for p in some), doc_id=f"{article['title']} {len(made)}")
-                made.append((document, asked[0]["question"], asked[0]["answers"]))
-            some = []
-    step = max(1, len(made) // count)
-    return made[::step][:count]
+            groups[before * len(groups) // size].append(paragraph)
+            before += len(paragraph["context"])
+        for number, some in enumerate(groups):
+            asked = next(qa for p in [*some[len(some) // 2 :], *some] for qa in p["qas"])
+            document = Document(text="\n\n".join(p["context"] for p in some), doc_id=f"{article['title']} {number}")
+            made.append((document, asked["question"], asked["answers"]))
+    return made
 
 
 def ninety(first: KVzipEngine, found: list[dict[str, Any]]) -> dict[str, Any]:

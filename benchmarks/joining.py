@@ -1,36 +1,39 @@
 """How close does a join of documents come to the full cache of all of them, read one behind another?
 
-SQuAD articles with hidden codes, of 900 tokens each. Each is loaded by itself, plain or ``joinable`` (read behind the preamble), and they
-are joined in their order: all plain, all joinable, or the first one plain and the others joinable; beside one build of all. Questions
-about each article and its codes. Per token of the full cache's own answers: KL(full || join), and how many answers are the same.
+Slices of SQuAD articles, of up to 900 tokens and with a hidden code each; three sets of seven, of which none has a slice of another. Each
+slice is loaded by itself, plain or ``joinable`` (read behind the preamble), and the first 2, 3, 5 or 7 of a set are joined in their order:
+all plain, all joinable, or the first one plain and the others joinable; beside one build of all. Twenty questions about them, and one
+for each code. Per token of the full cache's own answers: KL(full || join); and how many of a way's own answers have a right one in them.
 
-    python benchmarks/joining.py --squad squad.json
+    python benchmarks/joining.py --squad squad.json                 deterministic
+    python benchmarks/joining.py --squad squad.json --model gemma3
+    python benchmarks/joining.py --squad squad.json --only room     on a quiet machine
 
-Also what a join takes: milliseconds and bytes; and a decode step behind it, over one behind a single context of as many pairs. Everything
-but the timings is deterministic.
+``room``: what a join takes, milliseconds and bytes; and a decode step behind it, over one behind a single context of as many pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from common import articles, save, smollm2
-from fidelity import divergence, documents, greedy
+from common import articles, gemma3, save, smollm2
+from fidelity import divergence, greedy
 from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.compression import Prefilled, Stages, compress, prefill
 from kvzip_memory.context import Resident
 from kvzip_memory.inference.cache import Tail
 
-RATIOS = [1.0, 0.3]
-COUNTS = [3]
-TOKENS = 900  # of an article
+RATIOS = [1.0, 0.5, 0.3]
+COUNTS = [2, 3, 5, 7]
+SETS = [0, 1, 2]
+QUESTIONS = 20
+TOKENS = 900  # of a slice
 TOWNS = ["Aldmoor", "Brackwell", "Carrow", "Dunhythe", "Eastry", "Fenwick", "Garth"]
 WAYS = ["plain", "joinable", "first plain"]
 
@@ -46,70 +49,100 @@ def whole(engine: KVzipEngine, join: CompressedContext, ratio: float) -> Compres
     return CompressedContext(**fields, identity={**join.identity, "parts": []}, storage=Resident(layers), ratio=ratio)
 
 
-def told_apart(docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Documents whose codes are of other places each."""
+def told(data: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Slices of the articles, the first one of each before the second ones. In each a code is hidden, of a town of its own in each set."""
+    rounds: list[list[dict[str, Any]]] = []
+    for article in data:
+        number, length = 0, 0
+        for paragraph in article["paragraphs"]:
+            more = len(tokenizer(paragraph["context"]).input_ids)
+            if length + more > TOKENS:
+                number, length = number + 1, 0
+            length += more
+            while len(rounds) <= number:
+                rounds.append([])
+            if not rounds[number] or rounds[number][-1]["title"] != article["title"]:
+                rounds[number].append({"title": article["title"], "paragraphs": []})
+            rounds[number][-1]["paragraphs"].append(paragraph)
     found = []
-    for doc, town in zip(docs, TOWNS, strict=False):
-        asked = [(kind, question.replace("access code of the", f"{town} access code of the")) for kind, question in doc["asked"]]
-        text = doc["text"].replace("access code of the", f"{town} access code of the")
-        found.append({**doc, "asked": asked, "text": f"{text}\n\n"})
+    for some in rounds:
+        for place in some:
+            paragraphs = [p["context"] for p in place["paragraphs"]]
+            asked = [(qa["question"], qa["answers"]) for p in place["paragraphs"] for qa in p["qas"]]
+            town, code = TOWNS[len(found) % len(TOWNS)], random.Random(len(found)).randint(1000, 9999)
+            paragraphs[len(paragraphs) // 2] += f" The access code of the archive in {town} is {code}."
+            needle = (f"What is the access code of the archive in {town}?", [str(code)])
+            found.append({"text": "\n\n".join(paragraphs), "asked": asked, "needle": needle})
     return found
 
 
+def questions(docs: list[dict[str, Any]]) -> list[tuple[str, str, list[str]]]:
+    """Kind, question and what a right answer has in it: of all documents as many."""
+    asked = []
+    for number, doc in enumerate(docs):
+        count = QUESTIONS // len(docs) + (number < QUESTIONS % len(docs))
+        asked += [("question", *doc["asked"][i * len(doc["asked"]) // count]) for i in range(count)]
+    return asked + [("needle", *doc["needle"]) for doc in docs]
+
+
 def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str) -> CompressedContext:
+    """Documents as they are joined, one of the ways."""
     contexts = []
     for number, text in enumerate(texts):
         joinable = way == "joinable" or (way == "first plain" and number > 0)
-        text = text if way == "plain" else text.rstrip()  # the others begin with a blank line
-        contexts.append(engine.load(text, ratio=ratio, joinable=joinable))
+        contexts.append(engine.load(text if joinable else f"{text}\n\n", ratio=ratio, joinable=joinable))  # others begin with a blank line
     return engine.join(contexts)
 
 
-def fidelity(engine: KVzipEngine, data: list[dict[str, Any]], sets: int, counts: list[int]) -> list[dict[str, Any]]:
+def right(engine: KVzipEngine, context: CompressedContext, asked: list[tuple[str, str, list[str]]]) -> list[bool]:
+    """Which answers have a right one in them."""
+    with ThreadPoolExecutor(len(asked)) as pool:  # decoded together
+        texts = [*pool.map(lambda question: engine.generate(context, question, max_new_tokens=24).text, [q for _, q, _ in asked])]
+    return [any(answer.lower() in text.lower() for answer in answers) for text, (_, _, answers) in zip(texts, asked, strict=True)]
+
+
+def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], counts: list[int], ratios: list[float]) -> dict[tuple[Any, ...], list[float]]:
+    """Sums over one set, by articles, ratio, kind and way: KL, tokens, right answers, answers."""
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for number in range(sets):
-        docs = documents(data[number * max(counts) : (number + 1) * max(counts)], max(counts), engine.tokenizer, TOKENS)
-        docs = told_apart(docs)
-        for count in tqdm(counts, desc=f"set {number}"):
-            some = docs[:count]
-            texts = [doc["text"] for doc in some]
-            full = whole(engine, joined(engine, texts, 1.0, "plain"), 1.0)
-            asked = [(kind, engine.prompt_ids(full, question)) for doc in some for kind, question in doc["asked"]]
-            asked = [(kind, ids, answer) for kind, ids in asked if (answer := greedy(engine, full, ids))]
-            expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for _, ids, answer in asked]
-            for ratio in RATIOS:
-                contexts = {way: joined(engine, texts, ratio, way) for way in WAYS}
-                if ratio < 1.0:
-                    contexts["one build"] = whole(engine, contexts["plain"], ratio)
-                for way, context in contexts.items():
-                    for (kind, ids, answer), wanted in zip(asked, expected, strict=True):
-                        logits = engine.logits(context, ids + answer[:-1])[-len(answer) :]
-                        apart, entry = divergence(wanted, logits), sums[count, ratio, kind, way]
-                        entry[0] += apart["kl"]
-                        entry[1] += apart["tokens"]
-                        entry[2] += apart["agree"] == apart["tokens"]
-                        entry[3] += 1
+    for count in counts:
+        some = docs[:count]
+        texts, asked = [doc["text"] for doc in some], questions(some)
+        full = whole(engine, joined(engine, texts, 1.0, "plain"), 1.0)
+        prompts = [engine.prompt_ids(full, question) for _, question, _ in asked]
+        answers = [greedy(engine, full, ids) for ids in prompts]
+        expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for ids, answer in zip(prompts, answers, strict=True)]
+        for ratio in ratios:
+            contexts = {way: joined(engine, texts, ratio, way) for way in WAYS}
+            contexts["one build"] = full if ratio == 1.0 else whole(engine, contexts["plain"], ratio)
+            for way, context in contexts.items():
+                found = right(engine, context, asked)
+                for (kind, _, _), ids, answer, wanted, good in zip(asked, prompts, answers, expected, found, strict=True):
+                    logits = engine.logits(context, ids + answer[:-1])[-len(answer) :]
+                    entry, apart = sums[count, ratio, kind, way], divergence(wanted, logits)
+                    for i, value in enumerate((apart["kl"], apart["tokens"], good, 1)):
+                        entry[i] += value
+                for kind in ("question", "needle"):
+                    kl, tokens, good, of = sums[count, ratio, kind, way]
+                    print(count, ratio, way, kind, round(kl / tokens, 4), f"{good:.0f} of {of:.0f}", flush=True)
+    return sums
+
+
+def table(sets: list[dict[tuple[Any, ...], list[float]]]) -> list[dict[str, Any]]:
+    """A row for each cell: the mean over all sets, the first set alone, and right answers."""
     rows = []
-    for count, ratio, kind, way in sums:
-        kl, tokens, same, answers = sums[count, ratio, kind, way]
-        rows.append(
-            {
-                "articles": count,
-                "ratio": ratio,
-                "kind": kind,
-                "way": way,
-                "kl": round(kl / tokens, 5),
-                "same": int(same),
-                "of": int(answers),
-            }
-        )
-        print(rows[-1])
+    for cell in sets[0]:
+        count, ratio, kind, way = cell
+        of_sets = [found[cell] for found in sets]
+        kl = [round(entry[0] / entry[1], 4) for entry in of_sets]
+        good, of = (int(sum(entry[i] for entry in of_sets)) for i in (2, 3))
+        mean = round(sum(kl) / len(kl), 4)
+        rows.append({"articles": count, "ratio": ratio, "kind": kind, "way": way, "kl": mean, "kl_of_sets": kl, "right": good, "of": of})
     return rows
 
 
-def room(engine: KVzipEngine, data: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
+def room(engine: KVzipEngine, docs: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
     """What joins take, and the steps behind them."""
-    docs, rows = documents(data[: max(counts)], max(counts), engine.tokenizer, TOKENS), []
+    rows = []
     for count in [1, *counts]:
         contexts = [engine.load(doc["text"], ratio=0.3, joinable=True) for doc in docs[:count]]
         if count == 1:
@@ -135,15 +168,21 @@ def room(engine: KVzipEngine, data: list[dict[str, Any]], counts: list[int]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
-    parser.add_argument("--sets", type=int, default=1)
+    parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS)
+    parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
+    parser.add_argument("--sets", type=int, nargs="*", default=SETS)
+    parser.add_argument("--only", choices=["fidelity", "room"], default="fidelity")
     args = parser.parse_args()
-    engine = KVzipEngine.from_pretrained(smollm2(), device_bytes="8GiB")
-    data = articles(args.squad)
-    rows = room(engine, data, args.counts)
-    table = fidelity(engine, data, args.sets, args.counts)
-    if args.counts == COUNTS and args.sets == 1:
-        save("joining", {"model": "smollm2", "threads": torch.get_num_threads(), "room": rows, "table": table})
+    engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), device_bytes="8GiB", progress=False)
+    docs, most = told(articles(args.squad), engine.tokenizer), max(COUNTS)
+    if args.only == "room":
+        save("joining_seconds", {"model": args.model, "room": room(engine, docs, args.counts)})
+        return
+    sets = [fidelity(engine, docs[number * most : (number + 1) * most], args.counts, args.ratios) for number in args.sets]
+    if args.counts == COUNTS and args.ratios == RATIOS and args.sets == SETS:
+        name = "joining" if args.model == "smollm2" else f"joining_{args.model}"
+        save(name, {"model": args.model, "table": table(sets)})
 
 
 if __name__ == "__main__":

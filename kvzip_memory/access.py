@@ -60,7 +60,7 @@ class Access:
             shared.
         """
         self.check(language, checked_context(context))
-        share = share or context.shift != 0
+        share = share or context.is_one
         if (share or context.parts) and not self.is_own(context):
             raise InputError(
                 f"{context!r} is nobody's and would be deleted without asking this tenant, whose context would share its pairs; load its "

@@ -32,7 +32,7 @@ from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.weights import Stamp
-from kvzip_memory.joining import Joinable, joined, without_preamble
+from kvzip_memory.joining import Join, Joinable, joined, without_preamble
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
@@ -346,19 +346,30 @@ class Builder:
         row = Row(tuple(beginning.layers), beginning.n_tokens, tail, beginning.states, beginning.before, beginning.shifts)
         return read_behind(self._model, row, ids, progress)
 
-    def joined_identity(
-        self, language: Language, prompt: Prompt, contexts: Sequence[CompressedContext], parts: Sequence[Part]
-    ) -> dict[str, Any]:
+    def joined_identity(self, language: Language, prompt: Prompt, contexts: Sequence[CompressedContext], join: Join) -> dict[str, Any]:
         """What contexts are the context of when they are joined."""
         texts = digest(["joined", [context.identity["text"] for context in contexts]])
         ratio = min(context.ratio for context in contexts)
         whole = context_identity(self._identity.of(language), replace(prompt, text_digest=texts), 1.0, self._stages, self._tenant)
-        return {**whole, "format": with_parts(whole["format"]), "ratio": ratio, "parts": [part.told for part in parts]}
+        again = {"again": [[*span] for span in join.again]} if join.again else {}
+        return {**whole, "format": with_parts(whole["format"]), "ratio": ratio, "parts": [part.told for part in join.parts], **again}
 
-    def join(self, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
-        """See :func:`~kvzip_memory.joining.joined`."""
+    def join(self, language: Language, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
+        """See :func:`~kvzip_memory.joining.joined`; what is read is of the weights that the key names, as in :meth:`build`.
+
+        Raises:
+            IdentityMismatchError: they are others, or were for a while.
+        """
         self.check_movable()
-        return joined(self._model, step, contexts)
+        wanted, since, where = step.wanted, self._identity.stamp(), f"context {step.wanted.key[:12]!r}"
+        total = sum(end - start for start, end in wanted.identity.get("again", ()))
+        if not total:
+            return joined(self._model, step, contexts, lambda *_: None)
+        self._identity.check(wanted.identity, language, where)
+        with self._model.building(), self.bar(wanted.name) as bar:
+            join = joined(self._model, step, contexts, Tally(total, bar.show, report))
+        self._identity.prove(wanted.identity, language, where, since)
+        return join
 
     def _grown(
         self,

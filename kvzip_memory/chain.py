@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Layers, Lease, Part, Recipe, Resident, Source, Writer, as_told, behind, parts_of
+from kvzip_memory.context import CompressedContext, Layers, Lease, Recipe, Resident, Source, Writer, as_told, parts_of, seen_from
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry import BusyError, ContextRegistry, Report, Wanted
 from kvzip_memory.system import calls
@@ -106,16 +106,16 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
         The context, which holds its pairs itself, and the lease.
     """
     with ExitStack() as held:
-        found, bases, guest = dict[str, tuple[Part, Layers]](), list[CompressedContext](), None if step.stored else _UNSTORED
+        found, bases, guest = dict[str, Layers](), list[CompressedContext](), None if step.stored else _UNSTORED
         for before, (base, lease) in zip(step.before, _together(step, waiting, held), strict=True):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
             if isinstance(before, Step) and before.registry.is_removed(before.wanted.key, before.wanted.loaded):  # by another process
                 guest = _REMOVED
-            found |= {part.key: (part, layers) for part, layers in zip([*base.parts, Part(base.key, 0)], lease.parts, strict=True)}
-        wanted = [(part, *found[part.key]) for part in parts_of(step.wanted.identity)]
-        shared = tuple(behind(layers, part.gap - there.gap) for part, there, layers in wanted)
+            found |= dict(zip([*(part.key for part in base.parts), base.key], lease.parts, strict=True))
+        wanted = [(part, found[part.key]) for part in parts_of(step.wanted.identity)]
+        shared = tuple(seen_from(layers, part.first) for part, layers in wanted)
         context, lease = held.enter_context(_leased(step, waiting, bases, shared, guest))
         for before in step.before:
             if isinstance(before, Step):

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -18,9 +18,9 @@ from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Make, Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.context import CompressedContext, Part, Source, as_told, checked_context, parts_of
-from kvzip_memory.errors import IdentityMismatchError, InputError, WindowError
+from kvzip_memory.errors import BudgetError, IdentityMismatchError, InputError, WindowError
 from kvzip_memory.finding import Finder
-from kvzip_memory.joining import Join, Joinable
+from kvzip_memory.joining import Front, Join, Joinable
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.cleaning import MOST_KEPT, as_texts, clean
 from kvzip_memory.prompting.documents import Document, check_metadata
@@ -238,7 +238,7 @@ class Contexts:
         front: Front | None = None,
     ) -> CompressedContext:
         """A prompt's context out of the registry, built if need be, of pairs that are ``computed`` already if they are given."""
-        ratio, share = checked_ratio(ratio), share or (parent is not None and parent.shift != 0)  # pairs of one part move together
+        ratio, share = checked_ratio(ratio), share or (parent is not None and parent.is_one)
         tokenized = time.perf_counter()
         joinable = front and front.joinable
         identity = self._builder.identity(language, prompt, ratio, parent, computed=computed is not None, share=share, joinable=joinable)
@@ -314,7 +314,13 @@ class Contexts:
         while True:
             for key in (front.joinable.head.key, front.joinable.front):
                 self._registry.readmit(key)
-            context = self._load(language, prompt, ratio, name, tags, began, front=front)
+            try:
+                context = self._load(language, prompt, ratio, name, tags, began, front=front)
+            except BudgetError as error:
+                raise type(error)(
+                    f"{error}. While a joinable text is read, {front.joinable.dropped:,} tokens that stand before it and are dropped take "
+                    "room, too; preamble=False does without them"
+                ) from error
             if not self._registry.is_removed(front.joinable.head.key):  # meanwhile, with the last other text that was read behind it
                 return context
 
@@ -333,7 +339,7 @@ class Contexts:
         first, front = step(head), step([*head, *ids])
         return Front(first, front, Joinable(Part(first.wanted.key, len(head)), front.wanted.key, len(ids)))
 
-    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words, store: bool) -> CompressedContext:
+    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words, store: bool, repair: int) -> CompressedContext:
         """See :meth:`KVzipEngine.join`."""
         began = time.perf_counter()
         labels, language = _labels(name, tags), self._speech.now
@@ -341,18 +347,19 @@ class Contexts:
             raise InputError("store=False with a name or tags; they are of what is stored")
         for context in contexts:
             self._access.check_parent(language, context, share=True)
-        join = Join.of(contexts)
+        join = Join.of(contexts, repair)
         self._builder.check_movable()
         first, last = contexts[0], contexts[-1]
         prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
         self._check_window(prompt, "join fewer contexts")
-        identity = self._builder.joined_identity(language, prompt, contexts, join.parts)
+        identity = self._builder.joined_identity(language, prompt, contexts, join)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
-        step = replace(self._step(identity, prompt, name, labels, self._builder.join), before=above, sources=join.told)
-        step = replace(step, stored=store and all(map(self._is_here, contexts)))
+        step = self._step(identity, prompt, name, labels, partial(self._builder.join, language))
+        step = replace(step, before=above, sources=join.told, stored=store and all(map(self._is_here, contexts)))
         ms = {"identify": 1e3 * (time.perf_counter() - began)}
         nbytes = sum({context.key: context.nbytes for context in contexts}.values()) + max(context.shared_nbytes for context in contexts)
-        return self._leased(step, step, name, prompt.sources, nbytes, ms, 0)
+        nbytes += self._builder.estimated_nbytes(prompt, 1.0, len(prompt.token_ids) - join.read) if join.read else 0
+        return self._leased(step, step, name, prompt.sources, nbytes, ms, join.read)
 
     def prompt(
         self,
@@ -400,20 +407,6 @@ class Contexts:
         if self._cache_dir is not None:  # last: contexts can be made of turns again
             turns.erase(self._cache_dir, self._registry.tenant, tag, self._registry.checksums)
         return forgotten
-
-
-class Front(NamedTuple):
-    """What a joinable context is read behind.
-
-    Attributes:
-        head: step of the context of the template's head, which it shares.
-        step: of that of the head and the preamble.
-        joinable: what its key says of them.
-    """
-
-    head: Step
-    step: Step
-    joinable: Joinable
 
 
 def _before(above: Step | CompressedContext | None, shared: Sequence[Part]) -> tuple[Step | CompressedContext, ...]:

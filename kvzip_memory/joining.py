@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from kvzip_memory.chain import Step
 from kvzip_memory.compression.moving import Piece, joined_window
-from kvzip_memory.context import CompressedContext, Part, RaggedLayer, Receipt, Resident, Source, as_told
+from kvzip_memory.compression.prefill import Progress, read_behind
+from kvzip_memory.context import CompressedContext, Layers, Lease, Part, RaggedLayer, Receipt, Resident, Source, as_told, seen_from
 from kvzip_memory.errors import InputError
+from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.registry.identity import recipe_digest
+from kvzip_memory.system.printable import brief
 
 
 class Joinable(NamedTuple):
@@ -32,6 +35,20 @@ class Joinable(NamedTuple):
     dropped: int
 
 
+class Front(NamedTuple):
+    """The same, to be made.
+
+    Attributes:
+        head: step of the context of the template's head, which it shares.
+        step: of that of the head and the preamble.
+        joinable: what its key says of them.
+    """
+
+    head: Step
+    step: Step
+    joinable: Joinable
+
+
 class Join(NamedTuple):
     """Contexts that stand one behind another.
 
@@ -41,6 +58,7 @@ class Join(NamedTuple):
         sources: their documents, as those say it who loaded them.
         told: the same as the texts tell it.
         shifts: how far each context has moved.
+        again: spans of tokens that are read again where they stand, one of each later context at most.
     """
 
     token_ids: Tensor
@@ -48,19 +66,27 @@ class Join(NamedTuple):
     sources: tuple[Source, ...]
     told: tuple[Source, ...]
     shifts: tuple[int, ...]
+    again: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def read(self) -> int:
+        """How many tokens are read again."""
+        return sum(end - start for start, end in self.again)
 
     @classmethod
-    def of(cls, contexts: Sequence[CompressedContext]) -> Join:
-        """Of two contexts or more.
+    def of(cls, contexts: Sequence[CompressedContext], repair: int = 0) -> Join:
+        """Of two contexts or more, of which the first ``repair`` tokens of each later one are read again.
 
         Raises:
-            InputError: fewer; or they are not of documents behind one template head.
+            InputError: fewer; or they are not of documents behind one template head; or no number of tokens.
         """
+        if isinstance(repair, bool) or not isinstance(repair, int) or repair < 0:
+            raise InputError(f"repair is {brief(repair)}; it is a whole number of tokens, 0 for none")
         if len(contexts) < 2:
             raise InputError(f"{len(contexts)} contexts to join; give at least two")
         first, *others = contexts
         ids, parts, shifts = [first.token_ids], [*first.all_parts], [0]
-        sources, told = [*first.sources], [*as_told(first.sources)]
+        sources, told, again = [*first.sources], [*as_told(first.sources)], list[tuple[int, int]]()
         for context in contexts:
             _check_same_head(first, context)
         for context in others:
@@ -68,7 +94,11 @@ class Join(NamedTuple):
             shift = sum(map(len, ids)) - head
             beginning, *rest = context.all_parts
             if beginning.n_tokens > head:  # else it is the head alone
-                rest.insert(0, beginning._replace(n_tokens=beginning.n_tokens - head, gap=head))
+                rest.insert(0, beginning._replace(n_tokens=beginning.n_tokens - head, first=head))
+            if rest and (count := min(repair, rest[0].n_tokens)):
+                left = rest[0].n_tokens - count
+                rest[:1] = [rest[0]._replace(n_tokens=left, first=head + count - rest[0].shift)] if left else []
+                again.append((shift + head, shift + head + count))
             parts += [part.moved(shift) for part in rest]
             for found, of in ((sources, context.sources), (told, as_told(context.sources))):
                 for number, source in enumerate(of, 1):
@@ -77,7 +107,7 @@ class Join(NamedTuple):
                     found.append(replace(source, name=name, start=source.start + shift, end=source.end + shift))
             ids.append(context.token_ids[head:])
             shifts.append(shift)
-        return cls(torch.cat(ids), tuple(parts), tuple(sources), as_told(told), tuple(shifts))
+        return cls(torch.cat(ids), tuple(parts), tuple(sources), as_told(told), tuple(shifts), tuple(again))
 
 
 def _check_same_head(first: CompressedContext, other: CompressedContext) -> None:
@@ -94,25 +124,22 @@ def _check_same_head(first: CompressedContext, other: CompressedContext) -> None
         raise InputError(f"{other!r} has another system prompt, tools or template variables than {first!r}; such contexts cannot be joined")
 
 
-def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, ...]) -> CompressedContext:
-    """Contexts whose pairs are on the device as one: it has nothing of its own but what windows show at its end."""
-    shifts, n, layers = Join.of(contexts).shifts, len(step.ids) if step.ids is not None else 0, list[RaggedLayer]()
-    with ExitStack() as leases:
-        own = [leases.enter_context(context.lease()).layers for context in contexts]
-        for owner, of_all in zip(model.layout.owners, zip(*own, strict=True), strict=True):
-            if of_all[-1].window is None:
-                layers.append(of_all[-1].none())
-                continue
-            turns = [model.rotations.turn(owner, -shift) for shift in shifts]
-            firsts = [context.protected * (number > 0) for number, context in enumerate(contexts)]
-            layers.append(joined_window([Piece(*piece) for piece in zip(of_all, firsts, shifts, turns, strict=True)], n))
+def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, ...], progress: Progress) -> CompressedContext:
+    """Contexts whose pairs are on the device as one: it has nothing of its own but what windows show at its end, and the tokens that it
+    reads again."""
     assert step.ids is not None
     assert step.recipe is not None
+    again = dict(step.wanted.identity.get("again", ()))
+    ids, reading = step.ids.tolist(), _Joining(model)
+    with ExitStack() as leases:
+        for context in contexts:
+            reading.add(context, leases.enter_context(context.lease()), again, ids, progress)
+        layers = reading.own()
     return CompressedContext(
         key=step.wanted.key,
         identity=step.wanted.identity,
         token_ids=step.ids,
-        storage=Resident(tuple(layers)),
+        storage=Resident(layers),
         protected=step.protected,
         ratio=step.wanted.identity["ratio"],
         dense_nbytes=0,
@@ -123,6 +150,76 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
         coarsest=min(context.coarsest for context in contexts),
         receipt=Receipt(step.wanted.key, hit=False, tier="built"),
     )
+
+
+class _Joining:
+    """A join as far as its contexts have been added."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model, self._n = model, 0
+        self._parts, self._shifts = list[Layers](), list[int]()
+        self._windows: list[list[Piece]] = [[] for _ in model.windows]
+        self._like: Layers = ()
+        self._read: list[Layers] = []
+
+    def add(self, context: CompressedContext, lease: Lease, again: Mapping[int, int], ids: Sequence[int], progress: Progress) -> None:
+        """One more context behind the others, of whose tokens those of a span of ``again`` that begins there are read, of the join's
+        ``ids``."""
+        first = context.protected if self._parts else 0
+        start, shift = self._n, self._n - first
+        if start in again:
+            self._repair(ids[start : again[start]], progress)
+            first += again[start] - start
+        for layers, moved in zip(lease.parts, lease.shifts or (0,) * len(lease.parts), strict=True):
+            self._parts.append(seen_from(layers, first - moved))
+            self._shifts.append(moved + shift)
+        for pieces, layer, owner in zip(self._windows, lease.layers, self._model.layout.owners, strict=True):
+            if layer.window is not None:
+                pieces.append(Piece(layer, first, shift, self._model.rotations.turn(owner, -shift)))
+        self._like, self._n = lease.layers, shift + context.n_tokens
+
+    def _repair(self, ids: Sequence[int], progress: Progress) -> None:
+        """Read tokens behind what has been added."""
+        row = Row(self._shown(), self._n, Tail(len(ids)), before=tuple(self._parts), shifts=(*self._shifts, 0))
+        pairs, _ = read_behind(self._model, row, ids, progress)
+        positions = torch.arange(self._n, self._n + len(ids), dtype=torch.int32, device=self._model.device)
+        read = list[RaggedLayer]()
+        for (keys, values), like in zip(pairs, self._like, strict=True):
+            flat = keys.flatten(0, 1)
+            kept = flat if values is keys else values.flatten(0, 1)
+            read.append(RaggedLayer(flat, kept, (len(ids),) * len(keys), positions.repeat(len(keys)), window=like.window))
+        for pieces, layer in zip(self._windows, read, strict=True):
+            if layer.window is not None:
+                pieces.append(Piece(layer, 0, 0, None))
+        self._parts.append(tuple(read))
+        self._shifts.append(0)
+        self._read.append(tuple(read))
+
+    def _shown(self) -> Layers:
+        """What windows show at the end, and nothing of other layers."""
+        layers = zip(self._windows, self._like, strict=True)
+        return tuple(joined_window(pieces, self._n) if pieces else like.none() for pieces, like in layers)
+
+    def own(self) -> Layers:
+        """The join's own layers."""
+        shown = self._shown()
+        return tuple(
+            layer if layer.window is not None or not self._read else _together([read[place] for read in self._read])
+            for place, layer in enumerate(shown)
+        )
+
+
+def _together(layers: Sequence[RaggedLayer]) -> RaggedLayer:
+    """Layers whose heads have as many pairs each, one behind another."""
+    heads = layers[0].n_heads
+
+    def flat(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.unflatten(0, (heads, -1)) for tensor in tensors], 1).flatten(0, 1).contiguous()
+
+    keys = flat([layer.keys for layer in layers])
+    values = keys if layers[0].shared else flat([layer.values for layer in layers])
+    length = sum(layer.lengths[0] for layer in layers) if heads else 0
+    return RaggedLayer(keys, values, (length,) * heads, flat([layer.positions for layer in layers]))
 
 
 def without_preamble(

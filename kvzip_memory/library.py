@@ -193,8 +193,9 @@ class Library(Shared):
         name: str | None = None,
         tags: str | Sequence[str] | None = (),
         store: bool = True,
+        repair: int = 0,
     ) -> CompressedContext:
-        """Documents' contexts as one, one behind another: no pair is copied and no token read.
+        """Documents' contexts as one, one behind another: no pair is copied, and no token read but for those of ``repair``.
 
         The pairs stay where they are, shared; queries are turned to where each part stands. What a part was not told when it was read is
         missing: that others stand before it, and what they say. So a join is farther from the full cache than one build of all, and less
@@ -205,9 +206,12 @@ class Library(Shared):
             name, tags: see :meth:`load`.
             store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored
                 either: for what a single question is about, say.
+            repair: so many tokens of each later context are read again where they stand, behind all that is before them. Their pairs, all
+                of them, are the join's own. 64 halve or so what a join of ``joinable`` contexts still lacks at ratio 1.0.
 
         Raises:
-            InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored.
+            InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored; or a ``repair``
+                that is no number of tokens.
             WindowError: together they do not fit into the window.
             UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
             BudgetError, IdentityMismatchError: as for :meth:`extend`.
@@ -216,7 +220,7 @@ class Library(Shared):
         if isinstance(contexts, str | CompressedContext) or not isinstance(contexts, Iterable):
             raise InputError(f"contexts is {brief(contexts)}; give a list of two contexts or more, or of their names or keys")
         found = [self.get(context) if isinstance(context, str) else checked_context(context) for context in contexts]
-        return self._contexts.join(found, name, tags, store)
+        return self._contexts.join(found, name, tags, store, repair)
 
     async def ajoin(self, contexts: Sequence[CompressedContext | str], **options: Any) -> CompressedContext:
         """:meth:`join` in a thread, see :meth:`aload`."""

@@ -89,7 +89,7 @@ def _attend_tails(varlen: Varlen, queries: list[Tensor], rows: Sequence[RowKV], 
 
 def _attend_part(varlen: Varlen, query: Tensor, part: RaggedLayer, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of ``query [H, R, G, D]`` over a part: fp32 of that shape, and ``[H, R, G]``; -inf where a head is empty."""
-    if part.gap:  # sequences stand one behind another
+    if part.gaps:  # sequences stand one behind another
         part = part.among(torch.ones_like(part.positions, dtype=torch.bool))
     heads = [head for head, length in enumerate(part.lengths) if length]
     rows = query.shape[1] * query.shape[2]

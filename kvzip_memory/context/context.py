@@ -22,9 +22,9 @@ Writer = Callable[["CompressedContext", Path], Path]
 Layers = tuple[RaggedLayer, ...]
 
 
-def behind(layers: Layers, gap: int) -> Layers:
-    """Layers without so many more pairs at the beginning of each head; with those again if it is negative. Windows have no gaps."""
-    return tuple(layer.behind(gap) if gap and layer.window is None else layer for layer in layers)
+def seen_from(layers: Layers, first: int) -> Layers:
+    """Layers without pairs at positions below ``first``, see :meth:`RaggedLayer.seen_from`; what a window shows stays as it is."""
+    return tuple(layer.seen_from(first) if layer.window is None else layer for layer in layers)
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,17 @@ class CompressedContext(Shared):
     def all_parts(self) -> tuple[Part, ...]:
         """What another context shares that shares all of this one: its parts and its own pairs, if there are any."""
         own = self.n_tokens - self.shared_tokens
-        return (*self.parts, Part(self.key, own, self.shift)) if own else self.parts
+        return (*self.parts, Part(self.key, own, self.shift, joined="again" in self.identity)) if own else self.parts
 
     @property
     def shift(self) -> int:
         """How far its own pairs have moved from where they were made, in positions."""
         return int(self.identity.get("shift", 0))
+
+    @property
+    def is_one(self) -> bool:
+        """Whether what grows from it shares all of it: its own pairs have moved together, or stand among those of its parts."""
+        return self.shift != 0 or "again" in self.identity
 
     @property
     def shifts(self) -> tuple[int, ...]:
@@ -195,7 +200,7 @@ class CompressedContext(Shared):
 
     @property
     def shared_tokens(self) -> int:
-        """Tokens that its parts stand for; its own pairs are of those behind them."""
+        """Tokens that its parts stand for; its own pairs are of those behind them, or of those that a join has read again."""
         return sum(part.n_tokens for part in self.parts)
 
     @property

@@ -35,16 +35,17 @@ class Part(NamedTuple):
 
     Attributes:
         key: of that context.
-        n_tokens: that these pairs stand for, behind those of the parts before it.
+        n_tokens: that these pairs stand for.
         shift: how far it has moved from where it was made, in positions.
-        gap: so many pairs at the beginning of each head are not seen: the template's head, which the first part has already.
-        joined: whether it was read behind other things than it stands behind.
+        first: pairs at positions below it, of where they were made, are not seen: the template's head, which the first part has already,
+            and tokens that a join has read again.
+        joined: whether it was read behind other things than it stands behind, or stands among the parts before it.
     """
 
     key: str
     n_tokens: int
     shift: int = 0
-    gap: int = 0
+    first: int = 0
     joined: bool = False
 
     def moved(self, by: int) -> Part:
@@ -54,7 +55,7 @@ class Part(NamedTuple):
     @property
     def told(self) -> list[str | int]:
         """As it stands in an identity."""
-        return [*self[:4]] if self.joined or self.shift or self.gap else [self.key, self.n_tokens]
+        return [*self[:4]] if self.joined or self.shift or self.first else [self.key, self.n_tokens]
 
 
 def parts_of(identity: Mapping[str, Any]) -> tuple[Part, ...]:

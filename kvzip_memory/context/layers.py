@@ -53,7 +53,7 @@ class RaggedLayer:
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
         window: what the layer sees, None for full attention. A layer with one keeps exactly the pairs the next token can
             still see and is never compressed.
-        gap: pairs in front of each head's that are in the tensors and not of the layer.
+        gaps: pairs in front of each head's that are in the tensors and not of the layer; empty without any.
     """
 
     keys: Tensor
@@ -62,15 +62,21 @@ class RaggedLayer:
     positions: Tensor
     scores: Tensor | None = None
     window: Window | None = None
-    gap: int = 0
+    gaps: tuple[int, ...] = ()
     offsets: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets", tuple(accumulate((length + self.gap for length in self.lengths), initial=self.gap)))
+        gaps, ends = self.gaps or (0,) * self.n_heads, [0, *accumulate(self._sizes)]
+        object.__setattr__(self, "offsets", (*(end + gap for end, gap in zip(ends, gaps, strict=False)), ends[-1]))
 
     @property
     def n_heads(self) -> int:
         return len(self.lengths)
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        """Of each head the pairs in the tensors."""
+        return tuple(map(sum, zip(self.lengths, self.gaps, strict=True))) if self.gaps else self.lengths
 
     def head(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one KV head, ``[lengths[index], D]`` and ``[lengths[index], DV]``: views, nothing is copied."""
@@ -83,26 +89,31 @@ class RaggedLayer:
 
     def heads(self) -> Tensor:
         """``[sum(lengths)]``, the KV head of each pair."""
-        lengths = torch.tensor(self.lengths, device=self.positions.device) + self.gap
-        return torch.repeat_interleave(torch.arange(self.n_heads, device=lengths.device), lengths)
+        sizes = torch.tensor(self._sizes, device=self.positions.device)
+        return torch.repeat_interleave(torch.arange(self.n_heads, device=sizes.device), sizes)
 
     def among(self, wanted: Tensor) -> RaggedLayer:
-        """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores; of a layer with a gap its pairs are counted, too."""
-        if self.gap:
-            starts = torch.tensor(self.offsets[:-1], device=wanted.device) - self.gap
-            wanted = wanted.index_fill(0, (starts.unsqueeze(1) + torch.arange(self.gap, device=wanted.device)).flatten(), False)
+        """The pairs of which ``wanted [sum(lengths)]`` bool is true, without scores; those in gaps are counted, too."""
+        if self.gaps:
+            wanted = wanted.clone()
+            for offset, gap in zip(self.offsets, self.gaps, strict=False):
+                wanted[offset - gap : offset] = False
         heads = self.heads()[wanted]
         lengths = tuple(torch.bincount(heads, minlength=self.n_heads).tolist())
         keys, values = self.pick(wanted)
         return RaggedLayer(keys, values, lengths, self.positions[wanted], window=self.window)
 
-    def behind(self, gap: int) -> RaggedLayer:
-        """The layer without so many pairs at the beginning of each head: a view, the same object at every call. Whoever has it sees no less
-        when that one has gone."""
-        known = _BEHIND.setdefault(self, {})
-        if gap not in known:
-            known[gap] = replace(self, lengths=tuple(length - gap for length in self.lengths), gap=self.gap + gap)
-        return known[gap]
+    def seen_from(self, first: int) -> RaggedLayer:
+        """The layer without pairs at positions below ``first``, and with those in its gaps that are not: a view, the same object at every
+        call. Whoever has it sees no less when that one has gone."""
+        if first <= 0 and not self.gaps:
+            return self
+        known = _SEEN_FROM.setdefault(self, {})
+        if first not in known:
+            gaps = [int((positions < first).sum()) for positions in self.positions.split(self._sizes)]
+            lengths = tuple(size - gap for size, gap in zip(self._sizes, gaps, strict=True))
+            known[first] = replace(self, lengths=lengths, gaps=tuple(gaps) if any(gaps) else ())
+        return known[first]
 
     def none(self) -> RaggedLayer:
         """A layer like this one without a pair, nor scores."""
@@ -140,7 +151,7 @@ class RaggedLayer:
         return replace(self, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
 
 
-_BEHIND: WeakKeyDictionary[RaggedLayer, dict[int, RaggedLayer]] = WeakKeyDictionary()
+_SEEN_FROM: WeakKeyDictionary[RaggedLayer, dict[int, RaggedLayer]] = WeakKeyDictionary()
 
 
 def storage_nbytes(tensors: list[Tensor]) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from conftest import ARCHITECTURES, STRESS, lose, tiny_engine, tiny_model, tiny_tokenizer
 from families import FAMILIES, tiny_family
-from kvzip_memory import CompressedContext, CorruptFileError, InputError, KVzipEngine, UnsupportedModelError, WindowError
+from kvzip_memory import BudgetError, CompressedContext, CorruptFileError, InputError, KVzipEngine, UnsupportedModelError, WindowError
 from kvzip_memory.attention.base import turned
 from kvzip_memory.context import RaggedLayer
 from kvzip_memory.inference.cache import Row, Tail
@@ -69,6 +69,83 @@ def test_a_join_is_what_copies_would_be(architecture: str, joinable: tuple[bool,
         torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
         if ratio == 1.0:  # each token once, in its order
             assert positions(engine, row) == [list(range(join.n_tokens))] * len(positions(engine, row))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_that_are_read_again_are_seen_instead(architecture: str) -> None:
+    engine = tiny_engine(architecture, ratio=0.5)
+    contexts = loaded(engine, (False, True, False))
+    join = engine.join(contexts, repair=20)
+    head, starts = contexts[0].protected, (contexts[0].n_tokens, contexts[0].n_tokens + contexts[1].n_tokens - contexts[0].protected)
+    assert join.receipt is not None
+    assert (join.receipt.read, join.identity["again"]) == (40, [[start, start + 20] for start in starts])
+    ids, row = engine.prompt_ids(join, QUESTION), copied(engine, join)
+    expected = engine._model.forward([row], [ids], n_logits=len(ids))[0]
+    torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
+    again = [p for start in starts for p in range(start, start + 20)]
+    for place, seen in zip([i for i, window in enumerate(engine._model.windows) if window is None], positions(engine, row), strict=True):
+        assert row.layers[place].positions_of(0).tolist() == again
+        assert len({*seen}) == len(seen)
+        assert sorted(seen)[:head] == list(range(head))
+
+
+@pytest.mark.parametrize("joinable", JOINABLE, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_join_that_is_read_again_whole_is_one_build(architecture: str, joinable: tuple[bool, ...]) -> None:
+    if joinable[0] and architecture not in ("llama", "gemma3") and not STRESS:
+        return
+    engine = tiny_engine(architecture, ratio=1.0)
+    contexts = [engine.load(A), *loaded(engine, joinable)[1:]]  # the first stands where it was read
+    join = engine.join(contexts, repair=1000)
+    assert join.kept_pairs == join.total_pairs
+    tokens, ids = join.token_ids.tolist(), engine.prompt_ids(join, QUESTION)
+    row = Row((), 0, Tail())
+    expected = engine._model.forward([row], [tokens + ids], n_logits=len(ids))[0]
+    torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_was_read_again_is_stored_saved_grown_and_joined(tmp_path: Path) -> None:
+    engine = tiny_engine("gemma3", ratio=0.5, cache_dir=tmp_path)
+    a, b, c = loaded(engine, (False, True, True))
+    join = engine.join([a, b], name="both", repair=16)
+    assert join.key != engine.join([a, b]).key != engine.join([a, b], repair=15).key
+    assert join.storage.nbytes > engine.join([a, b]).storage.nbytes
+    expected = asked(engine, join)
+    for entry in engine.registry.contexts():
+        lose(engine, entry.key)
+    torch.testing.assert_close(asked(engine, join), expected, atol=1e-5, rtol=1e-5)
+    grown = engine.extend(join, [{"role": "user", "content": "Hello?"}])
+    assert grown.parts == join.all_parts
+    session = engine.session(join)
+    session.ask(QUESTION, max_new_tokens=4)
+    contexts = [
+        join,
+        grown,
+        session.fold(keep=0),
+        engine.join([join, c]),
+        engine.join([c, join], repair=10),
+        engine.join([join, c], repair=9),
+    ]
+    for number, context in enumerate(contexts):
+        ids = engine.prompt_ids(context, QUESTION)
+        expected = engine._model.forward([copied(engine, context)], [ids], n_logits=len(ids))[0]
+        torch.testing.assert_close(engine.logits(context, ids), expected, atol=1e-4, rtol=1e-4)
+        opened = tiny_engine("gemma3", ratio=0.5).open(context.save(tmp_path / f"{number}.safetensors"))
+        torch.testing.assert_close(tiny_engine("gemma3", ratio=0.5).logits(opened, ids), expected, atol=1e-4, rtol=1e-4)
+    engine.close()
+    again = tiny_engine("gemma3", ratio=0.5, cache_dir=tmp_path)
+    for context in contexts:
+        ids = engine.prompt_ids(context, QUESTION)
+        assert torch.equal(again.logits(again.get(context.key), ids), engine.logits(context, ids))
+    assert again.stats()["built"] == 0
+    again.close()
+
+
+@pytest.mark.parametrize("odd", [-1, True, 1.0, "16", None])
+def test_repair_is_a_number_of_tokens(odd: object) -> None:
+    engine = tiny_engine(ratio=0.5)
+    with pytest.raises(InputError, match=r"repair is .*; it is a whole number of tokens"):
+        engine.join(loaded(engine), repair=odd)  # type: ignore[arg-type]
 
 
 SOME = ["cohere", "deepseek_v3", "gemma3n_text", "glm4", "llama4_text", "nanochat", "qwen3_next", "smollm3"]
@@ -306,13 +383,24 @@ def test_rows_over_joins_and_others_are_one_batch() -> None:
 
 def test_a_gap_hides_pairs_at_the_beginning_of_each_head() -> None:
     layer = RaggedLayer(torch.randn(9, 4), torch.randn(9, 4), (4, 5), torch.tensor([0, 1, 2, 5, 0, 1, 3, 4, 8], dtype=torch.int32))
-    view = layer.behind(2)
-    assert view is layer.behind(2)
-    assert view.lengths == (2, 3)
-    for head in (0, 1):
-        assert torch.equal(view.head(head)[0], layer.head(head)[0][2:])
-        assert torch.equal(view.positions_of(head), layer.positions_of(head)[2:])
-    alone = view.among(torch.ones(9, dtype=torch.bool))
-    assert (alone.gap, alone.lengths) == (0, (2, 3))
-    assert alone.positions.tolist() == [2, 5, 3, 4, 8]
-    assert view.behind(1).lengths == (1, 2)
+    for first, hidden in ((2, (2, 2)), (3, (3, 2)), (5, (3, 4)), (6, (4, 4)), (9, (4, 5))):
+        view = layer.seen_from(first)
+        assert view is layer.seen_from(first)
+        assert view.gaps == hidden
+        for head, gap in enumerate(hidden):
+            assert torch.equal(view.head(head)[0], layer.head(head)[0][gap:])
+            assert torch.equal(view.positions_of(head), layer.positions_of(head)[gap:])
+        alone = view.among(torch.ones(9, dtype=torch.bool))
+        assert (alone.gaps, alone.lengths) == ((), view.lengths)
+        assert alone.positions.tolist() == [p for head in (0, 1) for p in layer.positions_of(head).tolist() if p >= first]
+        other = view.seen_from(4)
+        assert (other.lengths, other.gaps) == ((1, 2), (3, 3))
+        assert (view.seen_from(0).lengths, view.seen_from(0).gaps) == (layer.lengths, ())
+    assert layer.seen_from(0) is layer
+
+
+def test_a_device_without_room_for_the_preamble_says_so() -> None:
+    engine = tiny_engine(ratio=0.5, device_bytes=2 * tiny_engine(ratio=0.5).load(A).nbytes)
+    with pytest.raises(BudgetError, match=r"1,024 tokens that stand before it and are dropped take room, too; preamble=False"):
+        engine.load(A, joinable=True)
+    assert engine.load(A, joinable=True, preamble=False).n_tokens

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import Layers, RaggedLayer, States, Window, behind, parts_of
+from kvzip_memory.context import Layers, RaggedLayer, States, Window, parts_of, seen_from
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -78,11 +78,11 @@ def read_layers(
         def uploaded(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Layers:
             return tuple(arrival.wait() for arrival in upload(layers(part, told, start, end), device))
 
-        parts, shift = parts_of(facts["identity"]), facts["identity"].get("shift", 0)
+        n, parts, shift = facts["n_tokens"], parts_of(facts["identity"]), facts["identity"].get("shift", 0)
         edges = list(accumulate((part.n_tokens for part in parts), initial=0))
-        own = uploaded("layer", facts["layers"], edges[-1] - shift, facts["n_tokens"] - shift)
+        own = uploaded("layer", facts["layers"], 0 if facts["identity"].get("again") else edges[-1] - shift, n - shift)
         before = tuple(
-            behind(uploaded(f"before.{i}", told, edges[i] - part.shift - part.gap, edges[i + 1] - part.shift), part.gap)
+            seen_from(uploaded(f"before.{i}", told, *((-part.shift, n - part.shift) if part.joined else edges[i : i + 2])), part.first)
             for i, (part, told) in enumerate(zip(parts, facts["before"], strict=False))  # no file but those that are saved has them
         )
         for finish in done.values():

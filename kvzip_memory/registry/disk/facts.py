@@ -99,8 +99,8 @@ def _state(value: Any) -> bool:
 def _is_part(value: Any) -> bool:
     if not _list(lambda _: True)(value) or len(value) not in (2, 4):
         return False
-    key, n_tokens, shift, gap = (*value, 0, 0)[:4]
-    return is_id(key) and _SOME_TOKENS(n_tokens) and _whole(_TOKENS, least=-_TOKENS)(shift) and _whole(_TOKENS)(gap)
+    key, n_tokens, shift, first = (*value, 0, 0)[:4]
+    return is_id(key) and _SOME_TOKENS(n_tokens) and _whole(_TOKENS, least=-_TOKENS)(shift) and _whole(_TOKENS)(first)
 
 
 _SOME_TOKENS: Check = _whole(_TOKENS, least=1)
@@ -116,6 +116,7 @@ _IDENTITY = _fields(
         "scorer": _or_none(_ANYTHING),
         "shift": _whole(_TOKENS, least=-_TOKENS),
         "parts": _list(lambda part: _is_part(part)),
+        "again": _list(lambda span: _SPAN(span)),
     },
 )
 _IDS = _list(_whole(2**31 - 1))
@@ -243,12 +244,10 @@ def check_header(facts: Any) -> None:
         raise OddFactError("the parts before it are not those of its key")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")
-    gaps, counts = [0, *(part.gap for part in parts)], [beside, *(part.n_tokens for part in parts)]
-    for gap, tokens, layers in zip(gaps, counts, [facts["layers"], *before], strict=False):
-        if any(length > (gap + tokens if layer["window"] is None else n) for layer in layers for length in layer["lengths"]):
+    hidden, counts = [0, *(part.first for part in parts)], [beside, *(part.n_tokens for part in parts)]
+    for first, tokens, layers in zip(hidden, counts, [facts["layers"], *before], strict=False):
+        if any(length > (first + tokens if layer["window"] is None else n) for layer in layers for length in layer["lengths"]):
             raise OddFactError("a head has more pairs than there are tokens")
-        if any(length < gap for layer in layers if layer["window"] is None for length in layer["lengths"]):
-            raise OddFactError("a head has fewer pairs than its part hides")
     first = before[0] if before else [] if parts else facts["layers"]
     if any(length < facts["protected"] for layer in first if layer["window"] is None for length in layer["lengths"]):
         raise OddFactError("a head has fewer pairs than are protected")

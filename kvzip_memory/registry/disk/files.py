@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvzip_memory.context import CompressedContext, Layers, RaggedLayer, Recipe, Resident, Source
+from kvzip_memory.context import CompressedContext, Layers, RaggedLayer, Recipe, Resident, Source, seen_from
 from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
@@ -313,13 +313,8 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
         for name, state in sorted(lease.states.items()):
             yield f"state.{name}", state
         for number, layers in enumerate(lease.before):
-            yield from _tensors_of(f"before.{number}", _whole(layers))
+            yield from _tensors_of(f"before.{number}", seen_from(layers, 0))  # with what others see that share the same part
     yield "token_ids", context.token_ids
-
-
-def _whole(layers: Layers) -> Layers:
-    """Layers with what is in their gaps, which others see that share the same part."""
-    return tuple(layer.behind(-layer.gap) if layer.gap else layer for layer in layers)
 
 
 def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
@@ -334,7 +329,7 @@ def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
 
 def _facts(context: CompressedContext) -> dict[str, Any]:
     with context.lease() as lease:
-        layers, *before = ([_layer_facts(layer) for layer in _whole(part)] for part in (lease.layers, *lease.before))
+        layers, *before = ([_layer_facts(layer) for layer in seen_from(part, 0)] for part in (lease.layers, *lease.before))
     return {
         "identity": dict(context.identity),
         "name": context.name,
