@@ -99,19 +99,24 @@ class Managed(Shared):
 
 
 @contextmanager
-def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
+def leased(step: Step, waiting: Report | None = None, guest: str | None = None) -> Iterator[tuple[CompressedContext, Lease]]:
     """A lease of a context, found or made, and of what it shares, which is brought first and held for as long as it is.
+
+    Args:
+        guest: why it is built for one answer, None if that is not known yet.
 
     Yields:
         The context, which holds its pairs itself, and the lease.
     """
     with ExitStack() as held:
-        found, bases, guest = dict[str, Layers](), list[CompressedContext](), None if step.stored else _UNSTORED
-        for before, (base, lease) in zip(step.before, _together(step, waiting, held), strict=True):
+        found, bases, guest = dict[str, Layers](), list[CompressedContext](), guest or (None if step.stored else _UNSTORED)
+        if step.before and _is_removed(step):
+            guest = _REMOVED
+        for before, (base, lease) in zip(step.before, _together(step, waiting, held, guest), strict=True):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
-            if isinstance(before, Step) and before.registry.is_removed(before.wanted.key, before.wanted.loaded):  # by another process
+            if isinstance(before, Step) and _is_removed(before):  # by another process
                 guest = _REMOVED
             found |= dict(zip([*(part.key for part in base.parts), base.key], lease.parts, strict=True))
         wanted = [(part, found[part.key]) for part in parts_of(step.wanted.identity)]
@@ -123,8 +128,14 @@ def leased(step: Step, waiting: Report | None = None) -> Iterator[tuple[Compress
         yield _behind(shared, context, lease)
 
 
-def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple[CompressedContext, Lease]]:
-    """Leases of what a context shares, all or none: who has some of them waits for no room, which others may hold who wait for these."""
+def _is_removed(step: Step) -> bool:
+    """Whether a context was removed since it was loaded, or what it shares."""
+    return step.registry.is_removed(step.wanted.key, step.wanted.loaded, [part.key for part in parts_of(step.wanted.identity)])
+
+
+def _together(step: Step, waiting: Report | None, held: ExitStack, guest: str | None) -> list[tuple[CompressedContext, Lease]]:
+    """Leases of what a context shares, all or none: who has some of them waits for no room, which others may hold who wait for these.
+    What a removed one shares is stored no more than itself, unless it still is."""
     began, alone = time.monotonic(), 0
     while True:
         with ExitStack() as taken:
@@ -132,7 +143,7 @@ def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple
             try:
                 for before in step.before:
                     with step.registry.at_once(bool(found)):
-                        found.append(taken.enter_context(_whole(before, waiting)))
+                        found.append(taken.enter_context(_whole(before, waiting, guest)))
             except BudgetError as error:
                 if not found:
                     raise
@@ -153,9 +164,10 @@ def _together(step: Step, waiting: Report | None, held: ExitStack) -> list[tuple
 
 
 @contextmanager
-def _whole(step: Step | CompressedContext, waiting: Report | None) -> Iterator[tuple[CompressedContext, Lease]]:
+def _whole(step: Step | CompressedContext, waiting: Report | None, guest: str | None) -> Iterator[tuple[CompressedContext, Lease]]:
     if isinstance(step, Step):
-        with leased(step, waiting) as found:
+        alone = guest == _REMOVED and not step.registry.find(step.wanted.key)
+        with leased(step, waiting, guest if alone else None) as found:
             yield found
     else:
         with step.lease() as lease:

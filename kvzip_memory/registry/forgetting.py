@@ -54,12 +54,19 @@ class Forgetting:
         self._memory, self._backing, self._writing, self._catalogue = memory, backing, writing, catalogue
         self._cleaning, self._forgets = cleaning, forgets
 
-    def is_removed(self, key: str, loaded: float | None = None) -> bool:
+    def is_removed(self, key: str, loaded: float | None = None, parts: Iterable[str] = ()) -> bool:
         """See :meth:`~kvzip_memory.registry.registry.ContextRegistry.is_removed`."""
         if key in self._memory.removed and "disk" in self._catalogue.tiers(key):
             self._memory.readmit(key)
-        elsewhere = loaded is not None and self._backing.notes().noted(key) >= loaded and not self._backing.has(key)
-        return elsewhere or key in self._memory.removed
+        if loaded is None:
+            return key in self._memory.removed
+        notes = self._backing.notes()
+        if key in self._memory.removed or any(notes.noted(part) >= loaded for part in parts):
+            return True
+        with self._memory.changed:
+            here = self._memory.here(key)
+        gone = notes.noted(key) >= loaded or any(self._writing.is_removed(held, notes) for held in here)  # by another process
+        return gone and not self._backing.has(key)
 
     def remove(self, reference: str) -> Entry:
         """Delete a context, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.remove`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,14 @@ class ContextRegistry(Shared):
         ago."""
         return self._moves.wait_for_room(began)
 
-    def is_removed(self, key: str, loaded: float | None = None) -> bool:
+    def is_removed(self, key: str, loaded: float | None = None, parts: Iterable[str] = ()) -> bool:
         """Whether a context was deleted here and loaded again neither here nor by another process.
 
         Args:
             loaded: when it was last loaded here, in seconds since the epoch: deleted by another process since then counts, too.
+            parts: keys of what it shares, of which the same holds.
         """
-        return self._forgetting.is_removed(key, loaded)
+        return self._forgetting.is_removed(key, loaded, parts)
 
     def use_again(self, key: str) -> None:
         """Make a context that is on the device the most recently used one there."""

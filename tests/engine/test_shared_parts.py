@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import tiny_engine, tiny_model
+from conftest import lose, tiny_engine, tiny_model
 from kinds import tiny
 from kvzip_memory import CompressedContext, InputError, KVzipEngine
 from kvzip_memory.compression.scorers import KVzipScorer
@@ -336,6 +336,53 @@ def test_joins_of_what_is_no_list_of_contexts_say_so() -> None:
     with pytest.raises(InputError, match="store=False"):
         engine.join([a, b], name="both", store=False)
     assert engine.join(iter([a, b])).key == engine.join(["a", b]).key  # type: ignore[arg-type]
+
+
+def test_what_a_removed_context_shares_is_not_stored_for_its_sake(tmp_path: Path) -> None:
+    engine, other = (tiny_engine(ratio=0.5, cache_dir=tmp_path) for _ in range(2))
+    document = engine.load(A, joinable=True, tags="red")
+    join = engine.join([document, engine.load(B, joinable=True, tags="red")], tags="red")
+    expected = asked(engine, join)
+    engine.registry.flush()
+    other.forget("red")
+    assert not other.registry.contexts()
+    for context in (join, document, join):  # the template's head and the preamble, too, stay away
+        asked(engine, context)
+        assert not engine.registry.contexts()
+    assert torch.equal(asked(engine, join), expected)
+    engine.registry.flush()
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("deleted", ["removed", "forgotten", "head removed"])
+@pytest.mark.parametrize("grows", ["extended", "folded", "joined"])
+def test_what_grows_from_something_deleted_elsewhere_after_it_was_lost_is_not_stored(tmp_path: Path, deleted: str, grows: str) -> None:
+    """The file had left the disk before: only the tag's note, or the head's, tells that nobody wants the document any more."""
+    engine, other = (tiny_engine(ratio=0.5, cache_dir=tmp_path) for _ in range(2))
+    document = engine.load(A, joinable=deleted == "head removed", tags="red")
+    engine.registry.flush()
+    if deleted == "removed":
+        other.registry.remove(document.key)
+    for each in (engine, other) if deleted != "removed" else ():
+        lose(each, document.key)
+    if deleted == "forgotten":
+        other.forget("red")
+    elif deleted == "head removed":
+        other.registry.remove(document.parts[0].key)
+    session = engine.session(document)
+    session.ask("Why?", max_new_tokens=2)
+    grown = {
+        "extended": lambda: engine.extend(document, HELLO, share=True),
+        "folded": lambda: session.fold(keep=0),
+        "joined": lambda: engine.join([document, document]),
+    }[grows]()
+    assert asked(engine, grown).isfinite().all()
+    for each in (engine, other):
+        each.registry.flush()
+    stored = {entry.key: entry.parts for entry in engine.registry.contexts()}
+    assert stored == {entry.key: entry.parts for entry in other.registry.contexts()}
+    assert all(part in stored for parts in stored.values() for part in parts)
+    assert grown.key not in stored
 
 
 def test_joins_of_the_same_parts_in_any_order_and_number_end(tmp_path: Path) -> None:

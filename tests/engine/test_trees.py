@@ -73,6 +73,8 @@ class Trees(RuleBasedStateMachine):
         self.originals[context.key] = original
         self.hands.append(Hand(who, context, has_text, self.alone.logits(original, IDS)))
         self.find_again()
+        if context.receipt is not None and context.receipt.reason == "removed":  # nor is what it shares stored again
+            return
         if context.shift:
             self.fronts[context.key] = {context.identity["parent"], context.parts[0].key}
             if self.engines[who].registry.find(front := context.identity["parent"]):
@@ -87,8 +89,10 @@ class Trees(RuleBasedStateMachine):
         for engine in self.engines:
             engine.registry.flush()
         for engine in self.engines:
-            for entry in engine.registry.contexts():
-                if entry.key in self.lost:
+            stored = engine.registry.contexts()
+            fronts = {front for entry in stored for front in self.fronts.get(entry.key, ())}  # which come back with a text
+            for entry in stored:
+                if entry.key in self.lost or (entry.key in fronts and entry.key not in self.known):
                     self.known[entry.key] = Known(entry.parts, {*entry.tags})
                     self.lost.discard(entry.key)
 
@@ -98,19 +102,19 @@ class Trees(RuleBasedStateMachine):
         self.take(who, context, self.alone.load(text, ratio=ratio, joinable=joinable), tags, has_text=True)
 
     @precondition(lambda self: self.hands)
-    @rule(data=st.data(), tags=st.sets(st.sampled_from(TAGS)))
-    def join(self, data: st.DataObject, tags: set[str]) -> None:
+    @rule(data=st.data(), tags=st.sets(st.sampled_from(TAGS)), repair=st.sampled_from([0, 0, 7, 500]))
+    def join(self, data: st.DataObject, tags: set[str], repair: int) -> None:
         first = data.draw(st.sampled_from(self.hands))
         second = data.draw(st.sampled_from([hand for hand in self.hands if hand.who == first.who]))
         if max(first.context.n_tokens, second.context.n_tokens) > 400:
             return
         originals = [self.originals[hand.context.key] for hand in (first, second)]
         try:
-            original = self.alone.join(originals)
+            original = self.alone.join(originals, repair=repair)
         except InputError:  # a conversation goes on otherwise
             return
         try:
-            context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags))
+            context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags), repair=repair)
         except InputError as error:
             self.must_be_lost(second if first.has_text else first, error)
             return
