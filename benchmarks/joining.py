@@ -31,6 +31,7 @@ from kvzip_memory.inference.cache import Tail
 
 RATIOS = [1.0, 0.5, 0.3]
 COUNTS = [2, 3, 5, 7]
+PARTS = [3, 8]
 SETS = [0, 1, 2]
 QUESTIONS = 20
 TOKENS = 900  # of a slice
@@ -140,28 +141,33 @@ def table(sets: list[dict[tuple[Any, ...], list[float]]]) -> list[dict[str, Any]
     return rows
 
 
-def room(engine: KVzipEngine, docs: list[dict[str, Any]], counts: list[int]) -> list[dict[str, Any]]:
+def room(engine: KVzipEngine, docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What joins take, and the steps behind them."""
     rows = []
-    for count in [1, *counts]:
+    for count in PARTS:
         contexts = [engine.load(doc["text"], ratio=0.3, joinable=True) for doc in docs[:count]]
-        if count == 1:
-            continue
+        ways, took, nbytes = {"single": contexts[0]}, {}, {}
+        for repair in (0, 16, 64) if count > 1 else ():
+            engine.join(contexts, repair=repair, store=False)  # warm
+            began = time.perf_counter()
+            join = engine.join(contexts, repair=repair, name=f"{count} {repair}")
+            took[repair], nbytes[repair] = round(1e3 * (time.perf_counter() - began), 1), join.nbytes
+            ways |= {"join": join} if repair == 0 else {}
         began = time.perf_counter()
-        join = engine.join(contexts)
-        took = time.perf_counter() - began
-        single = whole(engine, join, 0.3)
-        steps: dict[str, list[float]] = {"join": [], "single": []}
-        for _ in range(30):
-            for way, context in (("join", join), ("single", single)):
+        if count > 1:
+            ways["single"] = whole(engine, join, 0.3)
+        built, steps = time.perf_counter() - began, defaultdict[str, list[float]](list)
+        for _ in range(40):
+            for way, context in ways.items():
                 with context.lease() as lease:
                     row = engine._model.row(lease, context.n_tokens, Tail())
                     began = time.perf_counter()
                     engine._model.forward([row], [[5]])
                     steps[way].append(time.perf_counter() - began)
         ms = {way: round(1e3 * sorted(times)[len(times) // 2], 2) for way, times in steps.items()}
-        rows.append({"parts": count, "join_ms": round(1e3 * took, 2), "join_bytes": join.nbytes, "step_ms": ms})
-        print(rows[-1])
+        row = {"contexts": count, "join_ms": took, "join_bytes": nbytes, "one_build_s": round(built, 1), "step_ms": ms}
+        rows.append({**row, "step": round(ms["join"] / ms["single"], 3)} if count > 1 else row)
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -177,7 +183,7 @@ def main() -> None:
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), device_bytes="8GiB", progress=False)
     docs, most = told(articles(args.squad), engine.tokenizer), max(COUNTS)
     if args.only == "room":
-        save("joining_seconds", {"model": args.model, "room": room(engine, docs, args.counts)})
+        save("joining_seconds", {"model": args.model, "room": room(engine, docs)})
         return
     sets = [fidelity(engine, docs[number * most : (number + 1) * most], args.counts, args.ratios) for number in args.sets]
     if args.counts == COUNTS and args.ratios == RATIOS and args.sets == SETS:

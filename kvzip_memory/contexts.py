@@ -93,16 +93,20 @@ class Contexts:
         tags: Words,
         tools: Sequence[Tool] | None,
         joinable: bool,
-        preamble: bool,
+        preamble: bool | str,
     ) -> CompressedContext:
         """See :meth:`KVzipEngine.load`."""
         checked_ratio(ratio)
         labels = _labels(name, tags)
         began = time.perf_counter()
         language = self._speech.now
+        if isinstance(preamble, str) and not (joinable and clean(preamble, "preamble").strip()):
+            raise InputError("preamble is a text for documents with joinable=True to be read behind; give both, and some words")
         prompt = self.prompt(language, source, system, _strings(keep), tools, joinable)
-        load = self._load_joinable if joinable and preamble else self._load_text
-        return load(language, prompt, ratio, name, labels, began)
+        if not joinable or preamble is False:
+            return self._load_text(language, prompt, ratio, name, labels, began)
+        front = self._front(language, prompt, PREAMBLE if preamble is True else clean(preamble, "preamble"))
+        return self._load_joinable(language, prompt, ratio, name, labels, began, front)
 
     def load_marked(self, messages: Sequence[Message], ratio: float, tags: Words, tools: Sequence[Tool] | None) -> CompressedContext | None:
         """See :meth:`KVzipEngine.load_marked`."""
@@ -304,12 +308,9 @@ class Contexts:
         return storage.handle(name=name, sources=sources, receipt=receipt)
 
     def _load_joinable(
-        self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float
+        self, language: Language, prompt: Prompt, ratio: float, name: str | None, tags: Sequence[str], began: float, front: Front
     ) -> CompressedContext:
-        """The context of a prompt that is read behind the preamble."""
-        if not prompt.protected:
-            raise InputError("joinable=True: the template puts nothing before a text, which all parts share; load with preamble=False, too")
-        front = self._front(language, prompt)
+        """The context of a prompt that is read behind a preamble."""
         self._builder.check_movable()
         while True:
             for key in (front.joinable.head.key, front.joinable.front):
@@ -324,12 +325,14 @@ class Contexts:
             if not self._registry.is_removed(front.joinable.head.key):  # meanwhile, with the last other text that was read behind it
                 return context
 
-    def _front(self, language: Language, prompt: Prompt) -> Front:
+    def _front(self, language: Language, prompt: Prompt, preamble: str) -> Front:
         """What a prompt is read behind: steps of contexts that are the same for all prompts of a template head."""
+        if not prompt.protected:
+            raise InputError("joinable=True: the template puts nothing before a text, which all parts share; load with preamble=False, too")
         head = prompt.token_ids[: prompt.protected]
         room = max(0, self._window - FREE_TOKENS - len(prompt.token_ids))
         length = next((length for length in PREAMBLE_TOKENS if length <= room), 0)
-        ids = language.prompts.text_ids(PREAMBLE)[:length]
+        ids = language.prompts.text_ids(preamble)[:length]
 
         def step(token_ids: Sequence[int]) -> Step:
             alone = replace(prompt, token_ids=tuple(token_ids), sources=(), keep=(), text_digest=digest(["front", token_ids]))

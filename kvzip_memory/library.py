@@ -152,7 +152,7 @@ class Library(Shared):
         tags: str | Sequence[str] | None = (),
         tools: Sequence[Tool] | None = None,
         joinable: bool = False,
-        preamble: bool = True,
+        preamble: bool | str = True,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -173,8 +173,9 @@ class Library(Shared):
             joinable: for documents that are to stand behind others, see :meth:`join`: they begin with a blank line, are whole whatever
                 follows, and are read behind a text of our own that is dropped then. Alone such a context is a little farther from the full
                 cache than one that is not.
-            preamble: whether ``joinable`` documents are read behind that text. Without it a join is farther from the full cache, and the
-                context alone is not.
+            preamble: the text that ``joinable`` documents are read behind; one of about 1,000 tokens that is like them (another contract,
+                other code) serves better than ours, which is prose. True is ours. With False, which is none, a join is farther from the
+                full cache, and the context alone is not.
 
         Raises:
             InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
@@ -183,7 +184,7 @@ class Library(Shared):
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
-        check_flags(joinable=joinable, preamble=preamble)
+        check_flags(joinable=joinable, **({} if isinstance(preamble, str) else {"preamble": preamble}))
         return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable, preamble)
 
     def join(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from kvzip_memory.context import RaggedLayer, Window
@@ -40,7 +42,8 @@ class Turn(NamedTuple):
 
     Attributes:
         by: positions that the part has moved.
-        cos, sin: ``[r]`` fp32, of each dimension that is rotated; the sine with the sign of the dimension that it goes to.
+        cos, sin: ``[r]`` fp32 (``[T, 1, 1, r]`` of several turns), of each dimension that is rotated; the sine with the sign of the
+            dimension that it goes to.
         start: the first of them.
         partner: ``[r]``, which one each is rotated with.
         halves: whether that is the one half of them farther on.
@@ -55,13 +58,13 @@ class Turn(NamedTuple):
 
     def of(self, query: Tensor) -> Tensor:
         """Queries ``[..., D]`` turned, in their dtype."""
-        size = len(self.cos)
+        size = self.cos.shape[-1]
         part = query[..., self.start : self.start + size].float()
         others = part.roll(size // 2, -1) if self.halves else part[..., self.partner]
         moved = (part * self.cos).addcmul_(others, self.sin).to(query.dtype)
         if size == query.shape[-1]:
             return moved
-        turned = query.clone()
+        turned = query.expand(*moved.shape[:-1], -1).clone()
         turned[..., self.start : self.start + size] = moved
         return turned
 
@@ -141,3 +144,17 @@ def told_by(part: Sequence[RaggedLayer]) -> RaggedLayer:
 def turned(query: Tensor, turn: Turn | None) -> Tensor:
     """Queries ``[..., D]`` as a part sees them."""
     return query if turn is None else turn.of(query)
+
+
+def turned_for(query: Tensor, turns: Sequence[Turn | None]) -> list[Tensor]:
+    """Queries ``[H, R, D]`` of a layer as each of its parts sees them, turned at one time."""
+    moved = tuple(turn for turn in turns if turn is not None)
+    found = iter(_together(moved).of(query) if moved else ())
+    return [query if turn is None else next(found) for turn in turns]
+
+
+@lru_cache(maxsize=4096)
+def _together(turns: tuple[Turn, ...]) -> Turn:
+    """Turns of one layer as one that gives ``[T, H, R, D]`` of ``[H, R, D]``."""
+    cos, sin = (torch.stack(values)[:, None, None] for values in ([turn.cos for turn in turns], [turn.sin for turn in turns]))
+    return turns[0]._replace(cos=cos, sin=sin)

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, turned, users_of_parts
+from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, turned, turned_for, users_of_parts
 from kvzip_memory.context import RaggedLayer, Window
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
@@ -69,8 +69,9 @@ def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]
         for own, rows in zip(queries, groups, strict=True)
     ]
     if len(groups) == 1:
-        for part, turn in groups[0][0].turned:
-            pieces[0].append(_attend_part(turned(together[0], turn), part, softmax, _first_of(groups[0], queries[0], window)))
+        row, first_seen = groups[0][0], _first_of(groups[0], queries[0], window)
+        for part, asked in zip(row.parts, turned_for(together[0], row.turns or [None] * len(row.parts)), strict=True):
+            pieces[0].append(_attend_part(asked, part, softmax, first_seen))
     else:
         seen = [_first_of(rows, own, window) for rows, own in zip(groups, queries, strict=True)]
         for part, users in users_of_parts([rows[0] for rows in groups]):
@@ -196,14 +197,15 @@ def _attend_part(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen:
     """Attention of ``query [H, R, D]`` over a part, in P pieces to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
         return _attend_sliding(query, part, softmax, first_seen)
-    heads = _views(part, torch.get_num_threads() if _has_fused(query, part.values, softmax) else 1)
-    queries = query.unsqueeze(1).expand(-1, heads[0].pieces, -1, -1).unsqueeze(2).unbind()
-    found = [_attend_head(q, head, softmax) for q, head in zip(queries, heads, strict=True)]
-    return torch.cat([out for out, _ in found], 1).transpose(0, 1).float(), torch.cat([lse for _, lse in found], 1).transpose(0, 1)
+    views = _views(part, torch.get_num_threads() if _has_fused(query, part.values, softmax) else 1)
+    queries = query.expand(views[0].pieces, -1, -1, -1).split(len(query) // len(views), 1)
+    found = [_attend_view(q, view, softmax) for q, view in zip(queries, views, strict=True)]
+    return _cat([out for out, _ in found]).transpose(0, 1).float(), _cat([lse for _, lse in found]).transpose(0, 1)
 
 
-class _HeadView(NamedTuple):
-    """One head's pairs as a batch of equal pieces: strided views ``[P, 1, piece, D]``, and what is hidden in them.
+class _View(NamedTuple):
+    """Pairs of a head, or of all heads if they have as many, as a batch of equal pieces: strided views ``[P, H, piece, D]``, and what is
+    hidden in them.
 
     What is left over when the pairs are divided belongs to the last piece. The others reach as far into their
     successors, so that all are of one size, and mask what they see there. A head with too few pairs to be divided,
@@ -217,27 +219,31 @@ class _HeadView(NamedTuple):
 
 
 #: Views of the layers in use. They cost a third of a decode step when they are made anew for each.
-_VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[_HeadView]]] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[_View]]] = WeakKeyDictionary()
 
 
-def _views(part: RaggedLayer, threads: int) -> list[_HeadView]:
+def _views(part: RaggedLayer, threads: int) -> list[_View]:
     known = _VIEWS.setdefault(part, {})
     if threads not in known:
         pieces = max(1, min(threads, max(part.lengths) // PIECE_PAIRS))
-        known[threads] = [_divided(*part.head(head), pieces) for head in range(part.n_heads)]
+        if len({*part.lengths}) == 1 and not part.gaps:  # one call
+            heads = [(part.keys.unflatten(0, (part.n_heads, -1)), part.values.unflatten(0, (part.n_heads, -1)))]
+        else:
+            heads = [(keys[None], values[None]) for keys, values in map(part.head, range(part.n_heads))]
+        known[threads] = [_divided(keys, values, pieces) for keys, values in heads]
     return known[threads]
 
 
-def _divided(keys: Tensor, values: Tensor, pieces: int) -> _HeadView:
-    step, rest = divmod(len(keys), pieces)
+def _divided(keys: Tensor, values: Tensor, pieces: int) -> _View:
+    step, rest = divmod(keys.shape[1], pieces)
     if not step:
-        return _HeadView(pieces, keys[None, None], values[None, None], None)
+        return _View(pieces, keys[None], values[None], None)
     keys, values = (
-        x.as_strided((pieces, 1, step + rest, x.shape[1]), (step * x.stride(0), 0, x.stride(0), 1), x.storage_offset())
+        x.as_strided((pieces, len(x), step + rest, x.shape[2]), (step * x.stride(1), x.stride(0), x.stride(1), 1), x.storage_offset())
         for x in (keys, values)
     )
     mask = _mask(pieces, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
-    return _HeadView(pieces, keys, values, mask)
+    return _View(pieces, keys, values, mask)
 
 
 @lru_cache(maxsize=256)
@@ -248,14 +254,14 @@ def _mask(pieces: int, rest: int, size: int, dtype: torch.dtype, device: torch.d
     return mask
 
 
-def _attend_head(query: Tensor, head: _HeadView, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """Attention of ``query [P, 1, R, D]`` over one head: ``[P, 1, R, D]`` and ``[P, 1, R]``."""
-    if len(head.keys) == head.pieces and head.keys.shape[2]:
-        return _attend(query, head.keys, head.values, softmax, head.mask)
-    out = query.new_zeros(*query.shape[:3], head.values.shape[3])
+def _attend_view(query: Tensor, view: _View, softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """Attention of ``query [P, H, R, D]`` over a view: ``[P, H, R, D]`` and ``[P, H, R]``."""
+    if len(view.keys) == view.pieces and view.keys.shape[2]:
+        return _attend(query, view.keys, view.values, softmax, view.mask)
+    out = query.new_zeros(*query.shape[:3], view.values.shape[3])
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
-    if head.keys.shape[2]:
-        out[:1], lse[:1] = _attend(query[:1], head.keys, head.values, softmax)
+    if view.keys.shape[2]:
+        out[:1], lse[:1] = _attend(query[:1], view.keys, view.values, softmax)
     return out, lse
 
 

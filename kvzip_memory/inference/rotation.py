@@ -23,7 +23,7 @@ from kvzip_memory.inference.states import CallCache
 _PROBED = 1, 77  # positions that are looked at, beside the last of the window
 #: How far a query may be from what a rotation says, as a part of its length: cosines of 16 bits, and products of large positions.
 _TOLERANCE = 0.03
-_CACHED = 256  # turns that are remembered
+_CACHED = 4096  # turns that are remembered
 
 Fill = Callable[[Sequence[int], int, "_Probe", "_Probe"], Iterator[int]]
 

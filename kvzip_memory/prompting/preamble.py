@@ -1,62 +1,55 @@
 """A text of our own that stands before documents while they are read, if they are to be joined, and is dropped then.
 
 A document that is read first is read as if nothing stood before it: some of its pairs say that. One that was read behind other prose says
-that something does, whatever it is. So the text is plain, of several subjects, and nobody's. Whoever changes it gives every joinable
-context a new key.
+that something does, whatever it is. What is like the documents serves best (docs/benchmarks.md): so the text is as articles and reports
+are, of several subjects, and nobody's. Whoever changes it gives every joinable context a new key.
 """
 
 from __future__ import annotations
 
 PREAMBLE = """\
-The ferry leaves the harbour at seven in the morning and again at noon. On the way across, passengers can see the old quarry, a row of
-white houses, and, if the weather is clear, the hills on the other side of the bay. The crossing takes forty minutes. Bicycles travel free
-of charge, but dogs need a ticket, which is sold on board. In winter there is only one boat a day, and when the wind is strong it does not
-sail at all. The people of the island have learned to keep a week of food in the house.
+The Orrin is a river in the eastern lowlands, about 412 kilometres long. It rises on the northern slope of Mount Kessel at a height of
+1,870 metres, passes the towns of Velden, Marsh Cross and Tarrow, and reaches the sea near the port of Anmouth. Its largest tributaries
+are the Lesser Orrin, which joins it from the left below Velden, and the Sorrel. The basin covers some 18,000 square kilometres, of which
+two thirds are used for farming. The name was first recorded in the year 812, in a charter that grants the fishing rights of the upper
+valley to an abbey. It is thought to come from an older word for "pale", after the clay that colours the water in spring.
 
-Bread needs four things: flour, water, salt and time. The flour takes up the water slowly, and while the dough rests it becomes smooth and
-easy to stretch. A little yeast is enough if one is patient, since it grows through the night. In the morning the dough has doubled. It is
-folded, shaped and left again until it springs back when it is touched. The oven should be as hot as it can be for the first ten minutes,
-with a dish of water below to keep the crust soft, and then cooler until the loaf sounds hollow. Cutting it while it is warm is tempting,
-but the crumb is better after an hour.
+Until the eighteenth century the river could be used by boats only from Tarrow to the sea. A canal with fourteen locks was built between
+1764 and 1781 under the engineer Johann Merrick, who had worked on similar projects abroad. It made Velden a centre of the trade in
+timber, salt and wool, and the number of its inhabitants grew from about 3,000 to more than 20,000 within sixty years. When the railway
+arrived in 1858, most of the traffic moved to it, and the upper canal was closed in 1911. Since the 1970s it has been restored by
+volunteers; it is now used by pleasure boats, and its towpath is a protected monument.
 
-In the middle of the nineteenth century most towns of the region had no clean water. Wells were dug close to the houses, and what people
-threw away found its way into them. Several outbreaks of disease followed one another before the councils agreed to build a system of
-pipes from the lakes in the north. The work took eleven years and cost twice what had been planned. Some landowners refused to let the
-pipes pass, and a court had to decide. When the first fountain was opened on the market square, a band played, and the mayor drank the
-first glass. Within a few years the number of deaths had fallen by half.
+The floods of the Orrin are caused by melting snow and usually come in April. The highest one on record occurred in 1845, when the water
+stood 4.7 metres above its normal level and 112 people died. After another flood in 1926 the government decided to build two dams, which
+were finished in 1934 and 1938. They also provide electricity for around 90,000 households. Biologists have criticised them because salmon
+can no longer reach the places where they spawn, although fish ladders were added in 1996. According to a study of 2009, the number of
+species in the lower river has increased again, from 19 to 31, mainly because the water is cleaner than it was in the period of heavy
+industry.
 
-A simple lens bends light because glass slows it down. Rays that arrive at an angle change their direction at the surface, and again when
-they leave. If the surface is curved in the right way, all rays from one point meet again in another point behind the lens, and there an
-image appears, upside down. The shorter the distance at which this happens, the stronger the lens. Two lenses together can correct each
-other's faults, which is why a good camera has many of them. The human eye does the same with a single soft lens, whose shape small
-muscles change; with age it becomes stiff, and people hold the newspaper farther away.
+The University of Tarrow was founded in 1583 by Duke Albrecht IV, and is the second oldest in the country. It began with four faculties,
+theology, law, medicine and philosophy, and had fewer than two hundred students until the middle of the seventeenth century. During the
+war of 1701 it was closed for six years, and part of its library was taken away; some of the books were returned only in 1923. The main
+building, designed by Clara Voss in a classical style, was completed in 1832. Today the university has about 23,000 students, 2,400 of
+them from abroad, and eleven faculties. It is financed mostly by the state, while research grants and donations make up about a third of
+its budget.
 
-The committee met on a Thursday. It had to decide whether the library should stay open in the evening. Some members pointed out that the
-building was almost empty after six, while the cost of heating had risen. Others answered that those who came were the ones who had nowhere
-else to read: students, people who worked during the day, and a few who were simply lonely. A compromise was found. The library would stay
-open on two evenings a week, and volunteers would look after the lending desk. After a year the numbers would be counted, and the question
-would be asked again.
+The university is known for its work in physics and in the history of language. In 1897 Henrik Solberg measured the speed of sound in
+gases at low pressure there, for which he received several prizes, and in 1931 Maria Lenz described the family of dialects that is now
+named after her. Its botanical garden, opened in 1794, has more than 6,000 kinds of plants and is the largest in the region. Among those
+who studied at Tarrow are three presidents, the composer Emil Hartmann and the chemist Ada Rowe, who left without a degree in 1905 and
+later said that she had learned more in the garden than in the lecture halls. Students' life is organised in about forty societies, the
+oldest of which dates from 1790. In contrast to other universities of the country, no fees are charged for a first degree.
 
-Birds that travel long distances find their way by several signs at once. Young ones seem to inherit a direction and a distance, and fly on
-their own without ever having seen the place where they will spend the winter. Older ones know landmarks, rivers and coasts, and correct
-their course when the wind has carried them aside. At night some species watch the stars around which the sky appears to turn. There is good
-evidence that they also feel the magnetic field of the earth, although it is still debated with which organ. When clouds hide the sky for
-days, many of them wait.
-
-The contract between the two firms was short. One would deliver the parts by the first of each month, and the other would pay within thirty
-days. If a delivery was late, the price was reduced by one per cent for each week, but never by more than ten. Either side could end the
-agreement with three months' notice. Nothing was said about what should happen if the factory burned down, and in the third year it did.
-The lawyers wrote letters for a while. In the end the owners had lunch together, agreed to share the loss, and went on as before.
-
-A chess player who looks at a board for five seconds can often set it up again from memory, if the position is one that could arise in a
-game. If the pieces have been placed at random, the master remembers no more of them than a beginner does. What the expert has learned is
-not a better memory but thousands of familiar groups, each of which counts as one thing. Musicians read a score in this way, doctors an
-image, and drivers a busy street. It takes years to build such a store, and nobody can say afterwards when a particular piece was added.
-
-It had rained for three days, and the path along the stream was soft. They walked in single file without talking much. At the bridge the
-older of the two stopped and looked at the water, which was brown and carried branches. He said that it would be over the meadow by evening.
-They turned back, fetched the sheep from the lower field and drove them up to the barn. By the time they had finished it was dark. Somebody
-had lit the stove, and there was soup. In the night they heard the stream, and in the morning the meadow was a lake.
+Amber is the hardened resin of trees that grew tens of millions of years ago. It is not a mineral, since it is of organic origin and has
+no crystal structure. Most pieces are yellow to brown, but white, green and blue ones are also found. It is light enough to float in salt
+water, becomes soft at about 150 degrees, and burns with a pleasant smell, which explains its name in several languages. When it is rubbed
+it attracts small objects; this property was described in antiquity, and the word "electricity" is derived from the Greek name of the
+material. Insects and parts of plants that were enclosed in the resin are of great value to science, because even fine details have been
+preserved. Amber has been traded over long distances since the Stone Age, and was used for jewellery, as medicine and as incense. In
+modern times large amounts were dug from deposits below the coast, where production reached 500 tonnes a year around 1900. Imitations made
+of glass or plastic are common; they can be recognised by their weight, by their temperature on the skin, and by the fact that they do not
+float.
 """
 
 #: Tokens of it that are taken: as many as the window has room for.

@@ -404,3 +404,22 @@ def test_a_device_without_room_for_the_preamble_says_so() -> None:
     with pytest.raises(BudgetError, match=r"1,024 tokens that stand before it and are dropped take room, too; preamble=False"):
         engine.load(A, joinable=True)
     assert engine.load(A, joinable=True, preamble=False).n_tokens
+
+
+def test_another_preamble_is_another_context() -> None:
+    engine = tiny_engine(ratio=1.0)
+    text = "The fog horn sounds at four. " * 80
+    ours, theirs = engine.load(A, joinable=True), engine.load(A, joinable=True, preamble=text)
+    assert theirs.key != ours.key
+    assert engine.load(A, joinable=True, preamble=text).receipt.hit  # type: ignore[union-attr]
+    assert theirs.token_ids.tolist() == ours.token_ids.tolist()
+    head = ours.protected
+    tokens = [*ours.token_ids[:head].tolist(), *engine.text_ids(text)[:1024], *ours.token_ids[head:].tolist()]
+    with torch.inference_mode():
+        keys = (
+            engine.model(input_ids=torch.tensor([tokens]), use_cache=True).past_key_values.layers[0].keys[0, :, -(ours.n_tokens - head) :]
+        )
+    torch.testing.assert_close(theirs.layers[0].keys, keys.flatten(0, 1), atol=1e-4, rtol=1e-4)
+    for odd in ({"preamble": text}, {"joinable": True, "preamble": " \n"}, {"joinable": True, "preamble": ""}):
+        with pytest.raises(InputError, match="preamble"):
+            engine.load(A, **odd)
