@@ -1,9 +1,10 @@
 """How close does a join of documents come to the full cache of all of them, read one behind another?
 
-Slices of SQuAD articles, of up to 900 tokens and with a hidden code each; three sets of seven, of which none has a slice of another. Each
-slice is loaded by itself, plain or ``joinable`` (read behind the preamble), and the first 2, 3, 5 or 7 of a set are joined in their order:
-all plain, all joinable, or the first one plain and the others joinable; beside one build of all. Twenty questions about them, and one
-for each code. Per token of the full cache's own answers: KL(full || join); and how many of a way's own answers have a right one in them.
+Slices of SQuAD articles, of up to 900 tokens; three sets of seven, of which none has a slice of another. Each slice is loaded by itself,
+plain or ``joinable`` (read behind the preamble), and the first 2, 3, 5 or 7 of a set are joined in their order: all plain, all joinable,
+or the first one plain and the others joinable, of which 16 or 64 tokens are read again or none; beside one build of all. Twenty questions
+about them; and, with a code hidden in each slice, one for each code (apart, since a small model answers other questions with codes, too).
+Per token of the full cache's own answers: KL(full || join); and how many of a way's own answers have a right one in them.
 
     python benchmarks/joining.py --squad squad.json                 deterministic
     python benchmarks/joining.py --squad squad.json --model gemma3
@@ -36,7 +37,7 @@ SETS = [0, 1, 2]
 QUESTIONS = 20
 TOKENS = 900  # of a slice
 TOWNS = ["Aldmoor", "Brackwell", "Carrow", "Dunhythe", "Eastry", "Fenwick", "Garth"]
-WAYS = ["plain", "joinable", "first plain"]
+WAYS = [("plain", 0), ("joinable", 0), ("first plain", 0), ("first plain", 16), ("first plain", 64)]
 
 
 def whole(engine: KVzipEngine, join: CompressedContext, ratio: float) -> CompressedContext:
@@ -71,73 +72,68 @@ def told(data: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
             paragraphs = [p["context"] for p in place["paragraphs"]]
             asked = [(qa["question"], qa["answers"]) for p in place["paragraphs"] for qa in p["qas"]]
             town, code = TOWNS[len(found) % len(TOWNS)], random.Random(len(found)).randint(1000, 9999)
-            paragraphs[len(paragraphs) // 2] += f" The access code of the archive in {town} is {code}."
             needle = (f"What is the access code of the archive in {town}?", [str(code)])
-            found.append({"text": "\n\n".join(paragraphs), "asked": asked, "needle": needle})
+            text = "\n\n".join(paragraphs)
+            paragraphs[len(paragraphs) // 2] += f" The access code of the archive in {town} is {code}."
+            found.append({"question": text, "needle": "\n\n".join(paragraphs), "asked": asked, "code": needle})
     return found
 
 
-def questions(docs: list[dict[str, Any]]) -> list[tuple[str, str, list[str]]]:
-    """Kind, question and what a right answer has in it: of all documents as many."""
+def asked_of(docs: list[dict[str, Any]], kind: str) -> list[tuple[str, list[str]]]:
+    """Questions and what a right answer has in it: twenty of all documents, of each as many; or one for each code."""
+    if kind == "needle":
+        return [doc["code"] for doc in docs]
     asked = []
     for number, doc in enumerate(docs):
         count = QUESTIONS // len(docs) + (number < QUESTIONS % len(docs))
-        asked += [("question", *doc["asked"][i * len(doc["asked"]) // count]) for i in range(count)]
-    return asked + [("needle", *doc["needle"]) for doc in docs]
+        asked += [doc["asked"][i * len(doc["asked"]) // count] for i in range(count)]
+    return asked
 
 
-def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str) -> CompressedContext:
+def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str, repair: int = 0) -> CompressedContext:
     """Documents as they are joined, one of the ways."""
     contexts = []
     for number, text in enumerate(texts):
         joinable = way == "joinable" or (way == "first plain" and number > 0)
         contexts.append(engine.load(text if joinable else f"{text}\n\n", ratio=ratio, joinable=joinable))  # others begin with a blank line
-    return engine.join(contexts)
+    return engine.join(contexts, repair=repair)
 
 
-def right(engine: KVzipEngine, context: CompressedContext, asked: list[tuple[str, str, list[str]]]) -> list[bool]:
-    """Which answers have a right one in them."""
+def right(engine: KVzipEngine, context: CompressedContext, asked: list[tuple[str, list[str]]]) -> int:
+    """How many answers have a right one in them."""
     with ThreadPoolExecutor(len(asked)) as pool:  # decoded together
-        texts = [*pool.map(lambda question: engine.generate(context, question, max_new_tokens=24).text, [q for _, q, _ in asked])]
-    return [any(answer.lower() in text.lower() for answer in answers) for text, (_, _, answers) in zip(texts, asked, strict=True)]
+        texts = [*pool.map(lambda question: engine.generate(context, question, max_new_tokens=24).text, [q for q, _ in asked])]
+    return sum(any(answer.lower() in text.lower() for answer in answers) for text, (_, answers) in zip(texts, asked, strict=True))
 
 
-def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], counts: list[int], ratios: list[float]) -> dict[tuple[Any, ...], list[float]]:
-    """Sums over one set, by articles, ratio, kind and way: KL, tokens, right answers, answers."""
-    sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for count in counts:
-        some = docs[:count]
-        texts, asked = [doc["text"] for doc in some], questions(some)
-        full = whole(engine, joined(engine, texts, 1.0, "plain"), 1.0)
-        prompts = [engine.prompt_ids(full, question) for _, question, _ in asked]
-        answers = [greedy(engine, full, ids) for ids in prompts]
-        expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for ids, answer in zip(prompts, answers, strict=True)]
-        for ratio in ratios:
-            contexts = {way: joined(engine, texts, ratio, way) for way in WAYS}
-            contexts["one build"] = full if ratio == 1.0 else whole(engine, contexts["plain"], ratio)
-            for way, context in contexts.items():
-                found = right(engine, context, asked)
-                for (kind, _, _), ids, answer, wanted, good in zip(asked, prompts, answers, expected, found, strict=True):
-                    logits = engine.logits(context, ids + answer[:-1])[-len(answer) :]
-                    entry, apart = sums[count, ratio, kind, way], divergence(wanted, logits)
-                    for i, value in enumerate((apart["kl"], apart["tokens"], good, 1)):
-                        entry[i] += value
-                for kind in ("question", "needle"):
-                    kl, tokens, good, of = sums[count, ratio, kind, way]
-                    print(count, ratio, way, kind, round(kl / tokens, 4), f"{good:.0f} of {of:.0f}", flush=True)
-    return sums
+def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], kind: str, count: int, ratios: list[float]) -> list[dict[str, Any]]:
+    """The first documents of one set: a row for each ratio and way."""
+    texts, asked, rows = [doc[kind] for doc in docs[:count]], asked_of(docs[:count], kind), []
+    full = whole(engine, joined(engine, texts, 1.0, "plain"), 1.0)
+    prompts = [engine.prompt_ids(full, question) for question, _ in asked]
+    answers = [greedy(engine, full, ids) for ids in prompts]
+    expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for ids, answer in zip(prompts, answers, strict=True)]
+    for ratio in ratios:
+        ways = [(*way, join) for way in WAYS for join in [joined(engine, texts, ratio, *way)]]
+        ways.append(("one build", 0, full if ratio == 1.0 else whole(engine, ways[0][2], ratio)))
+        for way, repair, context in ways:
+            kl = tokens = 0.0
+            for ids, answer, wanted in zip(prompts, answers, expected, strict=True):
+                apart = divergence(wanted, engine.logits(context, ids + answer[:-1])[-len(answer) :])
+                kl, tokens = kl + apart["kl"], tokens + apart["tokens"]
+            row = {"articles": count, "kind": kind, "ratio": ratio, "way": way, "repair": repair, "kl": round(kl / tokens, 4)}
+            rows.append({**row, "right": right(engine, context, asked), "of": len(asked)})
+            print(rows[-1], flush=True)
+    return rows
 
 
-def table(sets: list[dict[tuple[Any, ...], list[float]]]) -> list[dict[str, Any]]:
-    """A row for each cell: the mean over all sets, the first set alone, and right answers."""
+def mean(sets: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several sets as one: the mean, each set's, and all right answers."""
     rows = []
-    for cell in sets[0]:
-        count, ratio, kind, way = cell
-        of_sets = [found[cell] for found in sets]
-        kl = [round(entry[0] / entry[1], 4) for entry in of_sets]
-        good, of = (int(sum(entry[i] for entry in of_sets)) for i in (2, 3))
-        mean = round(sum(kl) / len(kl), 4)
-        rows.append({"articles": count, "ratio": ratio, "kind": kind, "way": way, "kl": mean, "kl_of_sets": kl, "right": good, "of": of})
+    for same in zip(*sets, strict=True):
+        kl = [row["kl"] for row in same]
+        right, of = (sum(row[name] for row in same) for name in ("right", "of"))
+        rows.append({**same[0], "kl": round(sum(kl) / len(kl), 4), "kl_of_sets": kl, "right": right, "of": of})
     return rows
 
 
@@ -145,7 +141,7 @@ def room(engine: KVzipEngine, docs: list[dict[str, Any]]) -> list[dict[str, Any]
     """What joins take, and the steps behind them."""
     rows = []
     for count in PARTS:
-        contexts = [engine.load(doc["text"], ratio=0.3, joinable=True) for doc in docs[:count]]
+        contexts = [engine.load(doc["question"], ratio=0.3, joinable=True) for doc in docs[:count]]
         ways, took, nbytes = {"single": contexts[0]}, {}, {}
         for repair in (0, 16, 64) if count > 1 else ():
             engine.join(contexts, repair=repair, store=False)  # warm
@@ -175,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
+    parser.add_argument("--kinds", nargs="*", default=["question", "needle"])
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--sets", type=int, nargs="*", default=SETS)
@@ -185,10 +182,11 @@ def main() -> None:
     if args.only == "room":
         save("joining_seconds", {"model": args.model, "room": room(engine, docs)})
         return
-    sets = [fidelity(engine, docs[number * most : (number + 1) * most], args.counts, args.ratios) for number in args.sets]
-    if args.counts == COUNTS and args.ratios == RATIOS and args.sets == SETS:
-        name = "joining" if args.model == "smollm2" else f"joining_{args.model}"
-        save(name, {"model": args.model, "table": table(sets)})
+    rows = []
+    for kind in args.kinds:
+        for count in args.counts:
+            rows += mean([fidelity(engine, docs[n * most : (n + 1) * most], kind, count, args.ratios) for n in args.sets])
+            save("joining" if args.model == "smollm2" else f"joining_{args.model}", {"model": args.model, "sets": args.sets, "table": rows})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from kvzip_memory.context import RaggedLayer, Window
 BLOCK_ELEMENTS = 8 << 20
 #: Pairs of a head that are worth a thread of their own.
 PIECE_PAIRS = 256
+#: So few queries of a head over so few pairs take plain products, if there are several parts: a call each costs more than threads gain.
+SMALL_ROWS, SMALL_PAIRS = 16, 1024
 
 
 def _has_fused(query: Tensor, values: Tensor, softmax: Softmax) -> bool:
@@ -70,8 +72,13 @@ def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]
     ]
     if len(groups) == 1:
         row, first_seen = groups[0][0], _first_of(groups[0], queries[0], window)
-        for part, asked in zip(row.parts, turned_for(together[0], row.turns or [None] * len(row.parts)), strict=True):
-            pieces[0].append(_attend_part(asked, part, softmax, first_seen))
+        turns = row.turns or [None] * len(row.parts)
+        asked = [(q, part) for q, part in zip(turned_for(together[0], turns), row.parts, strict=True) if any(part.lengths)]
+        small = [(q, part) for q, part in asked if _is_small(q, part, softmax)] if window is None else []
+        if len(small) > 1:
+            pieces[0].append(_attend_small(small, softmax))
+            asked = [(q, part) for q, part in asked if not _is_small(q, part, softmax)]
+        pieces[0] += [_attend_part(q, part, softmax, first_seen) for q, part in asked]
     else:
         seen = [_first_of(rows, own, window) for rows, own in zip(groups, queries, strict=True)]
         for part, users in users_of_parts([rows[0] for rows in groups]):
@@ -201,6 +208,43 @@ def _attend_part(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen:
     queries = query.expand(views[0].pieces, -1, -1, -1).split(len(query) // len(views), 1)
     found = [_attend_view(q, view, softmax) for q, view in zip(queries, views, strict=True)]
     return _cat([out for out, _ in found]).transpose(0, 1).float(), _cat([lse for _, lse in found]).transpose(0, 1)
+
+
+def _is_small(query: Tensor, part: RaggedLayer, softmax: Softmax) -> bool:
+    """Whether a part is one of those that are not worth a call of the fused kernel each."""
+    few = query.shape[1] <= SMALL_ROWS and query.dtype == torch.float32
+    return few and max(part.lengths) < SMALL_PAIRS and _has_fused(query, part.values, softmax)
+
+
+def _attend_small(asked: Sequence[tuple[Tensor, RaggedLayer]], softmax: Softmax) -> tuple[Tensor, Tensor]:
+    """:func:`_attend_part` of several parts, each with its queries, in one piece: plain products, and a softmax a head."""
+    n_heads, n_queries, _ = asked[0][0].shape
+    scaled = torch.stack([query for query, _ in asked]).mul_(softmax.scaling).unbind(1)
+    heads = [_pairs(part) for _, part in asked]
+    outs, lses = [], []
+    for head in range(n_heads):
+        pairs, lengths = [of_part[head] for of_part in heads], [part.lengths[head] for _, part in asked]
+        logits = scaled[head].new_empty(n_queries, sum(lengths))
+        for query, (keys, _), found in zip(scaled[head].unbind(), pairs, logits.split(lengths, 1), strict=True):
+            torch.mm(query, keys, out=found)
+        lse = logits.logsumexp(-1)
+        out = logits.new_zeros(n_queries, pairs[0][1].shape[1])
+        for (_, values), weights in zip(pairs, logits.softmax(-1).split(lengths, 1), strict=True):
+            out.addmm_(weights, values)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs).unsqueeze(1), torch.stack(lses).unsqueeze(1)
+
+
+#: As of ``_VIEWS``: each head's keys ``[D, n]`` and values ``[n, D]``.
+_PAIRS: WeakKeyDictionary[RaggedLayer, list[tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+
+def _pairs(part: RaggedLayer) -> list[tuple[Tensor, Tensor]]:
+    known = _PAIRS.get(part)
+    if known is None:
+        known = _PAIRS[part] = [(keys.T, values) for keys, values in map(part.head, range(part.n_heads))]
+    return known
 
 
 class _View(NamedTuple):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvzip_memory.attention import AttentionBackend, RowKV, Softmax, flash, reference
 from kvzip_memory.attention import cpu as cpu_backend
+from kvzip_memory.attention.base import Turn
 from kvzip_memory.context import RaggedLayer, Window
 
 HEADS, GROUP, DIM = 3, 2, 8
@@ -85,6 +86,19 @@ def test_a_backend_equals_the_reference(backend: str, block: int, window: Window
     query = torch.randn(len(rows), HEADS * GROUP, 4, DIM)
     expected = reference.attention(query, rows, Softmax(0.3), window)
     torch.testing.assert_close(backend_named(backend)(query, rows, Softmax(0.3), window), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softmax", [Softmax(0.3), Softmax(0.3, sinks=torch.randn(HEADS * GROUP))], ids=["plain", "sinks"])
+@pytest.mark.parametrize("n_new", [1, 3, 9])
+@pytest.mark.parametrize("small", [0, 6, 1024])
+def test_a_row_on_several_parts_equals_the_reference(small: int, n_new: int, softmax: Softmax, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that take plain products together, those that take a call each, and both beside each other."""
+    monkeypatch.setattr(cpu_backend, "SMALL_PAIRS", small)
+    parts = [ragged(lengths, 12, seed) for seed, lengths in enumerate([(5, 0, 9), (3, 3, 3), (0, 0, 0), (0, 2, 1), (7, 7, 7), (12, 0, 1)])]
+    parts.append(parts[4].seen_from(6))
+    turns = [None if by == 0 else Turn(by, torch.rand(4), torch.rand(4), 2, torch.tensor([1, 0, 3, 2])) for by in (0, 3, 0, 5, 9, 1, 2)]
+    rows = [RowKV(tuple(parts), *tail(4 + n_new), n_new=n_new, context_tokens=60, turns=tuple(turns))]
+    check("cpu", (torch.randn(1, HEADS * GROUP, n_new, DIM), rows, softmax, None))
 
 
 @st.composite
