@@ -22,6 +22,7 @@ from kvzip_memory import CompressedContext, CorruptFileError, IdentityMismatchEr
 from kvzip_memory.cli.contexts import facts_of
 from kvzip_memory.cli.sessions import session_facts
 from kvzip_memory.cli.terminal import ago
+from kvzip_memory.context import Resident
 from kvzip_memory.errors import BudgetError, InputError
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.disk.facts import ALIGNMENT
@@ -60,31 +61,42 @@ def genuine() -> CompressedContext:
 
 
 @cache
-def genuine_file(folder: Path) -> tuple[dict[str, Any], bytes]:
+def genuine_join() -> CompressedContext:
+    """With parts, of which one has moved and one is read again in part."""
+    texts = [engine().load("The fog horn sounds. " * 3, ratio=0.4, joinable=how, system="Be brief.") for how in (True, False)]
+    return engine().join([genuine(), *texts], name="lamp", repair=6)
+
+
+@cache
+def genuine_file(folder: Path, genuine: CompressedContext) -> tuple[dict[str, Any], bytes]:
     """The table of a header and the data behind it."""
     catalog = {"group": wanted(1).group, "names": {"lamp": 1.0}, "tags": ["thread: ana"]}
-    with genuine().lease() as lease:
+    with genuine.lease() as lease:
         whole = CompressedContext.__new__(CompressedContext)
-        whole.__dict__.update({**genuine().__dict__, "storage": tier_storage(lease.layers)})
+        storage = Resident(lease.layers, before=lease.before, shifts=lease.shifts)
+        whole.__dict__.update({**genuine.__dict__, "storage": storage})
         PreparedFile(whole, catalog).write(folder / "genuine")
     data = (folder / "genuine").read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + length]), data[8 + length : -8]
 
 
-def tier_storage(layers: Any) -> Any:
-    from kvzip_memory.context import Resident
-
-    return Resident(layers)
-
-
 def a_context_file(folder: Path) -> Target:
     """A header with any facts over the genuine pairs. What is served under the key that was asked for answers as the genuine one."""
+    return _a_file(folder, genuine(), "context file")
+
+
+def a_joins_file(folder: Path) -> Target:
+    """The same of a join, whose file has its parts, too."""
+    return _a_file(folder, genuine_join(), "file of a join")
+
+
+def _a_file(folder: Path, genuine: CompressedContext, name: str) -> Target:
     folder.mkdir()
-    table, body = genuine_file(folder)
-    path, looked_at, again = folder / f"{genuine().key}.safetensors", set[bytes](), DiskTier(folder / "contexts")
-    ids = engine().prompt_ids(genuine(), "Who?")
-    logits = engine().logits(genuine(), ids)
+    table, body = genuine_file(folder, genuine)
+    path, looked_at, again = folder / f"{genuine.key}.safetensors", set[bytes](), DiskTier(folder / "contexts")
+    ids = engine().prompt_ids(genuine, "Who?")
+    logits = engine().logits(genuine, ids)
 
     def signed(text: bytes) -> bytes:
         whole = {**table, "__metadata__": {"kvzip_memory": text.decode("latin-1")}}
@@ -100,15 +112,15 @@ def a_context_file(folder: Path) -> Target:
         except (CorruptFileError, IdentityMismatchError) as error:
             _look_as_an_index(again, path)
             return "newer" if "newer than" in str(error) else f"refused: {type(error).__name__}"
-        if found.key == genuine().key:
-            assert torch.equal(found.token_ids, genuine().token_ids)
+        if found.key == genuine.key:
+            assert torch.equal(found.token_ids, genuine.token_ids)
         header = data[8 : 8 + struct.unpack("<Q", data[:8])[0]]
         if header in looked_at:
             return "served"
         looked_at.add(header)
         repr(found)
         _look_as_an_index(again, path)
-        if found.key == genuine().key:
+        if found.key == genuine.key:
             assert torch.equal(engine().logits(found, engine().prompt_ids(found, "Who?")), logits), "another answer under the same key"
         else:
             with suppress(KVzipError):
@@ -117,7 +129,7 @@ def a_context_file(folder: Path) -> Target:
             engine().extend(found, [{"role": "assistant", "content": "I."}])
         return "served"
 
-    return Target("context file", [of_json(json.loads(table["__metadata__"]["kvzip_memory"]))], signed, read)
+    return Target(name, [of_json(json.loads(table["__metadata__"]["kvzip_memory"]))], signed, read)
 
 
 def _look_as_an_index(disk: DiskTier, path: Path) -> None:
@@ -388,7 +400,8 @@ def whole_folder(folder: Path) -> Target:
 
 #: Each kind of file, and its part of all inputs.
 TARGETS: dict[Callable[[Path], Target], float] = {
-    a_context_file: 0.3,
+    a_context_file: 0.2,
+    a_joins_file: 0.1,
     rows: 0.05,
     names: 0.2,
     progress: 0.25,
