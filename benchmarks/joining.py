@@ -75,8 +75,17 @@ def told(data: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
             needle = (f"What is the access code of the archive in {town}?", [str(code)])
             text = "\n\n".join(paragraphs)
             paragraphs[len(paragraphs) // 2] += f" The access code of the archive in {town} is {code}."
-            found.append({"question": text, "needle": "\n\n".join(paragraphs), "asked": asked, "code": needle})
+            found.append({"question": text, "needle": "\n\n".join(paragraphs), "asked": asked, "code": needle, **place})
     return found
+
+
+def beginning(doc: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first paragraphs of a slice, and the questions about them."""
+    some = doc["paragraphs"][:count]
+    return {
+        "question": "\n\n".join(p["context"] for p in some),
+        "asked": [(qa["question"], qa["answers"]) for p in some for qa in p["qas"]],
+    }
 
 
 def asked_of(docs: list[dict[str, Any]], kind: str) -> list[tuple[str, list[str]]]:
@@ -127,6 +136,15 @@ def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], kind: str, count: 
     return rows
 
 
+def shapes(engine: KVzipEngine, docs: list[dict[str, Any]], ratios: list[float]) -> list[dict[str, Any]]:
+    """Five documents in five orders, their first paragraphs alone, and documents of one, all, two, all and one of their paragraphs."""
+    five = docs[:5]
+    kinds = {f"order {i + 1}": [*five[i:], *five[:i]] for i in range(5)}
+    kinds["one paragraph each"] = [beginning(doc, 1) for doc in five]
+    kinds["unequal"] = [beginning(doc, count) for doc, count in zip(five, (1, 99, 2, 99, 1), strict=True)]
+    return [{"shape": name, **row} for name, some in kinds.items() for row in fidelity(engine, some, "question", 5, ratios)]
+
+
 def mean(sets: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Rows of several sets as one: the mean, each set's, and all right answers."""
     rows = []
@@ -175,12 +193,15 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--sets", type=int, nargs="*", default=SETS)
-    parser.add_argument("--only", choices=["fidelity", "room"], default="fidelity")
+    parser.add_argument("--only", choices=["fidelity", "room", "shapes"], default="fidelity")
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), device_bytes="8GiB", progress=False)
     docs, most = told(articles(args.squad), engine.tokenizer), max(COUNTS)
     if args.only == "room":
         save("joining_seconds", {"model": args.model, "room": room(engine, docs)})
+        return
+    if args.only == "shapes":
+        save("joining_shapes", {"model": args.model, "table": shapes(engine, docs, args.ratios)})
         return
     rows = []
     for kind in args.kinds:

@@ -143,7 +143,7 @@ class Contexts:
     def leave_behind(self, key: str | None, tags: Sequence[str]) -> None:
         """See :meth:`KVzipEngine.leave_behind`."""
         for entry in self._registry.find(key) if key and tags else []:
-            if set(tags) <= set(entry.tags) and entry.identity.get("parent"):
+            if set(tags) <= set(entry.tags) and entry.identity.get("parent") and "shift" not in entry.identity:
                 try:
                     self._registry.leave(entry.key, tags)
                 except (InputError, OSError) as error:
@@ -360,7 +360,10 @@ class Contexts:
         step = self._step(identity, prompt, name, labels, partial(self._builder.join, language))
         step = replace(step, before=above, sources=join.told, stored=store and all(map(self._is_here, contexts)))
         ms = {"identify": 1e3 * (time.perf_counter() - began)}
-        nbytes = sum({context.key: context.nbytes for context in contexts}.values()) + max(context.shared_nbytes for context in contexts)
+        sizes = {context.key: context.nbytes for context in contexts}
+        for part in (part for context in contexts for part in context.parts if part.key not in sizes):
+            sizes[part.key] = max((entry.nbytes for entry in self._registry.find(part.key)), default=0)
+        nbytes = max(sum(sizes.values()), *(context.nbytes + context.shared_nbytes for context in contexts))
         nbytes += self._builder.estimated_nbytes(prompt, 1.0, len(prompt.token_ids) - join.read) if join.read else 0
         return self._leased(step, step, name, prompt.sources, nbytes, ms, join.read)
 

@@ -170,8 +170,9 @@ class _Joining:
         if start in again:
             self._repair(ids[start : again[start]], progress)
             first += again[start] - start
-        for layers, moved in zip(lease.parts, lease.shifts or (0,) * len(lease.parts), strict=True):
-            self._parts.append(seen_from(layers, first - moved))
+        hidden = [*(part.first for part in context.parts), 0]  # already
+        for layers, moved, seen in zip(lease.parts, lease.shifts or (0,) * len(lease.parts), hidden, strict=True):
+            self._parts.append(seen_from(layers, max(seen, first - moved)))
             self._shifts.append(moved + shift)
         for pieces, layer, owner in zip(self._windows, lease.layers, self._model.layout.owners, strict=True):
             if layer.window is not None:

@@ -208,7 +208,8 @@ class Library(Shared):
             store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored
                 either: for what a single question is about, say.
             repair: so many tokens of each later context are read again where they stand, behind all that is before them. Their pairs, all
-                of them, are the join's own. 64 take off a fifth to a quarter of what a join of ``joinable`` contexts still lacks.
+                of them, are the join's own. 64 take off a fifth to a quarter of what a join of ``joinable`` contexts still lacks. Of a
+                context that shares pairs, such as a join, those that its first part has at most.
 
         Raises:
             InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored; or a ``repair``

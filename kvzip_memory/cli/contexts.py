@@ -70,7 +70,7 @@ def list_(
     said = turns.usage(cache_dir.expanduser())
 
     def render() -> Table | Group:
-        fronts = {e.identity["parent"] for e in entries if e.identity.get("shift")}  # what joinable contexts were read behind
+        fronts = {e.identity["parent"] for e in entries if "shift" in e.identity}  # what joinable contexts were read behind
         table = Table("name", "key", "tokens", "ratio", "bytes", "used", "")
         for depth, e in _tree(entries) if tree else [(0, e) for e in entries]:
             older = [f"(was {name})" for name in e.former]

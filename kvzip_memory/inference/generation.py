@@ -18,6 +18,7 @@ from kvzip_memory.errors import InputError, ModelError, UnfinishedError
 from kvzip_memory.inference.processors import Processors
 from kvzip_memory.prompting.encoding import added_tokens
 from kvzip_memory.prompting.guidance import Grammar, Guide
+from kvzip_memory.system.flags import checked_flag
 from kvzip_memory.system.printable import brief
 
 #: So many stop strings an answer may have, of so many characters.
@@ -73,6 +74,7 @@ class GenerationParams:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, _number(name, value, whole, holds, wanted))
+        checked_flag("speculate", self.speculate)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
             raise InputError(f"grammar is {brief(self.grammar)}; give what engine.guidance makes of a schema")
         texts = [self.stop] if isinstance(self.stop, str) else self.stop or ()

@@ -270,7 +270,7 @@ class Forgetting:
 
     def _remove_fronts(self, deleted: Iterable[Entry]) -> list[Entry]:
         """Delete what deleted contexts were read behind and no others: the template's head, with its system prompt, and a preamble."""
-        fronts = [key for entry in deleted if entry.identity.get("shift") for key in (entry.identity["parent"], *entry.parts)]
+        fronts = [key for entry in deleted if "shift" in entry.identity for key in (entry.identity["parent"], *entry.parts)]
         if not fronts:
             return []
         there = {entry.key: entry for entry in self._catalogue.contexts()}

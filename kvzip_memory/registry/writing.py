@@ -110,7 +110,9 @@ class Writing:
         """Whether all that a context shares is on disk, or was stored now: without it nobody could use its file."""
         for key in held.parts:
             there = [] if self._backing.has(key) else self._memory.in_memory([key])
-            for part in there if held.context.shift else ():  # the head of the same text: who has loaded this has loaded it, too
+            for part in (
+                there if "shift" in held.context.identity else ()
+            ):  # the head of the same text: who has loaded this has loaded it, too
                 part.loaded = max(part.loaded, held.loaded)
             if not self._backing.has(key) and not any(map(self.stored_unless_there, there)):
                 logger.debug("context %s is not stored: it shares the pairs of %s, which is not", held.key[:12], key[:12])

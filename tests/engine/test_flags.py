@@ -11,6 +11,7 @@ import pytest
 
 from conftest import TEXT, tiny_engine
 from kvzip_memory import InputError, KVzipEngine, Session
+from kvzip_memory.inference.generation import GenerationParams
 from kvzip_memory.registry import ContextRegistry
 
 #: Arguments of the ways in.
@@ -27,18 +28,20 @@ GIVEN: dict[str, Callable[[KVzipEngine], tuple[Any, ...]]] = {
     "Session.stream": lambda e: ("Who?",),
     "ContextRegistry.pin": lambda e: (e.load(TEXT).key,),
     "ContextRegistry.gc": lambda e: (),
+    "GenerationParams.__init__": lambda e: (),
 }
 
 
 def flags() -> Iterator[tuple[str, str, bool]]:
     """Each way in with one of its flags, and whether that may be left open."""
-    for of in (KVzipEngine, Session, ContextRegistry):
+    for of in (KVzipEngine, Session, ContextRegistry, GenerationParams):
         for name, function in inspect.getmembers(of, callable):
             if (name.startswith("_") and name != "__init__") or name == "at_once":  # that is for chains of contexts
                 continue
             for parameter in inspect.signature(function).parameters.values():
                 if "bool" in (kinds := str(parameter.annotation).split(" | ")):
-                    yield f"{of.__name__}.{name}", parameter.name, "None" in kinds
+                    # None is the default of a call's parameters
+                    yield f"{of.__name__}.{name}", parameter.name, "None" in kinds or of is GenerationParams
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,8 @@ def test_a_flag_is_true_or_false(engine: KVzipEngine, way: str, flag: str, may_b
     of, name = way.split(".")
     given = GIVEN[way](engine)
     ways_in = {"KVzipEngine": engine, "Session": engine.session(engine.load(TEXT)), "ContextRegistry": engine.registry}
-    call = KVzipEngine if name == "__init__" else getattr(ways_in[of], name)
+    constructors = {"KVzipEngine": KVzipEngine, "GenerationParams": GenerationParams}
+    call = constructors[of] if name == "__init__" else getattr(ways_in[of], name)
     before = [(entry.key, entry.pinned) for entry in engine.registry.contexts()]
     for odd in ("no", 0, 2, [], *([] if may_be_none else [None])):
         with pytest.raises(InputError, match=flag):

@@ -423,3 +423,56 @@ def test_another_preamble_is_another_context() -> None:
     for odd in ({"preamble": text}, {"joinable": True, "preamble": " \n"}, {"joinable": True, "preamble": ""}):
         with pytest.raises(InputError, match="preamble"):
             engine.load(A, **odd)
+
+
+INNER = {
+    "joined": lambda e, a, b, c: e.join([a, b]),
+    "joined, joinable first": lambda e, a, b, c: e.join([b, a]),
+    "read again": lambda e, a, b, c: e.join([a, b, c], repair=11),
+    "shared": lambda e, a, b, c: e.extend(e.join([b, c]), Document("The fog horn sounds at four."), share=True),
+    "opened": None,
+}
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tokens_are_read_again_behind_what_is_seen_and_nothing_else(architecture: str, inner: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, ratio=0.5)
+    a, b, c = loaded(engine, (False, True, False))
+    if inner == "opened":
+        first = engine.open(engine.join([b, a, c], repair=3).save(tmp_path / "join.safetensors"))
+    else:
+        first = INNER[inner](engine, a, b, c)  # type: ignore[misc]
+    join = engine.join([first, c], repair=9)
+    row = copied(engine, first)
+    engine._model.forward([row], [join.token_ids[first.n_tokens : first.n_tokens + 9].tolist()])
+    for layer, (keys, values) in zip(join.layers, row.tail.pairs(9), strict=True):
+        if layer.window is None:
+            torch.testing.assert_close(layer.keys, keys.flatten(0, 1), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(layer.values, values.flatten(0, 1), atol=1e-4, rtol=1e-4)
+
+
+def test_joins_of_joins_that_a_device_has_no_room_for_are_refused_at_once() -> None:
+    def joins(engine: KVzipEngine) -> list[CompressedContext]:
+        a, b, c = loaded(engine)
+        return [engine.join([a, b]), engine.join([b, c])]
+
+    roomy = tiny_engine(ratio=0.5)
+    nbytes = sum(context.nbytes for context in (*loaded(roomy), *joins(roomy)))
+    engine = tiny_engine(ratio=0.5, device_bytes=nbytes + 2000)
+    began = time.monotonic()
+    with pytest.raises(BudgetError, match="larger than|takes"):
+        engine.join(joins(engine), repair=20)
+    assert time.monotonic() - began < 20  # nothing is waited for that nobody else has
+
+
+def test_in_a_window_without_room_for_a_preamble_the_head_goes_with_the_last_text(tmp_path: Path) -> None:
+    for folder in (None, tmp_path):
+        engine = KVzipEngine(tiny_model(max_position_embeddings=420), tiny_tokenizer(), ratio=0.5, cache_dir=folder)
+        document = engine.load("The lamp is wound at dusk.", joinable=True, tags="a", system="Be brief.")
+        assert document.shift == 0
+        engine.leave_behind(document.key, ["a"])  # no conversation has grown through it
+        assert engine.get(document.key)
+        engine.forget("a")
+        assert not engine.registry.contexts()
+        engine.close()
