@@ -66,7 +66,7 @@ def told(data: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
             if not rounds[number] or rounds[number][-1]["title"] != article["title"]:
                 rounds[number].append({"title": article["title"], "paragraphs": []})
             rounds[number][-1]["paragraphs"].append(paragraph)
-    found = []
+    found: list[dict[str, Any]] = []
     for some in rounds:
         for place in some:
             paragraphs = [p["context"] for p in place["paragraphs"]]
@@ -157,7 +157,7 @@ def mean(sets: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def room(engine: KVzipEngine, docs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What joins take, and the steps behind them."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for count in PARTS:
         contexts = [engine.load(doc["question"], ratio=0.3, joinable=True) for doc in docs[:count]]
         ways, took, nbytes = {"single": contexts[0]}, {}, {}
@@ -179,8 +179,8 @@ def room(engine: KVzipEngine, docs: list[dict[str, Any]]) -> list[dict[str, Any]
                     engine._model.forward([row], [[5]])
                     steps[way].append(time.perf_counter() - began)
         ms = {way: round(1e3 * sorted(times)[len(times) // 2], 2) for way, times in steps.items()}
-        row = {"contexts": count, "join_ms": took, "join_bytes": nbytes, "one_build_s": round(built, 1), "step_ms": ms}
-        rows.append({**row, "step": round(ms["join"] / ms["single"], 3)} if count > 1 else row)
+        found = {"contexts": count, "join_ms": took, "join_bytes": nbytes, "one_build_s": round(built, 1), "step_ms": ms}
+        rows.append({**found, "step": round(ms["join"] / ms["single"], 3)} if count > 1 else found)
         print(rows[-1], flush=True)
     return rows
 
