@@ -211,7 +211,7 @@ class LLMContract:
         await patient.achat([ChatMessage("Tell me a long story about a lighthouse.")])
         task.cancel()
         assert len(forwards) > 50
-        assert len(seen) > 0.625 * len(forwards)  # it came round between most of them
+        assert len(seen) > 10  # it came round meanwhile; were it held up, twice: before and behind
 
     async def test_four_answers_share_forwards_and_are_as_alone(self, llm: LLM, forwards: list[int]) -> None:
         questions = [[ChatMessage(f"Question {i}?")] for i in range(4)]

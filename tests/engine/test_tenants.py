@@ -384,6 +384,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "fitted": NOTHING,
         "states": NOTHING,
         "identity": lambda b, x: b.registry.longest_prefix(x.handle.identity, [*x.handle.token_ids.tolist(), 5]),
+        "is_one": NOTHING,
         "is_shareable": NOTHING,
         "kept_pairs": NOTHING,
         "key": lambda b, x: b.engine.get(x.handle.key),
