@@ -116,7 +116,8 @@ class Trees(RuleBasedStateMachine):
         try:
             context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags), repair=repair)
         except InputError as error:
-            self.must_be_lost(second if first.has_text else first, error)
+            without = [hand for hand in (first, second) if not hand.has_text and self.lost_of(hand)]
+            self.must_be_lost(without[0] if without else first, error)
             return
         self.take(first.who, context, original, tags, first.has_text and second.has_text)
 
@@ -168,11 +169,14 @@ class Trees(RuleBasedStateMachine):
         torch.testing.assert_close(got, hand.wanted, atol=1e-4, rtol=1e-4)
         self.find_again()
 
+    def lost_of(self, hand: Hand) -> list[str]:
+        """What is not stored of a context and of what it shares."""
+        return [key for key in (hand.context.key, *(part.key for part in hand.context.parts)) if key not in self.known]
+
     def must_be_lost(self, hand: Hand, error: InputError) -> None:
         """Only what nobody has the text of, and is not stored, may be refused."""
-        lost = [key for key in (hand.context.key, *(part.key for part in hand.context.parts)) if key not in self.known]
         assert not hand.has_text, error
-        assert lost, error
+        assert self.lost_of(hand), error
 
     @precondition(lambda self: {*self.known} & {*self.originals})
     @rule(who=WHO, data=st.data())
