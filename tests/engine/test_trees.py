@@ -74,6 +74,7 @@ class Trees(RuleBasedStateMachine):
         self.hands.append(Hand(who, context, has_text, self.alone.logits(original, IDS)))
         self.find_again()
         if context.receipt is not None and context.receipt.reason == "removed":  # nor is what it shares stored again
+            self.lost.add(context.key)  # until that is loaded again
             return
         if context.shift:
             self.fronts[context.key] = {context.identity["parent"], context.parts[0].key}
