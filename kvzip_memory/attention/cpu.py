@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import compress
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -74,10 +75,10 @@ def _attend_groups(queries: list[list[Tensor]], groups: Sequence[Sequence[RowKV]
         row, first_seen = groups[0][0], _first_of(groups[0], queries[0], window)
         turns = row.turns or [None] * len(row.parts)
         asked = [(q, part) for q, part in zip(turned_for(together[0], turns), row.parts, strict=True) if any(part.lengths)]
-        small = [(q, part) for q, part in asked if _is_small(q, part, softmax)] if window is None else []
-        if len(small) > 1:
-            pieces[0].append(_attend_small(small, softmax))
-            asked = [(q, part) for q, part in asked if not _is_small(q, part, softmax)]
+        are_small = [window is None and _is_small(q, part, softmax) for q, part in asked]
+        if sum(are_small) > 1:
+            pieces[0].append(_attend_small([*compress(asked, are_small)], softmax))
+            asked = [one for one, is_small in zip(asked, are_small, strict=True) if not is_small]
         pieces[0] += [_attend_part(q, part, softmax, first_seen) for q, part in asked]
     else:
         seen = [_first_of(rows, own, window) for rows, own in zip(groups, queries, strict=True)]
