@@ -442,8 +442,8 @@ def test_a_model_that_writes_to_its_own_buffers_is_always_the_same() -> None:
 def test_what_others_write_to_beside_it_is_noticed(where: str, name: str) -> None:
     engine, model = counting()
     session = engine.session(engine.load(TEXT))
-    stream = session.stream("Who?", max_new_tokens=3)
-    next(stream)
+    stream = session.stream("Who?", max_new_tokens=3).in_this_thread()
+    next(stream)  # and so its last tokens are computed after what follows
     with torch.no_grad():
         model.get_submodule(where).get_parameter(name).mul_(1) if name == "weight" else model.get_submodule(where).get_buffer(name).mul_(1)
     stream.whole()
