@@ -61,11 +61,11 @@ class Forgetting:
         if loaded is None:
             return key in self._memory.removed
         notes = self._backing.notes()
-        if key in self._memory.removed or any(notes.noted(part) >= loaded for part in parts):
+        if key in self._memory.removed:
             return True
         with self._memory.changed:
             here = self._memory.here(key)
-        gone = notes.noted(key) >= loaded or any(self._writing.is_removed(held, notes) for held in here)  # by another process
+        gone = any(notes.noted(each) >= loaded for each in (key, *parts)) or any(self._writing.is_removed(held, notes) for held in here)
         return gone and not self._backing.has(key)
 
     def remove(self, reference: str) -> Entry:

@@ -385,6 +385,42 @@ def test_what_grows_from_something_deleted_elsewhere_after_it_was_lost_is_not_st
     assert grown.key not in stored
 
 
+@pytest.mark.parametrize("kind", ["text", "joinable", "extended", "joined"])
+@pytest.mark.parametrize("by", ["this process", "another"])
+@pytest.mark.parametrize("how", ["removed", "forgotten"])
+def test_a_handle_of_what_was_deleted_and_loaded_again_is_one_of_that(tmp_path: Path, kind: str, by: str, how: str) -> None:
+    """Whoever found it by its key has no text of it, and needs none once others have loaded that again."""
+    engine, other = (tiny_engine(ratio=0.5, cache_dir=tmp_path) for _ in range(2))
+
+    def load(engine: KVzipEngine) -> CompressedContext:
+        document = engine.load(A, joinable=kind != "text", tags="red")
+        if kind == "extended":
+            return engine.extend(document, HELLO, share=True, tags="red")
+        return engine.join([document, engine.load(B, joinable=True, tags="red")], tags="red") if kind == "joined" else document
+
+    context = load(other)
+    other.registry.flush()
+    handle = engine.get(context.key)
+    expected = asked(engine, handle)
+    deleting = engine if by == "this process" else other
+    if how == "forgotten":
+        deleting.forget("red")
+    else:
+        for entry in sorted(deleting.registry.contexts(), key=lambda entry: -len(entry.parts)):
+            if deleting.registry.find(entry.key):  # what a joinable text was read behind goes with it
+                deleting.registry.remove(entry.key)
+    assert not engine.registry.contexts()
+    again = load(engine)
+    engine.registry.flush()
+    assert again.key == handle.key
+    assert torch.equal(asked(engine, handle), expected)
+    memory = engine.registry._memory
+    with memory.changed:
+        for held in memory.here(handle.key):
+            memory.drop(held)
+    assert torch.equal(asked(engine, handle), expected)
+
+
 def test_joins_of_the_same_parts_in_any_order_and_number_end(tmp_path: Path) -> None:
     """Who holds a part waits for nobody who brings another."""
     nbytes = tiny_engine(ratio=0.5).load(A).nbytes
