@@ -8,7 +8,10 @@ Per token of the full cache's own answers: KL(full || join); and how many of a w
 
     python benchmarks/joining.py --squad squad.json                 deterministic
     python benchmarks/joining.py --squad squad.json --model gemma3
+    python benchmarks/joining.py --squad squad.json --only crowded
     python benchmarks/joining.py --squad squad.json --only room     on a quiet machine
+
+``crowded``: the same five of each set where they share positions, so many tokens one.
 
 ``room``: what a join takes, milliseconds and bytes; and a decode step behind it, over one behind a single context of as many pairs.
 """
@@ -37,7 +40,8 @@ SETS = [0, 1, 2]
 QUESTIONS = 20
 TOKENS = 900  # of a slice
 TOWNS = ["Aldmoor", "Brackwell", "Carrow", "Dunhythe", "Eastry", "Fenwick", "Garth"]
-WAYS = [("plain", 0), ("joinable", 0), ("first plain", 0), ("first plain", 16), ("first plain", 64)]
+WAYS = [("plain", 0, 1.0), ("joinable", 0, 1.0), ("first plain", 0, 1.0), ("first plain", 16, 1.0), ("first plain", 64, 1.0)]
+CROWDED = [(way, 0, crowd) for way in ("plain", "joinable", "first plain") for crowd in (1.0, 1.5, 2.0, 3.0, 9.0)]
 
 
 def whole(engine: KVzipEngine, join: CompressedContext, ratio: float) -> CompressedContext:
@@ -99,13 +103,16 @@ def asked_of(docs: list[dict[str, Any]], kind: str) -> list[tuple[str, list[str]
     return asked
 
 
-def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str, repair: int = 0) -> CompressedContext:
-    """Documents as they are joined, one of the ways."""
+def joined(engine: KVzipEngine, texts: list[str], ratio: float, way: str, repair: int = 0, crowd: float = 1.0) -> CompressedContext:
+    """Documents as they are joined, one of the ways; ``crowd`` tokens a position, or as many as the longest leaves."""
     contexts = []
     for number, text in enumerate(texts):
         joinable = way == "joinable" or (way == "first plain" and number > 0)
         contexts.append(engine.load(text if joinable else f"{text}\n\n", ratio=ratio, joinable=joinable))  # others begin with a blank line
-    return engine.join(contexts, repair=repair)
+    if crowd == 1.0:
+        return engine.join(contexts, repair=repair)
+    tokens = contexts[0].n_tokens + sum(context.n_tokens - context.protected for context in contexts[1:])
+    return engine.join(contexts, positions=max(round(tokens / crowd), *(context.n_tokens for context in contexts)))
 
 
 def right(engine: KVzipEngine, context: CompressedContext, asked: list[tuple[str, list[str]]]) -> int:
@@ -115,7 +122,14 @@ def right(engine: KVzipEngine, context: CompressedContext, asked: list[tuple[str
     return sum(any(answer.lower() in text.lower() for answer in answers) for text, (_, answers) in zip(texts, asked, strict=True))
 
 
-def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], kind: str, count: int, ratios: list[float]) -> list[dict[str, Any]]:
+def fidelity(
+    engine: KVzipEngine,
+    docs: list[dict[str, Any]],
+    kind: str,
+    count: int,
+    ratios: list[float],
+    some: list[tuple[str, int, float]] = WAYS,
+) -> list[dict[str, Any]]:
     """The first documents of one set: a row for each ratio and way."""
     texts, asked, rows = [doc[kind] for doc in docs[:count]], asked_of(docs[:count], kind), []
     full = whole(engine, joined(engine, texts, 1.0, "plain"), 1.0)
@@ -123,14 +137,16 @@ def fidelity(engine: KVzipEngine, docs: list[dict[str, Any]], kind: str, count: 
     answers = [greedy(engine, full, ids) for ids in prompts]
     expected = [engine.logits(full, ids + answer[:-1])[-len(answer) :] for ids, answer in zip(prompts, answers, strict=True)]
     for ratio in ratios:
-        ways = [(*way, join) for way in WAYS for join in [joined(engine, texts, ratio, *way)]]
-        ways.append(("one build", 0, full if ratio == 1.0 else whole(engine, ways[0][2], ratio)))
-        for way, repair, context in ways:
+        ways = [(*way, joined(engine, texts, ratio, *way)) for way in some]
+        ways.append(("one build", 0, 1.0, full if ratio == 1.0 else whole(engine, ways[0][3], ratio)))
+        for way, repair, crowd, context in ways:
             kl = tokens = 0.0
             for ids, answer, wanted in zip(prompts, answers, expected, strict=True):
                 apart = divergence(wanted, engine.logits(context, ids + answer[:-1])[-len(answer) :])
                 kl, tokens = kl + apart["kl"], tokens + apart["tokens"]
             row = {"articles": count, "kind": kind, "ratio": ratio, "way": way, "repair": repair, "kl": round(kl / tokens, 4)}
+            if some is CROWDED:
+                row["tokens_a_position"] = round(context.n_tokens / (context.n_tokens - context.saved), 2) if crowd > 1 else 1.0
             rows.append({**row, "right": right(engine, context, asked), "of": len(asked)})
             print(rows[-1], flush=True)
     return rows
@@ -193,7 +209,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS)
     parser.add_argument("--ratios", type=float, nargs="*", default=RATIOS)
     parser.add_argument("--sets", type=int, nargs="*", default=SETS)
-    parser.add_argument("--only", choices=["fidelity", "room", "shapes"], default="fidelity")
+    parser.add_argument("--only", choices=["fidelity", "crowded", "room", "shapes"], default="fidelity")
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), device_bytes="8GiB", progress=False)
     docs, most = told(articles(args.squad), engine.tokenizer), max(COUNTS)
@@ -202,6 +218,10 @@ def main() -> None:
         return
     if args.only == "shapes":
         save("joining_shapes", {"model": args.model, "table": shapes(engine, docs, args.ratios)})
+        return
+    if args.only == "crowded":
+        sets = [fidelity(engine, docs[n * most : (n + 1) * most], "question", 5, args.ratios, CROWDED) for n in args.sets]
+        save("joining_crowded", {"model": args.model, "sets": args.sets, "table": mean(sets)})
         return
     rows = []
     for kind in args.kinds:

@@ -128,8 +128,8 @@ class Answerer:
         if odd := [i for i in ids if type(i) is not int or not 0 <= i < size]:
             raise InputError(f"{brief(odd[0])} is no id of the model's, which are 0 to {size - 1:,}")
         start = context.n_tokens if context else 0
-        if (tokens := start + len(ids)) > self._model.window:
-            raise self._too_much(tokens, "give fewer ids")
+        if (tokens := start + len(ids)) > (window := self._window(context)):
+            raise self._too_much(tokens, window, "give fewer ids")
         step = self._model.chunk_tokens
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
         with context.lease() if context else nullcontext(None) as lease:
@@ -152,12 +152,12 @@ class Answerer:
         """Attention to spans of a context: of the last message with its answer, and of :data:`NEUTRAL`."""
         language = self._speech.now
         self._access.check(language, context)
-        prompts, recipe, window = language.prompts, context.recipe, self._model.window
+        prompts, recipe, window = language.prompts, context.recipe, self._window(context)
         closing = len(recipe.closing)
 
         def mass(row: Row, ids: list[int], said: str, more: list[int]) -> Tensor:
             if (tokens := row.start + len(ids)) >= window:
-                raise self._too_much(tokens, "ask shorter")
+                raise self._too_much(tokens, window, "ask shorter")
             first = max(0, len(ids) - closing - len(prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: window - row.start], spans, first)
 
@@ -173,8 +173,12 @@ class Answerer:
                 known[of] = neutral
             return asked, neutral
 
-    def _too_much(self, tokens: int, way_out: str) -> WindowError:
-        window = self._model.window
+    def _window(self, context: CompressedContext | None) -> int:
+        """Tokens that fit into the model's window with a context."""
+        return self._model.window + (context.saved if context else 0)
+
+    @staticmethod
+    def _too_much(tokens: int, window: int, way_out: str) -> WindowError:
         return WindowError(
             f"{tokens:,} tokens with the context; the model's window is {window:,}; {way_out}, or load less", tokens=tokens, window=window
         )

@@ -73,7 +73,7 @@ def context_identity(
     above = None if parent is None else parent.key
     return {
         **model,
-        **({"format": with_parts(model["format"]), "parts": [part.told for part in parts]} if parts else {}),
+        **(with_parts(model["format"], parts) if parts else {}),
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
@@ -125,6 +125,7 @@ class _Beginning:
         before: layers of the parts that are shared.
         shared: tokens that these stand for.
         shifts: how far each of these, and the layers, have moved; empty if nothing has.
+        nearer: how much nearer to what follows each is seen than it stands then; empty if none is.
     """
 
     n_tokens: int = 0
@@ -137,14 +138,16 @@ class _Beginning:
     before: tuple[Layers, ...] = ()
     shared: int = 0
     shifts: tuple[int, ...] = ()
+    nearer: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, parent: CompressedContext, lease: Lease, share: bool) -> _Beginning:
         """A whole context, of which nothing is the next one's own if that is to share it, but what a window shows."""
         if share:
             layers = [layer.none() if layer.window is None else layer for layer in lease.layers]
-            shifts = (*lease.shifts, 0) if lease.shifts else ()
-            return cls(parent.n_tokens, layers, states=lease.states, before=lease.parts, shared=parent.n_tokens, shifts=shifts)
+            n, states, before = parent.n_tokens, lease.states, lease.parts
+            shifts, nearer = (*lease.shifts, 0) if lease.shifts else (), lease.nearer + lease.nearer[:1]  # read where that much is saved
+            return cls(n, layers, states=states, before=before, shared=n, shifts=shifts, nearer=nearer)
         return cls(
             parent.n_tokens,
             list(lease.layers),
@@ -154,6 +157,7 @@ class _Beginning:
             before=lease.before,
             shared=parent.shared_tokens,
             shifts=lease.shifts,
+            nearer=lease.nearer,
         )
 
 
@@ -340,10 +344,10 @@ class Builder:
 
     def _read(self, beginning: _Beginning, ids: Sequence[int], progress: Progress) -> tuple[DensePairs, States]:
         """The pairs of ids behind a beginning, and the states behind them."""
-        if beginning.shifts:
+        told = beginning
+        row = Row(tuple(told.layers), told.n_tokens, Tail(len(ids)), told.states, told.before, told.shifts, told.nearer)
+        if row.moved:
             self.check_movable()
-        tail = Tail(len(ids))
-        row = Row(tuple(beginning.layers), beginning.n_tokens, tail, beginning.states, beginning.before, beginning.shifts)
         return read_behind(self._model, row, ids, progress)
 
     def joined_identity(self, language: Language, prompt: Prompt, contexts: Sequence[CompressedContext], join: Join) -> dict[str, Any]:
@@ -352,7 +356,7 @@ class Builder:
         ratio = min(context.ratio for context in contexts)
         whole = context_identity(self._identity.of(language), replace(prompt, text_digest=texts), 1.0, self._stages, self._tenant)
         again = {"again": [[*span] for span in join.again]} if join.again else {}
-        return {**whole, "format": with_parts(whole["format"]), "ratio": ratio, "parts": [part.told for part in join.parts], **again}
+        return {**whole, "ratio": ratio, **with_parts(whole["format"], join.parts), **again}
 
     def join(self, language: Language, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
         """See :func:`~kvzip_memory.joining.joined`; what is read is of the weights that the key names, as in :meth:`build`.
@@ -409,6 +413,7 @@ class Builder:
             before=beginning.before,
             shared=beginning.shared,
             shifts=beginning.shifts,
+            nearer=beginning.nearer,
         )
         fading = beginning.fading or self._fading(piece, step.wanted.identity)
         measured = 1e3 * (time.perf_counter() - read)

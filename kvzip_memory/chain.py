@@ -178,8 +178,9 @@ def _behind(shared: tuple[Layers, ...], context: CompressedContext, lease: Lease
     """A context and its lease with what it shares."""
     if not shared:
         return context, lease
-    storage = Resident(lease.layers, None, lease.states, shared, context.shifts)
-    return replace(context, storage=storage), replace(lease, before=shared, shifts=context.shifts)
+    shifts, nearer = context.shifts, context.nearer
+    storage = Resident(lease.layers, None, lease.states, shared, shifts, nearer)
+    return replace(context, storage=storage), replace(lease, before=shared, shifts=shifts, nearer=nearer)
 
 
 @contextmanager

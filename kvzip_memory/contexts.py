@@ -18,9 +18,9 @@ from kvzip_memory.building import Builder, Computed
 from kvzip_memory.chain import Make, Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.context import CompressedContext, Part, Source, as_told, checked_context, parts_of
-from kvzip_memory.errors import BudgetError, IdentityMismatchError, InputError, WindowError
+from kvzip_memory.errors import BudgetError, IdentityMismatchError, InputError
 from kvzip_memory.finding import Finder
-from kvzip_memory.joining import Front, Join, Joinable
+from kvzip_memory.joining import Front, Join, Joinable, Positions
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.cleaning import MOST_KEPT, as_texts, clean
 from kvzip_memory.prompting.documents import Document, check_metadata
@@ -31,6 +31,7 @@ from kvzip_memory.prompting.preamble import PREAMBLE, PREAMBLE_TOKENS
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.prompting.sources import read_source
 from kvzip_memory.prompting.tools import Tool
+from kvzip_memory.prompting.window import FREE_TOKENS, check_room
 from kvzip_memory.registry import ContextRegistry, Forgotten, Wanted, check_name, check_tag
 from kvzip_memory.registry.holders import MARKED, Naming
 from kvzip_memory.registry.identity import group_of, key_of, label
@@ -43,8 +44,6 @@ from kvzip_memory.system.threads import release
 
 logger = logger_of(__name__)
 
-#: Tokens of the window that a context leaves free, for a question and its answer.
-FREE_TOKENS = 256
 # A context that shares another's pairs may be shared in its turn, so many times.
 _LEVELS = 64
 
@@ -118,7 +117,7 @@ class Contexts:
             if prompt is not None:
                 logger.debug("cache_control after %d tokens is ignored; it takes %d", len(prompt.token_ids), FEWEST_TOKENS)
             return None
-        self._check_window(prompt)
+        check_room(prompt, self._window)
         before = self._finder.prefix(language, [*prompt.token_ids, -1], ratio)  # of all of them, too
         if len(labels) > 1 and self._fronts.changes(tuple(labels), front(as_messages(messages), tools)) > 1 and before is None:
             logger.warning(
@@ -175,7 +174,7 @@ class Contexts:
             if documents
             else language.prompts.more_turns(context, messages, kept, tools, behind)
         )
-        self._check_window(prompt)
+        check_room(prompt, self._window, saved=context.saved)
         return self._load(language, prompt, context.ratio if ratio is None else ratio, name, labels, began, context, share=share)
 
     def fold(
@@ -205,7 +204,7 @@ class Contexts:
         share = context is not None and self._is_shared(context)
         if context is not None:
             self._access.check_parent(language, context, share)
-        self._check_window(prompt)
+        check_room(prompt, self._window, saved=context.saved if context else 0)
         if ratio is None:
             ratio = context.ratio if context else default
         return self._load(language, prompt, ratio, name, labels, began, context, computed, share)
@@ -342,7 +341,15 @@ class Contexts:
         first, front = step(head), step([*head, *ids])
         return Front(first, front, Joinable(Part(first.wanted.key, len(head)), front.wanted.key, len(ids)))
 
-    def join(self, contexts: Sequence[CompressedContext], name: str | None, tags: Words, store: bool, repair: int) -> CompressedContext:
+    def join(
+        self,
+        contexts: Sequence[CompressedContext],
+        name: str | None,
+        tags: Words,
+        store: bool,
+        repair: int,
+        positions: Positions,
+    ) -> CompressedContext:
         """See :meth:`KVzipEngine.join`."""
         began = time.perf_counter()
         labels, language = _labels(name, tags), self._speech.now
@@ -350,11 +357,11 @@ class Contexts:
             raise InputError("store=False with a name or tags; they are of what is stored")
         for context in contexts:
             self._access.check_parent(language, context, share=True)
-        join = Join.of(contexts, repair)
+        join = Join.of(contexts, self._window, repair, positions)
         self._builder.check_movable()
         first, last = contexts[0], contexts[-1]
         prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
-        self._check_window(prompt, "join fewer contexts")
+        check_room(prompt, self._window, 'join fewer contexts, or with positions="shared",', join.saved)
         identity = self._builder.joined_identity(language, prompt, contexts, join)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
         step = self._step(identity, prompt, name, labels, partial(self._builder.join, language))
@@ -390,19 +397,8 @@ class Contexts:
             prompt = prompts.documents_apart(documents, system, keep) if joinable else prompts.documents(documents, system, keep)
         else:
             prompt = prompts.conversation(messages, system, keep, tools)
-        self._check_window(prompt)
+        check_room(prompt, self._window)
         return prompt
-
-    def _check_window(self, prompt: Prompt, way_out: str = "split the text into several contexts") -> None:
-        tokens, limit = len(prompt.token_ids), max(0, self._window - FREE_TOKENS)
-        if tokens > limit:
-            raise WindowError(
-                f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {self._window:,} less "
-                f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: {way_out} or use a model with a "
-                "longer one",
-                tokens=tokens,
-                window=self._window,
-            )
 
     def forget(self, tag: str) -> Forgotten:
         """See :meth:`KVzipEngine.forget`."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +14,28 @@ from torch import Tensor
 from kvzip_memory.chain import Step
 from kvzip_memory.compression.moving import Piece, joined_window
 from kvzip_memory.compression.prefill import Progress, read_behind
-from kvzip_memory.context import CompressedContext, Layers, Lease, Part, RaggedLayer, Receipt, Resident, Source, as_told, seen_from
+from kvzip_memory.context import (
+    CompressedContext,
+    Layers,
+    Lease,
+    Part,
+    RaggedLayer,
+    Receipt,
+    Resident,
+    Source,
+    as_told,
+    parts_of,
+    seen_from,
+)
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.registry.identity import recipe_digest
 from kvzip_memory.system.printable import brief
+
+#: Where joined contexts stand: one behind another; or in half of the window, or as many positions, which they share if they have more
+#: tokens than that.
+Positions = Literal["sequential", "shared"] | int
 
 
 class Joinable(NamedTuple):
@@ -73,23 +90,32 @@ class Join(NamedTuple):
         """How many tokens are read again."""
         return sum(end - start for start, end in self.again)
 
+    @property
+    def saved(self) -> int:
+        """Tokens that take no positions for themselves."""
+        return self.parts[0].nearer
+
     @classmethod
-    def of(cls, contexts: Sequence[CompressedContext], repair: int = 0) -> Join:
-        """Of two contexts or more, of which the first ``repair`` tokens of each later one are read again.
+    def of(cls, contexts: Sequence[CompressedContext], window: int, repair: int, positions: Positions) -> Join:
+        """Of two contexts or more, in a model's window, of which the first ``repair`` tokens of each later one are read again.
 
         Raises:
-            InputError: fewer; or they are not of documents behind one template head; or no number of tokens.
+            InputError: fewer; or they are not of documents behind one template head; or no number of tokens or positions, or too few.
         """
         if isinstance(repair, bool) or not isinstance(repair, int) or repair < 0:
             raise InputError(f"repair is {brief(repair)}; it is a whole number of tokens, 0 for none")
         if len(contexts) < 2:
             raise InputError(f"{len(contexts)} contexts to join; give at least two")
         first, *others = contexts
-        ids, parts, shifts = [first.token_ids], [*first.all_parts], [0]
-        sources, told, again = [*first.sources], [*as_told(first.sources)], list[tuple[int, int]]()
         for context in contexts:
             _check_same_head(first, context)
-        for context in others:
+        nearest, *nearer = _nearer(contexts, _room(contexts, window, positions))
+        if repair and nearest:
+            raise InputError(f"repair={repair} reads tokens where they stand, and these contexts share positions; join them without")
+        ids, shifts = [first.token_ids], [0]
+        parts = [part.moved(0, nearest) for part in first.all_parts] if nearest else [*first.all_parts]
+        sources, told, again = [*first.sources], [*as_told(first.sources)], list[tuple[int, int]]()
+        for context, near in zip(others, nearer, strict=True):
             head = context.protected
             shift = sum(map(len, ids)) - head
             beginning, *rest = context.all_parts
@@ -99,7 +125,7 @@ class Join(NamedTuple):
                 left = rest[0].n_tokens - count
                 rest[:1] = [rest[0]._replace(n_tokens=left, first=head + count - rest[0].shift)] if left else []
                 again.append((shift + head, shift + head + count))
-            parts += [part.moved(shift) for part in rest]
+            parts += [part.moved(shift, near) for part in rest]
             for found, of in ((sources, context.sources), (told, as_told(context.sources))):
                 for number, source in enumerate(of, 1):
                     unnamed = not source.shown and source.name == f"document {number}"
@@ -108,6 +134,41 @@ class Join(NamedTuple):
             ids.append(context.token_ids[head:])
             shifts.append(shift)
         return cls(torch.cat(ids), tuple(parts), tuple(sources), as_told(told), tuple(shifts), tuple(again))
+
+
+def _room(contexts: Sequence[CompressedContext], window: int, positions: Positions) -> int | None:
+    """How many positions contexts may take together; None for all that they would.
+
+    Raises:
+        InputError: nobody can tell, or fewer than one of them takes.
+    """
+    if positions == "sequential":
+        return None
+    longest = max(context.n_tokens - context.saved for context in contexts)
+    if positions == "shared":
+        return max(window // 2, longest)
+    if isinstance(positions, bool) or not isinstance(positions, int):
+        raise InputError(f'positions is {brief(positions)}; it is "sequential", "shared" or a number of positions')
+    if positions < longest:
+        raise InputError(f"positions is {positions:,}, and the longest of the contexts takes {longest:,}; give at least as many")
+    return positions
+
+
+def _nearer(contexts: Sequence[CompressedContext], positions: int | None) -> list[int]:
+    """How much nearer to what follows each context is seen than its tokens stand: not at all where they may take as many positions as
+    they have tokens. Where they may not, the first begins where it does, the last ends where the positions do, and the others stand
+    between them as their beginnings do among all tokens; so they overlap evenly.
+    """
+    head = contexts[0].protected
+    own = [context.n_tokens - context.protected for context in contexts]
+    spans = [tokens - context.saved for tokens, context in zip(own, contexts, strict=True)]
+    starts = [*accumulate(spans[:-1], initial=0)]
+    room = sum(spans)
+    if positions is not None and positions < head + room:
+        room = positions - head
+        starts = [min(round(start * (room - spans[-1]) / starts[-1]), room - span) for start, span in zip(starts, spans, strict=True)]
+    behind = [sum(own[place:]) for place in range(1, len(own) + 1)]
+    return [tokens - (room - start - span) for tokens, start, span in zip(behind, starts, spans, strict=True)]
 
 
 def _check_same_head(first: CompressedContext, other: CompressedContext) -> None:
@@ -129,8 +190,8 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
     reads again."""
     assert step.ids is not None
     assert step.recipe is not None
-    again = dict(step.wanted.identity.get("again", ()))
-    ids, reading = step.ids.tolist(), _Joining(model)
+    again, saved = dict(step.wanted.identity.get("again", ())), parts_of(step.wanted.identity)[0].nearer
+    ids, reading = step.ids.tolist(), _Joining(model, saved)
     with ExitStack() as leases:
         for context in contexts:
             reading.add(context, leases.enter_context(context.lease()), again, ids, progress)
@@ -153,10 +214,10 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
 
 
 class _Joining:
-    """A join as far as its contexts have been added."""
+    """A join as far as its contexts have been added; ``saved`` of all its tokens take no positions for themselves."""
 
-    def __init__(self, model: LanguageModel) -> None:
-        self._model, self._n = model, 0
+    def __init__(self, model: LanguageModel, saved: int) -> None:
+        self._model, self._n, self._saved = model, 0, saved
         self._parts, self._shifts = list[Layers](), list[int]()
         self._windows: list[list[Piece]] = [[] for _ in model.windows]
         self._like: Layers = ()
@@ -176,7 +237,8 @@ class _Joining:
             self._shifts.append(moved + shift)
         for pieces, layer, owner in zip(self._windows, lease.layers, self._model.layout.owners, strict=True):
             if layer.window is not None:
-                pieces.append(Piece(layer, first, shift, self._model.rotations.turn(owner, -shift)))
+                moved = shift + context.saved - self._saved  # windows show what stands before it as its tokens stand
+                pieces.append(Piece(layer, first, shift, self._model.rotations.turn(owner, -moved)))
         self._like, self._n = lease.layers, shift + context.n_tokens
 
     def _repair(self, ids: Sequence[int], progress: Progress) -> None:

@@ -24,6 +24,7 @@ from kvzip_memory.errors import InputError
 from kvzip_memory.finding import Finder
 from kvzip_memory.inference.admission import Places
 from kvzip_memory.inference.modeling import LanguageModel
+from kvzip_memory.joining import Positions
 from kvzip_memory.model_identity import ModelIdentity
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.messages import Message
@@ -195,6 +196,7 @@ class Library(Shared):
         tags: str | Sequence[str] | None = (),
         store: bool = True,
         repair: int = 0,
+        positions: Positions = "sequential",
     ) -> CompressedContext:
         """Documents' contexts as one, one behind another: no pair is copied, and no token read but for those of ``repair``.
 
@@ -207,13 +209,16 @@ class Library(Shared):
             name, tags: see :meth:`load`.
             store: whether the registry has it. If not, it is there as long as it is in use, and nothing that grows from it is stored
                 either: for what a single question is about, say.
+            positions: where the contexts stand: ``"sequential"``, one behind another; or in so many positions of the model's window, which
+                they share, evenly, if they have more tokens than that: for more documents than the window holds. ``"shared"`` is half of
+                the window. The more tokens a position, the farther from the full cache, see ``docs/benchmarks.md``.
             repair: so many tokens of each later context are read again where they stand, behind all that is before them. Their pairs, all
                 of them, are the join's own. 64 take off a fifth to a quarter of what a join of ``joinable`` contexts still lacks. Of a
                 context that shares pairs, such as a join, those that its first part has at most.
 
         Raises:
             InputError: fewer than two, or contexts of different system prompts, or of conversations; or one is not stored; or a ``repair``
-                that is no number of tokens.
+                that is no number of tokens, or goes with ``positions`` that are shared; or fewer of these than the longest context takes.
             WindowError: together they do not fit into the window.
             UnsupportedModelError: the model tells positions otherwise than by rotations, or remembers states.
             BudgetError, IdentityMismatchError: as for :meth:`extend`.
@@ -222,7 +227,7 @@ class Library(Shared):
         if isinstance(contexts, str | CompressedContext) or not isinstance(contexts, Iterable):
             raise InputError(f"contexts is {brief(contexts)}; give a list of two contexts or more, or of their names or keys")
         found = [self.get(context) if isinstance(context, str) else checked_context(context) for context in contexts]
-        return self._contexts.join(found, name, tags, store, repair)
+        return self._contexts.join(found, name, tags, store, repair, positions)
 
     async def ajoin(self, contexts: Sequence[CompressedContext | str], **options: Any) -> CompressedContext:
         """:meth:`join` in a thread, see :meth:`aload`."""

@@ -118,13 +118,13 @@ class Session(NotPickled):
             self._check_idle()
             asked = question()
             taken, ids = self._start + asked.start, asked.ids
-            if taken + len(ids) >= self._model.window:
+            if taken + len(ids) >= self._window:
                 raise WindowError(
                     f"the question's {len(ids):,} tokens, with what is said before it in the same prompt, do not fit: of the model's "
-                    f"window of {self._model.window:,} tokens {taken:,} are taken and the answer needs one, which leaves "
-                    f"{max(0, self._model.window - taken - 1):,}; ask shorter, begin anew with reset(), or load less",
+                    f"window of {self._window:,} tokens {taken:,} are taken and the answer needs one, which leaves "
+                    f"{max(0, self._window - taken - 1):,}; ask shorter, begin anew with reset(), or load less",
                     tokens=taken + len(ids),
-                    window=self._model.window,
+                    window=self._window,
                 )
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
@@ -217,6 +217,7 @@ class Session(NotPickled):
     def _go_on(self, context: CompressedContext | None) -> None:
         self.context = context
         self._start = context.n_tokens if context else 0
+        self._window = self._model.window + (context.saved if context else 0)  # in tokens
         self._talk = Talk(self._prompts, context)
 
     def _check_idle(self) -> None:
@@ -269,19 +270,19 @@ class Session(NotPickled):
         shortest = f"the shortest answer that is complete JSON or a complete tool call takes {least:,} tokens"
         if least > limit:
             raise InputError(f"{shortest} and max_new_tokens is {limit:,}; allow more tokens, or ask for less")
-        if least > self._model.window - taken:
+        if least > self._window - taken:
             raise WindowError(
-                f"{shortest}, and {taken:,} of the model's window of {self._model.window:,} tokens are taken; ask shorter, reset() the "
+                f"{shortest}, and {taken:,} of the model's window of {self._window:,} tokens are taken; ask shorter, reset() the "
                 "session, load less, or ask for less",
                 tokens=taken + least,
-                window=self._model.window,
+                window=self._window,
             )
 
     def _answer(self, turn: Turn) -> Generator[str, None, None]:
         """Compute the pieces of an answer; take it back unless it ends by itself."""
         model, tail, answer = self._model, self._tail, turn.answer
         start, cached = turn.asked.start, self._start + turn.asked.start
-        limit = min(turn.params.max_new_tokens, model.window - cached - len(turn.asked.ids))
+        limit = min(turn.params.max_new_tokens, self._window - cached - len(turn.asked.ids))
         read = np.empty(0, np.int64) if self.context is None else self.context.token_ids.numpy()
         seen = np.concatenate([read, self._talk.ids[:start], turn.asked.ids]).astype(np.int64)
         sampler = Sampler(turn.params, model.device, limit, seen, turn.settings, model.model.config, turn.eos_ids)

@@ -62,9 +62,11 @@ def genuine() -> CompressedContext:
 
 @cache
 def genuine_join() -> CompressedContext:
-    """With parts, of which one has moved and one is read again in part."""
+    """With parts, of which one has moved and one is read again in part; they share positions. Grown, so that some pairs are its own."""
     texts = [engine().load("The fog horn sounds. " * 3, ratio=0.4, joinable=how, system="Be brief.") for how in (True, False)]
-    return engine().join([genuine(), *texts], name="lamp", repair=6)
+    inner = engine().join([genuine(), texts[0]], repair=6)
+    join = engine().join([inner, texts[1]], positions=inner.n_tokens + 5)
+    return engine().extend(join, [{"role": "user", "content": "Who?"}], name="lamp", share=True)
 
 
 @cache
@@ -73,7 +75,7 @@ def genuine_file(folder: Path, genuine: CompressedContext) -> tuple[dict[str, An
     catalog = {"group": wanted(1).group, "names": {"lamp": 1.0}, "tags": ["thread: ana"]}
     with genuine.lease() as lease:
         whole = CompressedContext.__new__(CompressedContext)
-        storage = Resident(lease.layers, before=lease.before, shifts=lease.shifts)
+        storage = Resident(lease.layers, before=lease.before, shifts=lease.shifts, nearer=lease.nearer)
         whole.__dict__.update({**genuine.__dict__, "storage": storage})
         PreparedFile(whole, catalog).write(folder / "genuine")
     data = (folder / "genuine").read_bytes()

@@ -9,11 +9,11 @@ from typing import TypeVar
 from llama_index.core.schema import BaseNode
 
 from kvzip_memory import InputError, KVzipEngine
-from kvzip_memory.contexts import FREE_TOKENS
 from kvzip_memory.frameworks.options import is_whole
 from kvzip_memory.prompting.cleaning import clean, cleaned
 from kvzip_memory.prompting.documents import as_document
 from kvzip_memory.prompting.frames import header
+from kvzip_memory.prompting.window import FREE_TOKENS
 from kvzip_memory.registry.holders import document_tag, together
 from kvzip_memory.system.printable import logger_of
 from llama_index_kvzip.llm import KVzipLLM

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from kvzip_memory import CompressedContext, InputError
 from kvzip_memory.bridge import result_of
 from kvzip_memory.context import checked_context
-from kvzip_memory.contexts import FREE_TOKENS
+from kvzip_memory.prompting.window import FREE_TOKENS
 from kvzip_memory.system.flags import checked_flag
 from llama_index_kvzip.llm import given_or_set
 from llama_index_kvzip.options import ANSWER_OPTIONS, known_options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,26 @@ from kvzip_memory.attention.base import Turn
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
 from kvzip_memory.context import NO_STATES, Layers, RaggedLayer, States
-from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail
+from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail, turned_by
 from kvzip_memory.inference.modeling import LanguageModel
 
 Progress = Callable[[str, int], None]
 #: Keys and values ``[H, m, D]`` of every layer (a sliding layer: of its last ``window - 1`` tokens at least).
 DensePairs = list[tuple[Tensor, Tensor]]
+
+
+class Seen(NamedTuple):
+    """A layer of what is compressed already.
+
+    Attributes:
+        layer: whose positions are those of where it was made.
+        shift: how far its tokens have moved since.
+        by: how far queries turn back for it.
+    """
+
+    layer: RaggedLayer
+    shift: int
+    by: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,7 @@ class Prefilled:
         before: layers of the parts that the context shares, which are seen and never changed. The parent's are those behind them.
         shared: tokens that these stand for.
         shifts: how far each of these, and the parent's own, have moved; empty if nothing has.
+        nearer: how much nearer to the tokens behind the parent each is seen than it stands then; empty if none is.
         rows: where a scorer leaves queries of its pass over the context for a refit; None if nobody wants them.
         scored_parent: whether the parent's pairs have scores; without them it has all its pairs.
     """
@@ -63,6 +78,7 @@ class Prefilled:
     before: tuple[Layers, ...] = ()
     shared: int = 0
     shifts: tuple[int, ...] = ()
+    nearer: tuple[int, ...] = ()
     rows: Rows | None = None
     scored_parent: bool = field(init=False)
 
@@ -78,6 +94,16 @@ class Prefilled:
     def first(self) -> int:
         """The first position that needs a score."""
         return self.start if self.scored_parent else max(self.protected, self.shared)
+
+    @property
+    def position(self) -> int:
+        """Of the token behind the prefix."""
+        return len(self.token_ids) - (self.nearer[0] if self.nearer else 0)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the window has room for behind the prefix."""
+        return self.model.window - self.position
 
     @property
     def pinned(self) -> Tensor:
@@ -110,17 +136,19 @@ class Prefilled:
         new_keys = torch.cat([old_keys, keys[:, dense]], 1)
         return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
 
-    def seen(self, layer: int) -> list[tuple[RaggedLayer, int]]:
-        """What is compressed already of a layer, and how far it has moved: what is shared, and the parent's. What a window shows of both is
-        the parent's."""
+    def seen(self, layer: int) -> list[Seen]:
+        """What is compressed already of a layer: what is shared, and the parent's. What a window shows of both is the parent's."""
         own = self.parent[layer : layer + 1]
-        parts = [*(part[layer] for part in self.before), *own] if self.model.windows[layer] is None else own
-        shifts = self.shifts if self.model.windows[layer] is None and self.shifts else (0,) * len(parts)
-        return [(part, shift) for part, shift in zip(parts, shifts, strict=True) if any(part.lengths)]
+        if self.model.windows[layer] is not None:
+            return [Seen(part, 0, 0) for part in own if any(part.lengths)]
+        parts = [*(part[layer] for part in self.before), *own]
+        shifts = self.shifts or (0,) * len(parts)
+        moved = zip(parts, shifts, turned_by(shifts, self.nearer), strict=True)
+        return [Seen(part, shift, by) for part, shift, by in moved if any(part.lengths)]
 
-    def turn(self, asks: int, shift: int) -> Turn | None:
+    def turn(self, asks: int, by: int) -> Turn | None:
         """How queries of a layer are turned for what has moved."""
-        return self.model.rotations.turn(asks, shift) if shift else None
+        return self.model.rotations.turn(asks, by) if by else None
 
     def row(self, layer: int, key: Tensor, value: Tensor, n_new: int, asks: int) -> RowKV:
         """What tokens behind the prefix see in a layer that ``asks`` for its pairs; ``key`` and ``value`` ``[H, t, D]`` are their own, the
@@ -128,8 +156,9 @@ class Prefilled:
         keys, values = self.dense[layer]
         position = len(self.token_ids) - keys.shape[1]
         both = torch.cat([keys, key], 1)
-        parts, turns = [part for part, _ in self.seen(layer)], [self.turn(asks, shift) for _, shift in self.seen(layer)]
-        return RowKV(tuple(parts), both, both if values is keys else torch.cat([values, value], 1), n_new, position, tuple(turns))
+        seen = self.seen(layer)
+        parts, turns = tuple(part.layer for part in seen), tuple(self.turn(asks, part.by) for part in seen)
+        return RowKV(parts, both, both if values is keys else torch.cat([values, value], 1), n_new, position, turns)
 
 
 def _alike(keys: Tensor, values: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

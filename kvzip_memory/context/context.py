@@ -38,6 +38,7 @@ class Lease:
         before: layers of the parts that it shares with others, which stand before its own, in their order. Of a layer with a window its own
             have all that the next token sees.
         shifts: how far each of :attr:`parts` has moved from where it was made, in positions; empty if none has.
+        nearer: how much nearer to what follows each is seen than it stands then; empty if none is.
     """
 
     layers: Layers
@@ -45,6 +46,7 @@ class Lease:
     states: States = field(default_factory=dict)
     before: tuple[Layers, ...] = ()
     shifts: tuple[int, ...] = ()
+    nearer: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[Layers, ...]:
@@ -85,8 +87,9 @@ class Resident(Shared):
         states: States = NO_STATES,
         before: tuple[Layers, ...] = (),
         shifts: tuple[int, ...] = (),
+        nearer: tuple[int, ...] = (),
     ) -> None:
-        self.layers, self.write, self.states, self.before, self.shifts = layers, write, states, before, shifts
+        self.layers, self.write, self.states, self.before, self.shifts, self.nearer = layers, write, states, before, shifts, nearer
         full = [layer for layer in layers if layer.window is None]
         self.nbytes = storage_nbytes([*(t for layer in layers for t in layer.tensors()), *states.values()])
         self.shared_nbytes = storage_nbytes([t for part in before for layer in part for t in layer.tensors()])
@@ -94,9 +97,8 @@ class Resident(Shared):
         self.full_heads = sum(layer.n_heads for layer in full)
 
     def lease(self, key: str) -> AbstractContextManager[Lease]:
-        return nullcontext(
-            Lease(self.layers, Receipt(key, hit=True, tier="device", nbytes=self.nbytes), self.states, self.before, self.shifts)
-        )
+        receipt = Receipt(key, hit=True, tier="device", nbytes=self.nbytes)
+        return nullcontext(Lease(self.layers, receipt, self.states, self.before, self.shifts, self.nearer))
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -180,7 +182,7 @@ class CompressedContext(Shared):
     def all_parts(self) -> tuple[Part, ...]:
         """What another context shares that shares all of this one: its parts and its own pairs, if there are any."""
         own = self.n_tokens - self.shared_tokens
-        return (*self.parts, Part(self.key, own, self.shift, joined="again" in self.identity)) if own else self.parts
+        return (*self.parts, Part(self.key, own, self.shift, 0, self.saved, "again" in self.identity)) if own else self.parts
 
     @property
     def shift(self) -> int:
@@ -197,6 +199,16 @@ class CompressedContext(Shared):
         """The same of each of its parts and, last, of its own pairs; empty if nothing has moved."""
         shifts = (*(part.shift for part in self.parts), self.shift)
         return shifts if any(shifts) else ()
+
+    @property
+    def nearer(self) -> tuple[int, ...]:
+        """How much nearer to what follows each of these is seen than it stands; empty if none is."""
+        return (*(part.nearer for part in self.parts), self.saved) if self.saved else ()
+
+    @property
+    def saved(self) -> int:
+        """Tokens that take no positions of the window for themselves: 0 but where documents were joined in shared positions."""
+        return self.parts[0].nearer if self.parts else 0
 
     @property
     def shared_tokens(self) -> int:
@@ -243,7 +255,8 @@ class CompressedContext(Shared):
         if write is None:
             raise InputError(f"{self!r} was made by hand, and nothing is known of how to write it; load its text with an engine")
         with self.lease() as lease:
-            return write(replace(self, storage=Resident(lease.layers, None, lease.states, lease.before, lease.shifts)), file)
+            resident = Resident(lease.layers, None, lease.states, lease.before, lease.shifts, lease.nearer)
+            return write(replace(self, storage=resident), file)
 
     def as_block(self) -> dict[str, str]:
         """A content block that stands for this context in a prompt: ``{"type": "file", "file_id": key}``."""

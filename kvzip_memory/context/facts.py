@@ -39,6 +39,7 @@ class Part(NamedTuple):
         shift: how far it has moved from where it was made, in positions.
         first: pairs at positions below it, of where they were made, are not seen: the template's head, which the first part has already,
             and tokens that a join has read again.
+        nearer: how many positions nearer to what follows it is seen than it stands then, as contexts may share positions.
         joined: whether it was read behind other things than it stands behind, or stands among the parts before it.
     """
 
@@ -46,16 +47,19 @@ class Part(NamedTuple):
     n_tokens: int
     shift: int = 0
     first: int = 0
+    nearer: int = 0
     joined: bool = False
 
-    def moved(self, by: int) -> Part:
-        """The same part in a join, so many positions farther on."""
-        return self._replace(shift=self.shift + by, joined=True)
+    def moved(self, by: int, nearer: int = 0) -> Part:
+        """The same part in a join, so many positions farther on, and seen so much nearer."""
+        return self._replace(shift=self.shift + by, nearer=self.nearer + nearer, joined=True)
 
     @property
     def told(self) -> list[str | int]:
         """As it stands in an identity."""
-        return [*self[:4]] if self.joined or self.shift or self.first else [self.key, self.n_tokens]
+        if not (self.joined or self.shift or self.first or self.nearer):
+            return [self.key, self.n_tokens]
+        return [*self[:5]] if self.nearer else [*self[:4]]
 
 
 def parts_of(identity: Mapping[str, Any]) -> tuple[Part, ...]:

@@ -42,7 +42,7 @@ def attention_mass(model: LanguageModel, row: Row, ids: Sequence[int], spans: Se
         of each span, the mean over those ids and over each KV head's queries. The row's tail holds the ids' pairs afterwards.
     """
     watch = _Watch(model, row, spans, row.tail.length + first)
-    for count in model.fill(ids, row.length, watch, watch):
+    for count in model.fill(ids, row.position, watch, watch):
         row.tail.advance(count)
     return torch.stack([watch.mass[layer] for layer in sorted(watch.mass)]).cpu() / (len(ids) - first)
 

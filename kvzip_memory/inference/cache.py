@@ -120,6 +120,7 @@ class Row(NamedTuple):
         states: the context's.
         before: layers of the parts that the context shares with others, which stand before its own, in their order.
         shifts: how far each part, its own included, has moved from where it was made; empty if none has.
+        nearer: how much nearer to the tail each is seen than it stands then; empty if none is.
     """
 
     layers: Layers
@@ -128,11 +129,22 @@ class Row(NamedTuple):
     states: States = NO_STATES
     before: tuple[Layers, ...] = ()
     shifts: tuple[int, ...] = ()
+    nearer: tuple[int, ...] = ()
 
     @property
     def length(self) -> int:
-        """Logical length: the position of the row's next token."""
+        """Tokens that the row stands for."""
         return self.start + self.tail.length
+
+    @property
+    def saved(self) -> int:
+        """How many of these take no position for themselves."""
+        return self.nearer[0] if self.nearer else 0
+
+    @property
+    def position(self) -> int:
+        """Of the row's next token, in the model's window."""
+        return self.length - self.saved
 
     @property
     def parts(self) -> tuple[Layers, ...]:
@@ -147,14 +159,26 @@ class Row(NamedTuple):
 
     def turns(self, place: int, layer: int, rotations: Rotations) -> tuple[Turn | None, ...]:
         """How queries are turned for :meth:`pairs`; empty if nothing has moved. What a window shows is where it is."""
-        if not any(self.shifts) or self.layers[place].window is not None:
+        if not self.moved or self.layers[place].window is not None:
             return ()
-        return tuple(rotations.turn(layer, shift) for shift in self.shifts)
+        return tuple(rotations.turn(layer, by) for by in turned_by(self.shifts, self.nearer))
+
+    @property
+    def moved(self) -> bool:
+        """Whether any part is seen elsewhere than where it was made."""
+        return any(self.shifts) or bool(self.nearer)
 
     @property
     def remembered(self) -> States:
         """What layers without attention remember at its end."""
         return self.states if self.tail.states is None else self.tail.states
+
+
+def turned_by(shifts: Sequence[int], nearer: Sequence[int]) -> list[int]:
+    """How far parts have moved, for queries at the positions that are left: the first part stands where it is."""
+    if not nearer:
+        return [*shifts]
+    return [shift + near - nearer[0] for shift, near in zip(shifts or (0,) * len(nearer), nearer, strict=True)]
 
 
 class LastLayerSeen(Exception):

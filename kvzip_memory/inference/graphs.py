@@ -113,7 +113,7 @@ class DecodeSteps:
         """
         width = max(map(len, ids))
         shape = _power(len(rows)), _power(width), _power(1 + max(len(row.before) for row in rows))
-        if any(any(row.shifts) for row in rows):  # whose queries are turned for each part
+        if any(row.moved for row in rows):  # whose queries are turned for each part
             return None
         if not self._usable or (width > 1 and shape[0] * shape[1] > MOST_TOKENS) or getattr(self._model, "_hf_peft_config_loaded", False):
             return None

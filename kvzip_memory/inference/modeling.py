@@ -155,9 +155,10 @@ class LanguageModel:
         Raises:
             UnsupportedModelError: parts of it have moved, and the model cannot tell.
         """
-        if any(lease.shifts):
+        row = Row(lease.layers, start, tail, lease.states, lease.before, lease.shifts, lease.nearer)
+        if row.moved:
             self.rotations.measure()
-        return Row(lease.layers, start, tail, lease.states, lease.before, lease.shifts)
+        return row
 
     @property
     def alone(self) -> bool:
@@ -269,7 +270,7 @@ class LanguageModel:
         positions = torch.zeros(len(rows), width, dtype=torch.long)
         for b, (row, count) in enumerate(zip(rows, counts, strict=True)):
             input_ids[b, width - count :] = torch.as_tensor(ids[b])
-            positions[b, width - count :] = torch.arange(row.length, row.length + count)
+            positions[b, width - count :] = torch.arange(row.position, row.position + count)
         while True:  # once more if the mode was switched meanwhile: nothing of this counts yet
             model, cache = self._evaluating(), SessionCache(rows, counts, self.layout, self._backend, self.rotations)
             cache.positions = positions.to(self.device)
@@ -310,7 +311,7 @@ class LanguageModel:
         """Append the pairs of ``ids`` to a row's tail, in chunks; yields the size of each. No logits are computed."""
         for chunk in self._chunks(ids):
             cache = SessionCache([row], [len(chunk)], self.layout, self._backend, self.rotations, pairs_only=True)
-            self._fill(chunk, row.length, cache, cache)
+            self._fill(chunk, row.position, cache, cache)
             cache.advance()
             yield len(chunk)
 

@@ -8,6 +8,30 @@ from kvzip_memory.errors import WindowError
 from kvzip_memory.prompting.encoding import Encoder
 from kvzip_memory.prompting.frames import CUT
 from kvzip_memory.prompting.messages import Message
+from kvzip_memory.prompting.prompt import Prompt
+
+#: Tokens of the window that a context leaves free, for a question and its answer.
+FREE_TOKENS = 256
+
+
+def check_room(prompt: Prompt, window: int, way_out: str = "split the text into several contexts", saved: int = 0) -> None:
+    """Refuse a prompt whose context would leave no room for a question.
+
+    Args:
+        saved: tokens that take no positions for themselves.
+
+    Raises:
+        WindowError: it would.
+    """
+    tokens, limit = len(prompt.token_ids) - saved, max(0, window - FREE_TOKENS)
+    if tokens > limit:
+        raise WindowError(
+            f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {window:,} less "
+            f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: {way_out} or use a model with a "
+            "longer one",
+            tokens=tokens,
+            window=window,
+        )
 
 
 class Window:

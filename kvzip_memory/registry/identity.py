@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvzip_memory.compression.scorers import VERSIONS
-from kvzip_memory.context import Recipe
+from kvzip_memory.context import Part, Recipe
 from kvzip_memory.errors import IdentityMismatchError, InputError
 from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.printable import brief
@@ -20,8 +20,14 @@ FORMAT = 4
 FORMAT_OF_STATES = 5
 #: That of contexts that share parts of others, which readers of those before would take for the whole; and of such with states.
 FORMAT_OF_PARTS, FORMAT_OF_PARTS_AND_STATES = 6, 7
-NEWEST_FORMAT = FORMAT_OF_PARTS_AND_STATES
-_WITHOUT_PARTS = {FORMAT_OF_PARTS: FORMAT, FORMAT_OF_PARTS_AND_STATES: FORMAT_OF_STATES}
+#: The same two where parts share positions.
+FORMAT_OF_OVERLAPS, FORMAT_OF_OVERLAPS_AND_LATENTS = 8, 9
+NEWEST_FORMAT = FORMAT_OF_OVERLAPS_AND_LATENTS
+_WITH_PARTS = {
+    FORMAT: (FORMAT_OF_PARTS, FORMAT_OF_OVERLAPS),
+    FORMAT_OF_STATES: (FORMAT_OF_PARTS_AND_STATES, FORMAT_OF_OVERLAPS_AND_LATENTS),
+}
+_WITHOUT_PARTS = {written: alone for alone, formats in _WITH_PARTS.items() for written in formats}
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
@@ -81,9 +87,9 @@ def model_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "format": _without_parts(fields["format"])}
 
 
-def with_parts(written: Any) -> int:
-    """The format of a context that shares parts, of a model of another one."""
-    return next(shared for shared, alone in _WITHOUT_PARTS.items() if alone == written)
+def with_parts(written: int, parts: Sequence[Part]) -> dict[str, Any]:
+    """What a key says of the parts that a context shares: with a format of its own, by that of the model's others."""
+    return {"format": _WITH_PARTS[written][any(part.nearer for part in parts)], "parts": [part.told for part in parts]}
 
 
 def _without_parts(written: Any) -> Any:

@@ -38,15 +38,15 @@ def copied(engine: KVzipEngine, context: CompressedContext) -> Row:
     but the rotation itself."""
     rotations, owners, parts = engine._model.rotations, engine._model.layout.owners, []
     with context.lease() as lease:
-        for layers, shift in zip(lease.parts, lease.shifts or [0] * len(lease.parts), strict=True):
+        none = [0] * len(lease.parts)
+        for layers, shift, nearer in zip(lease.parts, lease.shifts or none, lease.nearer or none, strict=True):
             own = []
             for layer, owner in zip(layers, owners, strict=True):
                 plain = layer.among(torch.ones_like(layer.positions, dtype=torch.bool))
-                if plain.window is None:
-                    keys = turned(plain.keys, rotations.turn(owner, -shift))
-                    values = keys if layer.shared else plain.values
-                    plain = replace(plain, keys=keys, values=values, positions=plain.positions + shift)
-                own.append(plain)
+                moved, by = (shift, shift + nearer) if plain.window is None else (0, context.saved)
+                keys = turned(plain.keys, rotations.turn(owner, -by))
+                values = keys if layer.shared else plain.values
+                own.append(replace(plain, keys=keys, values=values, positions=plain.positions + moved))
             parts.append(tuple(own))
     *before, last = parts
     return Row(last, context.n_tokens, Tail(), {}, tuple(before))
@@ -102,6 +102,97 @@ def test_a_join_that_is_read_again_whole_is_one_build(architecture: str, joinabl
     row = Row((), 0, Tail())
     expected = engine._model.forward([row], [tokens + ids], n_logits=len(ids))[0]
     torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [300, 340, 380])
+@pytest.mark.parametrize("joinable", JOINABLE[:3], ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_contexts_that_share_positions_are_what_copies_would_be(architecture: str, joinable: tuple[bool, ...], shared: int) -> None:
+    engine = tiny_engine(architecture, ratio=0.5)
+    contexts = loaded(engine, joinable)
+    join = engine.join(contexts, positions=shared)
+    assert join.n_tokens - join.saved == shared
+    ids, row = engine.prompt_ids(join, QUESTION), copied(engine, join)
+    expected = engine._model.forward([row], [ids], n_logits=len(ids))[0]
+    torch.testing.assert_close(engine.logits(join, ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_shares_positions_is_stored_saved_grown_cited_and_joined(architecture: str, tmp_path: Path) -> None:
+    engine = tiny_engine(architecture, ratio=0.5, cache_dir=tmp_path)
+    a, b, c = loaded(engine, (False, True, True))
+    join = engine.join([a, b, c], positions=300)
+    assert len({join.key, engine.join([a, b, c], positions=301).key, engine.join([a, b, c]).key}) == 3
+    room = join.n_tokens
+    assert engine.join([a, b, c], positions=room).key == engine.join([a, b, c], positions="shared").key == engine.join([a, b, c]).key
+    session = engine.session(join)
+    session.ask(QUESTION, max_new_tokens=4)
+    more = engine.extend(join, [Document(C)])
+    contexts = [
+        join,
+        more,
+        engine.extend(join, [Document(C)], share=False),
+        engine.extend(more, [{"role": "user", "content": "Hello?"}], share=True),
+        session.fold(keep=0),
+        engine.join([join, c]),
+        engine.join([c, join]),
+        engine.join([c, more, a]),
+        engine.join([c, more, join], positions=600),
+        engine.join([engine.join([a, b], positions=260), c], positions=280),
+    ]
+    for number, context in enumerate(contexts):
+        ids = engine.prompt_ids(context, QUESTION)
+        expected = engine._model.forward([copied(engine, context)], [ids], n_logits=len(ids))[0]
+        torch.testing.assert_close(engine.logits(context, ids), expected, atol=1e-4, rtol=1e-4)
+        other = tiny_engine(architecture, ratio=0.5)
+        opened = other.open(context.save(tmp_path / f"{number}.safetensors"))
+        torch.testing.assert_close(other.logits(opened, ids), expected, atol=1e-4, rtol=1e-4)
+        scores = engine.relevance([(context, [(source.start, source.end) for source in context.sources])], QUESTION, "At dusk")
+        assert [len(of) for of in scores] == [len(context.sources)]
+    taken = [context.n_tokens - context.saved for context in contexts]
+    own = [context.n_tokens - context.protected for context in (a, b, c, more)]
+    assert taken[:2] == [300, 300 + more.n_tokens - join.n_tokens]
+    assert taken[5:] == [300 + own[2], 300 + own[2], taken[1] + own[0] + own[2], 600, 280]
+    engine.close()
+    again = tiny_engine(architecture, ratio=0.5, cache_dir=tmp_path)
+    for context in contexts:
+        ids = engine.prompt_ids(context, QUESTION)
+        assert torch.equal(again.logits(again.get(context.key), ids), engine.logits(context, ids))
+    assert again.stats()["built"] == 0
+    again.close()
+
+
+def test_more_documents_than_the_window_holds(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5, cache_dir=tmp_path)
+    window = engine.window
+    contexts = [engine.load(f"Part {i}. " + A * 3, joinable=i > 0, name=f"{i}") for i in range(2 * window // 400)]
+    with pytest.raises(WindowError, match=r'join fewer contexts, or with positions="shared",'):
+        engine.join(contexts)
+    join = engine.join(contexts, positions="shared")
+    assert join.n_tokens > window > join.n_tokens - join.saved == window // 2
+    session = engine.session(join)
+    replies = [session.ask(question, max_new_tokens=5) for question in (QUESTION, "Why?")]
+    assert replies[0].usage.input_tokens > window
+    folded = session.fold(keep=0)
+    assert folded.saved == join.saved
+    assert engine.session(folded).ask("Who?", max_new_tokens=5).text
+    with pytest.raises(WindowError):
+        engine.logits(join, [40] * (window // 2 + 1))
+    assert engine.logits(join, [40] * (window // 2)).shape[0] == window // 2
+    with pytest.raises(WindowError):
+        session.ask("Why? " * window, max_new_tokens=1)
+    assert session.ask("Why?", max_new_tokens=10 * window).finish_reason in ("length", "stop")
+    with pytest.raises(WindowError):
+        engine.join(contexts, positions=window)
+
+
+@pytest.mark.parametrize("odd", [0, 100, -1, True, 1.5, "near", None, ["shared"]])
+def test_positions_are_a_word_or_as_many_as_the_longest_context_takes(odd: object) -> None:
+    engine = tiny_engine(ratio=0.5)
+    with pytest.raises(InputError, match=r"positions is .*(\"sequential\", \"shared\"|the longest of the contexts takes)"):
+        engine.join(loaded(engine), positions=odd)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="repair=4 reads tokens where they stand"):
+        engine.join(loaded(engine), positions=300, repair=4)
 
 
 def test_what_was_read_again_is_stored_saved_grown_and_joined(tmp_path: Path) -> None:

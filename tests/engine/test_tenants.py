@@ -401,6 +401,8 @@ WAYS: dict[type, dict[str, Way]] = {
         "save": lambda b, x: b.engine.open(x.saved),
         "shared_nbytes": NOTHING,
         "shift": NOTHING,
+        "nearer": NOTHING,
+        "saved": NOTHING,
         "shifts": NOTHING,
         "shared_tokens": NOTHING,
         "sources": NOTHING,

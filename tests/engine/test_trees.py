@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,19 +104,23 @@ class Trees(RuleBasedStateMachine):
         self.take(who, context, self.alone.load(text, ratio=ratio, joinable=joinable), tags, has_text=True)
 
     @precondition(lambda self: self.hands)
-    @rule(data=st.data(), tags=st.sets(st.sampled_from(TAGS)), repair=st.sampled_from([0, 0, 7, 500]))
-    def join(self, data: st.DataObject, tags: set[str], repair: int) -> None:
+    @rule(data=st.data(), tags=st.sets(st.sampled_from(TAGS)), how=st.sampled_from(["", "", "crowded", 7, 500]))
+    def join(self, data: st.DataObject, tags: set[str], how: str | int) -> None:
         first = data.draw(st.sampled_from(self.hands))
         second = data.draw(st.sampled_from([hand for hand in self.hands if hand.who == first.who]))
         if max(first.context.n_tokens, second.context.n_tokens) > 400:
             return
         originals = [self.originals[hand.context.key] for hand in (first, second)]
+        options: dict[str, Any] = {"repair": how} if isinstance(how, int) else {}
+        if how == "crowded":
+            taken = [context.n_tokens - context.saved for context in originals]
+            options = {"positions": max(2 * sum(taken) // 3, *taken)}
         try:
-            original = self.alone.join(originals, repair=repair)
+            original = self.alone.join(originals, **options)
         except InputError:  # a conversation goes on otherwise
             return
         try:
-            context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags), repair=repair)
+            context = self.engines[first.who].join([first.context, second.context], tags=sorted(tags), **options)
         except InputError as error:
             without = [hand for hand in (first, second) if not hand.has_text and self.lost_of(hand)]
             self.must_be_lost(without[0] if without else first, error)

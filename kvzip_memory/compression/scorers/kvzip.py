@@ -83,7 +83,7 @@ class KVzipScorer:
     def score(self, prefilled: Prefilled, progress: Progress) -> Tensor:
         n, layers = len(prefilled.token_ids), prefilled.full_layers
         scores = torch.zeros(len(layers), prefilled.dense[layers[0]][0].shape[0], n, dtype=torch.float32)
-        for start, end in self._chunks(prefilled.first, n, prefilled.model.window - n):
+        for start, end in self._chunks(prefilled.first, n, prefilled.room):
             behind = prefilled.scored_parent or prefilled.shared
             lead = self._lead(prefilled, end) if behind and start == prefilled.start else 0
             repeat_ids = self._repeat_ids(prefilled, start - lead, end)
@@ -95,7 +95,7 @@ class KVzipScorer:
         """Tokens of the parent, and of what is shared, that are repeated before the first chunk ``[start, end)`` behind them, as far as the
         window has room.
         """
-        repeated = min(REPEATED, prefilled.model.window - len(prefilled.token_ids) - 64, end - prefilled.protected)
+        repeated = min(REPEATED, prefilled.room - 64, end - prefilled.protected)
         return max(0, repeated - (end - prefilled.start))
 
     def _chunks(self, first: int, n: int, room: int) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ class KVzipScorer:
             lead: so many of the repeated ids stand before the chunk's. What is kept of them is beside the chunk.
         """
         call = _RepeatCall(prefilled, self, head, start, end, len(repeat_ids) - (end - start), lead)
-        deque(prefilled.model.fill(repeat_ids, len(prefilled.token_ids) + far, call, call), maxlen=0)
+        deque(prefilled.model.fill(repeat_ids, prefilled.position + far, call, call), maxlen=0)
         return call.scores()
 
 
@@ -212,11 +212,11 @@ class _RepeatCall(CallCache):
     def _beside(self, layer: int, asks: int) -> list[tuple[RaggedLayer, Turn | None]]:
         """The protected head, and what is kept of the tokens before the chunk that are repeated, with the turns of queries for them."""
         nearest, found = self._start - self._lead, []
-        for part, shift in self._prefilled.seen(layer):
+        for part, shift, by in self._prefilled.seen(layer):
             where = part.positions + shift
             beside = part.among((where < self._head) | (where >= nearest))
             if any(beside.lengths):
-                found.append((beside, self._prefilled.turn(asks, shift)))
+                found.append((beside, self._prefilled.turn(asks, by)))
         return found
 
     def _attend(

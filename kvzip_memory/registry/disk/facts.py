@@ -97,10 +97,11 @@ def _state(value: Any) -> bool:
 
 
 def _is_part(value: Any) -> bool:
-    if not _list(lambda _: True)(value) or len(value) not in (2, 4):
+    if not _list(lambda _: True)(value) or len(value) not in (2, 4, 5):
         return False
-    key, n_tokens, shift, first = (*value, 0, 0)[:4]
-    return is_id(key) and _SOME_TOKENS(n_tokens) and _whole(_TOKENS, least=-_TOKENS)(shift) and _whole(_TOKENS)(first)
+    shift, others = value[2:3], value[3:]
+    moved = all(map(_whole(_TOKENS, least=-_TOKENS), shift)) and all(map(_whole(_TOKENS), others))
+    return is_id(value[0]) and _SOME_TOKENS(value[1]) and moved
 
 
 _SOME_TOKENS: Check = _whole(_TOKENS, least=1)
@@ -242,6 +243,8 @@ def check_header(facts: Any) -> None:
     beside = n - sum(part.n_tokens for part in parts)
     if beside < 0 or len(before) not in (0, len(parts)):
         raise OddFactError("the parts before it are not those of its key")
+    if parts and max(part.nearer for part in parts) > min(parts[0].nearer, n - facts["protected"]):
+        raise OddFactError("a part is seen nearer than its tokens could be")
     if not any(layer["window"] is None and layer["lengths"] for layer in facts["layers"]):
         raise OddFactError("no layer has full attention")
     hidden, counts = [0, *(part.first for part in parts)], [beside, *(part.n_tokens for part in parts)]

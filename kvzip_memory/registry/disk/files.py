@@ -135,7 +135,8 @@ def read_context(
             admit(facts)
         layers, before, states, token_ids = read_layers(file, facts, path, device, checksums)
     context = _context(facts, Resident(()), token_ids)
-    storage = Resident(layers, partial(write_context, checksums=checksums), states, before, context.shifts if before else ())
+    moved = (context.shifts, context.nearer) if before else ((), ())
+    storage = Resident(layers, partial(write_context, checksums=checksums), states, before, *moved)
     return replace(context, storage=storage)
 
 
