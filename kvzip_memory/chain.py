@@ -110,13 +110,13 @@ def leased(step: Step, waiting: Report | None = None, guest: str | None = None) 
     """
     with ExitStack() as held:
         found, bases, guest = dict[str, Layers](), list[CompressedContext](), guest or (None if step.stored else _UNSTORED)
-        if step.before and _is_removed(step):
+        if step.before and is_removed(step):
             guest = _REMOVED
         for before, (base, lease) in zip(step.before, _together(step, waiting, held, guest), strict=True):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
-            if isinstance(before, Step) and _is_removed(before):  # by another process
+            if isinstance(before, Step) and is_removed(before):  # by another process
                 guest = _REMOVED
             found |= dict(zip([*(part.key for part in base.parts), base.key], lease.parts, strict=True))
         wanted = [(part, found[part.key]) for part in parts_of(step.wanted.identity)]
@@ -128,7 +128,7 @@ def leased(step: Step, waiting: Report | None = None, guest: str | None = None) 
         yield _behind(shared, context, lease)
 
 
-def _is_removed(step: Step) -> bool:
+def is_removed(step: Step) -> bool:
     """Whether a context was removed since it was loaded, or what it shares."""
     return step.registry.is_removed(step.wanted.key, step.wanted.loaded, [part.key for part in parts_of(step.wanted.identity)])
 

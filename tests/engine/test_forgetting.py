@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import kvzip_memory
 from conftest import TEXT, tiny_engine
-from kvzip_memory import BudgetError, InputError, KVzipEngine, StorageError
+from kvzip_memory import BudgetError, CompressedContext, InputError, KVzipEngine, StorageError
 from kvzip_memory.cli import app
 from kvzip_memory.prompting import encoding as encoder
 from kvzip_memory.registry.disk import leaving
@@ -650,6 +650,37 @@ def test_what_is_loaded_under_a_name_is_on_disk_whatever_was_deleted_there(tmp_p
         engine.load(FILLER, name="page")
     engine.close()
     assert tiny_engine(cache_dir=tmp_path, ratio=0.5).get("page").key == context.key
+
+
+@pytest.mark.parametrize("grows", ["extended", "extended twice", "folded"])
+@pytest.mark.parametrize("by", ["this process", "another"])
+@pytest.mark.parametrize("how", ["removed", "forgotten"])
+def test_what_grows_from_something_deleted_is_not_stored_until_that_is_loaded_again(tmp_path: Path, how: str, by: str, grows: str) -> None:
+    """It has the pairs of what was deleted in it, and none of its tags."""
+    engine, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+
+    def grown(context: CompressedContext) -> CompressedContext:
+        if grows == "folded":
+            session = engine.session(context)
+            session.ask("Why?", max_new_tokens=2)
+            return session.fold(keep=0)
+        said = [{"role": "user", "content": "Hello?"}]
+        first = engine.extend(context, said, share=False)
+        return first if grows == "extended" else engine.extend(first, [{"role": "assistant", "content": "Yes."}, *said], share=False)
+
+    said = [{"role": "user", "content": FILLER}, {"role": "assistant", "content": "Yes."}]
+    context = engine.load(said, tags="ana")
+    engine.registry.flush()
+    deleting = engine if by == "this process" else other
+    deleting.forget("ana") if how == "forgotten" else deleting.registry.remove(context.key)
+    stale = grown(context)
+    engine.registry.flush()
+    assert engine.generate(stale, "Who?", max_new_tokens=2).text is not None
+    assert [*engine.registry.contexts(), *other.registry.contexts(), *tmp_path.rglob("*.safetensors")] == []
+    again = grown(engine.load(said))
+    engine.registry.flush()
+    assert again.key == stale.key
+    assert again.key in {entry.key for entry in other.registry.contexts()}
 
 
 def lose(engine: KVzipEngine, key: str) -> None:

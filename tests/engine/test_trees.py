@@ -180,9 +180,10 @@ class Trees(RuleBasedStateMachine):
         return [key for key in (hand.context.key, *(part.key for part in hand.context.parts)) if key not in self.known]
 
     def must_be_lost(self, hand: Hand, error: InputError) -> None:
-        """Only what nobody has the text of, and is not stored, may be refused."""
+        """Only what nobody has the text of, and is not stored, may be refused; what was needed beside it may have been made again."""
         assert not hand.has_text, error
         assert self.lost_of(hand), error
+        self.find_again()
 
     @precondition(lambda self: {*self.known} & {*self.originals})
     @rule(who=WHO, data=st.data())
