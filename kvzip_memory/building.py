@@ -43,7 +43,7 @@ from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
 _MAX_FADINGS = 64  # a few numbers each
-_STAGES = ("scorer", "allocator", "refit")
+_STAGES = ("scorer", "allocator", "refit", "codec")
 
 
 def context_identity(
@@ -68,7 +68,7 @@ def context_identity(
         joinable: what it shares in place of the parent, behind which it is only read.
     """
     scored = ratio < 1.0 or (parent is not None and not share and parent.identity.get("scorer") is not None)
-    way = stages.at(ratio).identity() if scored else {"scorer": None, "allocator": None}
+    way = stages.at(ratio).identity(scored)
     parts = _parts(parent, share) if joinable is None else (joinable.head,)
     above = None if parent is None else parent.key
     return {
@@ -205,13 +205,14 @@ class Builder:
         return scorer
 
     def is_way_of(self, identity: Mapping[str, Any]) -> bool:
-        """Whether the pairs of a context were ranked, chosen and refitted in the same way, if they were at all."""
+        """Whether the pairs of a context were ranked, chosen and refitted in the same way, if they were at all, and written so."""
         return not self._other_stages(identity)
 
     def _other_stages(self, identity: Mapping[str, Any]) -> tuple[str, ...]:
-        """The stages by whose methods, as they are now, pairs of a context would be ranked, chosen or refitted otherwise."""
-        way = self._stages.at(identity["ratio"]).identity()
-        return () if identity.get("scorer") is None else tuple(stage for stage in _STAGES if not same(identity.get(stage), way.get(stage)))
+        """The stages by whose methods, as they are now, pairs of a context would be ranked, chosen, refitted or written otherwise."""
+        scored = identity.get("scorer") is not None
+        way, stages = self._stages.at(identity["ratio"]).identity(scored), _STAGES if scored else _STAGES[-1:]
+        return tuple(stage for stage in stages if not same(identity.get(stage), way.get(stage)))
 
     def identity(
         self,
@@ -243,7 +244,8 @@ class Builder:
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
         """Bytes the context will take behind so many tokens whose pairs it shares, from the model's shape."""
-        model, n, size = self._model, len(prompt.token_ids), self._model.model.dtype.itemsize
+        model, n, dtype = self._model, len(prompt.token_ids), self._model.model.dtype
+        size = self._stages.codec.nbytes(dtype)
         layers = [
             (window, n_heads, (dim if model.layout.latent else dim + dim_v) * size + 4)
             for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
@@ -251,7 +253,7 @@ class Builder:
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * window.left(n) * pair for window, n_heads, pair in layers if window is not None)
         kept = pairs_kept(ratio, n - shared, max(0, prompt.protected - shared), sum(n_heads for n_heads, _ in full))
-        states = sum(map(math.prod, model.state_shapes.values())) * size
+        states = sum(map(math.prod, model.state_shapes.values())) * dtype.itemsize
         return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + states + 4 * n
 
     def bar(self, name: str | None) -> Bar:
@@ -353,10 +355,9 @@ class Builder:
     def joined_identity(self, language: Language, prompt: Prompt, contexts: Sequence[CompressedContext], join: Join) -> dict[str, Any]:
         """What contexts are the context of when they are joined."""
         texts = digest(["joined", [context.identity["text"] for context in contexts]])
-        ratio = min(context.ratio for context in contexts)
         whole = context_identity(self._identity.of(language), replace(prompt, text_digest=texts), 1.0, self._stages, self._tenant)
         again = {"again": [[*span] for span in join.again]} if join.again else {}
-        return {**whole, "ratio": ratio, **with_parts(whole["format"], join.parts), **again}
+        return {**whole, "ratio": min(context.ratio for context in contexts), **with_parts(whole["format"], join.parts), **again}
 
     def join(self, language: Language, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
         """See :func:`~kvzip_memory.joining.joined`; what is read is of the weights that the key names, as in :meth:`build`.

@@ -74,13 +74,15 @@ class KVzipEngine(Library):
         refit: what those that are kept say: ``"ridge"`` fits them to what all pairs weighed and said, at no cost later
             (``docs/benchmarks.md``); ``"none"`` leaves them as they are; or an object. ``"auto"`` is ridge, but for scorers of others that
             give it nothing to fit to.
+        codec: how they are written: ``"none"``, in the model's own dtype; ``"fp16"``, half the bytes of a model of 32 bits, where the
+            ``cpu`` or the ``reference`` attention computes.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
             which may be set at any time: contexts of another one are then not found, and are refused where they are given. So are those
             of a tokenizer that was changed otherwise, which is noticed by the next call.
 
     Raises:
         UnsupportedModelError: the model's cache cannot be compressed.
-        InputError: a ratio outside (0, 1], an unknown scorer, allocator or refit, a tenant that is no text,
+        InputError: a ratio outside (0, 1], an unknown scorer, allocator, refit or codec, a tenant that is no text,
             a ``ttl`` that is no such number of seconds, an attention that cannot compute on the model's device.
     """
 
@@ -107,6 +109,7 @@ class KVzipEngine(Library):
         scorer: Scorer | str = "kvzip",
         allocator: Allocator | str = "global",
         refit: Refit | str = "auto",
+        codec: str = "none",
         template_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> KVzipEngine:
@@ -124,7 +127,7 @@ class KVzipEngine(Library):
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
-        Stages.of(scorer, allocator, refit)
+        Stages.of(scorer, allocator, refit, codec)
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         check_ttl(ttl)
@@ -151,6 +154,7 @@ class KVzipEngine(Library):
             scorer=scorer,
             allocator=allocator,
             refit=refit,
+            codec=codec,
             template_kwargs=template_kwargs,
         )
 

@@ -72,16 +72,19 @@ class Library(Shared):
         scorer: Scorer | str = "kvzip",
         allocator: Allocator | str = "global",
         refit: Refit | str = "auto",
+        codec: str = "none",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = checked_ratio(ratio)
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
-        stages = Stages.of(scorer, allocator, refit)
+        stages = Stages.of(scorer, allocator, refit, codec)
         tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
-        stages = stages.for_layers(self._model.windows, self._model.layout.latent, refit)
+        if stages.codec.nbytes(model.dtype) < model.dtype.itemsize and not self._model.casts:
+            raise InputError(f"codec {brief(codec)} with attention {self._model.backend!r}, which casts no pairs; use 'cpu'")
+        stages = stages.for_layers(self._model.windows, self._model.layout.latent, model.dtype, refit)
         self._speech = Speech(self._model, tokenizer, template_kwargs)
         salt, device = tenant_digest(tenant), self._model.device
         if device_bytes is None:

@@ -32,10 +32,12 @@ def _has_fused(query: Tensor, values: Tensor, softmax: Softmax) -> bool:
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added."""
+    """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added. Pairs of fewer bits are
+    cast."""
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     if _has_fused(query, values, softmax):
         found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=mask, scale=softmax.scaling
+            query, keys, values, attn_mask=None if mask is None else mask.to(query.dtype), scale=softmax.scaling
         )
         return found[0], found[1].float()  # the kernel's is float64 where the queries are
     logits = softmax.capped(torch.matmul(query * softmax.scaling, keys.mT).float())
@@ -227,11 +229,11 @@ def _attend_small(asked: Sequence[tuple[Tensor, RaggedLayer]], softmax: Softmax)
         pairs, lengths = [of_part[head] for of_part in heads], [part.lengths[head] for _, part in asked]
         logits = scaled[head].new_empty(n_queries, sum(lengths))
         for query, (keys, _), found in zip(scaled[head].unbind(), pairs, logits.split(lengths, 1), strict=True):
-            torch.mm(query, keys, out=found)
+            torch.mm(query, keys.to(query.dtype), out=found)
         lse = logits.logsumexp(-1)
         out = logits.new_zeros(n_queries, pairs[0][1].shape[1])
         for (_, values), weights in zip(pairs, logits.softmax(-1).split(lengths, 1), strict=True):
-            out.addmm_(weights, values)
+            out.addmm_(weights, values.to(out.dtype))
         outs.append(out)
         lses.append(lse)
     return torch.stack(outs).unsqueeze(1), torch.stack(lses).unsqueeze(1)
@@ -322,7 +324,7 @@ def _attend_masked(
     query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, softmax: Softmax, first_seen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
-    query = query * softmax.scaling
+    query, keys, values = query * softmax.scaling, keys.to(query.dtype), values.to(query.dtype)
     out = query.new_empty(1, len(query), values.shape[1], dtype=torch.float32)
     lse = query.new_empty(1, len(query), dtype=torch.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))

@@ -21,7 +21,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         tail_positions = row.context_tokens + torch.arange(n_tail, device=query.device)
         for head in range(query_heads):
             kv_head = head // group
-            values = torch.cat([part.head(kv_head)[1] for part in row.parts] + [row.values[kv_head]])
+            values = torch.cat([part.head(kv_head)[1].to(query.dtype) for part in row.parts] + [row.values[kv_head]])
             moved = [part.positions_of(kv_head).long() + (turn.by if turn else 0) for part, turn in row.turned]
             positions = torch.cat([*moved, tail_positions])
             for i in range(row.n_new):

@@ -26,9 +26,10 @@ def gathered(
     keys, values = prefilled.dense[layer]
     parent = prefilled.parent[layer] if prefilled.parent else None
     keep, scores = keep.to(keys.device), None if scores is None else scores.to(keys.device)
-    shared = values is keys  # then nothing is fitted, and nothing rounded
+    shared = values is keys  # then nothing is fitted
     if parent is None and bool(keep.all()):
-        return _whole(codec.keys(keys), None if shared else codec.values(values), scores)
+        keys = codec.stored(codec.keys(keys))
+        return _whole(keys, keys if shared else codec.stored(codec.values(values)), scores)
     start, first = prefilled.start, prefilled.first
     heads, columns = keep[:, start:].nonzero(as_tuple=True)
     keys, positions = codec.keys(keys)[heads, columns], columns + start
@@ -42,17 +43,18 @@ def gathered(
     if fitted is not None:
         new = (positions >= first) & ~prefilled.pinned.to(positions.device)[positions]
         keys[new], values[new] = (x[heads[new], positions[new] - first] for x in fitted)
+    keys = codec.stored(keys)
     return RaggedLayer(
         keys=keys,
-        values=keys if shared else codec.values(values),
+        values=keys if shared else codec.stored(codec.values(values)),
         lengths=tuple(keep.sum(1).tolist()),
         positions=positions.to(torch.int32),
         scores=None if scores is None else scores[heads, positions],
     )
 
 
-def visible(prefilled: Prefilled, layer: int, window: Window) -> RaggedLayer:
-    """The pairs of a layer with a window that the next token can still see."""
+def visible(prefilled: Prefilled, layer: int, window: Window, codec: Codec) -> RaggedLayer:
+    """The pairs of a layer with a window that the next token can still see, rounded by a codec."""
     keys, values = prefilled.dense[layer]
     if prefilled.parent:
         parent = prefilled.parent[layer]
@@ -61,6 +63,7 @@ def visible(prefilled: Prefilled, layer: int, window: Window) -> RaggedLayer:
     n, n_heads = len(prefilled.token_ids), len(keys)
     n_kept = window.left(n)
     keys, values = (pairs[:, pairs.shape[1] - n_kept :].contiguous() for pairs in (keys, values))
+    keys, values = codec.stored(codec.keys(keys)), codec.stored(codec.values(values))
     return RaggedLayer(
         keys=keys.flatten(0, 1),
         values=values.flatten(0, 1),
@@ -70,13 +73,13 @@ def visible(prefilled: Prefilled, layer: int, window: Window) -> RaggedLayer:
     )
 
 
-def _whole(keys: Tensor, values: Tensor | None, scores: Tensor | None) -> RaggedLayer:
-    """All pairs ``[H, n, D]``, without copying them if possible; no values are the keys."""
+def _whole(keys: Tensor, values: Tensor, scores: Tensor | None) -> RaggedLayer:
+    """All pairs ``[H, n, D]``, without copying them if possible."""
     n_heads, n = keys.shape[:2]
     flat = keys.flatten(0, 1)
     return RaggedLayer(
         keys=flat,
-        values=flat if values is None else values.flatten(0, 1),
+        values=flat if values is keys else values.flatten(0, 1),
         lengths=(n,) * n_heads,
         positions=torch.arange(n, dtype=torch.int32, device=keys.device).repeat(n_heads),
         scores=None if scores is None else scores.flatten(),

@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
 from kvzip_memory.compression.choosing import choose
-from kvzip_memory.compression.codecs import Codec, NoCodec
+from kvzip_memory.compression.codecs import CODECS, Codec, codec_of
 from kvzip_memory.compression.evict import gathered, return_freed_pages, visible
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.methods import owed
@@ -46,7 +46,9 @@ class Stages:
     fits_from: float = 0.0
 
     @classmethod
-    def of(cls, scorer: Scorer | str = "kvzip", allocator: Allocator | str = "global", refit: Refit | str = "auto") -> Stages:
+    def of(
+        cls, scorer: Scorer | str = "kvzip", allocator: Allocator | str = "global", refit: Refit | str = "auto", codec: str = "none"
+    ) -> Stages:
         """Methods given as themselves or by their names.
 
         Args:
@@ -67,19 +69,22 @@ class Stages:
                 f"scorer {brief(ranks.identity())} has no queries that refit {brief(fits.identity())} could fit to; use refit='none', or "
                 "another scorer"
             )
-        return cls(ranks, ALLOCATORS.of(allocator), fits, NoCodec())
+        return cls(ranks, ALLOCATORS.of(allocator), fits, codec_of(codec))
 
-    def for_layers(self, windows: Sequence[Window | None], latent: bool, refit: Refit | str) -> Stages:
+    def for_layers(self, windows: Sequence[Window | None], latent: bool, dtype: torch.dtype, refit: Refit | str) -> Stages:
         """The same for the layers of a model.
 
         Args:
             windows: what each of them sees.
             latent: whether keys are their own values: what fits the one would change the other.
+            dtype: of their pairs; a codec that would leave them as they are is none.
             refit: as it was given; ``"auto"`` is ``"none"`` for latents, and below :data:`FITS_FROM` where most layers have a window.
 
         Raises:
             InputError: it is another refit, and the model caches latents.
         """
+        if self.codec.nbytes(dtype) == dtype.itemsize:
+            self = replace(self, codec=CODECS["none"])
         if not latent:
             few = refit == "auto" and 2 * sum(window is None for window in windows) < len(windows)
             return replace(self, fits_from=FITS_FROM) if few else self
@@ -94,19 +99,23 @@ class Stages:
         """The methods of a ratio."""
         return self if ratio >= self.fits_from else replace(self, refit=REFITS.of("none"), fits_from=0.0)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, scored: bool = True) -> dict[str, Any]:
         """Its part of a context's key, as the methods say it now. Pairs as the model computed them are not mentioned, as they were not when
         there were no others.
+
+        Args:
+            scored: whether its pairs are.
 
         Raises:
             InputError: a method says something else than a key can hold.
         """
-        refit = REFITS.identity(self.refit)
-        return {
-            "scorer": SCORERS.identity(self.scorer),
-            "allocator": ALLOCATORS.identity(self.allocator),
-            **({} if refit is None else {"refit": refit}),
-        }
+        codec = self.codec.identity()
+        told: dict[str, Any] = {} if codec is None else {"codec": codec}
+        if not scored:
+            return {"scorer": None, "allocator": None, **told}
+        if (refit := REFITS.identity(self.refit)) is not None:
+            told["refit"] = refit
+        return {"scorer": SCORERS.identity(self.scorer), "allocator": ALLOCATORS.identity(self.allocator), **told}
 
     def cost(self, n_tokens: int) -> int:
         """Tokens that the scorer will report for a prefix of ``n_tokens``.
@@ -170,7 +179,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     layers, refitted, fitted = [], 0.0, False
     for number, window in enumerate(prefilled.model.windows):
         if window is not None:
-            layers.append(visible(prefilled, number, window))
+            layers.append(visible(prefilled, number, window, stages.codec))
         else:
             full = prefilled.full_layers.index(number)
             fitting = time.perf_counter()

@@ -132,7 +132,7 @@ class Prefilled:
         began, old = (0, self.before[0][layer]) if shared else (self.shared, self.parent[layer])
         end = min(end, self.shared if shared else self.start)
         rows = [slice(offset + start - began, offset + end - began) for offset in old.offsets[:-1]]  # none is missing before them
-        old_keys, old_values = _alike(old.keys, old.values, lambda pairs: torch.stack([pairs[r] for r in rows]))
+        old_keys, old_values = _alike(old.keys, old.values, lambda pairs: torch.stack([pairs[r] for r in rows]).to(keys.dtype))
         new_keys = torch.cat([old_keys, keys[:, dense]], 1)
         return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
 

@@ -46,8 +46,8 @@ class RaggedLayer:
     """The kept pairs of one layer, heads one after another, each head's pairs in the order of their positions.
 
     Attributes:
-        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, dtype of the model.
-        values: ``[sum(lengths), DV]``, dtype of the model; DV is D in most models. The keys themselves where these are their own values.
+        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, in the model's dtype or that of a codec.
+        values: ``[sum(lengths), DV]``, of such a dtype; DV is D in most models. The keys themselves where these are their own values.
         lengths: pairs kept by each KV head.
         positions: ``[sum(lengths)]`` int32, position of each pair in the context.
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.

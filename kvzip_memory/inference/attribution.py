@@ -95,7 +95,7 @@ class _Watch(CallCache):
                 own = rows @ tail_keys[head].T
                 positions = torch.arange(past + n, device=own.device)
                 later = positions > positions[past + start : past + start + rows.shape[1], None]
-                before = [turned(rows, turn) @ part.head(head)[0].T for part, turn in zip(parts, turns, strict=True)]
+                before = [turned(rows, turn) @ part.head(head)[0].to(rows.dtype).T for part, turn in zip(parts, turns, strict=True)]
                 logits = softmax.capped(torch.cat([*before, own], -1).float())
                 logits[..., n_before:].masked_fill_(later, float("-inf"))
                 if sinks is not None:

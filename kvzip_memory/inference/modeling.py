@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from kvzip_memory.attention import AttentionCall, attach, choose
+from kvzip_memory.attention import BACKENDS, AttentionCall, attach, choose
 from kvzip_memory.context import Lease, RaggedLayer, States
-from kvzip_memory.errors import CorruptFileError, IdentityMismatchError, InputError, ModelError, UnsupportedModelError
+from kvzip_memory.errors import IdentityMismatchError, InputError, ModelError, UnsupportedModelError
 from kvzip_memory.inference.admission import Admission, Place, Places
 from kvzip_memory.inference.batching import Batcher, Choose
 from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.ends import eos_ids
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.layout import check_config, check_kind, layout_of, window_of
+from kvzip_memory.inference.made import Made
 from kvzip_memory.inference.rotation import Rotations
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
@@ -126,23 +127,13 @@ class LanguageModel:
             self._compare_with_original()
 
     def check_layers(self, layers: Sequence[RaggedLayer], states: States, where: str) -> None:
-        """Look whether layers and states are such as this model makes.
+        """Look whether layers and states are such as this model makes, see :meth:`~kvzip_memory.inference.made.Made.check`."""
+        Made(self.windows, self.kinds, self.state_shapes, self.layout.latent, self.model.dtype, self.casts).check(layers, states, where)
 
-        Raises:
-            CorruptFileError: they are not.
-        """
-        if tuple(layer.window for layer in layers) != self.windows:
-            raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
-        if (shapes := {name: tuple(state.shape) for name, state in states.items()}) != self.state_shapes:
-            raise CorruptFileError(f"{where}: its states are {brief(shapes)}, and the model's {brief(self.state_shapes)}")
-        for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
-            if layer.shared != self.layout.latent:
-                raise CorruptFileError(
-                    f"{where}: keys of layer {i} are{'' if layer.shared else ' not'} their own values, as in other models"
-                )
-            made = (*kind, self.model.dtype, self.model.dtype)
-            if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1], layer.keys.dtype, layer.values.dtype)) != made:
-                raise CorruptFileError(f"{where}: heads, dimensions and types of layer {i} are {found}, and the model's {made}")
+    @property
+    def casts(self) -> bool:
+        """Whether the attention takes pairs of fewer bits than the model's."""
+        return self.backend in BACKENDS
 
     @property
     def eos_ids(self) -> frozenset[int]:

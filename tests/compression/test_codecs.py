@@ -1,0 +1,186 @@
+"""How kept pairs are written: what is answered from them is what would be from pairs of those numbers at full width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import ARCHITECTURES, TEXT, lose, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
+from families import FAMILIES, tiny_family
+from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory.compression.codecs import CODECS
+from kvzip_memory.context import RaggedLayer, Resident
+
+SAID = [{"role": "user", "content": "Hello?"}]
+NARROW = sorted({*CODECS} - {"none"})
+
+
+def widened(context: CompressedContext) -> CompressedContext:
+    """The same numbers in 32 bits."""
+
+    def wide(layer: RaggedLayer) -> RaggedLayer:
+        keys = layer.keys.float()
+        return replace(layer, keys=keys, values=keys if layer.shared else layer.values.float())
+
+    with context.lease() as lease:
+        parts = [tuple(map(wide, part)) for part in lease.parts]
+        storage = Resident(parts[-1], None, lease.states, tuple(parts[:-1]), lease.shifts, lease.nearer)
+    return replace(context, storage=storage)
+
+
+def grown(engine: KVzipEngine, how: str) -> CompressedContext:
+    if how == "joinable":
+        return engine.load(TEXT, joinable=True)
+    context = engine.load(TEXT)
+    if how == "folded":
+        session = engine.session(context)
+        session.ask("Who?", max_new_tokens=3)
+        return session.fold(keep=0)
+    return {
+        "loaded": lambda: context,
+        "extended": lambda: engine.extend(context, SAID, share=False),
+        "shared": lambda: engine.extend(context, SAID, share=True),
+        "joined": lambda: engine.join([context, engine.load("The door code is 8306. " * 4, joinable=True)]),
+        "in pieces": lambda: engine.extend(engine.extend(context, SAID, share=False), [*SAID, *SAID], share=False),
+    }[how]()
+
+
+HOW = ["loaded", "joinable", "extended", "shared", "folded", "joined", "in pieces"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("codec", NARROW)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_it_is_what_the_same_numbers_at_full_width_are(architecture: str, codec: str, how: str) -> None:
+    for ratio in (1.0, 0.4):
+        engine = tiny_engine(architecture, ratio=ratio, codec=codec)
+        context = grown(engine, how)
+        ids = engine.prompt_ids(context, "Who carries oil?")
+        torch.testing.assert_close(engine.logits(context, ids), engine.logits(widened(context), ids), atol=1e-4, rtol=1e-4)
+        with context.lease() as lease:
+            assert {layer.keys.dtype for part in lease.parts for layer in part} == {torch.float16}
+        spans = [(0, 20), (20, context.n_tokens)]
+        [scores], [wide] = (engine.relevance([(each, spans)], "Who?", "Ana") for each in (context, widened(context)))
+        torch.testing.assert_close(scores, wide, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("codec", NARROW)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_the_bytes_are_near(architecture: str, codec: str) -> None:
+    engine, plain = tiny_engine(architecture, ratio=1.0, codec=codec), tiny_engine(architecture, ratio=1.0)
+    context, expected = engine.load(TEXT), plain.load(TEXT)
+    ids = engine.prompt_ids(context, "Who carries oil?")
+    torch.testing.assert_close(engine.logits(context, ids), plain.logits(expected, ids), atol=0.05, rtol=0.05)
+    assert not torch.equal(engine.logits(context, ids), plain.logits(expected, ids))
+    assert context.nbytes < 0.6 * expected.nbytes
+    assert context.key != expected.key
+    assert context.identity["codec"] == codec
+    assert "codec" not in expected.identity
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_family_takes_it(kind: str) -> None:
+    """Latents, chunks, states and all."""
+    engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), ratio=0.5, codec="fp16")
+    context = engine.load(TEXT)
+    ids = engine.prompt_ids(context, "Who?")
+    torch.testing.assert_close(engine.logits(context, ids), engine.logits(widened(context), ids), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("codec", NARROW)
+def test_it_is_saved_opened_stored_and_found_bit_by_bit(codec: str, how: str, tmp_path: Path) -> None:
+    engine = tiny_engine("gemma3", ratio=0.5, codec=codec, cache_dir=tmp_path / "cache")
+    context = grown(engine, how)
+    ids = engine.prompt_ids(context, "Who?")
+    expected = engine.logits(context, ids)
+    opened = tiny_engine("gemma3").open(context.save(tmp_path / "saved.safetensors"))
+    assert torch.equal(tiny_engine("gemma3").logits(opened, ids), expected)
+    engine.registry.flush()
+    for entry in engine.registry.contexts():
+        with engine.registry._memory.changed:
+            for held in engine.registry._memory.here(entry.key):
+                engine.registry._memory.drop(held)
+    assert torch.equal(engine.logits(context, ids), expected)
+    again = tiny_engine("gemma3", ratio=0.5, codec=codec, cache_dir=tmp_path / "cache")
+    assert torch.equal(again.logits(again.get(context.key), ids), expected)
+    other = tiny_engine("gemma3", ratio=0.5, cache_dir=tmp_path / "cache")  # finds it by its key, and not by its text
+    assert torch.equal(other.logits(other.get(context.key), ids), expected)
+    receipt = other.load(TEXT).receipt
+    assert receipt is not None
+    assert not receipt.hit
+    for entry in engine.registry.contexts():
+        lose(engine, entry.key)
+    if how != "folded":  # whose pairs were computed one by one
+        torch.testing.assert_close(engine.logits(context, ids), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cut_is_what_a_build_gives(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.8, codec="fp16", refit="none")
+    engine.load(TEXT)
+    cut = engine.load(TEXT, ratio=0.4)
+    assert cut.receipt is not None
+    assert cut.receipt.shrunk_from == 0.8
+    built = tiny_engine(ratio=0.4, codec="fp16", refit="none").load(TEXT)
+    assert cut.key == built.key
+    assert same_pairs(cut, built)
+
+
+def test_a_prompts_beginning_is_one_of_the_same_codec() -> None:
+    engine = tiny_engine(ratio=1.0, codec="fp16")
+    context = engine.load([{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}])
+    prompt = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "Yes."}, *SAID]
+    assert engine.generate(None, prompt, max_new_tokens=1).receipt.key == context.key
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_numbers_too_large_for_it_stay_as_they_are(ratio: float) -> None:
+    model: Any = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.mul_(1e5)
+        model.model.layers[0].mlp.down_proj.weight.mul_(1e-3)
+    engine = KVzipEngine(model, tiny_tokenizer(), ratio, codec="fp16", refit="none")
+    context = engine.load(TEXT)
+    dtypes = [layer.values.dtype for layer in context.layers]
+    assert dtypes[1] is torch.float32
+    assert dtypes.count(torch.float16) == len(dtypes) - 1
+    ids = engine.prompt_ids(context, "Who?")
+    torch.testing.assert_close(engine.logits(context, ids), engine.logits(widened(context), ids), atol=1e-4, rtol=1e-4)
+    grown = engine.extend(context, SAID, share=False)
+    assert engine.logits(grown, ids).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_16_bits_is_as_it_is_without(dtype: torch.dtype) -> None:
+    def load(**options: Any) -> CompressedContext:
+        return KVzipEngine(tiny_model().to(dtype), tiny_tokenizer(), 0.5, **options).load(TEXT)
+
+    assert load(codec="fp16").key == load().key
+
+
+@pytest.mark.parametrize("odd", ["fp8", "", None, 16, CODECS["fp16"]])
+def test_an_unknown_codec_is_refused(odd: object) -> None:
+    makers: list[Callable[[], object]] = [
+        lambda: tiny_engine(codec=odd),
+        lambda: KVzipEngine.from_pretrained("nowhere", codec=odd),  # type: ignore[arg-type]
+    ]
+    for make in makers:
+        with pytest.raises(InputError, match="is unknown; use one of fp16, none"):
+            make()
+
+
+def test_an_attention_that_does_not_cast_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = tiny_engine(ratio=0.5, codec="fp16").load(TEXT).save(tmp_path / "saved.safetensors")
+    with pytest.raises(InputError, match=r"codec 'fp16' with attention 'triton', which casts no pairs"):
+        tiny_engine(attention="triton", codec="fp16")
+    with pytest.raises(InputError, match=r"use attention='cpu'"):
+        tiny_engine(attention="triton").open(saved)
+    reference = tiny_engine(ratio=0.5, codec="fp16", attention="reference")
+    context = reference.load(TEXT)
+    ids = reference.prompt_ids(context, "Who?")
+    torch.testing.assert_close(reference.logits(context, ids), tiny_engine().logits(widened(context), ids), atol=1e-4, rtol=1e-4)
