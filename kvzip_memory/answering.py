@@ -128,8 +128,8 @@ class Answerer:
         if odd := [i for i in ids if type(i) is not int or not 0 <= i < size]:
             raise InputError(f"{brief(odd[0])} is no id of the model's, which are 0 to {size - 1:,}")
         start = context.n_tokens if context else 0
-        if (tokens := start + len(ids)) > (window := self._window(context)):
-            raise self._too_much(tokens, window, "give fewer ids")
+        if (tokens := start + len(ids)) > self._window(context):
+            raise self._too_much(tokens, context, "give fewer ids")
         step = self._model.chunk_tokens
         chunks = [ids[i : i + step] for i in range(0, len(ids), step)]
         with context.lease() if context else nullcontext(None) as lease:
@@ -157,7 +157,7 @@ class Answerer:
 
         def mass(row: Row, ids: list[int], said: str, more: list[int]) -> Tensor:
             if (tokens := row.start + len(ids)) >= window:
-                raise self._too_much(tokens, window, "ask shorter")
+                raise self._too_much(tokens, context, "ask shorter")
             first = max(0, len(ids) - closing - len(prompts.text_ids(said)))
             return attention_mass(self._model, row, [*ids, *more][: window - row.start], spans, first)
 
@@ -177,8 +177,8 @@ class Answerer:
         """Tokens that fit into the model's window with a context."""
         return self._model.window + (context.saved if context else 0)
 
-    @staticmethod
-    def _too_much(tokens: int, window: int, way_out: str) -> WindowError:
+    def _too_much(self, tokens: int, context: CompressedContext | None, way_out: str) -> WindowError:
+        window, tokens = self._model.window, tokens - (context.saved if context else 0)
         return WindowError(
             f"{tokens:,} tokens with the context; the model's window is {window:,}; {way_out}, or load less", tokens=tokens, window=window
         )

@@ -141,7 +141,7 @@ class _Beginning:
     nearer: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, parent: CompressedContext, lease: Lease, share: bool) -> _Beginning:
+    def of(cls, lease: Lease, parent: CompressedContext, share: bool) -> _Beginning:
         """A whole context, of which nothing is the next one's own if that is to share it, but what a window shows."""
         if share:
             layers = [layer.none() if layer.window is None else layer for layer in lease.layers]
@@ -312,7 +312,7 @@ class Builder:
         total = len(ids) - known + (self._stages.cost(len(ids) - first) if scored else 0)
         with self._model.building(), self.bar(wanted.name) as bar, parent.lease() if parent else nullcontext() as lease:
             progress = Tally(total, bar.show, report)
-            beginning = _Beginning.of(parent, lease, share) if parent and lease else _Beginning()
+            beginning = _Beginning.of(self._model.checked(lease), parent, share) if parent and lease else _Beginning()
             for end in _ends(max(known, step.protected), len(ids), wanted.identity["compress_every"]):
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed, dropped)
         if dropped:
@@ -369,10 +369,10 @@ class Builder:
         wanted, since, where = step.wanted, self._identity.stamp(), f"context {step.wanted.key[:12]!r}"
         total = sum(end - start for start, end in wanted.identity.get("again", ()))
         if not total:
-            return joined(self._model, step, contexts, lambda *_: None)
+            return joined(self._model, step, contexts, self._stages.codec, lambda *_: None)
         self._identity.check(wanted.identity, language, where)
         with self._model.building(), self.bar(wanted.name) as bar:
-            join = joined(self._model, step, contexts, Tally(total, bar.show, report))
+            join = joined(self._model, step, contexts, self._stages.codec, Tally(total, bar.show, report))
         self._identity.prove(wanted.identity, language, where, since)
         return join
 

@@ -110,13 +110,13 @@ def leased(step: Step, waiting: Report | None = None, guest: str | None = None) 
     """
     with ExitStack() as held:
         found, bases, guest = dict[str, Layers](), list[CompressedContext](), guest or (None if step.stored else _UNSTORED)
-        if step.before and is_removed(step):
+        if step.before and _is_removed(step):
             guest = _REMOVED
         for before, (base, lease) in zip(step.before, _together(step, waiting, held, guest), strict=True):
             bases.append(base)
             if lease.receipt.reason in (_REMOVED, _UNSTORED):
                 guest = lease.receipt.reason
-            if isinstance(before, Step) and is_removed(before):  # by another process
+            if isinstance(before, Step) and _is_removed(before):  # by another process
                 guest = _REMOVED
             found |= dict(zip([*(part.key for part in base.parts), base.key], lease.parts, strict=True))
         wanted = [(part, found[part.key]) for part in parts_of(step.wanted.identity)]
@@ -128,9 +128,19 @@ def leased(step: Step, waiting: Report | None = None, guest: str | None = None) 
         yield _behind(shared, context, lease)
 
 
-def is_removed(step: Step) -> bool:
+def _is_removed(step: Step) -> bool:
     """Whether a context was removed since it was loaded, or what it shares."""
     return step.registry.is_removed(step.wanted.key, step.wanted.loaded, [part.key for part in parts_of(step.wanted.identity)])
+
+
+def _grows_from_removed(step: Step) -> bool:
+    """Whether a context would be built of one that was removed: of its parent, or of what that is to be built of."""
+    parent = step.parent
+    while isinstance(parent, Step) and not parent.registry.find(parent.wanted.key):
+        if _is_removed(parent):
+            return True
+        parent = parent.parent
+    return False
 
 
 def _together(step: Step, waiting: Report | None, held: ExitStack, guest: str | None) -> list[tuple[CompressedContext, Lease]]:
@@ -252,14 +262,17 @@ def _one(
         with below:
             return step.make(step, (*([parent.pop()] if parent else []), *bases), report)
 
-    guest = guest or (None if step.stored else _UNSTORED)
-    if guest or registry.is_removed(key):
+    guest = guest or (None if step.stored else _UNSTORED) or (_REMOVED if registry.is_removed(key) else None)
+    grows = not guest and not registry.find(key) and _grows_from_removed(step)
+    if guest or grows:
         with calls.waiting():
             context = build(lambda *progress: None)
-        if guest != _UNSTORED:
+        if guest == _REMOVED:
             logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
         with registry.guest(context.nbytes), context.lease() as lease:
-            yield context, replace(lease, receipt=replace(lease.receipt, hit=False, tier="built", reason=guest or _REMOVED))
+            ms = context.receipt.ms if context.receipt else {}
+            receipt = replace(lease.receipt, hit=False, tier="built", reason=guest or _REMOVED, ms=ms)
+            yield context, replace(lease, receipt=receipt)
         return
     with registry.lease(step.wanted, build, waiting) as found:
         yield found

@@ -15,7 +15,7 @@ import torch
 from kvzip_memory import turns
 from kvzip_memory.access import Access
 from kvzip_memory.building import Builder, Computed
-from kvzip_memory.chain import Make, Managed, Step, is_removed, leased
+from kvzip_memory.chain import Make, Managed, Step, leased
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.context import CompressedContext, Part, Source, as_told, checked_context, parts_of
 from kvzip_memory.errors import BudgetError, IdentityMismatchError, InputError
@@ -259,7 +259,7 @@ class Contexts:
         if parent is not None and shared:
             step = replace(step, stored=self._is_here(parent))
         elif isinstance(above, Step):
-            step = replace(step, stored=above.stored and not is_removed(above))
+            step = replace(step, stored=above.stored)
         if step.levels > _LEVELS:
             raise InputError(f"{step.levels} contexts would share one behind another; at most {_LEVELS} may: extend without share=True")
         now = step if computed is None else replace(step, make=partial(make, computed=computed))

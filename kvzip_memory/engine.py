@@ -15,6 +15,7 @@ from kvzip_memory.bridge import result_of
 from kvzip_memory.building import Builder
 from kvzip_memory.compression import Stages
 from kvzip_memory.compression.allocators import Allocator
+from kvzip_memory.compression.codecs import FittedCodec
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.compression.refit import Refit
 from kvzip_memory.compression.scorers import Scorer
@@ -75,7 +76,7 @@ class KVzipEngine(Library):
             (``docs/benchmarks.md``); ``"none"`` leaves them as they are; or an object. ``"auto"`` is ridge, but for scorers of others that
             give it nothing to fit to.
         codec: how they are written: ``"none"``, in the model's own dtype; ``"fp16"``, half the bytes of a model of 32 bits, where the
-            ``cpu`` or the ``reference`` attention computes.
+            attention is ``cpu`` or ``reference``. ``"auto"`` is that for float32, as on a CPU, and none for others.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
             which may be set at any time: contexts of another one are then not found, and are refused where they are given. So are those
             of a tokenizer that was changed otherwise, which is noticed by the next call.
@@ -109,7 +110,7 @@ class KVzipEngine(Library):
         scorer: Scorer | str = "kvzip",
         allocator: Allocator | str = "global",
         refit: Refit | str = "auto",
-        codec: str = "none",
+        codec: str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
         **model_kwargs: Any,
     ) -> KVzipEngine:
@@ -127,7 +128,7 @@ class KVzipEngine(Library):
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
-        Stages.of(scorer, allocator, refit, codec)
+        Stages.of(scorer, allocator, refit, FittedCodec(codec, lambda: (torch.float32, True)))
         for size, value in {"device_bytes": device_bytes, "host_bytes": host_bytes, "disk_bytes": disk_bytes}.items():
             parse_bytes(size, value)
         check_ttl(ttl)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.chain import Step
+from kvzip_memory.compression.codecs import Codec
 from kvzip_memory.compression.moving import Piece, joined_window
 from kvzip_memory.compression.prefill import Progress, read_behind
 from kvzip_memory.context import (
@@ -110,7 +111,7 @@ class Join(NamedTuple):
         for context in contexts:
             _check_same_head(first, context)
         nearest, *nearer = _nearer(contexts, _room(contexts, window, positions))
-        if repair and nearest:
+        if repair and (nearest or any(context.saved for context in contexts)):
             raise InputError(f"repair={repair} reads tokens where they stand, and these contexts share positions; join them without")
         ids, shifts = [first.token_ids], [0]
         parts = [part.moved(0, nearest) for part in first.all_parts] if nearest else [*first.all_parts]
@@ -144,7 +145,7 @@ def _room(contexts: Sequence[CompressedContext], window: int, positions: Positio
     """
     if positions == "sequential":
         return None
-    longest = max(context.n_tokens - context.saved for context in contexts)
+    longest = max(context.positions for context in contexts)
     if positions == "shared":
         return max(window // 2, longest)
     if isinstance(positions, bool) or not isinstance(positions, int):
@@ -185,13 +186,15 @@ def _check_same_head(first: CompressedContext, other: CompressedContext) -> None
         raise InputError(f"{other!r} has another system prompt, tools or template variables than {first!r}; such contexts cannot be joined")
 
 
-def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, ...], progress: Progress) -> CompressedContext:
+def joined(
+    model: LanguageModel, step: Step, contexts: tuple[CompressedContext, ...], codec: Codec, progress: Progress
+) -> CompressedContext:
     """Contexts whose pairs are on the device as one: it has nothing of its own but what windows show at its end, and the tokens that it
-    reads again."""
+    reads again, whose pairs a codec writes."""
     assert step.ids is not None
     assert step.recipe is not None
     again, saved = dict(step.wanted.identity.get("again", ())), parts_of(step.wanted.identity)[0].nearer
-    ids, reading = step.ids.tolist(), _Joining(model, saved)
+    ids, reading = step.ids.tolist(), _Joining(model, saved, codec)
     with ExitStack() as leases:
         for context in contexts:
             reading.add(context, leases.enter_context(context.lease()), again, ids, progress)
@@ -216,8 +219,8 @@ def joined(model: LanguageModel, step: Step, contexts: tuple[CompressedContext, 
 class _Joining:
     """A join as far as its contexts have been added; ``saved`` of all its tokens take no positions for themselves."""
 
-    def __init__(self, model: LanguageModel, saved: int) -> None:
-        self._model, self._n, self._saved = model, 0, saved
+    def __init__(self, model: LanguageModel, saved: int, codec: Codec) -> None:
+        self._model, self._n, self._saved, self._codec = model, 0, saved, codec
         self._parts, self._shifts = list[Layers](), list[int]()
         self._windows: list[list[Piece]] = [[] for _ in model.windows]
         self._like: Layers = ()
@@ -226,7 +229,7 @@ class _Joining:
     def add(self, context: CompressedContext, lease: Lease, again: Mapping[int, int], ids: Sequence[int], progress: Progress) -> None:
         """One more context behind the others, of whose tokens those of a span of ``again`` that begins there are read, of the join's
         ``ids``."""
-        first = context.protected if self._parts else 0
+        lease, first = self._model.checked(lease), context.protected if self._parts else 0
         start, shift = self._n, self._n - first
         if start in again:
             self._repair(ids[start : again[start]], progress)
@@ -248,8 +251,8 @@ class _Joining:
         positions = torch.arange(self._n, self._n + len(ids), dtype=torch.int32, device=self._model.device)
         read = list[RaggedLayer]()
         for (keys, values), like in zip(pairs, self._like, strict=True):
-            flat = keys.flatten(0, 1)
-            kept = flat if values is keys else values.flatten(0, 1)
+            flat = self._codec.stored(self._codec.keys(keys.flatten(0, 1)))
+            kept = flat if values is keys else self._codec.stored(self._codec.values(values.flatten(0, 1)))
             read.append(RaggedLayer(flat, kept, (len(ids),) * len(keys), positions.repeat(len(keys)), window=like.window))
         for pieces, layer in zip(self._windows, read, strict=True):
             if layer.window is not None:

@@ -15,6 +15,7 @@ from kvzip_memory.bridge import result_of
 from kvzip_memory.building import Builder
 from kvzip_memory.compression import Stages
 from kvzip_memory.compression.allocators import Allocator
+from kvzip_memory.compression.codecs import FittedCodec
 from kvzip_memory.compression.ratios import checked_ratio
 from kvzip_memory.compression.refit import Refit
 from kvzip_memory.compression.scorers import Scorer
@@ -72,19 +73,18 @@ class Library(Shared):
         scorer: Scorer | str = "kvzip",
         allocator: Allocator | str = "global",
         refit: Refit | str = "auto",
-        codec: str = "none",
+        codec: str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.ratio = checked_ratio(ratio)
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
-        stages = Stages.of(scorer, allocator, refit, codec)
+        stages = Stages.of(scorer, allocator, refit, FittedCodec(codec, lambda: (self._model.model.dtype, self._model.casts)))
         tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
-        if stages.codec.nbytes(model.dtype) < model.dtype.itemsize and not self._model.casts:
-            raise InputError(f"codec {brief(codec)} with attention {self._model.backend!r}, which casts no pairs; use 'cpu'")
-        stages = stages.for_layers(self._model.windows, self._model.layout.latent, model.dtype, refit)
+        stages = stages.for_layers(self._model.windows, self._model.layout.latent, refit)
+        stages.codec.identity()  # says so if nothing casts
         self._speech = Speech(self._model, tokenizer, template_kwargs)
         salt, device = tenant_digest(tenant), self._model.device
         if device_bytes is None:

@@ -121,10 +121,10 @@ class Session(NotPickled):
             if taken + len(ids) >= self._window:
                 raise WindowError(
                     f"the question's {len(ids):,} tokens, with what is said before it in the same prompt, do not fit: of the model's "
-                    f"window of {self._window:,} tokens {taken:,} are taken and the answer needs one, which leaves "
+                    f"window of {self._model.window:,} tokens {taken - self._saved:,} are taken and the answer needs one, which leaves "
                     f"{max(0, self._window - taken - 1):,}; ask shorter, begin anew with reset(), or load less",
-                    tokens=taken + len(ids),
-                    window=self._window,
+                    tokens=taken - self._saved + len(ids),
+                    window=self._model.window,
                 )
             if checked.grammar is not None:
                 self._check_least(checked.grammar.least, checked.max_new_tokens, taken + len(ids))
@@ -217,7 +217,8 @@ class Session(NotPickled):
     def _go_on(self, context: CompressedContext | None) -> None:
         self.context = context
         self._start = context.n_tokens if context else 0
-        self._window = self._model.window + (context.saved if context else 0)  # in tokens
+        self._saved = context.saved if context else 0
+        self._window = self._model.window + self._saved  # in tokens
         self._talk = Talk(self._prompts, context)
 
     def _check_idle(self) -> None:
@@ -272,10 +273,10 @@ class Session(NotPickled):
             raise InputError(f"{shortest} and max_new_tokens is {limit:,}; allow more tokens, or ask for less")
         if least > self._window - taken:
             raise WindowError(
-                f"{shortest}, and {taken:,} of the model's window of {self._window:,} tokens are taken; ask shorter, reset() the "
-                "session, load less, or ask for less",
-                tokens=taken + least,
-                window=self._window,
+                f"{shortest}, and {taken - self._saved:,} of the model's window of {self._model.window:,} tokens are taken; ask shorter, "
+                "reset() the session, load less, or ask for less",
+                tokens=taken - self._saved + least,
+                window=self._model.window,
             )
 
     def _answer(self, turn: Turn) -> Generator[str, None, None]:

@@ -128,6 +128,8 @@ def tiny_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def tiny_engine(architecture: str = "llama", **options: Any) -> KVzipEngine:
+    """Pairs as the model computes them, which oracles compute, too, unless a test says otherwise."""
+    options = {"codec": "none", **options}
     return KVzipEngine(tiny_model(architecture), tiny_tokenizer(options.pop("template", CHATML)), **options)
 
 
@@ -170,6 +172,12 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: Path) -> KVzipEngine:
     return KVzipEngine.from_pretrained(smollm2_path)
+
+
+@pytest.fixture(scope="session")
+def exact(smollm2: KVzipEngine) -> KVzipEngine:
+    """With pairs as the model computes them."""
+    return KVzipEngine(smollm2.model, smollm2.tokenizer, codec="none")
 
 
 HANDBOOK = ROOT / "examples" / "handbook.md"

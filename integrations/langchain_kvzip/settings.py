@@ -153,7 +153,7 @@ class ChatModelSettings(BaseChatModel):
         engine = self._ready
         window = engine.window if engine is not None else configured_window(self.model_name)
         if window is not None:
-            profile["max_input_tokens"] = window - (self.context.n_tokens if self.context else 0)
+            profile["max_input_tokens"] = window - (self.context.positions if self.context else 0)
             profile["max_output_tokens"] = self.max_tokens
         return profile
 

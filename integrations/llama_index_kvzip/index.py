@@ -427,7 +427,7 @@ class KVzipIndex(Shared, BaseManagedIndex):
         parts = self.parts(choice)
         if not parts:
             raise InputError(f"there are no documents to talk about; insert some{'' if choice.is_of_all else ', or choose others'}")
-        if len(parts) > 1 and sum(part.context.n_tokens for part in parts) > room(model):
+        if len(parts) > 1 and sum(part.context.positions for part in parts) > room(model):
             raise InputError(
                 f"the documents lie in {len(parts)} contexts that do not fit into the window together, beside a question and an answer; "
                 "use chat_mode=ChatMode.CONDENSE_QUESTION, choose some documents, or use a model with a longer window"

@@ -206,7 +206,7 @@ class KVzipLLM(FunctionCallingLLM):
         engine = self._ready
         window = engine.window if engine else configured_window(self.model) or self.engine.window
         return LLMMetadata(
-            context_window=window - (self.context.n_tokens if self.context else 0),
+            context_window=window - (self.context.positions if self.context else 0),
             num_output=self.max_tokens,
             is_chat_model=True,
             is_function_calling_model=True,

@@ -173,9 +173,9 @@ class Ranking:
         ranked = [compared[i] for i in scores.argsort(descending=True, stable=True).tolist()] + [parts[i] for i in order[_MOST_COMPARED:]]
         chosen: list[Part] = []
         for part in ranked:
-            if not chosen or part.context.n_tokens <= room:
+            if not chosen or part.context.positions <= room:
                 chosen.insert(0, part)
-                room -= part.context.n_tokens
+                room -= part.context.positions
         return chosen
 
     def _found(self, parts: Sequence[Part], located: bool = True) -> list[_Passages]:

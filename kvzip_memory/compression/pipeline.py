@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from kvzip_memory.compression.allocators import ALLOCATORS, Allocator
 from kvzip_memory.compression.choosing import choose
-from kvzip_memory.compression.codecs import CODECS, Codec, codec_of
+from kvzip_memory.compression.codecs import CODECS, Codec
 from kvzip_memory.compression.evict import gathered, return_freed_pages, visible
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.methods import owed
@@ -47,7 +47,11 @@ class Stages:
 
     @classmethod
     def of(
-        cls, scorer: Scorer | str = "kvzip", allocator: Allocator | str = "global", refit: Refit | str = "auto", codec: str = "none"
+        cls,
+        scorer: Scorer | str = "kvzip",
+        allocator: Allocator | str = "global",
+        refit: Refit | str = "auto",
+        codec: Codec = CODECS["none"],
     ) -> Stages:
         """Methods given as themselves or by their names.
 
@@ -69,22 +73,19 @@ class Stages:
                 f"scorer {brief(ranks.identity())} has no queries that refit {brief(fits.identity())} could fit to; use refit='none', or "
                 "another scorer"
             )
-        return cls(ranks, ALLOCATORS.of(allocator), fits, codec_of(codec))
+        return cls(ranks, ALLOCATORS.of(allocator), fits, codec)
 
-    def for_layers(self, windows: Sequence[Window | None], latent: bool, dtype: torch.dtype, refit: Refit | str) -> Stages:
+    def for_layers(self, windows: Sequence[Window | None], latent: bool, refit: Refit | str) -> Stages:
         """The same for the layers of a model.
 
         Args:
             windows: what each of them sees.
             latent: whether keys are their own values: what fits the one would change the other.
-            dtype: of their pairs; a codec that would leave them as they are is none.
             refit: as it was given; ``"auto"`` is ``"none"`` for latents, and below :data:`FITS_FROM` where most layers have a window.
 
         Raises:
             InputError: it is another refit, and the model caches latents.
         """
-        if self.codec.nbytes(dtype) == dtype.itemsize:
-            self = replace(self, codec=CODECS["none"])
         if not latent:
             few = refit == "auto" and 2 * sum(window is None for window in windows) < len(windows)
             return replace(self, fits_from=FITS_FROM) if few else self

@@ -211,6 +211,11 @@ class CompressedContext(Shared):
         return self.parts[0].nearer if self.parts else 0
 
     @property
+    def positions(self) -> int:
+        """How many positions of the model's window it takes: as many as it has tokens, but for those that are :attr:`saved`."""
+        return self.n_tokens - self.saved
+
+    @property
     def shared_tokens(self) -> int:
         """Tokens that its parts stand for; its own pairs are of those behind them, or of those that a join has read again."""
         return sum(part.n_tokens for part in self.parts)

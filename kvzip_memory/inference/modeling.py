@@ -146,10 +146,17 @@ class LanguageModel:
         Raises:
             UnsupportedModelError: parts of it have moved, and the model cannot tell.
         """
-        row = Row(lease.layers, start, tail, lease.states, lease.before, lease.shifts, lease.nearer)
+        row = Row(self.checked(lease).layers, start, tail, lease.states, lease.before, lease.shifts, lease.nearer)
         if row.moved:
             self.rotations.measure()
         return row
+
+    def checked(self, lease: Lease) -> Lease:
+        """A lease of any engine's context; InputError if its pairs have fewer bits than the model's and the attention does not cast."""
+        odd = None if self.casts else next((x.keys.dtype for part in lease.parts for x in part if x.keys.dtype != self.model.dtype), None)
+        if odd is not None:
+            raise InputError(f"the context's pairs are {odd}, which attention {self.backend!r} does not cast; use attention='cpu'")
+        return lease
 
     @property
     def alone(self) -> bool:

@@ -25,8 +25,9 @@ def check_room(prompt: Prompt, window: int, way_out: str = "split the text into 
     """
     tokens, limit = len(prompt.token_ids) - saved, max(0, window - FREE_TOKENS)
     if tokens > limit:
+        shared = f" in {tokens:,} positions" if saved else ""
         raise WindowError(
-            f"the text has {tokens:,} tokens; a context may have {limit:,} (the model's window of {window:,} less "
+            f"the text has {len(prompt.token_ids):,} tokens{shared}; a context may have {limit:,} (the model's window of {window:,} less "
             f"{FREE_TOKENS} for a question and its answer). Compressing does not widen the window: {way_out} or use a model with a "
             "longer one",
             tokens=tokens,

@@ -65,8 +65,10 @@ class Forgetting:
             return True
         with self._memory.changed:
             here = self._memory.here(key)
-        gone = any(notes.noted(each) >= loaded for each in (key, *parts)) or any(self._writing.is_removed(held, notes) for held in here)
-        return gone and not self._backing.has(key)
+        deleted = max(notes.noted(each) for each in (key, *parts))
+        gone = deleted >= loaded or any(self._writing.is_removed(held, notes) for held in here)
+        again = any(held.loaded > deleted and not self._writing.is_removed(held, notes) for held in here)
+        return gone and not again and not self._backing.has(key)
 
     def remove(self, reference: str) -> Entry:
         """Delete a context, see :meth:`~kvzip_memory.registry.registry.ContextRegistry.remove`."""

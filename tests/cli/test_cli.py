@@ -113,7 +113,7 @@ def test_a_file_is_loaded_and_found_by_an_engine(tmp_path: Path) -> None:
     args = ["load", str(tmp_path / "page.txt"), "--model", str(tmp_path / "model"), "--ratio", "0.4", "--keep", "8306"]
     first, second = run(tmp_path / "cache", *args), run(tmp_path / "cache", *args)
     assert (first["tier"], second["tier"]) == ("built", "disk")
-    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.4)
+    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.4, codec="auto")
     assert engine.load(tmp_path / "page.txt", keep="8306").receipt.tier == "disk"  # type: ignore[union-attr]
     assert engine.get("page").key == first["key"]
     engine.close()

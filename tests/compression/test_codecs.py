@@ -12,7 +12,7 @@ import torch
 
 from conftest import ARCHITECTURES, TEXT, lose, same_pairs, tiny_engine, tiny_model, tiny_tokenizer
 from families import FAMILIES, tiny_family
-from kvzip_memory import CompressedContext, InputError, KVzipEngine
+from kvzip_memory import BudgetError, CompressedContext, InputError, KVzipEngine
 from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.context import RaggedLayer, Resident
 
@@ -160,7 +160,37 @@ def test_a_model_of_16_bits_is_as_it_is_without(dtype: torch.dtype) -> None:
     def load(**options: Any) -> CompressedContext:
         return KVzipEngine(tiny_model().to(dtype), tiny_tokenizer(), 0.5, **options).load(TEXT)
 
-    assert load(codec="fp16").key == load().key
+    assert load(codec="fp16").key == load(codec="none").key == load().key
+
+
+@pytest.mark.parametrize(("attention", "dtype", "codec"), [("cpu", torch.float32, "fp16"), ("cpu", torch.float64, None)])
+def test_what_auto_is(attention: str, dtype: torch.dtype, codec: str | None) -> None:
+    engine = KVzipEngine(tiny_model().to(dtype), tiny_tokenizer(), 0.5, attention=attention)
+    assert engine.load(TEXT).identity.get("codec") == codec
+
+
+def test_it_is_that_of_the_model_as_it_is_now(tmp_path: Path) -> None:
+    engine = tiny_engine(ratio=0.5, codec="auto", cache_dir=tmp_path)
+    for dtype, codec in ((torch.float32, "fp16"), (torch.bfloat16, None), (torch.float64, None), (torch.float32, "fp16")):
+        engine.model.to(dtype)
+        context = engine.load(TEXT)
+        assert context.identity.get("codec") == codec
+        assert {layer.keys.dtype for layer in context.layers} == {torch.float16 if codec else dtype}
+        engine.registry.flush()
+        fresh = KVzipEngine(engine.model, tiny_tokenizer(), 0.5, cache_dir=tmp_path).load(TEXT).receipt
+        assert fresh is not None
+        assert fresh.hit
+
+
+def test_what_a_join_reads_again_is_written_so_too() -> None:
+    engine = tiny_engine(ratio=1.0, codec="fp16")
+    a, b = engine.load(TEXT), engine.load("The door code is 8306. " * 9)
+    join = engine.join([a, b], repair=10_000)
+    assert {layer.values.dtype for layer in join.layers} == {torch.float16}
+    small = tiny_engine(ratio=1.0, codec="fp16", device_bytes=a.nbytes + b.nbytes + join.nbytes * 3 // 4)
+    a, b = small.load(TEXT), small.load("The door code is 8306. " * 9)
+    with pytest.raises(BudgetError, match="the context takes about"):
+        small.join([a, b], repair=10_000)
 
 
 @pytest.mark.parametrize("odd", ["fp8", "", None, 16, CODECS["fp16"]])
@@ -170,16 +200,30 @@ def test_an_unknown_codec_is_refused(odd: object) -> None:
         lambda: KVzipEngine.from_pretrained("nowhere", codec=odd),  # type: ignore[arg-type]
     ]
     for make in makers:
-        with pytest.raises(InputError, match="is unknown; use one of fp16, none"):
+        with pytest.raises(InputError, match="is unknown; use one of auto, fp16, none"):
             make()
 
 
 def test_an_attention_that_does_not_cast_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = tiny_engine(ratio=0.5, codec="fp16").load(TEXT).save(tmp_path / "saved.safetensors")
-    with pytest.raises(InputError, match=r"codec 'fp16' with attention 'triton', which casts no pairs"):
+    with pytest.raises(InputError, match=r"codec='fp16' takes an attention that casts pairs"):
         tiny_engine(attention="triton", codec="fp16")
     with pytest.raises(InputError, match=r"use attention='cpu'"):
         tiny_engine(attention="triton").open(saved)
+    given, engine = tiny_engine(ratio=0.5, codec="fp16").load(TEXT), tiny_engine(attention="triton")
+    ids = engine.prompt_ids(given, "Who?")
+    for attempt in (
+        lambda: engine.logits(given, ids),
+        lambda: engine.session(given).ask("Who?", max_new_tokens=1),
+        lambda: engine.generate(given, "Who?", max_new_tokens=1),
+        lambda: engine.extend(given, SAID, share=True),
+        lambda: engine.extend(given, SAID, share=False),
+        lambda: engine.join([given, given]),
+        lambda: engine.relevance([(given, [(0, 9)])], "Who?", ""),
+    ):
+        with pytest.raises(InputError, match=r"are torch.float16, which attention 'triton' does not cast"):
+            attempt()
+    assert engine.registry.contexts() == []
     reference = tiny_engine(ratio=0.5, codec="fp16", attention="reference")
     context = reference.load(TEXT)
     ids = reference.prompt_ids(context, "Who?")

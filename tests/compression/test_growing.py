@@ -91,11 +91,11 @@ def test_below_ratio_1_each_generation_sees_what_the_one_before_has_kept(archite
     assert (ours - own_logits(engine, child, ids)).abs().max() > 0.01  # eviction shows
 
 
-def test_smollm2_at_ratio_1_equals_transformers(smollm2: KVzipEngine, excerpt: str) -> None:
-    context = smollm2.load(excerpt[:1500], ratio=1.0)
-    context = smollm2.extend(context, [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Nobody says."}])
-    ids = smollm2.prompt_ids(context, "What is the telephone number of head office?")
-    torch.testing.assert_close(smollm2.logits(context, ids), own_logits(smollm2, context, ids), atol=1e-4, rtol=0)
+def test_smollm2_at_ratio_1_equals_transformers(exact: KVzipEngine, excerpt: str) -> None:
+    context = exact.load(excerpt[:1500], ratio=1.0)
+    context = exact.extend(context, [{"role": "user", "content": "Who wrote it?"}, {"role": "assistant", "content": "Nobody says."}])
+    ids = exact.prompt_ids(context, "What is the telephone number of head office?")
+    torch.testing.assert_close(exact.logits(context, ids), own_logits(exact, context, ids), atol=1e-4, rtol=0)
 
 
 def test_documents_follow_documents_each_under_its_header(architecture: str) -> None:

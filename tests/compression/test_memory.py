@@ -15,7 +15,7 @@ from kvzip_memory import CompressedContext, KVzipEngine
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 1.0])
 def test_nbytes_is_the_storages_own_size_and_follows_the_ratio(ratio: float) -> None:
-    engine = KVzipEngine(tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=64), tiny_tokenizer())
+    engine = KVzipEngine(tiny_model(num_attention_heads=8, num_key_value_heads=4, head_dim=64), tiny_tokenizer(), codec="none")
     context = engine.load(TEXT * 4, ratio=ratio)
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in context.layers for t in layer.tensors()}
     assert context.nbytes == sum(storages.values()) + context.token_ids.untyped_storage().nbytes()

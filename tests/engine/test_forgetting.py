@@ -683,6 +683,45 @@ def test_what_grows_from_something_deleted_is_not_stored_until_that_is_loaded_ag
     assert again.key in {entry.key for entry in other.registry.contexts()}
 
 
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("by", ["this process", "another"])
+def test_what_was_loaded_again_grows_for_handles_of_before(tmp_path: Path, by: str, written: bool) -> None:
+    """Whether or not it is on the disk yet."""
+    engine, other = (tiny_engine(cache_dir=tmp_path, ratio=0.5) for _ in range(2))
+    said = [{"role": "user", "content": FILLER}, {"role": "assistant", "content": "Yes."}]
+    before = engine.load(said, tags="ana")
+    engine.registry.flush()
+    (engine if by == "this process" else other).forget("ana")
+    more = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    grown = engine.extend(before, more, name="lost")
+    assert grown.receipt is not None
+    assert grown.receipt.reason == "removed"
+    engine.load(said, tags="ana")
+    if written:
+        engine.registry.flush()
+    else:
+        engine.registry._backing.tier.remove(before.key)  # type: ignore[union-attr]
+    engine.extend(before, more, name="once")
+    engine.extend(grown, more, name="twice")
+    for name in ("once", "twice"):
+        assert engine.get(name).name == name
+
+
+def test_what_grew_before_its_parent_was_deleted_is_found(tmp_path: Path) -> None:
+    engine = tiny_engine(cache_dir=tmp_path, ratio=0.5)
+    said = [{"role": "user", "content": FILLER}, {"role": "assistant", "content": "Yes."}]
+    more = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes."}]
+    parent = engine.load(said, name="parent")
+    child = engine.extend(parent, more, name="child")
+    engine.registry.remove("parent")
+    again = engine.extend(parent, more, name="again")
+    assert again.receipt is not None
+    assert (again.key, again.receipt.hit) == (child.key, True)
+    assert engine.get("again").key == engine.get("child").key
+    engine.extend(child, more, name="grandchild")
+    assert engine.get("grandchild").n_tokens > child.n_tokens
+
+
 def lose(engine: KVzipEngine, key: str) -> None:
     """As full memory does."""
     with engine.registry._memory.changed:

@@ -176,11 +176,16 @@ def test_more_documents_than_the_window_holds(tmp_path: Path) -> None:
     folded = session.fold(keep=0)
     assert folded.saved == join.saved
     assert engine.session(folded).ask("Who?", max_new_tokens=5).text
-    with pytest.raises(WindowError):
+    with pytest.raises(WindowError, match=f"{window + 1:,} tokens with the context; the model's window is {window:,};") as error:
         engine.logits(join, [40] * (window // 2 + 1))
+    assert (error.value.tokens, error.value.window) == (window + 1, window)
     assert engine.logits(join, [40] * (window // 2)).shape[0] == window // 2
-    with pytest.raises(WindowError):
-        session.ask("Why? " * window, max_new_tokens=1)
+    with pytest.raises(WindowError, match=f"of the model's window of {window:,} tokens"):
+        session.ask("Why? " * (window // 6), max_new_tokens=1)
+    with pytest.raises(WindowError, match="of the model's window"):
+        engine.generate(join, "Why?", schema={"type": "string", "minLength": window}, max_new_tokens=2 * window)
+    with pytest.raises(WindowError, match=r"the text has 6,0.. tokens in 2,0.. positions"):
+        engine.extend(join, [Document("a" * (window // 2))])
     assert session.ask("Why?", max_new_tokens=10 * window).finish_reason in ("length", "stop")
     with pytest.raises(WindowError):
         engine.join(contexts, positions=window)
@@ -191,8 +196,17 @@ def test_positions_are_a_word_or_as_many_as_the_longest_context_takes(odd: objec
     engine = tiny_engine(ratio=0.5)
     with pytest.raises(InputError, match=r"positions is .*(\"sequential\", \"shared\"|the longest of the contexts takes)"):
         engine.join(loaded(engine), positions=odd)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="repair=4 reads tokens where they stand"):
-        engine.join(loaded(engine), positions=300, repair=4)
+    contexts = loaded(engine)
+    shared = engine.join(contexts, positions=300)
+    grown = engine.extend(shared, [Document(C)])
+    for attempt, options in (
+        (contexts, {"positions": 300}),
+        ([shared, contexts[0]], {}),
+        ([contexts[0], shared], {}),
+        ([grown, contexts[0]], {}),
+    ):
+        with pytest.raises(InputError, match="repair=4 reads tokens where they stand"):
+            engine.join(attempt, repair=4, **options)  # type: ignore[arg-type]
 
 
 def test_what_was_read_again_is_stored_saved_grown_and_joined(tmp_path: Path) -> None:
@@ -244,7 +258,7 @@ SOME = ["cohere", "deepseek_v3", "gemma3n_text", "glm4", "llama4_text", "nanocha
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES) if STRESS else SOME)
 def test_every_family_joins_or_says_why_not(kind: str) -> None:
-    engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), ratio=0.5)
+    engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), ratio=0.5, codec="none")
     if engine._model.layout.stateful or kind == "llama4_text":
         for attempt in (lambda: engine.join(loaded(engine)), lambda: engine.load(A, joinable=True)):
             with pytest.raises(UnsupportedModelError, match=r"load their texts as one|put together from parts"):

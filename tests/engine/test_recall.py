@@ -20,7 +20,7 @@ FAMILIES = {"chatml": CHATML, "hermes": HERMES, "llama3": LLAMA3, "mistral": MIS
 def engine_of(template: str, **options: Any) -> KVzipEngine:
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_special_tokens({"additional_special_tokens": CONTROL.get(template, [])})
-    return KVzipEngine(tiny_model(), tokenizer, **options)
+    return KVzipEngine(tiny_model(), tokenizer, codec="none", **options)
 
 
 def conversation(turns: int, tools: bool = True, system: bool = False) -> list[Message]:

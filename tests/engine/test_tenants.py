@@ -403,6 +403,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "shift": NOTHING,
         "nearer": NOTHING,
         "saved": NOTHING,
+        "positions": NOTHING,
         "shifts": NOTHING,
         "shared_tokens": NOTHING,
         "sources": NOTHING,
@@ -653,7 +654,7 @@ def test_what_tells_of_the_whole_folder_names_nobody_s_things(world: World) -> N
 
 def test_all_is_there_and_answers_when_another_has_tried_everything(world: World) -> None:
     a = world.a
-    expected = tiny_engine(ratio=0.4, tenant="ann")
+    expected = tiny_engine(ratio=0.4, tenant="ann", codec="auto")
     handle = expected.load(f"ann {TEXT}")
     assert handle.key == a.key
     assert a.engine.generate(a.engine.get(a.name), QUESTION, **FEW).text == expected.generate(handle, QUESTION, **FEW).text

@@ -44,7 +44,7 @@ def hybrid(request: pytest.FixtureRequest) -> str:
 
 
 def engine_of(kind: str, **options: object) -> KVzipEngine:
-    return KVzipEngine(tiny_family(kind), tiny_tokenizer(), 0.4, **options)  # type: ignore[arg-type]
+    return KVzipEngine(tiny_family(kind), tiny_tokenizer(), 0.4, **{"codec": "none", **options})  # type: ignore[arg-type]
 
 
 def test_at_ratio_1_logits_equal_transformers_own(kind: str) -> None:

@@ -29,7 +29,7 @@ def static(engine: KVzipEngine, kernels: Any = tables) -> DecodeSteps:
 def engines(request: pytest.FixtureRequest) -> tuple[KVzipEngine, KVzipEngine, list[CompressedContext]]:
     """One that decodes by static steps, one that does not, and contexts both can use."""
     model = tiny_model(request.param)
-    one, other = (KVzipEngine(model, tiny_tokenizer(), 0.5) for _ in range(2))
+    one, other = (KVzipEngine(model, tiny_tokenizer(), 0.5, codec="none") for _ in range(2))
     contexts = [one.load(TEXT), one.load("Nothing is known of the lamp.")]
     static(one)
     return one, other, contexts
@@ -95,7 +95,7 @@ def test_rows_of_several_parts(engines: tuple[KVzipEngine, KVzipEngine, list[Com
 def test_in_tritons_interpreter() -> None:
     """The same through the kernels themselves, from the engine's own choice on."""
     model = tiny_model(num_hidden_layers=1)
-    one, other = (KVzipEngine(model, tiny_tokenizer(), 0.5, attention=name) for name in ("triton", "reference"))
+    one, other = (KVzipEngine(model, tiny_tokenizer(), 0.5, attention=name, codec="none") for name in ("triton", "reference"))
     assert one.stats()["attention"] == "triton"
     context = other.load(TEXT)
     rows, twins = ([row_over(context), row_over(None), row_over(context)] for _ in range(2))
@@ -107,7 +107,7 @@ def test_in_tritons_interpreter() -> None:
 
 def test_a_thousand_tokens_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is captured again while the tail doubles from 64 to 1,024, and tables are written only then."""
-    engine = KVzipEngine(tiny_model(num_hidden_layers=1), tiny_tokenizer(), 0.5)
+    engine = KVzipEngine(tiny_model(num_hidden_layers=1), tiny_tokenizer(), 0.5, codec="none")
     context = engine.load(TEXT)
     row, twin = row_over(context), row_over(context)
     feed(engine, [row], [[5, 6]])

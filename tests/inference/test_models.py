@@ -111,7 +111,7 @@ ROTATIONS: dict[str, tuple[str, dict[str, object]]] = {
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_rotations_that_change_with_length_end_the_window_there(kind: str) -> None:
     architecture, changes = ROTATIONS[kind]
-    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer(), 1.0)
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer(), 1.0, codec="none")
     assert engine.window == 512
     context = engine.load("Lamps and oil. " * 13)
     ids = [i % 250 for i in range(512 - context.n_tokens)]
@@ -121,7 +121,7 @@ def test_rotations_that_change_with_length_end_the_window_there(kind: str) -> No
 @pytest.mark.parametrize("kind", ROTATIONS)
 def test_rotations_that_another_users_long_text_has_left_change_no_key(kind: str) -> None:
     architecture, changes = ROTATIONS[kind]
-    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer())
+    engine = KVzipEngine(tiny_model(architecture, **changes), tiny_tokenizer(), codec="none")
     context = engine.load(TEXT[:200])
     expected = engine.logits(context, [5, 6, 7])
     with torch.inference_mode():
@@ -167,7 +167,7 @@ def test_a_compiled_model_has_the_contexts_of_the_same_model(how: str, tmp_path:
     context = plain.load(TEXT)
     expected = plain.generate(context, "Who?", max_new_tokens=8).text
     plain.close()
-    engine = KVzipEngine(COMPILED[how](tiny_model()), tiny_tokenizer(), 0.4, cache_dir=tmp_path)
+    engine = KVzipEngine(COMPILED[how](tiny_model()), tiny_tokenizer(), 0.4, cache_dir=tmp_path, codec="none")
     found = engine.load(TEXT)
     assert (found.key, found.receipt.tier) == (context.key, "disk")  # type: ignore[union-attr]
     assert engine.generate(found, "Who?", max_new_tokens=8).text == expected

@@ -46,7 +46,7 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
 def test_at_ratio_1_logits_equal_those_of_the_whole_model(kind: str) -> None:
     model = tiny_multimodal(kind)
     before = {name: repr(value) for name, value in state(model).items() if name.rpartition(".")[2] != "config"}
-    engine = KVzipEngine(model, tiny_tokenizer())
+    engine = KVzipEngine(model, tiny_tokenizer(), codec="none")
     context = engine.load(TEXT, ratio=1.0)
     ids = engine.prompt_ids(context, QUESTION)
     ours = engine.logits(context, ids)
@@ -57,7 +57,7 @@ def test_at_ratio_1_logits_equal_those_of_the_whole_model(kind: str) -> None:
 
 
 def test_below_ratio_1_logits_equal_dense_attention_with_evicted_pairs_masked(kind: str) -> None:
-    engine = KVzipEngine(tiny_multimodal(kind), tiny_tokenizer())
+    engine = KVzipEngine(tiny_multimodal(kind), tiny_tokenizer(), codec="none")
     context = engine.load(TEXT, ratio=0.3)
     ids = engine.prompt_ids(context, QUESTION)
     torch.testing.assert_close(engine.logits(context, ids), masked_logits(engine, context, ids), atol=1e-4, rtol=0)
@@ -88,12 +88,12 @@ def test_what_is_not_about_texts_is_no_part_of_a_key(kind: str, tmp_path: Path) 
 @pytest.mark.parametrize("kind", OWN_CLASS, indirect=True)
 def test_its_contexts_are_those_of_the_language_model_alone(kind: str, tmp_path: Path) -> None:
     whole = tiny_multimodal(kind)
-    part = KVzipEngine(whole, tiny_tokenizer(), cache_dir=tmp_path / "cache")
+    part = KVzipEngine(whole, tiny_tokenizer(), cache_dir=tmp_path / "cache", codec="none")
     context = part.load(TEXT, ratio=0.4)
     part.model.save_pretrained(tmp_path / "alone")
     tiny_tokenizer().save_pretrained(tmp_path / "alone")
     part.close()
-    alone = KVzipEngine.from_pretrained(tmp_path / "alone", cache_dir=tmp_path / "cache")
+    alone = KVzipEngine.from_pretrained(tmp_path / "alone", cache_dir=tmp_path / "cache", codec="none")
     found = alone.load(TEXT, ratio=0.4)
     assert (found.key, found.receipt.tier) == (context.key, "disk")  # type: ignore[union-attr]
 
@@ -106,13 +106,13 @@ def test_a_folder_is_read_without_libraries_for_images(kind: str, tmp_path: Path
         import_module("transformers.integrations.mistral.tokenizer")
     for library in ("PIL", "torchvision"):
         monkeypatch.setitem(sys.modules, library, None)
-    engine = KVzipEngine.from_pretrained(tmp_path)
+    engine = KVzipEngine.from_pretrained(tmp_path, codec="none")
     context = engine.load(TEXT, ratio=1.0)
     ids = engine.prompt_ids(context, QUESTION)
     with torch.inference_mode():
         wanted = model(input_ids=torch.tensor([[*context.token_ids.tolist(), *ids]])).logits[0, context.n_tokens :]
     torch.testing.assert_close(engine.logits(context, ids), wanted.float(), atol=5e-5, rtol=0)
-    own = KVzipEngine(model, tiny_tokenizer())
+    own = KVzipEngine(model, tiny_tokenizer(), codec="none")
     assert (
         engine.generate(context, QUESTION, max_new_tokens=8).text
         == own.generate(own.load(TEXT, ratio=1.0), QUESTION, max_new_tokens=8).text
@@ -135,7 +135,7 @@ def test_a_template_that_only_the_processor_has_is_found(tmp_path: Path) -> None
     tiny_tokenizer(None).save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
-    engine = KVzipEngine.from_pretrained(tmp_path)
+    engine = KVzipEngine.from_pretrained(tmp_path, codec="none")
     assert engine.tokenizer.chat_template == CHATML
 
 

@@ -547,9 +547,11 @@ def test_tokens_are_counted_by_the_models_own_template(llm: KVzipChatModel, engi
     assert llm.get_num_tokens("Who?") == 4
 
 
-def test_the_profile_says_what_a_context_leaves_of_the_window(llm: KVzipChatModel, context: CompressedContext) -> None:
+def test_the_profile_says_what_a_context_leaves_of_the_window(llm: KVzipChatModel, engine: KVzipEngine, context: CompressedContext) -> None:
     assert llm.profile["max_input_tokens"] == 2048  # type: ignore[index]
     assert llm.with_context(context).profile["max_input_tokens"] == 2048 - context.n_tokens  # type: ignore[index]
+    shared = engine.join([context, context, context], positions=context.n_tokens + 9)
+    assert llm.with_context(shared).profile["max_input_tokens"] == 2048 - context.n_tokens - 9  # type: ignore[index]
     assert llm.profile["tool_calling"]  # type: ignore[index]
     own = llm.model_copy(update={"profile": {"max_input_tokens": 9}})
     assert own.with_context(context).profile == {"max_input_tokens": 9}

@@ -82,6 +82,8 @@ def test_usage_and_what_was_reused_are_in_raw_and_counted(llm: KVzipLLM, context
 def test_the_window_it_tells_is_what_the_context_leaves(llm: KVzipLLM, engine: KVzipEngine, context: CompressedContext) -> None:
     assert llm.metadata.context_window == engine.window
     assert llm.with_context(context).metadata.context_window == engine.window - context.n_tokens
+    shared = engine.join([context, context, context], positions=context.n_tokens + 9)
+    assert llm.with_context(shared).metadata.context_window == engine.window - context.n_tokens - 9
     assert llm.metadata.is_chat_model
     assert llm.metadata.is_function_calling_model
     assert llm.metadata.num_output == 12

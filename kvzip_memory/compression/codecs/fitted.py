@@ -1,0 +1,60 @@
+"""The codec that a name means for a model as it is now, whose dtype may be changed at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvzip_memory.compression.codecs.base import Codec
+from kvzip_memory.compression.codecs.half import HalfCodec
+from kvzip_memory.compression.codecs.none import NoCodec
+from kvzip_memory.errors import InputError
+from kvzip_memory.system.printable import brief
+
+#: Codecs by name.
+CODECS: dict[str, Codec] = {"none": NoCodec(), "fp16": HalfCodec()}
+
+
+class FittedCodec:
+    """
+    Args:
+        name: of a codec, which is none where it would leave pairs as they are; ``"auto"`` is ``"fp16"`` for float32 that is cast, else
+            none.
+        now: the model's dtype, and whether what attends to its pairs casts those of fewer bits.
+
+    Raises:
+        InputError: there is no such codec; or, by any of its methods, nothing casts.
+    """
+
+    def __init__(self, name: str, now: Callable[[], tuple[torch.dtype, bool]]) -> None:
+        if not isinstance(name, str) or name not in ("auto", *CODECS):
+            raise InputError(f"codec {brief(name)} is unknown; use one of {', '.join(sorted(('auto', *CODECS)))}")
+        self._name, self._now = name, now
+
+    def identity(self) -> str | None:
+        return self._codec().identity()
+
+    def keys(self, keys: Tensor) -> Tensor:
+        return self._codec().keys(keys)
+
+    def values(self, values: Tensor) -> Tensor:
+        return self._codec().values(values)
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        return self._codec().nbytes(dtype)
+
+    def stored(self, pairs: Tensor) -> Tensor:
+        return self._codec().stored(pairs)
+
+    def _codec(self) -> Codec:
+        dtype, casts = self._now()
+        if self._name == "auto":
+            return CODECS["fp16" if casts and dtype is torch.float32 else "none"]
+        codec = CODECS[self._name]
+        if codec.nbytes(dtype) == dtype.itemsize:
+            return CODECS["none"]
+        if not casts:
+            raise InputError(f"codec={self._name!r} takes an attention that casts pairs, as 'cpu' does; use that, or codec='none'")
+        return codec
