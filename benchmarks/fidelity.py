@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--compress-every", type=int, nargs="*", default=[256, 500])
     parser.add_argument("--scorers", nargs="*", choices=list(SCORERS), default=list(SCORERS))
     args = parser.parse_args()
-    engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3())
+    engine = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), codec="none")
     docs = documents(articles(args.squad), args.articles, engine.tokenizer, args.tokens)
     results: list[dict[str, Any]] = []
     kept: dict[tuple[str, float], list[float]] = defaultdict(list)
@@ -158,7 +158,7 @@ def main() -> None:
                     logits = engine.logits(context, q["question"] + q["answer"][:-1])[-len(q["answer"]) :]
                     results.append({"method": method, "ratio": ratio, "kind": q["kind"]} | divergence(expected, logits))
         for every in args.compress_every:
-            twin = KVzipEngine(engine.model, engine.tokenizer, compress_every=every)
+            twin = KVzipEngine(engine.model, engine.tokenizer, compress_every=every, codec="none")
             for ratio in RATIOS:
                 context = twin.load(doc["text"], ratio=ratio)
                 kept[f"default in pieces of {every}", ratio].append(context.kept_pairs / context.total_pairs)

@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--articles", type=int, default=4)
     parser.add_argument("--sizes", type=int, nargs="*", default=[size for size, *_ in SIZES])
     args = parser.parse_args()
-    engine = KVzipEngine.from_pretrained(smollm2())
-    engines = {refit: KVzipEngine(engine.model, engine.tokenizer, refit=refit) for refit in ("none", "auto")}
+    engine = KVzipEngine.from_pretrained(smollm2(), codec="none")
+    engines = {refit: KVzipEngine(engine.model, engine.tokenizer, refit=refit, codec="none") for refit in ("none", "auto")}
     data = articles(args.squad)[args.first : args.first + args.articles]
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     shapes: dict[int, list[list[int]]] = defaultdict(list)

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--parts", type=int, default=10)
     args = parser.parse_args()
-    engine = KVzipEngine.from_pretrained(smollm2())
+    engine = KVzipEngine.from_pretrained(smollm2(), codec="none")
     texts = parts(articles(args.squad)[:4], engine.tokenizer, args.parts)
     style = [(kind, question) for kind, questions in OUT_OF_STYLE.items() for question in questions]
     told = [(text, [*asked, *style]) for text, asked in texts]

@@ -1,0 +1,99 @@
+"""What do pairs that are written in fewer bits say, and what do they take?
+
+Contexts, questions and codes of `fidelity.py`. Each article is loaded by engines of each codec, at each ratio. Per token of the answers of
+the full cache, in the model's own dtype: KL(full || context), and bytes of the context's storages, scores and positions among them, over
+those of a dense cache of 16 bits.
+
+    python benchmarks/codecs.py --squad squad.json
+    python benchmarks/codecs.py --squad squad.json --model gemma3
+    python benchmarks/codecs.py --squad squad.json --only step      on a quiet machine
+
+``step``: one decode step behind 6,000 tokens, and a question of 16 tokens, over those of pairs in the model's own dtype, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from common import articles, gemma3, save, smollm2
+from fidelity import divergence, documents, greedy
+from kvzip_memory import KVzipEngine
+from kvzip_memory.compression.codecs import CODECS
+from kvzip_memory.inference.cache import Tail
+
+RATIOS = [1.0, 0.5, 0.3, 0.1]
+
+
+def step(exact: KVzipEngine, engines: dict[str, KVzipEngine], text: str) -> list[dict[str, Any]]:
+    """A row for each ratio and codec."""
+    rows = []
+    for ratio in (1.0, 0.3):
+        contexts = {codec: engine.load(text, ratio=ratio) for codec, engine in engines.items()}
+        for name, ids in (("step", [5]), ("question", [5] * 16)):
+            times = defaultdict[str, list[float]](list)
+            for _ in range(60):
+                for codec, context in contexts.items():
+                    with context.lease() as lease:
+                        row = exact._model.row(lease, context.n_tokens, Tail())
+                        began = time.perf_counter()
+                        exact._model.forward([row], [ids])
+                        times[codec].append(time.perf_counter() - began)
+            ms = {codec: round(1e3 * statistics.median(some), 2) for codec, some in times.items()}
+            over = {codec: round(some / ms["none"], 3) for codec, some in ms.items()}
+            rows.append({"ratio": ratio, "tokens": contexts["none"].n_tokens, "of": name, "ms": ms, "over_none": over})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--squad", type=Path, required=True)
+    parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
+    parser.add_argument("--only", choices=["fidelity", "step"], default="fidelity")
+    parser.add_argument("--articles", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=2000)
+    args = parser.parse_args()
+    exact = KVzipEngine.from_pretrained(smollm2() if args.model == "smollm2" else gemma3(), codec="none", progress=False)
+    engines = {codec: KVzipEngine(exact.model, exact.tokenizer, codec=codec, progress=False) for codec in CODECS}
+    if args.only == "step":
+        [doc] = documents(articles(args.squad), 1, exact.tokenizer, 6000)
+        save("codecs_seconds", {"model": args.model, "table": step(exact, engines, doc["text"])})
+        return
+    docs = documents(articles(args.squad), args.articles, exact.tokenizer, args.tokens)
+    sums: dict[tuple[str, float, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    nbytes: dict[tuple[str, float], list[int]] = defaultdict(lambda: [0, 0])
+    for doc in tqdm(docs, desc="articles"):
+        full = exact.load(doc["text"], ratio=1.0)
+        asked = []
+        for kind, question in doc["asked"]:
+            ids = exact.prompt_ids(full, question)
+            if answer := greedy(exact, full, ids):
+                ids += answer[:-1]
+                asked.append((kind, ids, exact.logits(full, ids)[-len(answer) :]))
+        for codec, engine in engines.items():
+            for ratio in RATIOS:
+                context = engine.load(doc["text"], ratio=ratio)
+                nbytes[codec, ratio][0] += context.nbytes
+                nbytes[codec, ratio][1] += 2 * context.dense_nbytes // engine.model.dtype.itemsize
+                for kind, ids, expected in asked:
+                    apart = divergence(expected, engine.logits(context, ids)[-len(expected) :])
+                    sums[codec, ratio, kind][0] += apart["kl"]
+                    sums[codec, ratio, kind][1] += apart["tokens"]
+    rows = []
+    for (codec, ratio), (taken, dense) in nbytes.items():
+        kl = {kind: float(f"{total / tokens:.3g}") for (c, r, kind), (total, tokens) in sums.items() if (c, r) == (codec, ratio)}
+        rows.append({"codec": codec, "ratio": ratio, "of_dense_16_bits": round(taken / dense, 4), "kl": kl})
+        print(rows[-1])
+    name = "codecs" if args.model == "smollm2" else f"codecs_{args.model}"
+    save(name, {"model": args.model, "articles": [doc["title"] for doc in docs], "table": rows})
+
+
+if __name__ == "__main__":
+    main()
