@@ -318,7 +318,13 @@ def test_files_with_states_or_latents_are_of_a_format_of_their_own() -> None:
         identity = engine.extend(engine.load(TEXT), MORE, share=True).identity
         assert identity["format"] == written
         assert other_version(identity) is None
-    assert other_version({**identity, "format": 8}) == "newer"
+    for kind, written in (("llama", 8), ("deepseek_v3", 9)):
+        engine = engine_of(kind)
+        context = engine.load(TEXT)
+        identity = engine.join([context, context], positions=context.n_tokens + 1).identity
+        assert identity["format"] == written
+        assert other_version(identity) is None
+    assert other_version({**identity, "format": 10}) == "newer"
     assert other_version({**identity, "format": 3}) == "older"
 
 
