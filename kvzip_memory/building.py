@@ -346,8 +346,8 @@ class Builder:
 
     def _read(self, beginning: _Beginning, ids: Sequence[int], progress: Progress) -> tuple[DensePairs, States]:
         """The pairs of ids behind a beginning, and the states behind them."""
-        told = beginning
-        row = Row(tuple(told.layers), told.n_tokens, Tail(len(ids)), told.states, told.before, told.shifts, told.nearer)
+        layers, tail = tuple(beginning.layers), Tail(len(ids))
+        row = Row(layers, beginning.n_tokens, tail, beginning.states, beginning.before, beginning.shifts, beginning.nearer)
         if row.moved:
             self.check_movable()
         return read_behind(self._model, row, ids, progress)
