@@ -135,7 +135,7 @@ def test_a_question_joins_no_more_than_the_window_takes(llm: KVzipLLM, engine: K
 
 @pytest.mark.parametrize("why", ["model", "device"])
 def test_where_no_join_is_possible_the_context_is_asked_that_the_question_is_about_most(why: str) -> None:
-    options = {"device_bytes": "75kB"} if why == "device" else {}
+    options = {"device_bytes": "100kB"} if why == "device" else {}
     engine = KVzipEngine(tiny_family("qwen3_next" if why == "model" else "llama"), tiny_tokenizer(), progress=False, **options)
     llm = KVzipLLM(engine=engine, ratio=0.4, max_tokens=4)
     index = KVzipIndex.from_documents([*DOCUMENTS, THIRD], llm=llm, context_tokens=450)
