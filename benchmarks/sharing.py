@@ -73,7 +73,7 @@ def told(
 
 
 def fidelity(squad: Path, first: int, count: int) -> list[dict[str, Any]]:
-    engine = KVzipEngine.from_pretrained(smollm2())
+    engine = KVzipEngine.from_pretrained(smollm2(), codec="none")
     docs = documents(articles(squad)[first : first + count], count, engine.tokenizer, TOKENS)
     sums: dict[tuple[Any, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for number, doc in enumerate(tqdm(docs)):

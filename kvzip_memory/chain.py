@@ -268,7 +268,7 @@ def _one(
         with calls.waiting():
             context = build(lambda *progress: None)
         if guest == _REMOVED:
-            logger.warning("context %s was removed; it is built for one answer and not stored", key[:12])
+            logger.warning("context %s was removed, or what it shares; it is built for one answer and not stored", key[:12])
         with registry.guest(context.nbytes), context.lease() as lease:
             ms = context.receipt.ms if context.receipt else {}
             receipt = replace(lease.receipt, hit=False, tier="built", reason=guest or _REMOVED, ms=ms)

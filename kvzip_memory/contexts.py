@@ -44,6 +44,8 @@ from kvzip_memory.system.threads import release
 
 logger = logger_of(__name__)
 
+# Tokens a position of joined contexts; with more nothing was measured, and little is right with as many.
+_CROWD = 4.5
 # A context that shares another's pairs may be shared in its turn, so many times.
 _LEVELS = 64
 
@@ -362,6 +364,8 @@ class Contexts:
         first, last = contexts[0], contexts[-1]
         prompt = Prompt(tuple(join.token_ids.tolist()), first.protected, last.recipe, join.sources, (), None, first.identity["system"])
         check_room(prompt, self._window, 'join fewer contexts, or with positions="shared",', join.saved)
+        if (crowd := len(prompt.token_ids) / (len(prompt.token_ids) - join.saved)) > _CROWD:
+            logger.warning("%.1f tokens share a position in a join of %d contexts; answers from it may be of no use", crowd, len(contexts))
         identity = self._builder.joined_identity(language, prompt, contexts, join)
         above = tuple(context.storage.step if isinstance(context.storage, Managed) else context for context in contexts)
         step = self._step(identity, prompt, name, labels, partial(self._builder.join, language))

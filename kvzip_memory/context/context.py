@@ -268,12 +268,13 @@ class CompressedContext(Shared):
         return {"type": "file", "file_id": self.key}
 
     def __repr__(self) -> str:
+        told = f"{self.n_tokens:,} tokens" + (f" in {self.positions:,} positions" if self.saved else "")
         if not self.total_pairs:
-            return f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens of {len(self.parts)} parts>"
+            return f"<CompressedContext {self.name or self.key[:12]!r} {told} of {len(self.parts)} parts>"
         kept = 100 * self.kept_pairs / self.total_pairs
         own = f"{self.n_tokens - self.shared_tokens:,} of them its own, " if self.parts else ""
         return (
-            f"<CompressedContext {self.name or self.key[:12]!r} {self.n_tokens:,} tokens, {own}{kept:.1f} % kept, "
+            f"<CompressedContext {self.name or self.key[:12]!r} {told}, {own}{kept:.1f} % kept, "
             f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
         )
 

@@ -48,7 +48,7 @@ _LABELS = {
     "system": "system prompt",
     "recipe": "what follows the context (template variables)",
     "parent": "the context it was grown from",
-    "parts": "what it shares with others",
+    "parts": "what it shares with others, and where that stands",
 }
 _DERIVED = ("tokens", "protected", "recipe")
 

@@ -191,6 +191,19 @@ def test_more_documents_than_the_window_holds(tmp_path: Path) -> None:
         engine.join(contexts, positions=window)
 
 
+def test_a_join_says_how_many_positions_it_takes_and_where_they_are_too_few(caplog: pytest.LogCaptureFixture) -> None:
+    engine = tiny_engine(ratio=0.5)
+    context = engine.load(A, name="a")
+    few = engine.join([context] * 4, positions=context.n_tokens)
+    assert f"{few.n_tokens:,} tokens in {context.n_tokens:,} positions of" in repr(few)
+    grown = engine.extend(few, [{"role": "user", "content": "Hello?"}])
+    assert f"{grown.n_tokens:,} tokens in {grown.positions:,} positions, " in repr(grown)
+    assert "positions" not in repr(context) + repr(engine.join([context] * 4))
+    assert not caplog.records
+    engine.join([context] * 9, positions=context.n_tokens)
+    assert "tokens share a position in a join of 9 contexts; answers from it may be of no use" in caplog.text
+
+
 @pytest.mark.parametrize("odd", [0, 100, -1, True, 1.5, "near", None, ["shared"]])
 def test_positions_are_a_word_or_as_many_as_the_longest_context_takes(odd: object) -> None:
     engine = tiny_engine(ratio=0.5)
