@@ -333,7 +333,7 @@ def loads(size: Size) -> dict[str, Any]:
 
     locked, staged = milliseconds(all_of(pinned), size), milliseconds(all_of(plain), size)
     arrived = [arrival.wait() for arrival in upload(plain, size.device)]
-    assert all(torch.equal(a.keys.cpu(), b.keys) for a, b in zip(arrived, plain, strict=True))
+    assert all(torch.equal(a.pairs[0].cpu(), b.pairs[0]) for a, b in zip(arrived, plain, strict=True))
     return {"nbytes": total, "pinned_copy_ms": copy, "upload_ms": locked, "staged_ms": staged, "of pinned copy": copy / locked}
 
 

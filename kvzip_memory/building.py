@@ -38,7 +38,7 @@ from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
-from kvzip_memory.registry.identity import model_fields, recipe_digest, tokens_digest, with_parts
+from kvzip_memory.registry.identity import model_fields, of_codes, recipe_digest, tokens_digest, with_parts
 from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
@@ -73,7 +73,7 @@ def context_identity(
     above = None if parent is None else parent.key
     return {
         **model,
-        **(with_parts(model["format"], parts) if parts else {}),
+        **with_parts(of_codes(model["format"]) if stages.codec.in_codes() else model["format"], parts),
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
@@ -245,16 +245,16 @@ class Builder:
     def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
         """Bytes the context will take behind so many tokens whose pairs it shares, from the model's shape."""
         model, n, dtype = self._model, len(prompt.token_ids), self._model.model.dtype
-        size = self._stages.codec.nbytes(dtype)
+        nbytes = self._stages.codec.nbytes
         layers = [
-            (window, n_heads, (dim if model.layout.latent else dim + dim_v) * size + 4)
+            (window, n_heads, nbytes(dtype, dim)[0] + (0 if model.layout.latent else nbytes(dtype, dim_v)[1]) + 4)
             for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * window.left(n) * pair for window, n_heads, pair in layers if window is not None)
         kept = pairs_kept(ratio, n - shared, max(0, prompt.protected - shared), sum(n_heads for n_heads, _ in full))
         states = sum(map(math.prod, model.state_shapes.values())) * dtype.itemsize
-        return kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding + states + 4 * n
+        return round(kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding) + states + 4 * n
 
     def bar(self, name: str | None) -> Bar:
         """For the progress of a context of this name, from now on until it is there."""
@@ -317,7 +317,7 @@ class Builder:
                 beginning = self._grown(beginning, ids[:end], language, step, progress, computed, dropped)
         if dropped:
             token_ids = torch.cat([token_ids[: step.protected], token_ids[known:]])
-            layers = without_preamble(self._model, given[1].layers, beginning.layers, known, dropped, len(token_ids))
+            layers = without_preamble(self._model, given[1].layers, beginning.layers, known, dropped, len(token_ids), self._stages.codec)
             fitted = tuple((start - dropped, end - dropped) for start, end in beginning.fitted)
             beginning = replace(beginning, layers=layers, fitted=fitted)
         ratio, above = wanted.identity["ratio"], given[1:] if dropped else given  # it is as old as what it shares

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvzip_memory.chain import Step
 from kvzip_memory.compression.codecs import Codec
+from kvzip_memory.compression.evict import in_one
 from kvzip_memory.compression.moving import Piece, joined_window
 from kvzip_memory.compression.prefill import Progress, read_behind
 from kvzip_memory.context import (
@@ -28,6 +29,7 @@ from kvzip_memory.context import (
     parts_of,
     seen_from,
 )
+from kvzip_memory.context.codes import Vectors, each
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.inference.modeling import LanguageModel
@@ -251,8 +253,8 @@ class _Joining:
         positions = torch.arange(self._n, self._n + len(ids), dtype=torch.int32, device=self._model.device)
         read = list[RaggedLayer]()
         for (keys, values), like in zip(pairs, self._like, strict=True):
-            flat = self._codec.stored(self._codec.keys(keys.flatten(0, 1)))
-            kept = flat if values is keys else self._codec.stored(self._codec.values(values.flatten(0, 1)))
+            flat = self._codec.keys(keys.flatten(0, 1))
+            kept = flat if values is keys else self._codec.values(values.flatten(0, 1))
             read.append(RaggedLayer(flat, kept, (len(ids),) * len(keys), positions.repeat(len(keys)), window=like.window))
         for pieces, layer in zip(self._windows, read, strict=True):
             if layer.window is not None:
@@ -264,32 +266,37 @@ class _Joining:
     def _shown(self) -> Layers:
         """What windows show at the end, and nothing of other layers."""
         layers = zip(self._windows, self._like, strict=True)
-        return tuple(joined_window(pieces, self._n) if pieces else like.none() for pieces, like in layers)
+        dtype = self._model.model.dtype
+        return tuple(joined_window(pieces, self._n, self._codec, dtype) if pieces else like.none() for pieces, like in layers)
 
     def own(self) -> Layers:
         """The join's own layers."""
         shown = self._shown()
         return tuple(
-            layer if layer.window is not None or not self._read else _together([read[place] for read in self._read])
+            layer if layer.window is not None or not self._read else self._together([read[place] for read in self._read])
             for place, layer in enumerate(shown)
         )
 
+    def _together(self, layers: Sequence[RaggedLayer]) -> RaggedLayer:
+        """Layers whose heads have as many pairs each, one behind another."""
+        heads, dtype = layers[0].n_heads, self._model.model.dtype
 
-def _together(layers: Sequence[RaggedLayer]) -> RaggedLayer:
-    """Layers whose heads have as many pairs each, one behind another."""
-    heads = layers[0].n_heads
+        def by_head(tensor: Tensor) -> Tensor:
+            return tensor.unflatten(0, (heads, -1))
 
-    def flat(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([tensor.unflatten(0, (heads, -1)) for tensor in tensors], 1).flatten(0, 1).contiguous()
+        def flat(vectors: Sequence[Vectors], write: Callable[[Tensor], Vectors]) -> Vectors:
+            together = in_one([each(some, by_head) for some in vectors], write, dtype, 1)
+            return each(together, lambda tensor: tensor.flatten(0, 1).contiguous())
 
-    keys = flat([layer.keys for layer in layers])
-    values = keys if layers[0].shared else flat([layer.values for layer in layers])
-    length = sum(layer.lengths[0] for layer in layers) if heads else 0
-    return RaggedLayer(keys, values, (length,) * heads, flat([layer.positions for layer in layers]))
+        keys = flat([layer.keys for layer in layers], self._codec.keys)
+        values = keys if layers[0].shared else flat([layer.values for layer in layers], self._codec.values)
+        length = sum(layer.lengths[0] for layer in layers) if heads else 0
+        positions = torch.cat([by_head(layer.positions) for layer in layers], 1).flatten()
+        return RaggedLayer(keys, values, (length,) * heads, positions)
 
 
 def without_preamble(
-    model: LanguageModel, head: Sequence[RaggedLayer], layers: Sequence[RaggedLayer], start: int, dropped: int, n: int
+    model: LanguageModel, head: Sequence[RaggedLayer], layers: Sequence[RaggedLayer], start: int, dropped: int, n: int, codec: Codec
 ) -> list[RaggedLayer]:
     """Layers of what was read from position ``start`` on, as they stand behind the head alone: what a window shows of the ``n`` tokens that
     are left has moved. All else moves when it is seen."""
@@ -297,5 +304,5 @@ def without_preamble(
     for place, (layer, owner) in enumerate(zip(layers, model.layout.owners, strict=True)):
         if layer.window is not None:
             read = Piece(layer, start, -dropped, model.rotations.turn(owner, dropped))
-            moved[place] = joined_window([Piece(head[place], 0, 0, None), read], n)
+            moved[place] = joined_window([Piece(head[place], 0, 0, None), read], n, codec, model.model.dtype)
     return moved

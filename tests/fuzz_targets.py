@@ -70,6 +70,15 @@ def genuine_join() -> CompressedContext:
 
 
 @cache
+def genuine_codes() -> CompressedContext:
+    """Pairs in codes of several kinds, some of them those of a part, and numbers beside them."""
+    few, mixed = (KVzipEngine(engine().model, engine().tokenizer, 0.4, codec=codec) for codec in ("int4", "k8v4"))
+    fog = "The fog horn sounds. " * 3
+    join = engine().join([few.load(fog, system="Be brief."), mixed.load(fog, joinable=True, system="Be brief."), genuine()])
+    return few.extend(join, [{"role": "user", "content": "Who?"}], name="lamp", share=True)
+
+
+@cache
 def genuine_file(folder: Path, genuine: CompressedContext) -> tuple[dict[str, Any], bytes]:
     """The table of a header and the data behind it."""
     catalog = {"group": wanted(1).group, "names": {"lamp": 1.0}, "tags": ["thread: ana"]}
@@ -91,6 +100,11 @@ def a_context_file(folder: Path) -> Target:
 def a_joins_file(folder: Path) -> Target:
     """The same of a join, whose file has its parts, too."""
     return _a_file(folder, genuine_join(), "file of a join")
+
+
+def a_file_of_codes(folder: Path) -> Target:
+    """The same of pairs in codes."""
+    return _a_file(folder, genuine_codes(), "file of codes")
 
 
 def _a_file(folder: Path, genuine: CompressedContext, name: str) -> Target:
@@ -404,6 +418,7 @@ def whole_folder(folder: Path) -> Target:
 TARGETS: dict[Callable[[Path], Target], float] = {
     a_context_file: 0.2,
     a_joins_file: 0.1,
+    a_file_of_codes: 0.1,
     rows: 0.05,
     names: 0.2,
     progress: 0.25,

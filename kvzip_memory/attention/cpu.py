@@ -8,43 +8,22 @@ other devices plain products take its place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import compress
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from kvzip_memory.attention.base import RowKV, Softmax, rows_by_parts, turned, turned_for, users_of_parts
+from kvzip_memory.attention.codes import attend_codes, has_codes
+from kvzip_memory.attention.fused import PIECE_PAIRS, View, attend, attend_view, divided, has_fused
 from kvzip_memory.context import RaggedLayer, Window
+from kvzip_memory.context.codes import numbers, turned_as
 
 #: Logits held at one time where a mask is needed, in elements (fp32: 32 MB). Longer questions are cut into blocks.
 BLOCK_ELEMENTS = 8 << 20
-#: Pairs of a head that are worth a thread of their own.
-PIECE_PAIRS = 256
 #: So few queries of a head over so few pairs take plain products, if there are several parts: a call each costs more than threads gain.
 SMALL_ROWS, SMALL_PAIRS = 16, 1024
-
-
-def _has_fused(query: Tensor, values: Tensor, softmax: Softmax) -> bool:
-    return query.device.type == "cpu" and softmax.cap is None and query.shape[-1] == values.shape[-1]
-
-
-def _attend(query: Tensor, keys: Tensor, values: Tensor, softmax: Softmax, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention ``[B, H, R, D]`` of every query over every pair, and log-sum-exp ``[B, H, R]``; a mask is added. Pairs of fewer bits are
-    cast."""
-    keys, values = keys.to(query.dtype), values.to(query.dtype)
-    if _has_fused(query, values, softmax):
-        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=None if mask is None else mask.to(query.dtype), scale=softmax.scaling
-        )
-        return found[0], found[1].float()  # the kernel's is float64 where the queries are
-    logits = softmax.capped(torch.matmul(query * softmax.scaling, keys.mT).float())
-    if mask is not None:
-        logits += mask
-    lse = logits.logsumexp(-1)
-    return torch.matmul(logits.sub_(lse.unsqueeze(-1)).exp_().to(values.dtype), values), lse
 
 
 def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
@@ -125,7 +104,7 @@ def _attend_tail(query: Tensor, row: RowKV, softmax: Softmax, window: Window | N
         if window is not None:
             first = max(0, window.first(row.context_tokens + keys.shape[1] - 1) - row.context_tokens)
             keys, values = keys[:, first:], values[:, first:]
-        out, lse = _attend(query[None], keys[None], values[None], softmax)
+        out, lse = attend(query[None], keys[None], values[None], softmax)
         return out[0].float(), lse[0]
     if window is not None:
         return _causal_masked(query, keys, values, row.n_new, softmax, _first_seen(row, window, query.device) - row.context_tokens)
@@ -142,7 +121,7 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Sof
     Returns:
         fp32 ``[H, G * n_new, DV]``, and log-sum-exp ``[H, G * n_new]``.
     """
-    if not _has_fused(query, values, softmax):
+    if not has_fused(query, values, softmax):
         return _causal_masked(query, keys, values, n_new, softmax, None)
     past = keys.shape[1] - n_new
     own = (query.unflatten(1, (-1, n_new)), keys[:, None, past:], values[:, None, past:])
@@ -153,7 +132,7 @@ def causal(query: Tensor, keys: Tensor, values: Tensor, n_new: int, softmax: Sof
     out, lse = out.flatten(1, 2).float(), lse.flatten(1, 2).float()
     if not past:
         return out, lse
-    before, before_lse = _attend(query[None], keys[None, :, :past], values[None, :, :past], softmax)
+    before, before_lse = attend(query[None], keys[None, :, :past], values[None, :, :past], softmax)
     share = (before_lse[0] - lse).sigmoid_()  # of what came before
     return out.lerp_(before[0].float(), share.unsqueeze(-1)), torch.logaddexp(lse, before_lse[0])
 
@@ -207,16 +186,18 @@ def _attend_part(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen:
     """Attention of ``query [H, R, D]`` over a part, in P pieces to be merged: ``[H, P, R, D]`` and ``[H, P, R]``, fp32."""
     if first_seen is not None:
         return _attend_sliding(query, part, softmax, first_seen)
-    views = _views(part, torch.get_num_threads() if _has_fused(query, part.values, softmax) else 1)
+    if has_codes(part):
+        return attend_codes(query, part, softmax)
+    views = _views(part, torch.get_num_threads() if has_fused(query, part.values, softmax) else 1)
     queries = query.expand(views[0].pieces, -1, -1, -1).split(len(query) // len(views), 1)
-    found = [_attend_view(q, view, softmax) for q, view in zip(queries, views, strict=True)]
+    found = [attend_view(q, view, softmax) for q, view in zip(queries, views, strict=True)]
     return _cat([out for out, _ in found]).transpose(0, 1).float(), _cat([lse for _, lse in found]).transpose(0, 1)
 
 
 def _is_small(query: Tensor, part: RaggedLayer, softmax: Softmax) -> bool:
     """Whether a part is one of those that are not worth a call of the fused kernel each."""
     few = query.shape[1] <= SMALL_ROWS and query.dtype == torch.float32
-    return few and max(part.lengths) < SMALL_PAIRS and _has_fused(query, part.values, softmax)
+    return few and max(part.lengths) < SMALL_PAIRS and has_fused(query, part.values, softmax) and not has_codes(part)
 
 
 def _attend_small(asked: Sequence[tuple[Tensor, RaggedLayer]], softmax: Softmax) -> tuple[Tensor, Tensor]:
@@ -246,85 +227,47 @@ _PAIRS: WeakKeyDictionary[RaggedLayer, list[tuple[Tensor, Tensor]]] = WeakKeyDic
 def _pairs(part: RaggedLayer) -> list[tuple[Tensor, Tensor]]:
     known = _PAIRS.get(part)
     if known is None:
-        known = _PAIRS[part] = [(keys.T, values) for keys, values in map(part.head, range(part.n_heads))]
+        known = _PAIRS[part] = [(keys.T, values) for keys, values in _heads(part)]
     return known
 
 
-class _View(NamedTuple):
-    """Pairs of a head, or of all heads if they have as many, as a batch of equal pieces: strided views ``[P, H, piece, D]``, and what is
-    hidden in them.
-
-    What is left over when the pairs are divided belongs to the last piece. The others reach as far into their
-    successors, so that all are of one size, and mask what they see there. A head with too few pairs to be divided,
-    perhaps none, has all of them in one piece.
-    """
-
-    pieces: int
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
+def _heads(part: RaggedLayer) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each head: views."""
+    keys, values = part.pairs
+    rows = [slice(start, start + length) for start, length in zip(part.offsets, part.lengths, strict=False)]
+    return [(keys[some], values[some]) for some in rows]
 
 
 #: Views of the layers in use. They cost a third of a decode step when they are made anew for each.
-_VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[_View]]] = WeakKeyDictionary()
+_VIEWS: WeakKeyDictionary[RaggedLayer, dict[int, list[View]]] = WeakKeyDictionary()
 
 
-def _views(part: RaggedLayer, threads: int) -> list[_View]:
+def _views(part: RaggedLayer, threads: int) -> list[View]:
     known = _VIEWS.setdefault(part, {})
     if threads not in known:
         pieces = max(1, min(threads, max(part.lengths) // PIECE_PAIRS))
         if len({*part.lengths}) == 1 and not part.gaps:  # one call
-            heads = [(part.keys.unflatten(0, (part.n_heads, -1)), part.values.unflatten(0, (part.n_heads, -1)))]
+            keys, values = part.pairs
+            heads = [(keys.unflatten(0, (part.n_heads, -1)), values.unflatten(0, (part.n_heads, -1)))]
         else:
-            heads = [(keys[None], values[None]) for keys, values in map(part.head, range(part.n_heads))]
-        known[threads] = [_divided(keys, values, pieces) for keys, values in heads]
+            heads = [(keys[None], values[None]) for keys, values in _heads(part)]
+        known[threads] = [divided(keys, values, pieces) for keys, values in heads]
     return known[threads]
 
 
-def _divided(keys: Tensor, values: Tensor, pieces: int) -> _View:
-    step, rest = divmod(keys.shape[1], pieces)
-    if not step:
-        return _View(pieces, keys[None], values[None], None)
-    keys, values = (
-        x.as_strided((pieces, len(x), step + rest, x.shape[2]), (step * x.stride(1), x.stride(0), x.stride(1), 1), x.storage_offset())
-        for x in (keys, values)
-    )
-    mask = _mask(pieces, rest, 1 << (step + rest - 1).bit_length(), keys.dtype, keys.device)[..., -(step + rest) :] if rest else None
-    return _View(pieces, keys, values, mask)
-
-
-@lru_cache(maxsize=256)
-def _mask(pieces: int, rest: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[P, 1, 1, size]``: hides the last ``rest`` entries of every piece but the last."""
-    mask = torch.zeros(pieces, 1, 1, size, dtype=dtype, device=device)
-    mask[:-1, ..., size - rest :] = float("-inf")
-    return mask
-
-
-def _attend_view(query: Tensor, view: _View, softmax: Softmax) -> tuple[Tensor, Tensor]:
-    """Attention of ``query [P, H, R, D]`` over a view: ``[P, H, R, D]`` and ``[P, H, R]``."""
-    if len(view.keys) == view.pieces and view.keys.shape[2]:
-        return _attend(query, view.keys, view.values, softmax, view.mask)
-    out = query.new_zeros(*query.shape[:3], view.values.shape[3])
-    lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
-    if view.keys.shape[2]:
-        out[:1], lse[:1] = _attend(query[:1], view.keys, view.values, softmax)
-    return out, lse
-
-
 def _attend_sliding(query: Tensor, part: RaggedLayer, softmax: Softmax, first_seen: Tensor) -> tuple[Tensor, Tensor]:
-    found = []
+    query, found = turned_as(part.keys, query), []
     for head in range(part.n_heads):
-        keys, values = part.head(head)
+        keys, values = (numbers(pairs, query.dtype) for pairs in part.head(head))
         found.append(_attend_masked(query[head], keys, values, part.positions_of(head), softmax, first_seen))
-    return torch.stack([out for out, _ in found]), torch.stack([lse for _, lse in found])
+    return turned_as(part.values, torch.stack([out for out, _ in found])), torch.stack([lse for _, lse in found])
 
 
 def _attend_masked(
     query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, softmax: Softmax, first_seen: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query [R, D]`` over the pairs of one head that each query sees: ``[1, R, D]`` and ``[1, R]``."""
-    query, keys, values = query * softmax.scaling, keys.to(query.dtype), values.to(query.dtype)
+    query = query * softmax.scaling
     out = query.new_empty(1, len(query), values.shape[1], dtype=torch.float32)
     lse = query.new_empty(1, len(query), dtype=torch.float32)
     step = max(1, BLOCK_ELEMENTS // max(1, len(keys)))

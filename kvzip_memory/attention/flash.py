@@ -95,7 +95,8 @@ def _attend_part(varlen: Varlen, query: Tensor, part: RaggedLayer, scaling: floa
     rows = query.shape[1] * query.shape[2]
     lengths = [part.lengths[head] for head in heads]
     flat = query[heads].reshape(-1, 1, query.shape[3])
-    found, found_lse = varlen(flat, part.keys.unsqueeze(1), part.values.unsqueeze(1), [rows] * len(heads), lengths, scaling, False)
+    keys, values = (pairs.unsqueeze(1) for pairs in part.pairs)
+    found, found_lse = varlen(flat, keys, values, [rows] * len(heads), lengths, scaling, False)
     out = torch.zeros_like(query, dtype=torch.float32)
     lse = torch.full(query.shape[:3], float("-inf"), device=query.device)
     out[heads], lse[heads] = found.view(len(heads), *query.shape[1:]).float(), found_lse.view(len(heads), *query.shape[1:3])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvzip_memory.attention.base import RowKV, Softmax, turned
 from kvzip_memory.context import Window
+from kvzip_memory.context.codes import decoded
 
 
 def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Window | None) -> Tensor:
@@ -21,7 +22,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
         tail_positions = row.context_tokens + torch.arange(n_tail, device=query.device)
         for head in range(query_heads):
             kv_head = head // group
-            values = torch.cat([part.head(kv_head)[1].to(query.dtype) for part in row.parts] + [row.values[kv_head]])
+            values = torch.cat([decoded(part.head(kv_head)[1], query.dtype) for part in row.parts] + [row.values[kv_head]])
             moved = [part.positions_of(kv_head).long() + (turn.by if turn else 0) for part, turn in row.turned]
             positions = torch.cat([*moved, tail_positions])
             for i in range(row.n_new):
@@ -30,7 +31,7 @@ def attention(query: Tensor, rows: Sequence[RowKV], softmax: Softmax, window: Wi
                 if window is not None:
                     visible &= positions >= window.first(position)
                 q = query[b, head, n - row.n_new + i]
-                products = [part.head(kv_head)[0].double() @ turned(q, turn).double() for part, turn in row.turned]
+                products = [decoded(part.head(kv_head)[0], torch.float64) @ turned(q, turn).double() for part, turn in row.turned]
                 products.append(row.keys[kv_head].double() @ q.double())
                 logits = softmax.capped(torch.cat(products) * softmax.scaling).masked_fill(~visible, float("-inf"))
                 if softmax.sinks is not None:

@@ -79,8 +79,8 @@ class Plan(NamedTuple):
 def part_owner(layers: Sequence[RaggedLayer], entries: tuple[int, int], slot: int, last: bool, asked: int = 0) -> Owner:
     """A part's pairs; ``layers`` are all layers or the one in question. Layers with a window see only those of the ``last`` part."""
     return Owner(
-        [layer.keys.data_ptr() for layer in layers],
-        [layer.values.data_ptr() for layer in layers],
+        [layer.pairs[0].data_ptr() for layer in layers],
+        [layer.pairs[1].data_ptr() for layer in layers],
         [layer.positions.data_ptr() for layer in layers],
         np.array([layer.offsets[:-1] for layer in layers], np.int64),
         np.array([layer.lengths if last or layer.window is None else [0] * layer.n_heads for layer in layers], np.int64),

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kvzip_memory.attention.base import Turn, turned
+from kvzip_memory.compression.codecs import Codec
 from kvzip_memory.context import RaggedLayer
+from kvzip_memory.context.codes import Codes, Vectors, decoded, each
 
 
 class Piece(NamedTuple):
@@ -27,27 +30,41 @@ class Piece(NamedTuple):
     turn: Turn | None
 
 
-def joined_window(pieces: Sequence[Piece], n: int) -> RaggedLayer:
-    """What a window shows behind ``n`` tokens, of pieces that stand one behind another."""
+def joined_window(pieces: Sequence[Piece], n: int, codec: Codec, dtype: torch.dtype) -> RaggedLayer:
+    """What a window shows behind ``n`` tokens, of pieces that stand one behind another. Where one is in codes, a codec writes what has
+    moved.
+
+    Args:
+        dtype: of the model.
+    """
     first = pieces[-1].layer
     assert first.window is not None
-    keys, values, positions = [], [], []
+    keys, values, positions = list[Tensor](), list[Tensor](), list[Tensor]()
     for layer, start, shift, turn in pieces:
         there = layer.positions[: layer.lengths[0]] if layer.n_heads else layer.positions
         taken = slice(int(torch.searchsorted(there, start)), len(there))
-        own = layer.keys.unflatten(0, (layer.n_heads, -1))[:, taken]
+        own, own_values = (_taken(pairs, layer.n_heads, taken, dtype) for pairs in (layer.keys, layer.values))
         keys.append(turned(own, turn))
-        values.append(keys[-1] if layer.shared else layer.values.unflatten(0, (layer.n_heads, -1))[:, taken])
+        values.append(keys[-1] if layer.shared else own_values)
         positions.append(there[taken] + shift)
     seen = first.window.left(n)
     all_keys, all_values, all_positions = torch.cat(keys, 1), torch.cat(values, 1), torch.cat(positions)
     last = slice(max(0, len(all_positions) - seen), None)
-    flat = all_keys[:, last].flatten(0, 1).contiguous()
-    length = len(all_positions[last])
+    kept_keys: Vectors = all_keys[:, last].contiguous()
+    kept_values: Vectors = all_values[:, last].contiguous()
+    if any(isinstance(piece.layer.keys, Codes) for piece in pieces):
+        kept_keys, kept_values = codec.keys(all_keys[:, last]), codec.values(all_values[:, last])
+    flat = each(kept_keys, lambda x: x.flatten(0, 1))
     return RaggedLayer(
         keys=flat,
-        values=flat if first.shared else all_values[:, last].flatten(0, 1).contiguous(),
-        lengths=(length,) * first.n_heads,
+        values=flat if first.shared else each(kept_values, lambda x: x.flatten(0, 1)),
+        lengths=(len(all_positions[last]),) * first.n_heads,
         positions=all_positions[last].repeat(first.n_heads),
         window=first.window,
     )
+
+
+def _taken(pairs: Vectors, n_heads: int, taken: slice, dtype: torch.dtype) -> Tensor:
+    """``[H, m, D]`` of pairs of heads that have as many; such as are in codes in a dtype."""
+    some = each(pairs, lambda x: x.unflatten(0, (n_heads, -1))[:, taken])
+    return decoded(some, dtype) if isinstance(some, Codes) else some

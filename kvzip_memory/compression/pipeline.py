@@ -23,11 +23,14 @@ from kvzip_memory.compression.refit import REFITS, LayerPairs, Refit
 from kvzip_memory.compression.rows import Block, Rows
 from kvzip_memory.compression.scorers import SCORERS, Scorer
 from kvzip_memory.context import RaggedLayer, Window
+from kvzip_memory.context.codes import decoded
 from kvzip_memory.errors import InputError, ModelError
 from kvzip_memory.system.printable import brief
 
 #: Where most layers have a window, the smallest ratio at which "auto" refits: below, the few others keep so little that it did harm.
 FITS_FROM = 0.4
+#: Of the repeated tokens, each how many-th's queries a codec is told of where no refit wants any.
+_EVERY = 8
 _LAYERS_FREED = 4  # whose pages are returned together: what a refit works with would be fetched from the system anew for each
 
 
@@ -99,6 +102,11 @@ class Stages:
     def at(self, ratio: float) -> Stages:
         """The methods of a ratio."""
         return self if ratio >= self.fits_from else replace(self, refit=REFITS.of("none"), fits_from=0.0)
+
+    @property
+    def asks(self) -> bool:
+        """Whether the codec wants to know what is asked of keys, and the scorer can tell it."""
+        return self.codec.asks() and getattr(self.scorer, "has_rows", False)
 
     def identity(self, scored: bool = True) -> dict[str, Any]:
         """Its part of a context's key, as the methods say it now. Pairs as the model computed them are not mentioned, as they were not when
@@ -174,7 +182,7 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
     stages = stages.at(ratio)
     dense_nbytes = sum(_nbytes(prefilled, *pairs, window) for pairs, window in zip(prefilled.dense, prefilled.model.windows, strict=True))
     began = time.perf_counter()
-    rows = Rows(stages.refit.every) if stages.refit.every else None
+    rows = Rows(stages.refit.every or _EVERY) if stages.refit.every or stages.asks else None
     scores, keep = _chosen(replace(prefilled, rows=rows), ratio, stages, progress)
     scored = time.perf_counter()
     layers, refitted, fitted = [], 0.0, False
@@ -184,11 +192,13 @@ def compress(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progr
         else:
             full = prefilled.full_layers.index(number)
             fitting = time.perf_counter()
-            fit = partial(_fitted, prefilled, number, keep[full], rows.pop(number) if rows else [], stages, ratio)
-            pairs = prefilled.model.compute(fit) if rows else None
+            blocks = rows.pop(number) if rows else []
+            asked = _asked(blocks) if stages.asks else None
+            fit = partial(_fitted, prefilled, number, keep[full], blocks, stages, ratio, asked)
+            pairs = prefilled.model.compute(fit) if stages.refit.every else None
             refitted += time.perf_counter() - fitting
             fitted |= pairs is not None
-            layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], pairs, stages.codec))
+            layers.append(gathered(prefilled, number, keep[full], None if scores is None else scores[full], pairs, stages.codec, asked))
         prefilled.free(number)
         if number % _LAYERS_FREED == 0:
             return_freed_pages()
@@ -222,8 +232,16 @@ def _chosen(prefilled: Prefilled, ratio: float, stages: Stages, progress: Progre
     return scores, pad(own, (shared, 0)) & ~scores.isneginf()
 
 
+def _asked(blocks: Sequence[Block]) -> Tensor | None:
+    """``[H, D, D]``, the mean outer product of queries; None without any."""
+    if not blocks:
+        return None
+    queries = torch.cat([block.queries for block in blocks], 1).float()
+    return queries.mT @ queries / queries.shape[1]
+
+
 def _fitted(
-    prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float
+    prefilled: Prefilled, layer: int, keep: Tensor, blocks: list[Block], stages: Stages, ratio: float, asked: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Keys and values ``[H, n - first, D]`` of a layer's new pairs, fitted; None: as they are.
 
@@ -234,7 +252,11 @@ def _fitted(
     if not blocks or bool(keep[:, first:].all()):
         return None
     keys, values = prefilled.pairs(layer, first, n)
-    on, stored = keys.device, stages.codec.keys
+    on = keys.device
+
+    def stored(own: Tensor) -> Tensor:
+        return decoded(stages.codec.keys(own, asked), own.dtype)
+
     keep, pinned = keep[:, first:].to(on), prefilled.pinned[first:].to(on)
     head_keys, head_values = prefilled.pairs(layer, 0, prefilled.protected)
     given = LayerPairs(  # all its own: whatever it does to them, what is not fitted stays as it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from kvzip_memory.attention.base import Turn
 from kvzip_memory.compression.fading import Fading
 from kvzip_memory.compression.rows import Rows
 from kvzip_memory.context import NO_STATES, Layers, RaggedLayer, States
+from kvzip_memory.context.codes import Vectors, decoded
 from kvzip_memory.inference.cache import LastLayerSeen, Row, Tail, turned_by
 from kvzip_memory.inference.modeling import LanguageModel
+
+V = TypeVar("V", bound=Vectors)
 
 Progress = Callable[[str, int], None]
 #: Keys and values ``[H, m, D]`` of every layer (a sliding layer: of its last ``window - 1`` tokens at least).
@@ -132,7 +135,7 @@ class Prefilled:
         began, old = (0, self.before[0][layer]) if shared else (self.shared, self.parent[layer])
         end = min(end, self.shared if shared else self.start)
         rows = [slice(offset + start - began, offset + end - began) for offset in old.offsets[:-1]]  # none is missing before them
-        old_keys, old_values = _alike(old.keys, old.values, lambda pairs: torch.stack([pairs[r] for r in rows]).to(keys.dtype))
+        old_keys, old_values = _alike(old.keys, old.values, lambda pairs: torch.stack([decoded(pairs[r], keys.dtype) for r in rows]))
         new_keys = torch.cat([old_keys, keys[:, dense]], 1)
         return new_keys, new_keys if values is keys else torch.cat([old_values, values[:, dense]], 1)
 
@@ -161,7 +164,7 @@ class Prefilled:
         return RowKV(parts, both, both if values is keys else torch.cat([values, value], 1), n_new, position, turns)
 
 
-def _alike(keys: Tensor, values: Tensor, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def _alike(keys: V, values: V, change: Callable[[V], Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values, changed alike; one tensor if they are."""
     changed = change(keys)
     return changed, changed if values is keys else change(values)

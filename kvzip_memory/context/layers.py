@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from kvzip_memory.context.codes import Vectors, each, tensors_of
+
 #: What layers without attention remember at a context's end, whole: tensors ``[1, ...]`` by ``"<layer>.conv.<i>"`` or
 #: ``"<layer>.recurrent.<i>"``, <i> counting the states of a layer. Nobody writes to them.
 States = Mapping[str, Tensor]
@@ -46,8 +48,8 @@ class RaggedLayer:
     """The kept pairs of one layer, heads one after another, each head's pairs in the order of their positions.
 
     Attributes:
-        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, in the model's dtype or that of a codec.
-        values: ``[sum(lengths), DV]``, of such a dtype; DV is D in most models. The keys themselves where these are their own values.
+        keys: ``[sum(lengths), D]``, post-RoPE at their original positions, in the model's dtype or as a codec has written them.
+        values: ``[sum(lengths), DV]``, written as such; DV is D in most models. The keys themselves where these are their own values.
         lengths: pairs kept by each KV head.
         positions: ``[sum(lengths)]`` int32, position of each pair in the context.
         scores: ``[sum(lengths)]`` fp16 importance in the same order (``inf``: protected), or None if never scored.
@@ -56,8 +58,8 @@ class RaggedLayer:
         gaps: pairs in front of each head's that are in the tensors and not of the layer; empty without any.
     """
 
-    keys: Tensor
-    values: Tensor
+    keys: Vectors
+    values: Vectors
     lengths: tuple[int, ...]
     positions: Tensor
     scores: Tensor | None = None
@@ -78,10 +80,17 @@ class RaggedLayer:
         """Of each head the pairs in the tensors."""
         return tuple(map(sum, zip(self.lengths, self.gaps, strict=True))) if self.gaps else self.lengths
 
-    def head(self, index: int) -> tuple[Tensor, Tensor]:
+    def head(self, index: int) -> tuple[Vectors, Vectors]:
         """Keys and values of one KV head, ``[lengths[index], D]`` and ``[lengths[index], DV]``: views, nothing is copied."""
         rows = slice(self.offsets[index], self.offsets[index] + self.lengths[index])
         return self.keys[rows], self.values[rows]
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, which are no codes."""
+        assert isinstance(self.keys, Tensor)
+        assert isinstance(self.values, Tensor)
+        return self.keys, self.values
 
     def positions_of(self, index: int) -> Tensor:
         """Positions of one KV head's pairs, ``[lengths[index]]``: a view."""
@@ -125,8 +134,8 @@ class RaggedLayer:
         """Whether keys are their own values."""
         return self.values is self.keys
 
-    def pick(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of some keys and values, one tensor if they are shared."""
+    def pick(self, rows: Tensor) -> tuple[Vectors, Vectors]:
+        """Copies of some keys and values, one and the same if they are shared."""
         keys = self.keys[rows]
         return keys, keys if self.shared else self.values[rows]
 
@@ -139,14 +148,15 @@ class RaggedLayer:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors this layer owns."""
-        values = () if self.shared else (self.values,)
+        values = () if self.shared else tensors_of(self.values)
         scores = () if self.scores is None else (self.scores,)
-        return (self.keys, *values, self.positions, *scores)
+        return (*tensors_of(self.keys), *values, self.positions, *scores)
 
     def having(self, tensors: Sequence[Tensor]) -> RaggedLayer:
         """The same layer with its :meth:`tensors` elsewhere."""
-        keys, *others = tensors
-        values = keys if self.shared else others.pop(0)
+        others = iter(tensors)
+        keys = each(self.keys, lambda _: next(others))
+        values = keys if self.shared else each(self.values, lambda _: next(others))
         positions, *scores = others
         return replace(self, keys=keys, values=values, positions=positions, scores=scores[0] if scores else None)
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from kvzip_memory.attention import BACKENDS, RowKV, Softmax
 from kvzip_memory.attention.base import turned
+from kvzip_memory.context.codes import numbers, turned_as
 from kvzip_memory.inference.cache import Row
 from kvzip_memory.inference.modeling import LanguageModel
 from kvzip_memory.inference.states import CallCache
@@ -95,7 +96,8 @@ class _Watch(CallCache):
                 own = rows @ tail_keys[head].T
                 positions = torch.arange(past + n, device=own.device)
                 later = positions > positions[past + start : past + start + rows.shape[1], None]
-                before = [turned(rows, turn) @ part.head(head)[0].to(rows.dtype).T for part, turn in zip(parts, turns, strict=True)]
+                asked = [(part.head(head)[0], turned(rows, turn)) for part, turn in zip(parts, turns, strict=True)]
+                before = [turned_as(keys, query) @ numbers(keys, query.dtype).T for keys, query in asked]
                 logits = softmax.capped(torch.cat([*before, own], -1).float())
                 logits[..., n_before:].masked_fill_(later, float("-inf"))
                 if sinks is not None:

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kvzip_memory.context import RaggedLayer, States, Window
+from kvzip_memory.context.codes import Codes, Vectors
 from kvzip_memory.errors import CorruptFileError, InputError
 from kvzip_memory.system.printable import brief
 
@@ -20,7 +22,7 @@ class Made(NamedTuple):
         states: shapes of what layers without attention remember.
         latent: whether keys are their own values.
         dtype: of the model.
-        casts: whether its attention takes pairs of fewer bits.
+        casts: whether its attention reads pairs of fewer bits.
     """
 
     windows: Sequence[Window | None]
@@ -35,7 +37,7 @@ class Made(NamedTuple):
 
         Raises:
             CorruptFileError: they are not.
-            InputError: they have fewer bits, which the attention does not cast.
+            InputError: they have fewer bits, which the attention does not read.
         """
         if tuple(layer.window for layer in layers) != tuple(self.windows):
             raise CorruptFileError(f"{where}: its layers have other windows than the model's {len(self.windows)}")
@@ -48,10 +50,20 @@ class Made(NamedTuple):
                 )
             if (found := (layer.n_heads, layer.keys.shape[1], layer.values.shape[1])) != kind:
                 raise CorruptFileError(f"{where}: heads and dimensions of layer {i} are {found}, and the model's {kind}")
-            for dtype in {layer.keys.dtype, layer.values.dtype} - {self.dtype}:
-                if dtype is not torch.float16 or self.dtype.itemsize <= 2:
-                    raise CorruptFileError(f"{where}: layer {i} is {dtype}, and the model {self.dtype}")
+            for pairs in (layer.keys, layer.values):
+                if is_read(pairs, self.dtype):
+                    continue
+                if isinstance(pairs, Tensor) and (pairs.dtype is not torch.float16 or self.dtype.itemsize <= 2):
+                    raise CorruptFileError(f"{where}: layer {i} is {pairs.dtype}, and the model {self.dtype}")
                 if not self.casts:
-                    raise InputError(
-                        f"{where}: layer {i} is {dtype}, which the attention does not cast to {self.dtype}; use attention='cpu'"
-                    )
+                    raise InputError(f"{where}: layer {i} is {told(pairs)}, which the attention does not read; use attention='cpu'")
+
+
+def is_read(pairs: Vectors, dtype: torch.dtype) -> bool:
+    """Whether any attention of a model of this dtype reads such pairs."""
+    return isinstance(pairs, Tensor) and pairs.dtype == dtype
+
+
+def told(pairs: Vectors) -> str:
+    """How pairs are written."""
+    return f"in codes of {pairs.way.bits} bits" if isinstance(pairs, Codes) else str(pairs.dtype)

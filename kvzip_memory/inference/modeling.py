@@ -22,7 +22,7 @@ from kvzip_memory.inference.cache import LastLayerSeen, Row, SessionCache, Tail
 from kvzip_memory.inference.ends import eos_ids
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.layout import check_config, check_kind, layout_of, window_of
-from kvzip_memory.inference.made import Made
+from kvzip_memory.inference.made import Made, is_read, told
 from kvzip_memory.inference.rotation import Rotations
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
@@ -132,7 +132,7 @@ class LanguageModel:
 
     @property
     def casts(self) -> bool:
-        """Whether the attention takes pairs of fewer bits than the model's."""
+        """Whether the attention reads pairs of fewer bits than the model's."""
         return self.backend in BACKENDS
 
     @property
@@ -152,10 +152,11 @@ class LanguageModel:
         return row
 
     def checked(self, lease: Lease) -> Lease:
-        """A lease of any engine's context; InputError if its pairs have fewer bits than the model's and the attention does not cast."""
-        odd = None if self.casts else next((x.keys.dtype for part in lease.parts for x in part if x.keys.dtype != self.model.dtype), None)
+        """A lease of any engine's context; InputError if its pairs have fewer bits than the model's, which the attention does not read."""
+        layers = () if self.casts else (layer for part in lease.parts for layer in part)
+        odd = next((some for x in layers for some in (x.keys, x.values) if not is_read(some, self.model.dtype)), None)
         if odd is not None:
-            raise InputError(f"the context's pairs are {odd}, which attention {self.backend!r} does not cast; use attention='cpu'")
+            raise InputError(f"the context's pairs are {told(odd)}, which attention {self.backend!r} does not read; use attention='cpu'")
         return lease
 
     @property

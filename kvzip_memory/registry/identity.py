@@ -18,16 +18,10 @@ from kvzip_memory.system.printable import brief
 FORMAT = 4
 #: That of contexts with states, latents or chunks, which readers of the one before do not know. Whoever changes either makes both new.
 FORMAT_OF_STATES = 5
-#: That of contexts that share parts of others, which readers of those before would take for the whole; and of such with states.
-FORMAT_OF_PARTS, FORMAT_OF_PARTS_AND_STATES = 6, 7
-#: The same two where parts share positions.
-FORMAT_OF_OVERLAPS, FORMAT_OF_OVERLAPS_AND_LATENTS = 8, 9
-NEWEST_FORMAT = FORMAT_OF_OVERLAPS_AND_LATENTS
-_WITH_PARTS = {
-    FORMAT: (FORMAT_OF_PARTS, FORMAT_OF_OVERLAPS),
-    FORMAT_OF_STATES: (FORMAT_OF_PARTS_AND_STATES, FORMAT_OF_OVERLAPS_AND_LATENTS),
-}
-_WITHOUT_PARTS = {written: alone for alone, formats in _WITH_PARTS.items() for written in formats}
+#: There are as many kinds of contexts of each, which readers of those before do not know: without parts of others, with such, and with such
+#: that share positions; then the same whose pairs are codes.
+_KINDS = 3
+NEWEST_FORMAT = FORMAT + 2 * 2 * _KINDS - 1
 
 #: Fields that belong to the model; a stored context can be used only where all of them are the same.
 MODEL_FIELDS = ("format", "architecture", "config", "weights", "adapter", "dtype", "quantization", "tokenizer", "template")
@@ -82,18 +76,25 @@ def group_of(identity: Mapping[str, Any]) -> str:
 
 
 def model_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The :data:`MODEL_FIELDS` of an identity, whether it shares parts or not; None for those that older versions lack."""
+    """The :data:`MODEL_FIELDS` of an identity, whatever it shares and however it is written; None for those that older versions lack."""
     fields = {field: identity.get(field) for field in MODEL_FIELDS}
-    return {**fields, "format": _without_parts(fields["format"])}
+    return {**fields, "format": _of_the_model(fields["format"])}
 
 
 def with_parts(written: int, parts: Sequence[Part]) -> dict[str, Any]:
-    """What a key says of the parts that a context shares: with a format of its own, by that of the model's others."""
-    return {"format": _WITH_PARTS[written][any(part.nearer for part in parts)], "parts": [part.told for part in parts]}
+    """What a key says of the parts that a context shares: with a format of its own, by that of the context's others."""
+    kind = 1 + any(part.nearer for part in parts) if parts else 0
+    return {"format": written + 2 * kind, **({"parts": [part.told for part in parts]} if parts else {})}
 
 
-def _without_parts(written: Any) -> Any:
-    return _WITHOUT_PARTS.get(written, written) if type(written) is int else written
+def of_codes(written: int) -> int:
+    """The format of contexts whose pairs are codes, by that of those whose pairs are numbers."""
+    return written + 2 * _KINDS
+
+
+def _of_the_model(written: Any) -> Any:
+    """What a format says of the model, whatever its contexts share, and whether their pairs are codes."""
+    return FORMAT + (written - FORMAT) % 2 if type(written) is int and FORMAT <= written <= NEWEST_FORMAT else written
 
 
 def family_of(identity: Mapping[str, Any]) -> str:
@@ -108,7 +109,7 @@ def tokens_digest(ids: Sequence[int] | np.ndarray) -> str:
 
 def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields that are not the same; those that follow from others only if nothing else differs."""
-    stored, wanted = ({**identity, "format": _without_parts(identity.get("format"))} for identity in (stored, wanted))
+    stored, wanted = ({**identity, "format": _of_the_model(identity.get("format"))} for identity in (stored, wanted))
     fields = [field for field in {**wanted, **stored} if not same(stored.get(field), wanted.get(field))]
     return tuple(field for field in fields if field not in _DERIVED) or tuple(fields)
 
@@ -123,7 +124,7 @@ def other_version(identity: Mapping[str, Any]) -> Literal["older", "newer"] | No
     That is told by the version of files and keys, and by that of the scorer. Of a scorer that is not ours nothing is known.
     """
     name, version = _scorer(identity)
-    written = _without_parts(identity.get("format"))
+    written = _of_the_model(identity.get("format"))
     for stored, here in ((FORMAT if written == FORMAT_OF_STATES else written, FORMAT), (version, VERSIONS.get(name, version))):
         if (other := _compared(stored, here)) is not None:
             return other
@@ -182,7 +183,7 @@ def _told(field: str, stored: Any, wanted: Any) -> str:
 
 def _of_versions(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[tuple[str, ...], str] | None:
     """The same of one that another version has made: all else that differs may come of that."""
-    if (other := _compared(*(_without_parts(identity.get("format")) for identity in (stored, wanted)))) is not None:
+    if (other := _compared(*(_of_the_model(identity.get("format")) for identity in (stored, wanted)))) is not None:
         return ("format",), _by(other, f"field format: stored {stored['format']}, wanted {wanted['format']}")
     (name, version), (wanted_name, wanted_version) = _scorer(stored), _scorer(wanted)
     if name == wanted_name and (other := _compared(version, wanted_version)) is not None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fuzz
 from conftest import STRESS, say
-from fuzz_targets import TARGETS, a_context_file, a_joins_file, names, progress, turns
+from fuzz_targets import TARGETS, a_context_file, a_file_of_codes, a_joins_file, names, progress, turns
 
 INPUTS = 100_000 if STRESS else 300
 
@@ -42,7 +42,7 @@ ANYTHING = st.recursive(
 )
 
 
-@pytest.mark.parametrize("make", [a_context_file, a_joins_file, names, progress, turns], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [a_context_file, a_joins_file, a_file_of_codes, names, progress, turns], ids=lambda make: make.__name__)
 def test_anything_in_the_place_of_any_fact(tmp_path_factory: pytest.TempPathFactory, make: Callable[[Path], fuzz.Target]) -> None:
     target = make(tmp_path_factory.mktemp("any") / "target")
     lines = target.seeds[0].split(b"\n")

@@ -7,26 +7,40 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvzip_memory.context.codes import Vectors
+
 
 class Codec(Protocol):
-    """Rounds pairs to what fewer bits can say. Keys first, so that a refit can fit values to keys that are stored; then values."""
+    """Writes pairs in fewer bits. Keys first, so that a refit can fit values to keys as they will be read; then values."""
 
     def identity(self) -> str | None:
         """What it is, for keys; None for none."""
         ...
 
-    def keys(self, keys: Tensor) -> Tensor:
-        """Keys ``[H, m, D]`` as they will be read, in their dtype."""
+    def narrows(self, dtype: torch.dtype) -> bool:
+        """Whether it writes numbers of this dtype in fewer bits."""
         ...
 
-    def values(self, values: Tensor) -> Tensor:
-        """Values ``[n, D]`` of the kept pairs as they will be read, in their dtype."""
+    def in_codes(self) -> bool:
+        """Whether it writes :class:`~kvzip_memory.context.codes.Codes`."""
         ...
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes that a number of this dtype takes."""
+    def asks(self) -> bool:
+        """Whether it wants to know what is asked of keys."""
         ...
 
-    def stored(self, pairs: Tensor) -> Tensor:
-        """Keys or values that are rounded already, as they are stored."""
+    def keys(self, keys: Tensor, asked: Tensor | None = None) -> Vectors:
+        """Keys ``[..., n, D]`` as they are stored. Those that were stored, read and are stored again stay what they were.
+
+        Args:
+            asked: ``[H, D, D]`` fp32 for keys ``[H, n, D]``, the mean outer product of queries with themselves; None if none are known.
+        """
+        ...
+
+    def values(self, values: Tensor) -> Vectors:
+        """Values ``[..., n, DV]`` of kept pairs, as they are stored."""
+        ...
+
+    def nbytes(self, dtype: torch.dtype, dim: int) -> tuple[float, float]:
+        """Bytes that a key, and that a value, of so many numbers of this dtype takes."""
         ...

@@ -10,11 +10,19 @@ from torch import Tensor
 from kvzip_memory.compression.codecs.base import Codec
 from kvzip_memory.compression.codecs.half import HalfCodec
 from kvzip_memory.compression.codecs.none import NoCodec
+from kvzip_memory.compression.codecs.rounded import RoundedCodec
+from kvzip_memory.context.codes import Vectors
 from kvzip_memory.errors import InputError
 from kvzip_memory.system.printable import brief
 
 #: Codecs by name.
-CODECS: dict[str, Codec] = {"none": NoCodec(), "fp16": HalfCodec()}
+CODECS: dict[str, Codec] = {
+    "none": NoCodec(),
+    "fp16": HalfCodec(),
+    "int8": RoundedCodec("int8", (8, 8)),
+    "k8v4": RoundedCodec("k8v4", (8, 4)),
+    "int4": RoundedCodec("int4", (4, 4)),
+}
 
 
 class FittedCodec:
@@ -36,25 +44,31 @@ class FittedCodec:
     def identity(self) -> str | None:
         return self._codec().identity()
 
-    def keys(self, keys: Tensor) -> Tensor:
-        return self._codec().keys(keys)
+    def narrows(self, dtype: torch.dtype) -> bool:
+        return self._codec().narrows(dtype)
 
-    def values(self, values: Tensor) -> Tensor:
+    def in_codes(self) -> bool:
+        return self._codec().in_codes()
+
+    def asks(self) -> bool:
+        return self._codec().asks()
+
+    def keys(self, keys: Tensor, asked: Tensor | None = None) -> Vectors:
+        return self._codec().keys(keys, asked)
+
+    def values(self, values: Tensor) -> Vectors:
         return self._codec().values(values)
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return self._codec().nbytes(dtype)
-
-    def stored(self, pairs: Tensor) -> Tensor:
-        return self._codec().stored(pairs)
+    def nbytes(self, dtype: torch.dtype, dim: int) -> tuple[float, float]:
+        return self._codec().nbytes(dtype, dim)
 
     def _codec(self) -> Codec:
         dtype, casts = self._now()
         if self._name == "auto":
             return CODECS["fp16" if casts and dtype is torch.float32 else "none"]
         codec = CODECS[self._name]
-        if codec.nbytes(dtype) == dtype.itemsize:
+        if not codec.narrows(dtype):
             return CODECS["none"]
         if not casts:
-            raise InputError(f"codec={self._name!r} takes an attention that casts pairs, as 'cpu' does; use that, or codec='none'")
+            raise InputError(f"codec={self._name!r} takes an attention that reads such pairs, as 'cpu' does; use that, or codec='none'")
         return codec

@@ -15,20 +15,23 @@ class HalfCodec:
     def identity(self) -> str:
         return "fp16"
 
-    def keys(self, keys: Tensor) -> Tensor:
-        return _stored(keys).to(keys.dtype)
+    def narrows(self, dtype: torch.dtype) -> bool:
+        return dtype.itemsize > 2
+
+    def in_codes(self) -> bool:
+        return False
+
+    def asks(self) -> bool:
+        return False
+
+    def keys(self, keys: Tensor, asked: Tensor | None = None) -> Tensor:
+        return self.values(keys)
 
     def values(self, values: Tensor) -> Tensor:
-        return _stored(values).to(values.dtype)
+        if values.itemsize <= 2 or (values.numel() and bool(values.abs().max() > _MOST)):
+            return values
+        return values.to(torch.float16)
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return min(dtype.itemsize, 2)
-
-    def stored(self, pairs: Tensor) -> Tensor:
-        return _stored(pairs)
-
-
-def _stored(pairs: Tensor) -> Tensor:
-    if pairs.itemsize <= 2 or (pairs.numel() and bool(pairs.abs().max() > _MOST)):
-        return pairs
-    return pairs.to(torch.float16)
+    def nbytes(self, dtype: torch.dtype, dim: int) -> tuple[float, float]:
+        size = dim * min(dtype.itemsize, 2)
+        return size, size

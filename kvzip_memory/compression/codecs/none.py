@@ -10,14 +10,20 @@ class NoCodec:
     def identity(self) -> None:
         return None
 
-    def keys(self, keys: Tensor) -> Tensor:
+    def narrows(self, dtype: torch.dtype) -> bool:
+        return False
+
+    def in_codes(self) -> bool:
+        return False
+
+    def asks(self) -> bool:
+        return False
+
+    def keys(self, keys: Tensor, asked: Tensor | None = None) -> Tensor:
         return keys
 
     def values(self, values: Tensor) -> Tensor:
         return values
 
-    def nbytes(self, dtype: torch.dtype) -> int:
-        return dtype.itemsize
-
-    def stored(self, pairs: Tensor) -> Tensor:
-        return pairs
+    def nbytes(self, dtype: torch.dtype, dim: int) -> tuple[float, float]:
+        return dim * dtype.itemsize, dim * dtype.itemsize

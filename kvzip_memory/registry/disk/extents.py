@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.context import Layers, RaggedLayer, States, Window, parts_of, seen_from
+from kvzip_memory.context.codes import Codes, Vectors
 from kvzip_memory.context.upload import upload
 from kvzip_memory.errors import CorruptFileError
 from kvzip_memory.registry.identity import tokens_digest
@@ -32,6 +33,7 @@ DTYPES = {
     torch.bfloat16: "BF16",
     torch.float64: "F64",
     torch.int32: "I32",
+    torch.int8: "I8",
     torch.uint8: "U8",
 }
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -52,7 +54,7 @@ def read_layers(
     starts = list(accumulate((extent["padded"] for extent in extents), initial=file.tell()))
     together: dict[str, list[int]] = {}
     for i, extent in enumerate(extents):
-        together.setdefault(extent["name"].rpartition(".")[0], []).append(i)
+        together.setdefault(extent["name"].removesuffix(".scale").rpartition(".")[0], []).append(i)
 
     def read(some: list[int]) -> None:
         for i in some:
@@ -67,10 +69,11 @@ def read_layers(
         def layers(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Iterator[RaggedLayer]:
             for i, layer in enumerate(told):
                 done[f"{part}.{i}"]()
-                keys, positions = (tensors[f"{part}.{i}.{kind}"] for kind in ("key", "position"))
-                values = keys if layer.get("shared") else tensors[f"{part}.{i}.value"]
+                keys = _vectors(tensors, f"{part}.{i}.key")
+                values = keys if layer.get("shared") else _vectors(tensors, f"{part}.{i}.value")
                 window = Window(layer["window"], layer.get("chunked", False)) if layer["window"] else None
-                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, tensors.get(f"{part}.{i}.score"), window)
+                positions, scores = tensors[f"{part}.{i}.position"], tensors.get(f"{part}.{i}.score")
+                read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, scores, window)
                 first, last = (start, end) if window is None else (0, facts["n_tokens"])
                 _check_positions(read, first, last, path)
                 yield read
@@ -92,6 +95,12 @@ def read_layers(
     if wanted is not None and tokens_digest(tensors["token_ids"].numpy()) != wanted:
         raise CorruptFileError(f"{path}: its token ids are not those of its key")
     return own, before, states, tensors["token_ids"]
+
+
+def _vectors(tensors: Mapping[str, Tensor], name: str) -> Vectors:
+    """Keys or values as they are stored."""
+    scales = tensors.get(f"{name}.scale")
+    return tensors[name] if scales is None else Codes(tensors[name], scales)
 
 
 def _check_positions(layer: RaggedLayer, start: int, end: int, path: Path) -> None:

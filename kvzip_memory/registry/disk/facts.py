@@ -12,8 +12,9 @@ from kvzip_memory.context import Recipe, Source, parts_of
 
 ALIGNMENT = 4096
 #: Bytes of an element, by what safetensors calls its type.
-ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
+ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I8": 1, "U8": 1}
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_CODES = {"I8", "U8"}
 _TOKENS = 1 << 26  # more than any model takes
 _MOST = 1 << 50
 #: The last time that a file or row may have, in seconds since the epoch.
@@ -148,7 +149,10 @@ _SOURCE = _fields({"name": _any_text, "metadata": _ANYTHING, "start": _whole(), 
 _SPAN: Check = lambda value: _list(_whole())(value) and len(value) == 2 and value[0] < value[1]  # noqa: E731
 _SUMS: dict[str, Check] = {"xxh3": _text, "hmac": _text}
 _LAYERS: Check = _list(
-    _fields({"lengths": _list(_whole()), "window": _or_none(_whole(least=1))}, {"chunked": _true_or_false, "shared": _true_or_false})
+    _fields(
+        {"lengths": _list(_whole()), "window": _or_none(_whole(least=1))},
+        {"chunked": _true_or_false, "shared": _true_or_false},
+    )
 )
 _HEADER: dict[str, Check] = {
     **_COMMON,
@@ -259,13 +263,20 @@ def check_header(facts: Any) -> None:
             raise OddFactError(f"{name} is not that of its key")
     if [extent["name"] for extent in facts["extents"]] != [name for name, _, _ in expected]:
         raise OddFactError("the extents are not those of the layers")
+    codes: Mapping[str, Any] = {}
     for extent, (name, rows, types) in zip(facts["extents"], expected, strict=True):
         shape, size = extent["shape"], math.prod(extent["shape"]) * ELEMENT[extent["dtype"]]
         ragged = not name.startswith("state.")
         if not ragged and not (0 < math.prod(shape) < _MOST and min(shape) > 0):
             raise OddFactError(f"the extent {name} has no shape that a state has")
-        if shape[:1] != [rows] or (ragged and len(shape) != (2 if types is _FLOATS else 1)) or extent["dtype"] not in types:
+        dims = 2 if name.endswith((".key", ".value", ".scale")) else 1
+        if shape[:1] != [rows] or (ragged and len(shape) != dims) or extent["dtype"] not in types:
             raise OddFactError(f"the extent {name} is not as its layer says")
+        if name.endswith(".scale"):
+            dim = codes["shape"][1] * (1 if codes["dtype"] == "I8" else 2)
+            if not shape[1] or dim % shape[1]:
+                raise OddFactError(f"the extent {name} is not as its codes are")
+        codes = extent
         if extent["padded"] != size + -size % ALIGNMENT:
             raise OddFactError(f"the extent {name} has another size than its shape")
 
@@ -284,7 +295,10 @@ def _tensors_of(part: str, layers: Sequence[Mapping[str, Any]], named: Collectio
     for i, layer in enumerate(layers):
         rows = sum(layer["lengths"])
         for kind in ("key",) if layer.get("shared") else ("key", "value"):
-            yield f"{part}.{i}.{kind}", rows, _FLOATS
+            has_codes = f"{part}.{i}.{kind}.scale" in named
+            yield f"{part}.{i}.{kind}", rows, _CODES if has_codes else _FLOATS
+            if has_codes:
+                yield f"{part}.{i}.{kind}.scale", rows, {"F16"}
         yield f"{part}.{i}.position", rows, {"I32"}
         if f"{part}.{i}.score" in named:
             yield f"{part}.{i}.score", rows, {"F16"}

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from kvzip_memory.context import CompressedContext, Layers, RaggedLayer, Recipe, Resident, Source, seen_from
+from kvzip_memory.context.codes import tensors_of
 from kvzip_memory.errors import CorruptFileError, StorageError
 from kvzip_memory.registry.disk.extents import DTYPES, PIECE, bytes_of, read_layers
 from kvzip_memory.registry.disk.facts import ALIGNMENT, ELEMENT, OddFactError, check_header
@@ -305,7 +306,8 @@ def _write(temporary: Path, header: bytes, body: Iterator[bytes | memoryview], c
 
 def _layer_facts(layer: RaggedLayer) -> dict[str, Any]:
     size, chunked = layer.window or (None, False)
-    return {"lengths": layer.lengths, "window": size, "shared": layer.shared, **({"chunked": True} if chunked else {})}
+    more = {"chunked": True} if chunked else {}
+    return {"lengths": layer.lengths, "window": size, "shared": layer.shared, **more}
 
 
 def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
@@ -320,9 +322,9 @@ def _named_tensors(context: CompressedContext) -> Iterator[tuple[str, Tensor]]:
 
 def _tensors_of(part: str, layers: Layers) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(layers):
-        yield f"{part}.{i}.key", layer.keys
+        yield from zip((f"{part}.{i}.key", f"{part}.{i}.key.scale"), tensors_of(layer.keys), strict=False)
         if not layer.shared:
-            yield f"{part}.{i}.value", layer.values
+            yield from zip((f"{part}.{i}.value", f"{part}.{i}.value.scale"), tensors_of(layer.values), strict=False)
         yield f"{part}.{i}.position", layer.positions
         if layer.scores is not None:
             yield f"{part}.{i}.score", layer.scores
