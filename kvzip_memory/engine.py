@@ -75,8 +75,9 @@ class KVzipEngine(Library):
         refit: what those that are kept say: ``"ridge"`` fits them to what all pairs weighed and said, at no cost later
             (``docs/benchmarks.md``); ``"none"`` leaves them as they are; or an object. ``"auto"`` is ridge, but for scorers of others that
             give it nothing to fit to.
-        codec: how they are written: ``"none"``, in the model's own dtype; ``"fp16"``, half the bytes of a model of 32 bits, where the
-            attention is ``cpu`` or ``reference``. ``"auto"`` is that for float32, as on a CPU, and none for others.
+        codec: how they are written: ``"none"``, in the model's own dtype; where the attention is ``cpu`` or ``reference`` also
+            ``"fp16"``, ``"int8"``, ``"k8v4"`` (keys of 8 bits, values of 4) or ``"int4"``, with ever fewer bytes and less fidelity
+            (``docs/benchmarks.md``). ``"auto"`` is fp16 for float32, as on a CPU, and none for others.
         template_kwargs: variables for the chat template, such as ``{"enable_thinking": False}``. The template is the tokenizer's own,
             which may be set at any time: contexts of another one are then not found, and are refused where they are given. So are those
             of a tokenizer that was changed otherwise, which is noticed by the next call.

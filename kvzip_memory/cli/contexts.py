@@ -24,6 +24,7 @@ def load(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file")],
     model: Annotated[str, typer.Option(help="hub id, folder or .gguf file")],
     ratio: Annotated[float, typer.Option(help="fraction of the pairs to keep")] = 0.3,
+    codec: Annotated[str, typer.Option(help="how they are written: auto, none, fp16, int8, k8v4 or int4")] = "auto",
     name: Annotated[str | None, typer.Option(help="alias; the file's name if not given")] = None,
     system: Annotated[str | None, typer.Option(help="system prompt")] = None,
     keep: Annotated[list[str] | None, typer.Option(help="a string never to evict; may be given again")] = None,
@@ -41,6 +42,7 @@ def load(
     engine = KVzipEngine.from_pretrained(
         model,
         ratio=ratio,
+        codec=codec,
         cache_dir=cache_dir,
         disk_bytes=disk_bytes,
         tenant=tenant,

@@ -155,7 +155,8 @@ def test_where_torch_has_no_fused_kernel_plain_products_give_the_same(monkeypatc
     row = RowKV((ragged((900, 0, 1301), 2000),), *tail(9), n_new=1, context_tokens=2000)
     query = torch.randn(1, HEADS * GROUP, 1, DIM)
     fused = cpu_backend.attention(query, [row], Softmax(0.3), None)
-    monkeypatch.setattr(cpu_backend, "_has_fused", lambda *given: False)
+    for module in ("cpu", "fused", "codes"):
+        monkeypatch.setattr(f"kvzip_memory.attention.{module}.has_fused", lambda *given: False)
     torch.testing.assert_close(cpu_backend.attention(query, [row], Softmax(0.3), None), fused, atol=1e-5, rtol=1e-5)
 
 

@@ -21,6 +21,7 @@ from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
 from kvzip_memory import InputError, StorageError, __version__
 from kvzip_memory.cli import app
 from kvzip_memory.cli.terminal import console
+from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.registry import EVERYONE, ContextRegistry
 from kvzip_memory.registry.disk.doctor import examine
 from kvzip_memory.registry.identity import tenant_digest
@@ -106,14 +107,16 @@ def test_what_cannot_be_deleted_is_not_said_to_be(folder: Path, monkeypatch: pyt
     assert "deleted" not in out.stdout
 
 
-def test_a_file_is_loaded_and_found_by_an_engine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["auto", *CODECS])
+def test_a_file_is_loaded_and_found_by_an_engine(codec: str, tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "page.txt").write_text(TEXT)
     args = ["load", str(tmp_path / "page.txt"), "--model", str(tmp_path / "model"), "--ratio", "0.4", "--keep", "8306"]
+    args += [] if codec == "auto" else ["--codec", codec]
     first, second = run(tmp_path / "cache", *args), run(tmp_path / "cache", *args)
     assert (first["tier"], second["tier"]) == ("built", "disk")
-    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.4, codec="auto")
+    engine = tiny_engine(cache_dir=tmp_path / "cache", ratio=0.4, codec=codec)
     assert engine.load(tmp_path / "page.txt", keep="8306").receipt.tier == "disk"  # type: ignore[union-attr]
     assert engine.get("page").key == first["key"]
     engine.close()

@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_family
 from kvzip_memory import BudgetError, CompressedContext, InputError, KVzipEngine
 from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.context import RaggedLayer, Resident
-from kvzip_memory.context.codes import Codes, decoded
+from kvzip_memory.context.codes import Codes, decoded, tensors_of
 
 SAID = [{"role": "user", "content": "Hello?"}]
 NARROW = sorted({*CODECS} - {"none"})
@@ -204,6 +204,31 @@ def test_what_a_join_reads_again_is_written_so_too(codec: str) -> None:
     a, b = small.load(TEXT), small.load("The door code is 8306. " * 9)
     with pytest.raises(BudgetError, match="the context takes about"):
         small.join([a, b], repair=10_000)
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.4), (1.0, 0.4), (1.0, 1.0)])
+@pytest.mark.parametrize("then", sorted(CODECS))
+@pytest.mark.parametrize("of", sorted(CODECS))
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_what_grows_is_of_the_engines_codec(architecture: str, of: str, then: str, ratios: tuple[float, float], tmp_path: Path) -> None:
+    """A parent's codes stay what they are where the codec is the same, and its numbers what rounding leaves of them where it is not."""
+    engine = tiny_engine(architecture, codec=then)
+    parent = engine.open(tiny_engine(architecture, codec=of).load(TEXT, ratio=ratios[0]).save(tmp_path / "saved.safetensors"))
+    grown = engine.extend(parent, SAID, share=False, ratio=ratios[1])
+    assert written(grown) == written(engine.load(TEXT, ratio=ratios[1]))
+    ids = engine.prompt_ids(grown, "Who carries oil?")
+    torch.testing.assert_close(engine.logits(grown, ids), engine.logits(widened(grown), ids), atol=1e-4, rtol=1e-4)
+    if of != then or ratios == (1.0, 0.4):  # of which some are fitted
+        return
+    for old, new in zip(parent.layers, grown.layers, strict=True):
+        for head in range(old.n_heads):
+            before = {int(at): row for row, at in enumerate(old.positions_of(head))}
+            rows = [(before[int(at)], row) for row, at in enumerate(new.positions_of(head)) if int(at) in before]
+            assert rows
+            theirs, ours = torch.tensor(rows).T
+            for one, other in zip(old.head(head), new.head(head), strict=True):
+                for x, y in zip(tensors_of(one), tensors_of(other), strict=True):
+                    assert torch.equal(x[theirs], y[ours])
 
 
 @pytest.mark.parametrize("odd", ["fp8", "", None, 16, CODECS["fp16"]])

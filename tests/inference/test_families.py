@@ -17,7 +17,7 @@ from kvzip_memory import BudgetError, CompressedContext, CorruptFileError, Input
 from kvzip_memory.context import Resident
 from kvzip_memory.inference.cache import Row, Tail
 from kvzip_memory.registry.disk.files import write_context
-from kvzip_memory.registry.identity import other_version
+from kvzip_memory.registry.identity import NEWEST_FORMAT, other_version
 
 QUESTION = "Which day does the donkey carry oil?"
 MORE = "The lamp is blue, and the donkey is grey. " * 3
@@ -324,7 +324,22 @@ def test_files_with_states_or_latents_are_of_a_format_of_their_own() -> None:
         identity = engine.join([context, context], positions=context.n_tokens + 1).identity
         assert identity["format"] == written
         assert other_version(identity) is None
-    assert other_version({**identity, "format": 10}) == "newer"
+    for kind, written in (("llama", 10), ("lfm2", 11)):
+        engine = engine_of(kind, codec="int4")
+        context = engine.load(TEXT)
+        assert context.identity["format"] == written
+        shared = engine.extend(context, MORE, share=True)
+        assert shared.identity["format"] == written + 2
+        assert other_version(shared.identity) is None
+    for kind, written in (("llama", 14), ("deepseek_v3", 15)):
+        engine = engine_of(kind, codec="k8v4")
+        context = engine.load(TEXT)
+        assert (
+            engine.join([context, context], positions=context.n_tokens + 1).identity["format"]
+            == written
+            == NEWEST_FORMAT - (kind == "llama")
+        )
+    assert other_version({**identity, "format": NEWEST_FORMAT + 1}) == "newer"
     assert other_version({**identity, "format": 3}) == "older"
 
 

@@ -33,6 +33,7 @@ from kvzip_memory.registry import ContextRegistry, Report, parse_bytes
 from kvzip_memory.registry.disk.index import Index, IndexDamagedError, IndexUnavailableError
 from kvzip_memory.registry.disk.putting import Putting
 from kvzip_memory.registry.disk.store import DiskTier
+from kvzip_memory.registry.identity import NEWEST_FORMAT
 from kvzip_memory.registry.tier import packed, to_host
 from kvzip_memory.registry.wanted import TTL_LIMIT
 from kvzip_memory.system.locks import held
@@ -147,7 +148,7 @@ def test_a_change_of_any_field_is_a_miss_that_names_it(
     if edit_folder is not None:
         edit_folder(mutated)
     if field == "format":
-        monkeypatch.setattr("kvzip_memory.registry.identity.FORMAT", 0)
+        monkeypatch.setattr("kvzip_memory.registry.identity.FORMAT", NEWEST_FORMAT + 1)
     second = ask(mutated, options, arguments)
     monkeypatch.undo()
     assert second.receipt is not None

@@ -4,7 +4,8 @@ Layout, readable by any safetensors reader::
 
     8 bytes   length of the header
     header    JSON, padded with spaces so that the data starts at a multiple of 4 KiB
-    data      per layer: K, V (if K are not their own values), positions, scores, each an extent padded to 4 KiB;
+    data      per layer: K, V (if K are not their own values), each followed by its scales if it is codes, positions, scores, each an
+              extent padded to 4 KiB;
               then states, if there are any; then the layers of the parts that the context shares, if the file is to do without
               theirs; then the token ids;
               last, 8 bytes: xxh3-64 of everything up to the start of the data
