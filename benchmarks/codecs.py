@@ -6,6 +6,7 @@ those of a dense cache of 16 bits.
 
     python benchmarks/codecs.py --squad squad.json
     python benchmarks/codecs.py --squad squad.json --model gemma3
+    python benchmarks/codecs.py --squad squad.json --only frontier  each codec at ratios that take as many bytes
     python benchmarks/codecs.py --squad squad.json --only step      on a quiet machine
 
 ``step``: one decode step behind 6,000 tokens, and a question of 16 tokens, over those of pairs in the model's own dtype, in turn.
@@ -17,6 +18,8 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,12 @@ from tqdm import tqdm
 
 from common import articles, gemma3, save, smollm2
 from fidelity import divergence, documents, greedy
-from kvzip_memory import KVzipEngine
+from kvzip_memory import CompressedContext, KVzipEngine
 from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.inference.cache import Tail
 
 RATIOS = [1.0, 0.5, 0.3, 0.1]
+SHARES = [4, 8, 12, 20]
 
 
 def step(exact: KVzipEngine, engines: dict[str, KVzipEngine], text: str) -> list[dict[str, Any]]:
@@ -52,11 +56,62 @@ def step(exact: KVzipEngine, engines: dict[str, KVzipEngine], text: str) -> list
     return rows
 
 
+def fidelity(
+    exact: KVzipEngine,
+    engines: dict[str, KVzipEngine],
+    docs: list[dict[str, Any]],
+    ratios: Callable[[str, CompressedContext], dict[str, float]],
+) -> list[dict[str, Any]]:
+    """A row for each codec and each of its ratios, by what they are called."""
+    sums: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    taken: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for doc in tqdm(docs, desc="articles"):
+        full = exact.load(doc["text"], ratio=1.0)
+        asked = []
+        for kind, question in doc["asked"]:
+            ids = exact.prompt_ids(full, question)
+            if answer := greedy(exact, full, ids):
+                ids += answer[:-1]
+                asked.append((kind, ids, exact.logits(full, ids)[-len(answer) :]))
+        for codec, engine in engines.items():
+            for called, ratio in ratios(codec, full).items():
+                context = engine.load(doc["text"], ratio=ratio)
+                for i, more in enumerate((context.nbytes, dense(context, engine), ratio / len(docs))):
+                    taken[codec, called][i] += more
+                for kind, ids, expected in asked:
+                    apart = divergence(expected, engine.logits(context, ids)[-len(expected) :])
+                    sums[codec, called, kind][0] += apart["kl"]
+                    sums[codec, called, kind][1] += apart["tokens"]
+    rows = []
+    for (codec, called), (nbytes, whole, ratio) in taken.items():
+        kl = {kind: float(f"{total / tokens:.3g}") for (c, r, kind), (total, tokens) in sums.items() if (c, r) == (codec, called)}
+        rows.append({"codec": codec, "at": called, "ratio": round(ratio, 3), "of_dense_16_bits": round(nbytes / whole, 4), "kl": kl})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def dense(context: CompressedContext, engine: KVzipEngine) -> int:
+    """Bytes of a dense cache of 16 bits."""
+    return 2 * context.dense_nbytes // engine.model.dtype.itemsize
+
+
+def of_bytes(exact: KVzipEngine, codec: str, full: CompressedContext) -> dict[str, float]:
+    """The ratios at which a codec takes a share of a dense cache of 16 bits; of a model without windows."""
+    (_, dim, dim_v), heads = exact._model.kinds[0], full.kept_pairs // full.n_tokens
+    pair = CODECS[codec].nbytes(exact.model.dtype, dim)[0] + CODECS[codec].nbytes(exact.model.dtype, dim_v)[1] + 6  # position and score
+    found = {}
+    for share in SHARES:
+        pairs = (dense(full, exact) / share - 4 * full.n_tokens) / pair - full.protected * heads
+        if 0.02 < (ratio := pairs / heads / (full.n_tokens - full.protected)) < 1:
+            found[f"1/{share}"] = ratio
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--model", choices=["smollm2", "gemma3"], default="smollm2")
-    parser.add_argument("--only", choices=["fidelity", "step"], default="fidelity")
+    parser.add_argument("--only", choices=["fidelity", "frontier", "step"], default="fidelity")
     parser.add_argument("--articles", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=2000)
     args = parser.parse_args()
@@ -67,30 +122,11 @@ def main() -> None:
         save("codecs_seconds", {"model": args.model, "table": step(exact, engines, doc["text"])})
         return
     docs = documents(articles(args.squad), args.articles, exact.tokenizer, args.tokens)
-    sums: dict[tuple[str, float, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    nbytes: dict[tuple[str, float], list[int]] = defaultdict(lambda: [0, 0])
-    for doc in tqdm(docs, desc="articles"):
-        full = exact.load(doc["text"], ratio=1.0)
-        asked = []
-        for kind, question in doc["asked"]:
-            ids = exact.prompt_ids(full, question)
-            if answer := greedy(exact, full, ids):
-                ids += answer[:-1]
-                asked.append((kind, ids, exact.logits(full, ids)[-len(answer) :]))
-        for codec, engine in engines.items():
-            for ratio in RATIOS:
-                context = engine.load(doc["text"], ratio=ratio)
-                nbytes[codec, ratio][0] += context.nbytes
-                nbytes[codec, ratio][1] += 2 * context.dense_nbytes // engine.model.dtype.itemsize
-                for kind, ids, expected in asked:
-                    apart = divergence(expected, engine.logits(context, ids)[-len(expected) :])
-                    sums[codec, ratio, kind][0] += apart["kl"]
-                    sums[codec, ratio, kind][1] += apart["tokens"]
-    rows = []
-    for (codec, ratio), (taken, dense) in nbytes.items():
-        kl = {kind: float(f"{total / tokens:.3g}") for (c, r, kind), (total, tokens) in sums.items() if (c, r) == (codec, ratio)}
-        rows.append({"codec": codec, "ratio": ratio, "of_dense_16_bits": round(taken / dense, 4), "kl": kl})
-        print(rows[-1])
+    if args.only == "frontier":
+        rows = fidelity(exact, engines, docs, partial(of_bytes, exact))
+        save("codecs_frontier", {"model": args.model, "articles": [doc["title"] for doc in docs], "table": rows})
+        return
+    rows = fidelity(exact, engines, docs, lambda *_: {str(ratio): ratio for ratio in RATIOS})
     name = "codecs" if args.model == "smollm2" else f"codecs_{args.model}"
     save(name, {"model": args.model, "articles": [doc["title"] for doc in docs], "table": rows})
 

@@ -38,7 +38,7 @@ from kvzip_memory.progress import Bar, Tally
 from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
-from kvzip_memory.registry.identity import model_fields, of_codes, recipe_digest, tokens_digest, with_parts
+from kvzip_memory.registry.identity import are_codes, model_fields, recipe_digest, tokens_digest, with_parts
 from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
@@ -70,10 +70,10 @@ def context_identity(
     scored = ratio < 1.0 or (parent is not None and not share and parent.identity.get("scorer") is not None)
     way = stages.at(ratio).identity(scored)
     parts = _parts(parent, share) if joinable is None else (joinable.head,)
-    above = None if parent is None else parent.key
+    above, of = (None, None) if parent is None else (parent.key, parent.identity["format"])
     return {
         **model,
-        **with_parts(of_codes(model["format"]) if stages.codec.in_codes() else model["format"], parts),
+        **with_parts(model["format"], parts, stages.codec.in_codes() or (bool(parts) and are_codes(of))),
         "text": prompt.text_digest,
         "system": prompt.system_digest,
         "keep": digest(prompt.keep) if prompt.keep and scored else None,
@@ -244,8 +244,7 @@ class Builder:
 
     def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
         """Bytes the context will take behind so many tokens whose pairs it shares, from the model's shape."""
-        model, n, dtype = self._model, len(prompt.token_ids), self._model.model.dtype
-        nbytes = self._stages.codec.nbytes
+        model, n, dtype, nbytes = self._model, len(prompt.token_ids), self._model.model.dtype, self._stages.codec.nbytes
         layers = [
             (window, n_heads, nbytes(dtype, dim)[0] + (0 if model.layout.latent else nbytes(dtype, dim_v)[1]) + 4)
             for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
@@ -357,7 +356,8 @@ class Builder:
         texts = digest(["joined", [context.identity["text"] for context in contexts]])
         whole = context_identity(self._identity.of(language), replace(prompt, text_digest=texts), 1.0, self._stages, self._tenant)
         again = {"again": [[*span] for span in join.again]} if join.again else {}
-        return {**whole, "ratio": min(context.ratio for context in contexts), **with_parts(whole["format"], join.parts), **again}
+        parts = with_parts(whole["format"], join.parts, any(are_codes(context.identity["format"]) for context in contexts))
+        return {**whole, "ratio": min(context.ratio for context in contexts), **parts, **again}
 
     def join(self, language: Language, step: Step, contexts: tuple[CompressedContext, ...], report: Report) -> CompressedContext:
         """See :func:`~kvzip_memory.joining.joined`; what is read is of the weights that the key names, as in :meth:`build`.

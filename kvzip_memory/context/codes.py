@@ -32,7 +32,7 @@ class Codes:
     Attributes:
         codes: ``[..., n, D]`` int8; or ``[..., n, D / 2]`` uint8, of 4 bits: the low ones of a byte are a number of a vector's first half,
             the high ones that of its second half which stands as far from its start.
-        scales: ``[..., n, S]`` fp16, what a code of 8 bits stands for so many of; one of 4 bits for 16 times as many.
+        scales: ``[..., n, S]`` bf16, what a code of 8 bits stands for so many of; one of 4 bits for 16 times as many.
     """
 
     codes: Tensor

@@ -81,15 +81,17 @@ def model_fields(identity: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "format": _of_the_model(fields["format"])}
 
 
-def with_parts(written: int, parts: Sequence[Part]) -> dict[str, Any]:
-    """What a key says of the parts that a context shares: with a format of its own, by that of the context's others."""
+def with_parts(written: int, parts: Sequence[Part], in_codes: bool) -> dict[str, Any]:
+    """What a key says of the parts that a context shares: with a format of its own, by that of the context's others; so has one that is, or
+    shares what is, in codes."""
     kind = 1 + any(part.nearer for part in parts) if parts else 0
-    return {"format": written + 2 * kind, **({"parts": [part.told for part in parts]} if parts else {})}
+    codes = 2 * _KINDS if in_codes and not are_codes(written) else 0
+    return {"format": written + 2 * kind + codes, **({"parts": [part.told for part in parts]} if parts else {})}
 
 
-def of_codes(written: int) -> int:
-    """The format of contexts whose pairs are codes, by that of those whose pairs are numbers."""
-    return written + 2 * _KINDS
+def are_codes(written: Any) -> bool:
+    """Whether a format is one of contexts with pairs that are codes."""
+    return type(written) is int and FORMAT + 2 * _KINDS <= written <= NEWEST_FORMAT
 
 
 def _of_the_model(written: Any) -> Any:

@@ -66,8 +66,8 @@ def test_no_number_is_farther_from_its_code_than_half_a_step(dim: int, bits: int
     assert isinstance(codes, Codes)
     step = (codes.scales.float().abs() * (1 if codes.way.bits == 8 else 16)).repeat_interleave(dim // codes.way.blocks, -1)
     apart = (codes.numbers() - turn(vectors)).abs()
-    # of 16 codes the last one on one side is half a step nearer; a scale is rounded to 11 bits
-    assert (apart <= step * (0.5 if codes.way.bits == 8 else 1) + 0.001 * 127 * step).all()
+    # of 16 codes one is missing on one side; a scale is rounded to 8 bits, which moves the largest code
+    assert (apart <= step * (0.76 if codes.way.bits == 8 else 1.04)).all()
     assert (apart <= 0.5001 * step).double().mean() > (0.99 if codes.way.bits == 8 else 0.85)
 
 
@@ -111,10 +111,9 @@ def test_odd_vectors_are_what_they_are(bits: int, asks: float | None) -> None:
     """None, one, zeros, equal numbers, tiny ones, and the largest; and queries that are nothing."""
     asked = None if asks is None else asks * asked_by(16, 1)
     assert decoded(rounded(torch.empty(1, 0, 16), bits, asked), torch.float32).shape == (1, 0, 16)
-    for number in (0.0, 1.0, -3.0, 1e-9, 6e4):
+    for number in (0.0, 1.0, -3.0, 1e-30, 1e-9, 6e4, 7e9, 1e30):
         vectors = torch.full((1, 3, 16), number)
-        torch.testing.assert_close(decoded(rounded(vectors, bits, asked), torch.float32), vectors, rtol=0.01, atol=1e-6)
-    assert rounded(torch.full((1, 3, 16), 7e4), bits, asked).__class__ is torch.Tensor
+        torch.testing.assert_close(decoded(rounded(vectors, bits, asked), torch.float32), vectors, rtol=0.01, atol=0)
 
 
 def encoded(part: RaggedLayer, codec: str) -> RaggedLayer:

@@ -336,6 +336,12 @@ def test_files_with_states_or_latents_are_of_a_format_of_their_own() -> None:
         context = engine.load(TEXT)
         assert engine.join([context, context], positions=context.n_tokens + 1).identity["format"] == written
     assert written == NEWEST_FORMAT
+    coded, plain = engine_of("llama", codec="int8").load(TEXT), engine_of("llama")
+    shares = plain.extend(coded, MORE, share=True)  # in numbers, behind codes
+    join = plain.join([coded, plain.load(TEXT, joinable=True)])
+    found = [context.identity["format"] for context in (shares, plain.extend(shares, MORE, share=False), join, plain.extend(join, MORE))]
+    assert found == [12, 12, 12, 12]
+    assert plain.extend(coded, MORE, share=False).identity["format"] == 4  # written anew
     assert other_version({**identity, "format": NEWEST_FORMAT + 1}) == "newer"
     assert other_version({**identity, "format": 3}) == "older"
 

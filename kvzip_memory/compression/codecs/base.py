@@ -30,7 +30,7 @@ class Codec(Protocol):
         ...
 
     def keys(self, keys: Tensor, asked: Tensor | None = None) -> Vectors:
-        """Keys ``[..., n, D]`` as they are stored. Those that were stored, read and are stored again stay what they were.
+        """Keys ``[..., n, D]`` as they are stored. Those that were stored, read in 32 bits and are stored again stay what they were.
 
         Args:
             asked: ``[H, D, D]`` fp32 for keys ``[H, n, D]``, the mean outer product of queries with themselves; None if none are known.

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvzip_memory.compression.codecs.rounding import block_of, rounded
+from kvzip_memory.compression.codecs.rounding import bits_of, block_of, rounded
 from kvzip_memory.context.codes import Vectors
 
 
 class RoundedCodec:
     """Vectors are turned first, so that no number of a block is much larger than the others. Keys are rounded such that their products with
     queries change least, where these are known and the bits few.
-
-    A layer's keys or values of which a scale would be beyond 65,504 stay as they are.
 
     Args:
         name: of the codec.
@@ -42,5 +40,5 @@ class RoundedCodec:
         return rounded(values, self._bits[1])
 
     def nbytes(self, dtype: torch.dtype, dim: int) -> tuple[float, float]:
-        key, value = (dim * bits / 8 + 2 * dim / block_of(bits, dim) for bits in self._bits)
+        key, value = (dim * bits / 8 + 2 * dim / block_of(bits, dim) for bits in (bits_of(bits, dim) for bits in self._bits))
         return key, value

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvzip_memory.context.codes import Codes, Vectors, turn
+from kvzip_memory.context.codes import Codes, turn
 
 #: Numbers of a block at most, by their bits.
 _BLOCK = {8: 64, 4: 32}
 _LEAST = 8  # a block of fewer is the whole vector
 _ROWS = 1 << 14  # vectors of a head that are rounded at a time
 _DAMPED = 0.1  # how much of what is asked is taken to be the same in all directions
-_MOST = torch.finfo(torch.float16).max
 
 
 def block_of(bits: int, dim: int) -> int:
@@ -21,8 +20,13 @@ def block_of(bits: int, dim: int) -> int:
     return dim if size < _LEAST else min(_BLOCK[bits], size)
 
 
-def rounded(vectors: Tensor, bits: int, asked: Tensor | None = None) -> Vectors:
-    """Vectors ``[..., n, D]`` as codes, or as they are if a scale would be beyond fp16.
+def bits_of(bits: int, dim: int) -> int:
+    """Bits of the numbers of vectors for which so many are wanted: two of 4 bits make a byte."""
+    return 8 if dim % 2 else bits
+
+
+def rounded(vectors: Tensor, bits: int, asked: Tensor | None = None) -> Codes:
+    """Vectors ``[..., n, D]`` as codes.
 
     Args:
         asked: ``[H, D, D]`` of vectors ``[H, n, D]``: the mean outer product of what they will be multiplied with. Numbers are rounded
@@ -30,10 +34,8 @@ def rounded(vectors: Tensor, bits: int, asked: Tensor | None = None) -> Vectors:
             arXiv 2210.17323).
     """
     dim = vectors.shape[-1]
-    bits = 8 if dim % 2 else bits
+    bits = bits_of(bits, dim)
     block = block_of(bits, dim)
-    if vectors.numel() and bool(vectors.abs().max() > _MOST):
-        return vectors
     feedback = None if asked is None else _feedback(turn(turn(asked).mT))
     codes, scales = [], []
     for some in vectors.split(_ROWS, -2):
@@ -45,7 +47,7 @@ def rounded(vectors: Tensor, bits: int, asked: Tensor | None = None) -> Vectors:
 
 
 def _scales(numbers: Tensor, bits: int) -> Tensor:
-    """``[..., S, 1]`` of blocks ``[..., S, b]``, in fp32 what fp16 can say: such that the largest of a block is the largest code."""
+    """``[..., S, 1]`` of blocks ``[..., S, b]``, in fp32 what bf16 can say: such that the largest of a block is the largest code."""
     largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
     # of 16 codes one more is below zero than above: it is for the largest, whichever sign that has
     return _of_codes(largest.abs() / 127 if bits == 8 else largest / -8, bits).float() * _STEPS[bits]
@@ -56,7 +58,7 @@ _STEPS = {8: 1, 4: 16}
 
 
 def _of_codes(scales: Tensor, bits: int) -> Tensor:
-    return (scales / _STEPS[bits]).half()
+    return (scales / _STEPS[bits]).bfloat16()
 
 
 def _nearest(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -66,7 +68,7 @@ def _nearest(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def _plain(numbers: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
-    """Codes ``[..., n, D]`` int8 and scales ``[..., n, S]`` fp16."""
+    """Codes ``[..., n, D]`` int8 and scales ``[..., n, S]`` bf16."""
     blocks = numbers.unflatten(-1, (-1, block))
     scales = _scales(blocks, bits)
     return _nearest(blocks, scales, bits).flatten(-2).to(torch.int8), _of_codes(scales, bits).squeeze(-1)

@@ -69,8 +69,8 @@ def read_layers(
         def layers(part: str, told: Sequence[Mapping[str, Any]], start: int, end: int) -> Iterator[RaggedLayer]:
             for i, layer in enumerate(told):
                 done[f"{part}.{i}"]()
-                keys = _vectors(tensors, f"{part}.{i}.key")
-                values = keys if layer.get("shared") else _vectors(tensors, f"{part}.{i}.value")
+                keys = _vectors(tensors, f"{part}.{i}.key", path)
+                values = keys if layer.get("shared") else _vectors(tensors, f"{part}.{i}.value", path)
                 window = Window(layer["window"], layer.get("chunked", False)) if layer["window"] else None
                 positions, scores = tensors[f"{part}.{i}.position"], tensors.get(f"{part}.{i}.score")
                 read = RaggedLayer(keys, values, tuple(layer["lengths"]), positions, scores, window)
@@ -97,10 +97,18 @@ def read_layers(
     return own, before, states, tensors["token_ids"]
 
 
-def _vectors(tensors: Mapping[str, Tensor], name: str) -> Vectors:
-    """Keys or values as they are stored."""
+def _vectors(tensors: Mapping[str, Tensor], name: str, path: Path) -> Vectors:
+    """Keys or values as they are stored.
+
+    Raises:
+        CorruptFileError: a scale is no number.
+    """
     scales = tensors.get(f"{name}.scale")
-    return tensors[name] if scales is None else Codes(tensors[name], scales)
+    if scales is None:
+        return tensors[name]
+    if not bool(scales.isfinite().all()):
+        raise CorruptFileError(f"{path}: a scale of {name} is no number")
+    return Codes(tensors[name], scales)
 
 
 def _check_positions(layer: RaggedLayer, start: int, end: int, path: Path) -> None:

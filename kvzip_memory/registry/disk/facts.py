@@ -298,7 +298,7 @@ def _tensors_of(part: str, layers: Sequence[Mapping[str, Any]], named: Collectio
             has_codes = f"{part}.{i}.{kind}.scale" in named
             yield f"{part}.{i}.{kind}", rows, _CODES if has_codes else _FLOATS
             if has_codes:
-                yield f"{part}.{i}.{kind}.scale", rows, {"F16"}
+                yield f"{part}.{i}.{kind}.scale", rows, {"BF16"}
         yield f"{part}.{i}.position", rows, {"I32"}
         if f"{part}.{i}.score" in named:
             yield f"{part}.{i}.score", rows, {"F16"}
