@@ -233,7 +233,8 @@ def check_header(facts: Any) -> None:
     """
     if type(facts) is not dict:
         raise OddFactError("the facts are no mapping")
-    for odd in _odd(facts, _HEADER, {**_TIMES, "fitted": _list(_SPAN), "states": _list(_state), "before": _list(_LAYERS)}):
+    optional = {**_TIMES, "coarsest": _number(0, 1), "fitted": _list(_SPAN), "states": _list(_state), "before": _list(_LAYERS)}
+    for odd in _odd(facts, _HEADER, optional):
         raise OddFactError(f"{odd} is missing or of another kind")
     n, expected = facts["n_tokens"], _tensors(facts)
     if facts["protected"] > n or any(not source["start"] <= source["end"] <= n for source in facts["sources"]):
