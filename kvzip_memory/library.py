@@ -80,11 +80,11 @@ class Library(Shared):
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
-        stages = Stages.of(scorer, allocator, refit, FittedCodec(codec, lambda: (self._model.model.dtype, self._model.casts)))
+        stages = Stages.of(scorer, allocator, refit, FittedCodec(codec, lambda: (self._model.model.dtype, self._model.reads_fewer_bits)))
         tokenizer = tokenizer_of(tokenizer)
         self._model = LanguageModel(model, tokenizer, attention, max_running=max_running, max_waiting=max_waiting)
         stages = stages.for_layers(self._model.windows, self._model.layout.latent, refit)
-        stages.codec.identity()  # says so if nothing casts
+        stages.codec.identity()  # says so if nothing reads it
         self._speech = Speech(self._model, tokenizer, template_kwargs)
         salt, device = tenant_digest(tenant), self._model.device
         if device_bytes is None:

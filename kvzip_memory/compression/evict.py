@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -37,9 +36,8 @@ def gathered(
     keys, values = prefilled.dense[layer]
     parent = prefilled.parent[layer] if prefilled.parent else None
     keep, scores = keep.to(keys.device), None if scores is None else scores.to(keys.device)
-    write = partial(codec.keys, asked=asked)
     if parent is None and bool(keep.all()) and fitted is None:
-        written = write(keys)
+        written = codec.keys(keys, asked)
         return _whole(written, written if values is keys else codec.values(values), scores)
     start, first, pinned = prefilled.start, prefilled.first, prefilled.pinned.to(keys.device)
     pieces = list[_Piece]()
@@ -50,12 +48,12 @@ def gathered(
             wanted &= (old < first) | pinned[old]
             fresh = keep[:, first:start] & ~pinned[first:start]
             old_keys, old_values = (pairs[:, : start - first] for pairs in fitted)
-            pieces.append(_piece(fresh, first, old_keys, old_values, write, codec))
+            pieces.append(_piece(fresh, first, old_keys, old_values, codec, asked))
         heads, rows = parent.heads()[wanted], wanted.nonzero().squeeze(1)
         pieces.append(_Piece(heads, parent.positions[rows].long(), *parent.pick(rows)))
     if fitted is not None:
         keys, values = (_put(own, pairs, first - start, ~pinned[start:]) for own, pairs in zip((keys, values), fitted, strict=True))
-    pieces.append(_piece(keep[:, start:], start, keys, values, write, codec))
+    pieces.append(_piece(keep[:, start:], start, keys, values, codec, asked))
     heads, positions = (torch.cat(some) for some in zip(*((piece.heads, piece.positions) for piece in pieces), strict=True))
     order = (heads * len(prefilled.token_ids) + positions).argsort() if len(pieces) > 1 else slice(None)
     heads, positions = heads[order], positions[order]
@@ -69,9 +67,6 @@ def gathered(
     )
 
 
-_Write = Callable[[Tensor], Vectors]
-
-
 class _Piece(NamedTuple):
     """Some kept pairs, with the head ``[m]`` and the position ``[m]`` of each."""
 
@@ -81,10 +76,10 @@ class _Piece(NamedTuple):
     values: Vectors
 
 
-def _piece(keep: Tensor, start: int, keys: Tensor, values: Tensor, write: _Write, codec: Codec) -> _Piece:
+def _piece(keep: Tensor, start: int, keys: Tensor, values: Tensor, codec: Codec, asked: Tensor | None) -> _Piece:
     """Of pairs ``[H, m, D]`` from a position on those that are kept."""
     heads, columns = keep.nonzero(as_tuple=True)
-    some = write(keys)[heads, columns]
+    some = codec.keys(keys[heads, columns]) if asked is None else codec.keys(keys, asked)[heads, columns]
     return _Piece(heads, columns + start, some, some if values is keys else codec.values(values[heads, columns]))
 
 
@@ -96,7 +91,7 @@ def _put(own: Tensor, fitted: Tensor, behind: int, free: Tensor) -> Tensor:
     return own
 
 
-def in_one(pieces: Sequence[Vectors], write: _Write, dtype: torch.dtype, dim: int = 0) -> Vectors:
+def in_one(pieces: Sequence[Vectors], write: Callable[[Tensor], Vectors], dtype: torch.dtype, dim: int = 0) -> Vectors:
     """Pieces one behind another. Those that are written in several ways are written anew."""
     if len(pieces) == 1:
         return pieces[0]

@@ -273,8 +273,10 @@ class CompressedContext(Shared):
             return f"<CompressedContext {self.name or self.key[:12]!r} {told} of {len(self.parts)} parts>"
         kept = 100 * self.kept_pairs / self.total_pairs
         own = f"{self.n_tokens - self.shared_tokens:,} of them its own, " if self.parts else ""
+        written = self.identity.get("codec")
+        codec = "" if written in (None, "fp16") or self.parts else f" as {reprlib.repr(written)}"
         return (
-            f"<CompressedContext {self.name or self.key[:12]!r} {told}, {own}{kept:.1f} % kept, "
+            f"<CompressedContext {self.name or self.key[:12]!r} {told}, {own}{kept:.1f} % kept{codec}, "
             f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
         )
 

@@ -22,7 +22,7 @@ class Made(NamedTuple):
         states: shapes of what layers without attention remember.
         latent: whether keys are their own values.
         dtype: of the model.
-        casts: whether its attention reads pairs of fewer bits.
+        reads_fewer_bits: whether its attention reads pairs of fewer bits.
     """
 
     windows: Sequence[Window | None]
@@ -30,7 +30,7 @@ class Made(NamedTuple):
     states: Mapping[str, tuple[int, ...]]
     latent: bool
     dtype: torch.dtype
-    casts: bool
+    reads_fewer_bits: bool
 
     def check(self, layers: Sequence[RaggedLayer], states: States, where: str) -> None:
         """Look whether layers and states are such.
@@ -55,7 +55,7 @@ class Made(NamedTuple):
                     continue
                 if isinstance(pairs, Tensor) and (pairs.dtype is not torch.float16 or self.dtype.itemsize <= 2):
                     raise CorruptFileError(f"{where}: layer {i} is {pairs.dtype}, and the model {self.dtype}")
-                if not self.casts:
+                if not self.reads_fewer_bits:
                     raise InputError(f"{where}: layer {i} is {told(pairs)}, which the attention does not read; use attention='cpu'")
 
 

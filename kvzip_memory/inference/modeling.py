@@ -128,10 +128,12 @@ class LanguageModel:
 
     def check_layers(self, layers: Sequence[RaggedLayer], states: States, where: str) -> None:
         """Look whether layers and states are such as this model makes, see :meth:`~kvzip_memory.inference.made.Made.check`."""
-        Made(self.windows, self.kinds, self.state_shapes, self.layout.latent, self.model.dtype, self.casts).check(layers, states, where)
+        Made(self.windows, self.kinds, self.state_shapes, self.layout.latent, self.model.dtype, self.reads_fewer_bits).check(
+            layers, states, where
+        )
 
     @property
-    def casts(self) -> bool:
+    def reads_fewer_bits(self) -> bool:
         """Whether the attention reads pairs of fewer bits than the model's."""
         return self.backend in BACKENDS
 
@@ -153,7 +155,7 @@ class LanguageModel:
 
     def checked(self, lease: Lease) -> Lease:
         """A lease of any engine's context; InputError if its pairs have fewer bits than the model's, which the attention does not read."""
-        layers = () if self.casts else (layer for part in lease.parts for layer in part)
+        layers = () if self.reads_fewer_bits else (layer for part in lease.parts for layer in part)
         odd = next((some for x in layers for some in (x.keys, x.values) if not is_read(some, self.model.dtype)), None)
         if odd is not None:
             raise InputError(f"the context's pairs are {told(odd)}, which attention {self.backend!r} does not read; use attention='cpu'")

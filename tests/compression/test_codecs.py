@@ -87,6 +87,7 @@ def test_fewer_bytes_are_near(architecture: str, codec: str) -> None:
     assert context.nbytes < {"fp16": 0.6, "int8": 0.45, "k8v4": 0.4, "int4": 0.35}[codec] * expected.nbytes
     assert context.key != expected.key
     assert context.identity["codec"] == codec
+    assert (f"as '{codec}'" in repr(context)) == (codec != "fp16")
     assert "codec" not in expected.identity
 
 
@@ -242,7 +243,7 @@ def test_an_unknown_codec_is_refused(odd: object) -> None:
             make()
 
 
-def test_an_attention_that_does_not_cast_says_so(tmp_path: Path) -> None:
+def test_an_attention_that_does_not_read_it_says_so(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton has no wheel for this platform")
     saved = tiny_engine(ratio=0.5, codec="fp16").load(TEXT).save(tmp_path / "saved.safetensors")
     with pytest.raises(InputError, match=r"codec='fp16' takes an attention that reads such pairs"):
@@ -263,7 +264,11 @@ def test_an_attention_that_does_not_cast_says_so(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"are torch.float16, which attention 'triton' does not read"):
             attempt()
     assert engine.registry.contexts() == []
-    reference = tiny_engine(ratio=0.5, codec="fp16", attention="reference")
+
+
+@pytest.mark.parametrize("codec", NARROW)
+def test_the_reference_reads_it(codec: str) -> None:
+    reference = tiny_engine(ratio=0.5, codec=codec, attention="reference")
     context = reference.load(TEXT)
     ids = reference.prompt_ids(context, "Who?")
     torch.testing.assert_close(reference.logits(context, ids), tiny_engine().logits(widened(context), ids), atol=1e-4, rtol=1e-4)

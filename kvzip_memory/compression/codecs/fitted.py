@@ -30,10 +30,10 @@ class FittedCodec:
     Args:
         name: of a codec, which is none where it would leave pairs as they are; ``"auto"`` is ``"fp16"`` for float32 that is cast, else
             none.
-        now: the model's dtype, and whether what attends to its pairs casts those of fewer bits.
+        now: the model's dtype, and whether what attends to its pairs reads those of fewer bits.
 
     Raises:
-        InputError: there is no such codec; or, by any of its methods, nothing casts.
+        InputError: there is no such codec; or, by any of its methods, nothing reads what it writes.
     """
 
     def __init__(self, name: str, now: Callable[[], tuple[torch.dtype, bool]]) -> None:
@@ -63,12 +63,12 @@ class FittedCodec:
         return self._codec().nbytes(dtype, dim)
 
     def _codec(self) -> Codec:
-        dtype, casts = self._now()
+        dtype, is_read = self._now()
         if self._name == "auto":
-            return CODECS["fp16" if casts and dtype is torch.float32 else "none"]
+            return CODECS["fp16" if is_read and dtype is torch.float32 else "none"]
         codec = CODECS[self._name]
         if not codec.narrows(dtype):
             return CODECS["none"]
-        if not casts:
+        if not is_read:
             raise InputError(f"codec={self._name!r} takes an attention that reads such pairs, as 'cpu' does; use that, or codec='none'")
         return codec

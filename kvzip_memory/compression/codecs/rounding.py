@@ -46,9 +46,8 @@ def rounded(vectors: Tensor, bits: int, asked: Tensor | None = None) -> Codes:
     return Codes(torch.cat(codes, -2), torch.cat(scales, -2))
 
 
-def _scales(numbers: Tensor, bits: int) -> Tensor:
-    """``[..., S, 1]`` of blocks ``[..., S, b]``, in fp32 what bf16 can say: such that the largest of a block is the largest code."""
-    largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))
+def _scales(largest: Tensor, bits: int) -> Tensor:
+    """In fp32 what bf16 can say: such that the largest number of a block, which is given for each, is the largest code."""
     # of 16 codes one more is below zero than above: it is for the largest, whichever sign that has
     return _of_codes(largest.abs() / 127 if bits == 8 else largest / -8, bits).float() * _STEPS[bits]
 
@@ -70,7 +69,7 @@ def _nearest(numbers: Tensor, scales: Tensor, bits: int) -> Tensor:
 def _plain(numbers: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor]:
     """Codes ``[..., n, D]`` int8 and scales ``[..., n, S]`` bf16."""
     blocks = numbers.unflatten(-1, (-1, block))
-    scales = _scales(blocks, bits)
+    scales = _scales(blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)), bits)
     return _nearest(blocks, scales, bits).flatten(-2).to(torch.int8), _of_codes(scales, bits).squeeze(-1)
 
 
@@ -84,10 +83,12 @@ def _fed(numbers: Tensor, bits: int, block: int, feedback: Tensor) -> tuple[Tens
     codes, scales = torch.empty_like(numbers, dtype=torch.int8), []
     for start in range(0, numbers.shape[-1], block):
         own, missing = numbers[..., start : start + block], torch.empty_like(numbers[..., :block])
-        scale, largest = _scales(own, bits), own.abs().argmax(-1)
-        most = _nearest(own.gather(-1, largest.unsqueeze(-1)), scale, bits)[..., 0]
+        at = own.abs().argmax(-1, keepdim=True)
+        largest = own.gather(-1, at)
+        scale = _scales(largest, bits)
+        most = _nearest(largest, scale, bits)[..., 0]
         for i in range(block):
-            code = torch.where(largest == i, most, _nearest(own[..., i], scale[..., 0], bits))
+            code = torch.where(at[..., 0] == i, most, _nearest(own[..., i], scale[..., 0], bits))
             codes[..., start + i] = code.to(torch.int8)
             missing[..., i] = own[..., i] - code * scale[..., 0]
             own[..., i + 1 :] -= missing[..., i, None] * feedback[:, None, start + i, start + i + 1 : start + block]
