@@ -22,7 +22,9 @@ from kvzip_memory.compression.scorers import Scorer
 from kvzip_memory.context import CompressedContext
 from kvzip_memory.inference import loading
 from kvzip_memory.inference.attribution import Span
+from kvzip_memory.inference.packed import checked_weights
 from kvzip_memory.library import Library
+from kvzip_memory.progress import Bar
 from kvzip_memory.prompting.call_reader import read_calls
 from kvzip_memory.prompting.cleaning import clean
 from kvzip_memory.prompting.forms import ToolForm
@@ -113,6 +115,7 @@ class KVzipEngine(Library):
         refit: Refit | str = "auto",
         codec: str = "auto",
         template_kwargs: Mapping[str, Any] | None = None,
+        weights: str | None = None,
         **model_kwargs: Any,
     ) -> KVzipEngine:
         """An engine for a hub id, a local folder or a ``.gguf`` file (dequantised once, then read from a folder).
@@ -120,12 +123,17 @@ class KVzipEngine(Library):
         Args:
             dtype: of the weights; ``"auto"`` is the checkpoint's on a GPU and float32 on a CPU.
             device: ``"auto"`` takes a GPU if there is one.
+            weights: on a CPU, what the weights of linear layers are kept as: ``"int8"``, a third of the bytes of float32 and nearly
+                the same answers; ``"int4"``, a sixth; or ``"auto"``, 4 bits for layers that had no more in a ``.gguf`` file (Q4_0, Q4_1,
+                Q4_K), and 8 for others, of which 4 lose much if the model is small. A token takes less time as it reads fewer bytes
+                (``docs/benchmarks.md``). None leaves them as they are.
             model_kwargs: handed to transformers' ``from_pretrained``.
 
         Raises:
             InputError, UnsupportedModelError: see the class. Ratio and allocator are checked before anything is loaded.
         """
         checked_ratio(ratio)
+        checked_weights(weights)
         Builder.check_every(compress_every)
         if progress is not None:
             checked_flag("progress", progress)
@@ -136,7 +144,10 @@ class KVzipEngine(Library):
         tenant_digest(tenant)  # tells what is wrong with it
         Checksums(secret)
         folder = None if cache_dir is None else as_folder(cache_dir, "cache_dir")
-        loaded, tokenizer = loading.load_model(model, dtype=dtype, device=device, cache_dir=folder, **model_kwargs)
+        with Bar(f"weights as {weights}", progress, " weights") as bar:
+            loaded, tokenizer = loading.load_model(
+                model, dtype=dtype, device=device, cache_dir=folder, weights=weights, packed=bar.show, **model_kwargs
+            )
         return cls(
             loaded,
             tokenizer,

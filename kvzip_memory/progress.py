@@ -34,10 +34,12 @@ class Bar:
     Args:
         name: of what is built.
         shown: None shows it on a terminal only.
+        unit: what is counted.
     """
 
-    def __init__(self, name: str, shown: bool | None) -> None:
-        self._name, self._shown = printable(name)[:_NAME], sys.stderr.isatty() if shown is None else shown
+    def __init__(self, name: str, shown: bool | None, unit: str = "tok") -> None:
+        self._unit, self._name = unit, printable(name)[:_NAME]
+        self._shown = sys.stderr.isatty() if shown is None else shown
         self._bar: Any = None
 
     def __enter__(self) -> Bar:
@@ -48,11 +50,11 @@ class Bar:
             self._bar.close()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """``done`` of ``total`` tokens, in the given stage; 0 of 0 while nothing is known."""
+        """``done`` of ``total``, in the given stage; 0 of 0 while nothing is known."""
         if not self._shown:
             return
         if self._bar is None:
-            self._bar = tqdm(total=total, desc=self._name, unit="tok", leave=False)
+            self._bar = tqdm(total=total, desc=self._name, unit=self._unit, leave=False)
         self._bar.total = total or None
         self._bar.set_postfix_str(printable(stage)[:_NAME], refresh=False)  # another process' may have told it
         self._bar.update(done - self._bar.n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import (
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
 from kvzip_memory.inference.layout import check_config, check_kind
+from kvzip_memory.inference.packed import Weights, checked_weights, pack, packed_less
 from kvzip_memory.inference.text_part import TextModel, text_config, text_part
 from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.printable import brief, logger_of
@@ -57,15 +58,26 @@ _OF_ALL_FILES = ("revision", "trust_remote_code", "token", "subfolder", "local_f
 
 
 def load_model(
-    model: str | Path, *, dtype: str | torch.dtype, device: str | torch.device, cache_dir: Path | None, **model_kwargs: Any
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    cache_dir: Path | None,
+    weights: str | None = None,
+    packed: Callable[[str, int, int], None] = lambda *_: None,
+    **model_kwargs: Any,
 ) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer, on ``device``, in evaluation mode. Of one that also sees or hears the language model alone.
 
     A ``.gguf`` file is dequantised once into a folder under ``cache_dir`` and read from there ever after.
 
+    Args:
+        weights: what those of linear layers are packed as, one layer after another.
+        packed: told which one, and how many of how many weights are.
+
     Raises:
-        InputError: a file or folder that does not exist, an unknown dtype or device, or weights that do not fit into the memory that is
-            free.
+        InputError: a file or folder that does not exist, an unknown dtype or device, weights that do not fit into the memory that is
+            free, or that cannot be packed: on a GPU, or of a quantised model.
         UnsupportedModelError: the model computes what we do not, as far as its configuration says so.
         OSError: what transformers raises for an unknown hub id.
     """
@@ -74,6 +86,9 @@ def load_model(
     if "torch_dtype" in model_kwargs:
         raise InputError("give dtype= in the place of torch_dtype=")
     dtype, device = _dtype(dtype), _device(device)
+    weights = checked_weights(weights)
+    if weights is not None and (device.type != "cpu" or "device_map" in model_kwargs or "quantization_config" in model_kwargs):
+        raise InputError(f"weights={weights!r} is for CPUs and plain weights; on a GPU give a quantised model, or quantization_config=")
     if dtype == "auto" and device.type == "cpu":
         dtype = torch.float32  # 16-bit matrix products are slow or emulated on most CPUs
     shared = {k: model_kwargs[k] for k in _OF_ALL_FILES if k in model_kwargs}
@@ -95,10 +110,16 @@ def load_model(
             with suppress(AttributeError):  # a processor's file that holds no mapping
                 tokenizer.chat_template = ProcessorMixin.get_processor_dict(model, **shared)[0].get("chat_template")
         check_config(text_config(config))
-        shapes = _shapes(config)
-        if shapes is not None and "device_map" not in model_kwargs and not getattr(config, "quantization_config", None):
-            _check_room(model, shapes, config, dtype, device)
-        loaded = _read(model, config, dtype=dtype, **model_kwargs)
+        shapes, quantised = _shapes(config), getattr(config, "quantization_config", None)
+        if weights is not None and quantised:
+            raise InputError(f"weights={weights!r} is for plain weights, and those of {str(model)!r} are quantised already; leave it out")
+        if shapes is not None and "device_map" not in model_kwargs and not quantised:
+            _check_room(model, shapes, config, dtype, device, weights)
+        # what will be packed is left as it is in its file until then
+        loaded = _read(model, config, dtype=dtype if weights is None else "auto", **model_kwargs)
+        if weights is not None:
+            pack(loaded, weights, packed)
+            loaded = loaded.to(dtype=dtype)
         if "device_map" not in model_kwargs:
             loaded = loaded.to(device)
     return loaded.eval(), tokenizer
@@ -183,18 +204,23 @@ def _shapes(config: PreTrainedConfig) -> PreTrainedModel | None:
 
 
 def _check_room(
-    model: str | Path, shapes: PreTrainedModel, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device
+    model: str | Path,
+    shapes: PreTrainedModel,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    weights: Weights | None,
 ) -> None:
     """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
     parts = (text_config(config), config)
     kind = next(filter(None, (getattr(part, "dtype", None) for part in parts)), torch.float32) if dtype == "auto" else dtype
     size = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
-    needed = size * sum(parameter.numel() for parameter in shapes.parameters())
+    needed = size * sum(parameter.numel() for parameter in shapes.parameters()) - (packed_less(shapes, weights, size) if weights else 0)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, host_nbytes())
     if needed > free:
         raise InputError(
             f"the weights of {str(model)!r} take {needed / 1e9:,.1f} GB in {str(kind).removeprefix('torch.')}, and {free / 1e9:,.1f} GB of "
-            f"the memory of {device} are free; give another dtype, a quantised model, a smaller one, or a device_map"
+            f"the memory of {device} are free; give another dtype, a quantised model, a smaller one, weights= or a device_map"
         )
 
 

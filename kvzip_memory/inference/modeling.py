@@ -23,6 +23,7 @@ from kvzip_memory.inference.ends import eos_ids
 from kvzip_memory.inference.graphs import DecodeSteps
 from kvzip_memory.inference.layout import check_config, check_kind, layout_of, window_of
 from kvzip_memory.inference.made import Made, is_read, told
+from kvzip_memory.inference.packed import is_packed
 from kvzip_memory.inference.rotation import Rotations
 from kvzip_memory.inference.text_part import text_part
 from kvzip_memory.inference.weights import Stamp, Watch
@@ -109,13 +110,11 @@ class LanguageModel:
         self.windows = self.layout.windows
         self.kinds = tuple((n_heads, dim, dim) for n_heads, dim in self.layout.shapes)
         self.state_shapes: dict[str, tuple[int, ...]] = {}
-        self.tokenizer = tokenizer
-        self.watch = Watch(model)
+        self.tokenizer, self.watch = tokenizer, Watch(model)
         self.chunk_tokens = CHUNK_TOKENS if self.device.type == "cpu" else GPU_CHUNK_TOKENS
         self._attention, self._made_on = backend, self.device
         self._choose()
-        self._worker = Worker()
-        self._warned = False
+        self._worker, self._warned = Worker(), False
         self._building = threading.Lock()  # one chunk of one build at most is ahead of a running answer
         self._batcher = Batcher(self._forward, self._worker, padded_tokens=self.chunk_tokens)
         self._admission = Admission(max_running, max_waiting)
@@ -430,7 +429,8 @@ class LanguageModel:
                 f"{type(error).__name__}: {error}"
             ) from error
         difference, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-        tolerance = TOLERANCE_16_BITS if self.model.dtype.itemsize <= 2 else TOLERANCE if self.device.type == "cpu" else TOLERANCE_ON_GPUS
+        exact = TOLERANCE if self.device.type == "cpu" else TOLERANCE_ON_GPUS
+        tolerance = TOLERANCE_16_BITS if self.model.dtype.itemsize <= 2 or is_packed(self.model) else exact
         if not difference <= tolerance * largest:
             self.model.set_attn_implementation(original)
             raise UnsupportedModelError(

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import TEXT, tiny_engine, tiny_model, tiny_tokenizer
-from kvzip_memory import InputError, StorageError, __version__
+from kvzip_memory import InputError, KVzipEngine, StorageError, __version__
 from kvzip_memory.cli import app
 from kvzip_memory.cli.terminal import console
 from kvzip_memory.compression.codecs import CODECS
@@ -105,6 +105,19 @@ def test_what_cannot_be_deleted_is_not_said_to_be(folder: Path, monkeypatch: pyt
     out = CliRunner().invoke(app, ["rm", "page", "--cache-dir", str(folder)])
     assert isinstance(out.exception, OSError)
     assert "deleted" not in out.stdout
+
+
+def test_a_file_is_loaded_by_a_packed_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "page.txt").write_text(TEXT)
+    args = ["load", str(tmp_path / "page.txt"), "--model", str(tmp_path / "model"), "--weights"]
+    plain, packed, again = (run(tmp_path / "cache", *args, weights) for weights in ("int8", "int4", "int4"))
+    assert plain["key"] != packed["key"]
+    assert again["tier"] == "disk"
+    engine = KVzipEngine.from_pretrained(tmp_path / "model", weights="int4", cache_dir=tmp_path / "cache")
+    assert engine.get("page").key == packed["key"]
+    engine.close()
 
 
 @pytest.mark.parametrize("codec", ["auto", *CODECS])
