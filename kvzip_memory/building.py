@@ -14,7 +14,6 @@ import torch
 from kvzip_memory.chain import Step
 from kvzip_memory.compression import DensePairs, Prefilled, Progress, Stages, compress, prefill, read_behind
 from kvzip_memory.compression.fading import Fading
-from kvzip_memory.compression.ratios import pairs_kept
 from kvzip_memory.context import (
     NO_STATES,
     CompressedContext,
@@ -39,6 +38,7 @@ from kvzip_memory.prompting.language import Language
 from kvzip_memory.prompting.prompt import Prompt
 from kvzip_memory.registry import Report
 from kvzip_memory.registry.identity import are_codes, model_fields, recipe_digest, tokens_digest, with_parts
+from kvzip_memory.sizes import Sizes
 from kvzip_memory.system.digests import digest, same
 from kvzip_memory.system.modes import plain
 
@@ -242,18 +242,10 @@ class Builder:
             joinable,
         )
 
-    def estimated_nbytes(self, prompt: Prompt, ratio: float, shared: int = 0) -> int:
-        """Bytes the context will take behind so many tokens whose pairs it shares, from the model's shape."""
-        model, n, dtype, nbytes = self._model, len(prompt.token_ids), self._model.model.dtype, self._stages.codec.nbytes
-        layers = [
-            (window, n_heads, nbytes(dtype, dim)[0] + (0 if model.layout.latent else nbytes(dtype, dim_v)[1]) + 4)
-            for window, (n_heads, dim, dim_v) in zip(model.windows, model.kinds, strict=True)
-        ]
-        full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
-        sliding = sum(n_heads * window.left(n) * pair for window, n_heads, pair in layers if window is not None)
-        kept = pairs_kept(ratio, n - shared, max(0, prompt.protected - shared), sum(n_heads for n_heads, _ in full))
-        states = sum(map(math.prod, model.state_shapes.values())) * dtype.itemsize
-        return round(kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding) + states + 4 * n
+    @property
+    def sizes(self) -> Sizes:
+        """Of its contexts."""
+        return Sizes(self._model, self._stages.codec)
 
     def bar(self, name: str | None) -> Bar:
         """For the progress of a context of this name, from now on until it is there."""

@@ -95,15 +95,17 @@ class Contexts:
         tools: Sequence[Tool] | None,
         joinable: bool,
         preamble: bool | str,
+        nbytes: float | str | None,
     ) -> CompressedContext:
-        """See :meth:`KVzipEngine.load`."""
-        checked_ratio(ratio)
+        """See :meth:`KVzipEngine.load`; the ratio does not count beside ``nbytes``."""
         labels = _labels(name, tags)
         began = time.perf_counter()
         language = self._speech.now
         if isinstance(preamble, str) and not (joinable and clean(preamble, "preamble").strip()):
             raise InputError("preamble is a text for documents with joinable=True to be read behind; give both, and some words")
         prompt = self.prompt(language, source, system, _strings(keep), tools, joinable)
+        if nbytes is not None:
+            ratio = self._builder.sizes.ratio_within(nbytes, len(prompt.token_ids), prompt.protected)
         if not joinable or preamble is False:
             return self._load_text(language, prompt, ratio, name, labels, began)
         front = self._front(language, prompt, PREAMBLE if preamble is True else clean(preamble, "preamble"))
@@ -265,7 +267,7 @@ class Contexts:
         if step.levels > _LEVELS:
             raise InputError(f"{step.levels} contexts would share one behind another; at most {_LEVELS} may: extend without share=True")
         now = step if computed is None else replace(step, make=partial(make, computed=computed))
-        nbytes = beside + self._builder.estimated_nbytes(prompt, ratio, shared)
+        nbytes = beside + self._builder.sizes.nbytes(len(prompt.token_ids), prompt.protected, ratio, shared)
         return self._leased(now, step, name, prompt.sources, nbytes, ms, len(prompt.token_ids) - start)
 
     def _step(
@@ -375,7 +377,7 @@ class Contexts:
         for part in (part for context in contexts for part in context.parts if part.key not in sizes):
             sizes[part.key] = max((entry.nbytes for entry in self._registry.find(part.key)), default=0)
         nbytes = max(sum(sizes.values()), *(context.nbytes + context.shared_nbytes for context in contexts))
-        nbytes += self._builder.estimated_nbytes(prompt, 1.0, len(prompt.token_ids) - join.read) if join.read else 0
+        nbytes += self._builder.sizes.nbytes(n := len(prompt.token_ids), prompt.protected, 1.0, n - join.read) if join.read else 0
         return self._leased(step, step, name, prompt.sources, nbytes, ms, join.read)
 
     def prompt(

@@ -157,6 +157,7 @@ class Library(Shared):
         tools: Sequence[Tool] | None = None,
         joinable: bool = False,
         preamble: bool | str = True,
+        nbytes: float | str | None = None,
     ) -> CompressedContext:
         """The compressed context of a source: found if it was loaded before, by whomever, else built.
 
@@ -180,16 +181,22 @@ class Library(Shared):
             preamble: the text that ``joinable`` documents are read behind; one of about 1,000 tokens that is like them (another contract,
                 other code) serves better than ours, which is prose. True is ours. With False, which is none, a join is farther from the
                 full cache, and the context alone is not.
+            nbytes: in place of a ratio, what the context may take: bytes, a size such as ``"20MB"``, or a fraction below 1 of what a dense
+                cache takes in 16 bits. The largest ratio is taken at which it does, with the engine's codec; which codec is nearest to the
+                full cache at so many bytes, ``docs/benchmarks.md`` says.
 
         Raises:
-            InputError: nothing to load, a ratio outside (0, 1], an unreadable file, roles the template refuses, a
-                string to keep that does not occur.
+            InputError: nothing to load, a ratio outside (0, 1], or one beside ``nbytes``, fewer of these than a ratio of 0.02 takes, an
+                unreadable file, roles the template refuses, a string to keep that does not occur.
             WindowError: more tokens than the window can hold beside a question.
             BudgetError: larger than ``device_bytes``, or running answers need all of it.
             ModelError: the model computed scores that are not finite.
         """
         check_flags(joinable=joinable, **({} if isinstance(preamble, str) else {"preamble": preamble}))
-        return self._contexts.load(source, self.ratio if ratio is None else ratio, name, system, keep, tags, tools, joinable, preamble)
+        if ratio is not None and nbytes is not None:
+            raise InputError(f"ratio is {brief(ratio)} and nbytes is {brief(nbytes)}; give one of them")
+        ratio = checked_ratio(self.ratio if ratio is None else ratio)
+        return self._contexts.load(source, ratio, name, system, keep, tags, tools, joinable, preamble, nbytes)
 
     def join(
         self,

@@ -23,7 +23,8 @@ from kvzip_memory.registry.identity import NOBODY
 def load(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a text file")],
     model: Annotated[str, typer.Option(help="hub id, folder or .gguf file")],
-    ratio: Annotated[float, typer.Option(help="fraction of the pairs to keep")] = 0.3,
+    ratio: Annotated[float | None, typer.Option(help="fraction of the pairs to keep; 0.3 if not given")] = None,
+    nbytes: Annotated[str | None, typer.Option(help='in its place what it may take: "20MB", or 0.1 of a dense 16-bit cache')] = None,
     codec: Annotated[str, typer.Option(help="how they are written: auto, none, fp16, int8, k8v4 or int4")] = "auto",
     weights: Annotated[str | None, typer.Option(help="on a CPU, what those of the model are kept as: auto, int8 or int4")] = None,
     name: Annotated[str | None, typer.Option(help="alias; the file's name if not given")] = None,
@@ -42,7 +43,7 @@ def load(
     tenant = None if tenant == NOBODY else tenant
     engine = KVzipEngine.from_pretrained(
         model,
-        ratio=ratio,
+        ratio=0.3 if ratio is None else ratio,
         codec=codec,
         weights=weights,
         cache_dir=cache_dir,
@@ -52,7 +53,7 @@ def load(
         progress=False if as_json else None,
     )
     name = file.stem if name is None else name
-    context = engine.load(file, name=name, system=system, keep=keep or (), tags=tag or (), joinable=joinable)
+    context = engine.load(file, name=name, system=system, keep=keep or (), tags=tag or (), joinable=joinable, ratio=ratio, nbytes=nbytes)
     engine.close()
     receipt = context.receipt
     assert receipt is not None

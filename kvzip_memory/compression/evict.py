@@ -129,7 +129,7 @@ def _whole(keys: Vectors, values: Vectors, scores: Tensor | None) -> RaggedLayer
         values=flat if values is keys else each(values, lambda x: x.flatten(0, 1)),
         lengths=(n,) * n_heads,
         positions=torch.arange(n, dtype=torch.int32, device=keys.device).repeat(n_heads),
-        scores=None if scores is None else scores.flatten(),
+        scores=None if scores is None else scores.flatten().clone(),  # not a view of all layers'
     )
 
 

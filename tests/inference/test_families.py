@@ -125,7 +125,7 @@ def test_the_bytes_of_a_context_are_known_before_it_is_built(some: str) -> None:
     for ratio in (0.3, 1.0):
         context = engine.load(TEXT, ratio=ratio)
         prompt = engine._contexts.prompt(engine._language, TEXT)
-        assert engine._contexts._builder.estimated_nbytes(prompt, ratio) == context.nbytes
+        assert engine._contexts._builder.sizes.nbytes(len(prompt.token_ids), prompt.protected, ratio) == context.nbytes
     with pytest.raises(BudgetError):
         engine_of(some, device_bytes=context.nbytes - 1).load(TEXT, ratio=1.0)
     assert engine_of(some, device_bytes=context.nbytes).load(TEXT, ratio=1.0).nbytes == context.nbytes
