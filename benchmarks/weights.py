@@ -84,8 +84,8 @@ def fidelity(engines: dict[str, KVzipEngine], docs: list[dict[str, Any]]) -> lis
                         row[4] += 1
     rows = []
     for (name, ratio, kind), (kl, agree, tokens, right, of) in sums.items():
-        row = {"weights": name, "ratio": ratio, "of": kind, "kl": float(f"{kl / tokens:.3g}"), "top_1": round(agree / tokens, 3)}
-        rows.append(row | ({"right": int(right), "asked": int(of)} if kind == "needle" else {}))
+        told = {"weights": name, "ratio": ratio, "of": kind, "kl": float(f"{kl / tokens:.3g}"), "top_1": round(agree / tokens, 3)}
+        rows.append(told | ({"right": int(right), "asked": int(of)} if kind == "needle" else {}))
         print(rows[-1], flush=True)
     taken = {name: linear_nbytes(engine) for name, engine in engines.items()}
     return [

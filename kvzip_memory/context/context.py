@@ -226,6 +226,11 @@ class CompressedContext(Shared):
         return bool(self.sources) and not self.parts
 
     @property
+    def codec(self) -> str:
+        """How its own pairs are written; ``"none"`` as the model computed them."""
+        return str(self.identity.get("codec") or "none")
+
+    @property
     def kept_pairs(self) -> int:
         """Its own pairs that are kept in the layers with full attention, over all their heads."""
         return self.storage.kept_pairs
@@ -273,8 +278,7 @@ class CompressedContext(Shared):
             return f"<CompressedContext {self.name or self.key[:12]!r} {told} of {len(self.parts)} parts>"
         kept = 100 * self.kept_pairs / self.total_pairs
         own = f"{self.n_tokens - self.shared_tokens:,} of them its own, " if self.parts else ""
-        written = self.identity.get("codec")
-        codec = "" if written in (None, "fp16") or self.parts else f" as {reprlib.repr(written)}"
+        codec = "" if self.codec in ("none", "fp16") or self.parts else f" as {reprlib.repr(self.codec)}"
         return (
             f"<CompressedContext {self.name or self.key[:12]!r} {told}, {own}{kept:.1f} % kept{codec}, "
             f"{self.nbytes / 1e6:.1f} MB of {self.dense_nbytes / 1e6:.1f} MB>"
