@@ -5,20 +5,21 @@ llama.cpp is the package ``xllamacpp``, in an environment of its own, as a proce
     python -m venv peer && peer/bin/pip install --no-deps xllamacpp
     python benchmarks/llamacpp_peer.py --squad squad.json --peer peer/bin/python    on a quiet machine
 
-``xllamacpp`` gives llama.cpp's server, not ``llama_decode``: its figures are those of the server's own clock (``prompt_ms``, differences
-of ``predicted_ms`` from token to token, ``save_ms``, ``restore_ms``), so without HTTP and JSON, and with the choice of a token. Its cache has
-16 bits a number, as by default. ``llamacpp`` in the result says for which instructions it was compiled: a wheel from PyPI is for AVX2,
-whatever the processor has, and what is compiled where it runs may be faster.
+``xllamacpp`` gives llama.cpp's server, not ``llama_decode``: its figures are those of the server's own clock (``prompt_ms``, ``save_ms``,
+``restore_ms``, differences of ``predicted_ms`` from token to token), so without HTTP and JSON, and with the choice of a token. Its cache
+has 16 bits a number, its default. ``compiled_for`` in the result says for which instructions: a wheel from PyPI is for AVX2, whatever the
+processor has; what is compiled where it runs may be faster.
 
 Ours is ``{weights} {ratio}``, with pairs in 16 bits. Milliseconds:
 
-``read``: the text, until its pairs are in memory; of ours a whole load, which below 1.0 is a prefill and a compression.
+``read``: the text, until its pairs are in memory; of ours a whole load, which below 1.0 is a prefill and a compression. Measured once.
 ``step``: a decode step behind the text, the median of many. A turn is five steps, the first of which is not counted.
 ``question``: 16 ids behind the text, until the logits of the last one; the text's pairs are in memory.
 ``save``: the text's pairs to a file. Ours are written behind the answers, and are not measured.
-``restore``: from a file, which is in the page cache. Of ours ``engine.load`` by a new engine in the same process: the text is tokenized, and
-its context is found by its key, read and verified. llama.cpp is told the file and the ids, and checks neither.
+``restore``: from a file, which is in the page cache. Of ours ``engine.load`` by an engine that does not have it in memory: the text is
+tokenized, and its context is found by its key, read and verified. llama.cpp is told the file and the ids, and checks neither.
 ``disk``: ``restore`` and then ``question``.
+``first load``: of a new engine, of 1,000 characters from disk: weights and tokenizer are hashed, once an engine; in no other row.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def as_peer(model: str, threads: int) -> None:
             assert restored["n_restored"] == len(ids), restored
             return restored["timings"]["restore_ms"], asked(ids + QUESTION, len(QUESTION))
 
-        about = {"xllamacpp": xllamacpp.__version__, "llamacpp": xllamacpp.get_system_info().strip(" |")}
+        about = {"xllamacpp": xllamacpp.__version__, "compiled_for": xllamacpp.get_system_info().strip(" |")}
         print(json.dumps(about), file=answers, flush=True)
         commands: dict[str, Callable[..., Any]] = {"read": read, "turn": turn, "keep": keep, "restore": restore}
         for line in sys.stdin:
@@ -153,6 +154,21 @@ def renewed(loaded: KVzipEngine, folder: str, threads: int) -> KVzipEngine:
     engine = KVzipEngine(loaded.model, loaded.tokenizer, cache_dir=folder, progress=False)
     engine._model._worker.run(partial(torch.set_num_threads, threads))  # a number for each thread, and this is the one that computes
     return engine
+
+
+def other(text: str) -> str:
+    """What is loaded before it, so that what is done once is done."""
+    return text[-1000:]
+
+
+def load(engine: KVzipEngine, text: str, ratio: float, tier: str) -> tuple[float, CompressedContext]:
+    """Milliseconds, and the context, which was found there."""
+    began = time.perf_counter()
+    context = engine.load(text, ratio=ratio)
+    ms = 1e3 * (time.perf_counter() - began)
+    assert context.receipt is not None
+    assert context.receipt.tier == tier, context.receipt
+    return ms, context
 
 
 def forward(engine: KVzipEngine, row: Row, ids: list[int]) -> float:
@@ -185,12 +201,9 @@ def measure(loaded: dict[str, KVzipEngine], peer: Peer, text: str | None, thread
             ways |= {weights: (engine, None) for weights, engine in engines.items()}
         else:
             for (weights, engine), ratio in product(engines.items(), RATIOS):
-                engine.load(text[-1000:], ratio=ratio)  # what is done once is done
-                began = time.perf_counter()
-                context = engine.load(text, ratio=ratio)
-                times["read", f"{weights} {ratio}"].append(1e3 * (time.perf_counter() - began))
-                assert context.receipt is not None
-                assert context.receipt.tier == "built", context.receipt
+                load(engine, other(text), ratio, "built")
+                ms, context = load(engine, text, ratio, "built")
+                times["read", f"{weights} {ratio}"].append(ms)
                 ways[f"{weights} {ratio}"] = engine, context
                 ids = context.token_ids.tolist()
             times["read", PEER].append(peer.ask("read", ids=ids))
@@ -205,36 +218,33 @@ def measure(loaded: dict[str, KVzipEngine], peer: Peer, text: str | None, thread
                 times["question", way].append(question)
         for engine in engines.values():
             engine.close()
-        for _ in range(REOPENED if text is not None else 0):
+        for again in [text] * REOPENED if text else []:
             restored, question = peer.ask("restore", ids=ids)
             times["restore", PEER].append(restored)
             times["disk", PEER].append(restored + question)
             for (weights, engine), ratio in product(loaded.items(), RATIOS):
-                restored, whole = reopened(renewed(engine, folder, threads), text or "", ratio)
+                first, restored, whole = reopened(renewed(engine, folder, threads), again, ratio)
                 times["restore", f"{weights} {ratio}"].append(restored)
                 times["disk", f"{weights} {ratio}"].append(whole)
+                times["first load", f"{weights} {ratio}"].append(first)
     rows = []
     for of in dict.fromkeys(of for of, _ in times):
-        ms = {way: round(statistics.median(some), 2) for (what, way), some in times.items() if what == of}
-        ms = {PEER: ms.pop(PEER), **ms}
-        over = {way: round(some / ms[PEER], 3) for way, some in ms.items() if way != PEER}
-        rows.append({"threads": threads, "tokens": len(ids), "of": of, "ms": ms, "over_llamacpp": over})
+        medians = {way: round(statistics.median(some), 2) for (what, way), some in times.items() if what == of}
+        over = {way: round(some / medians[PEER], 3) for way, some in medians.items() if way != PEER and PEER in medians}
+        rows.append({"threads": threads, "tokens": len(ids), "of": of, "ms": medians, "over_llamacpp": over})
         print(rows[-1], flush=True)
     return rows
 
 
-def reopened(engine: KVzipEngine, text: str, ratio: float) -> tuple[float, float]:
-    """Milliseconds until a stored context is in memory, and until the first token behind it."""
+def reopened(engine: KVzipEngine, text: str, ratio: float) -> tuple[float, float, float]:
+    """Milliseconds of its first load, until the text's context is in memory, and until the first token behind it."""
     forward(engine, Row((), 0, Tail()), QUESTION)
-    began = time.perf_counter()
-    context = engine.load(text, ratio=ratio)
-    restored = 1e3 * (time.perf_counter() - began)
+    first, _ = load(engine, other(text), ratio, "disk")
+    restored, context = load(engine, text, ratio, "disk")
     with context.lease() as lease:
         asked = forward(engine, engine._model.row(lease, context.n_tokens, Tail()), QUESTION)
-    assert context.receipt is not None
-    assert context.receipt.tier == "disk", context.receipt
     engine.close()
-    return restored, restored + asked
+    return first, restored, restored + asked
 
 
 def main() -> None:

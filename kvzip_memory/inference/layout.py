@@ -13,6 +13,8 @@ from kvzip_memory.errors import UnsupportedModelError
 # Kinds of layers, as transformers names them. Those of "hybrid" ones have attention beside a recurrence.
 _ATTENDING = frozenset({"full_attention", "sliding_attention", "chunked_attention", "hybrid"})
 _STATEFUL = frozenset({"linear_attention", "mamba", "conv", "hybrid"})
+# What bitsandbytes says of itself where it does so.
+_REPACKED = "support_avx512bf16_for_cpu"
 _NEITHER = frozenset({"mlp", "moe"})
 
 
@@ -80,6 +82,11 @@ def check_kind(model: PreTrainedModel, loaded: bool = True) -> None:
     if loaded and any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedModelError(
             f"some weights of {kind!r} are not in memory, such as those that accelerate keeps on disk; load them whole"
+        )
+    if loaded and any(getattr(module, _REPACKED, False) and module.weight.device.type == "cpu" for module in model.modules()):
+        raise UnsupportedModelError(
+            "4-bit layers of bitsandbytes lay their weights out anew while they compute on this processor, and are damaged where they are "
+            "looked at then; take the model as it was, with weights='int4' or 'auto'"
         )
     if not getattr(model, "_supports_attention_backend", False) and not {*_layer_types(config)} & _STATEFUL:
         raise UnsupportedModelError(f"{kind!r} does not look its attention up by name (transformers' AttentionInterface)")

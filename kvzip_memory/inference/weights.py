@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from kvzip_memory.system.digests import digest
@@ -27,6 +28,8 @@ SAMPLE = 32
 _ROW, _ROWS = 4096, 32
 # Bytes that are hashed at a time, and threads that do it: a GPU's weights take 48 MB of the host's memory meanwhile.
 _PIECE, _HASHERS = 8 << 20, min(4, os.cpu_count() or 1)
+# Of tensors that are what they seem.
+_PLAIN = frozenset({Tensor, nn.Parameter})
 # What torch.compile puts into the names of what a module holds.
 _COMPILED = "_orig_mod."
 # Of one of a model's tensors, its number, and size and stride of the values that are looked at.
@@ -105,7 +108,25 @@ def _held(model: nn.Module) -> tuple[list[nn.Module], list[Tensor], list[Tensor]
             buffers += [buffer for name, buffer in own["_buffers"].items() if name not in passing]
         if own["_modules"]:
             modules += [child for child in own["_modules"].values() if child is not None]
-    return modules, [tensor for tensor in parameters if tensor is not None], [tensor for tensor in buffers if tensor is not None]
+    return modules, _inner(parameters), _inner(buffers)
+
+
+def _inner(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Tensors as they lie in memory: of one of a class of its own, such as torchao's, those that it is made of."""
+    found = list[Tensor]()
+    for tensor in tensors:
+        if tensor is not None:
+            found += (each for _, each in _parts("", tensor)) if type(tensor) not in _PLAIN else (tensor,)
+    return found
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor under its name; or what it is made of, each under a longer one."""
+    if type(tensor) in _PLAIN or not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _parts(f"{name}.{type(tensor).__name__}.{inner}", getattr(tensor, inner))
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[_Spread]]:
@@ -229,8 +250,9 @@ def _contents(model: nn.Module) -> Iterator[tuple[bytes, Tensor | None]]:
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name in _passing(module):
             named.pop(f"{prefix}.{name}".lstrip("."), None)
-    held = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    plain = {name.replace(_COMPILED, ""): tensor for name, tensor in (named | held).items()}
+    held = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+    whole = (_parts(name.replace(_COMPILED, ""), tensor) for name, tensor in (named | held).items())
+    plain = {name: tensor for parts in whole for name, tensor in parts}
     seen: dict[Any, str] = {}
     for name, tensor in sorted(plain.items()):
         first = seen.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
