@@ -25,6 +25,7 @@ import langchain_kvzip
 import llama_index_kvzip
 from conftest import HANDBOOK, ROOT, TEXT, tiny_model, tiny_tokenizer
 from kvzip_memory import KVzipEngine
+from kvzip_memory.inference.packed import checked_weights
 
 FENCED = re.compile(r"^ *```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 DIRECTIVE = re.compile(r"^( *)\.\. code-block:: python\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)
@@ -67,7 +68,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> KVzipEngine:
         return stream(engine, context, question, **options | changes)
 
     monkeypatch.setattr(KVzipEngine, "stream", brief)
-    monkeypatch.setattr(KVzipEngine, "from_pretrained", lambda name, **options: KVzipEngine(model, tiny_tokenizer(), **options))
+
+    def from_pretrained(name: str, weights: str | None = None, **options: Any) -> KVzipEngine:
+        checked_weights(weights)
+        return KVzipEngine(model, tiny_tokenizer(), **options)
+
+    monkeypatch.setattr(KVzipEngine, "from_pretrained", from_pretrained)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name, **options: model)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **options: tiny_tokenizer())
     return KVzipEngine.from_pretrained("any")
