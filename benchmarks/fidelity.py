@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common import PROBE, RESULTS, articles, gemma3, run_peer, save, smollm2
 from kvzip_memory import KVzipEngine
 from kvzip_memory.compression import Prefilled, Stages, compress, prefill
+from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.compression.refit import Refit, RidgeRefit
 from kvzip_memory.compression.rows import Rows
 from kvzip_memory.compression.scorers import KVzipScorer
@@ -98,9 +99,11 @@ def of_text(ratio: float, prefilled: Prefilled) -> float:
     return (ratio * n - head) / (n - head)
 
 
-def context_at(prefilled: Prefilled, scored: Scored, ratio: float, refit: Refit | str, base: CompressedContext) -> CompressedContext:
+def context_at(
+    prefilled: Prefilled, scored: Scored, ratio: float, refit: Refit | str, base: CompressedContext, codec: str = "none"
+) -> CompressedContext:
     """A context evicted to ``ratio`` from a dense cache that stays whole."""
-    stages = Stages.of(scored, refit=refit).for_layers(prefilled.model.windows, latent=False, refit=refit)
+    stages = Stages.of(scored, refit=refit, codec=CODECS[codec]).for_layers(prefilled.model.windows, latent=False, refit=refit)
     layers = compress(replace(prefilled, dense=[*prefilled.dense]), ratio, stages, lambda *_: None).layers
     fields = {k: getattr(base, k) for k in ("key", "identity", "token_ids", "protected", "dense_nbytes", "recipe")}
     return CompressedContext(**fields, storage=Resident(layers), ratio=ratio)

@@ -1,6 +1,7 @@
 """What eviction loses first, with and without a refit: strings, texts that repeat themselves, and questions unlike the text.
 
     python benchmarks/verbatim.py --squad squad.json
+    python benchmarks/verbatim.py --squad squad.json --codecs        the strings alone, refitted, in each codec
 
 Ten parts of SQuAD articles of about 1,200 tokens with three strings of each kind: UUIDs, long numbers, e-mail addresses and code
 identifiers. Asked for each of them, the full cache answers greedily; reported are how often that answer is given word for word, and
@@ -23,6 +24,7 @@ from common import articles, save, smollm2
 from fidelity import RATIOS, Scored, context_at, divergence, greedy
 from kvzip_memory import KVzipEngine
 from kvzip_memory.compression import Prefilled, prefill
+from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.compression.scorers import KVzipScorer
 
 SECTIONS = ["harbour", "library", "tower", "kitchen", "garden", "archive", "stable", "chapel", "mill", "quarry", "orchard", "ferry"]
@@ -76,12 +78,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--squad", type=Path, required=True)
     parser.add_argument("--parts", type=int, default=10)
+    parser.add_argument("--codecs", action="store_true")
     args = parser.parse_args()
     engine = KVzipEngine.from_pretrained(smollm2(), codec="none")
     texts = parts(articles(args.squad)[:4], engine.tokenizer, args.parts)
     style = [(kind, question) for kind, questions in OUT_OF_STYLE.items() for question in questions]
-    told = [(text, [*asked, *style]) for text, asked in texts]
-    told += [(text, [(kind, "What does the text say?"), (kind, "How does the text go on?")]) for kind, text in EQUAL.items()]
+    told = [(text, [*asked, *([] if args.codecs else style)]) for text, asked in texts]
+    if not args.codecs:
+        told += [(text, [(kind, "What does the text say?"), (kind, "How does the text go on?")]) for kind, text in EQUAL.items()]
+    ways = {codec: ("ridge", codec) for codec in CODECS} if args.codecs else {refit: (refit, "none") for refit in ("none", "ridge")}
     sums: dict[tuple[str, float, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
     for text, asked in tqdm(told, desc="texts"):
         full, prompt = engine.load(text, ratio=1.0), engine._contexts.prompt(engine._language, text)
@@ -94,12 +99,12 @@ def main() -> None:
         )
         scored = Scored(KVzipScorer(), prefilled)
         for ratio in RATIOS:
-            for refit in ("none", "ridge"):
-                context = context_at(prefilled, scored, ratio, refit, full)
+            for way, (refit, codec) in ways.items():
+                context = context_at(prefilled, scored, ratio, refit, full, codec)
                 for (kind, ids, answer), wanted in zip(questions, expected, strict=True):
                     logits = engine.logits(context, ids + answer[:-1])[-len(answer) :]
                     assert logits.isfinite().all()
-                    apart, entry = divergence(wanted, logits), sums[kind, ratio, refit]
+                    apart, entry = divergence(wanted, logits), sums[kind, ratio, way]
                     entry[0] += apart["kl"]
                     entry[1] += apart["tokens"]
                     entry[2] += apart["agree"] == apart["tokens"]
@@ -107,12 +112,12 @@ def main() -> None:
     table = []
     for kind, ratio in dict.fromkeys(key[:2] for key in sums):
         row: dict[str, Any] = {"kind": kind, "ratio": ratio, "asked": int(sums[kind, ratio, "none"][3])}
-        for refit in ("none", "ridge"):
-            kl, tokens, exact, count = sums[kind, ratio, refit]
-            row |= {f"{refit} kl": round(kl / tokens, 5), f"{refit} same answer": round(exact / count, 3)}
+        for way in ways:
+            kl, tokens, exact, count = sums[kind, ratio, way]
+            row |= {f"{way} kl": round(kl / tokens, 5), f"{way} same answer": round(exact / count, 3)}
         table.append(row)
         print(row)
-    save("verbatim", {"model": "smollm2", "table": table})
+    save("verbatim_codecs" if args.codecs else "verbatim", {"model": "smollm2", "table": table})
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Contexts:
             raise InputError("preamble is a text for documents with joinable=True to be read behind; give both, and some words")
         prompt = self.prompt(language, source, system, _strings(keep), tools, joinable)
         if nbytes is not None:
-            ratio = self._builder.sizes.ratio_within(nbytes, len(prompt.token_ids), prompt.protected)
+            ratio = self._builder.sizes.ratio_within(nbytes, len(prompt.token_ids), prompt.protected, prompt.keep)
         if not joinable or preamble is False:
             return self._load_text(language, prompt, ratio, name, labels, began)
         front = self._front(language, prompt, PREAMBLE if preamble is True else clean(preamble, "preamble"))

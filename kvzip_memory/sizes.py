@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kvzip_memory.compression.codecs import Codec
@@ -32,8 +34,9 @@ class Sizes:
     model: LanguageModel
     codec: Codec
 
-    def nbytes(self, n_tokens: int, protected: int, ratio: float, shared: int = 0) -> int:
-        """Bytes of a context of so many tokens, of which the ``protected`` ones are kept whole, and ``shared`` ones have no own pairs."""
+    def nbytes(self, n_tokens: int, protected: int, ratio: float, shared: int = 0, pinned: int = 0) -> int:
+        """Bytes of a context of so many tokens, of which the ``protected`` ones are kept whole, ``pinned`` ones as part of the ratio, and
+        ``shared`` ones have no own pairs."""
         model, dtype = self.model, self.model.model.dtype
         layers = [
             (window, n_heads, self.codec.nbytes(dtype, dim)[0] + (0 if model.layout.latent else self.codec.nbytes(dtype, dim_v)[1]) + 4)
@@ -41,7 +44,8 @@ class Sizes:
         ]
         full = [(n_heads, pair) for window, n_heads, pair in layers if window is None]
         sliding = sum(n_heads * window.left(n_tokens) * pair for window, n_heads, pair in layers if window is not None)
-        kept = pairs_kept(ratio, n_tokens - shared, max(0, protected - shared), sum(n_heads for n_heads, _ in full))
+        heads, whole = sum(n_heads for n_heads, _ in full), max(0, protected - shared)
+        kept = max(pairs_kept(ratio, n_tokens - shared, whole, heads), heads * (whole + pinned))
         states = sum(map(math.prod, model.state_shapes.values())) * dtype.itemsize
         return round(kept * (full[0][1] + (2 if ratio < 1.0 else 0)) + sliding) + states + 4 * n_tokens
 
@@ -52,27 +56,29 @@ class Sizes:
         seen = [n_tokens if window is None else window.left(n_tokens) for window in model.windows]
         return sum(2 * n * each for n, each in zip(seen, numbers, strict=True))
 
-    def ratio_within(self, nbytes: Any, n_tokens: int, protected: int) -> float:
+    def ratio_within(self, nbytes: Any, n_tokens: int, protected: int, keep: Sequence[tuple[int, int]] = ()) -> float:
         """The largest ratio at which a context takes ``nbytes`` at most.
 
         Args:
             nbytes: a number of bytes, a text such as ``"20MB"``, or a fraction below 1 of :meth:`dense_nbytes`.
+            keep: spans of tokens that are never evicted either.
 
         Raises:
             InputError: it is none of these, or is less than the context takes at :data:`SMALLEST_RATIO`.
         """
-        budget = self._budget(nbytes, n_tokens)
-        if self.nbytes(n_tokens, protected, 1.0) <= budget:
+        budget, pinned = self._budget(nbytes, n_tokens), len({i for span in keep for i in range(max(span[0], protected), span[1])})
+        taken = partial(self.nbytes, n_tokens, protected, pinned=pinned)
+        if taken(1.0) <= budget:
             return 1.0
         least, most = round(SMALLEST_RATIO / _STEP), round(1 / _STEP)
-        if (needed := self.nbytes(n_tokens, protected, least * _STEP)) > budget:
+        if (needed := taken(least * _STEP)) > budget:
             raise InputError(
                 f"nbytes is {brief(nbytes)}, {budget:,} bytes, and a text of {n_tokens:,} tokens takes {needed:,} at a ratio of "
-                f"{SMALLEST_RATIO}, the smallest; give more, a codec of fewer bits (codec='int4'), or less text"
+                f"{SMALLEST_RATIO}, the smallest, with what it is to keep; give more, a codec of fewer bits (codec='int4'), or less text"
             )
         while most - least > 1:
             middle = (least + most) // 2
-            least, most = (middle, most) if self.nbytes(n_tokens, protected, middle * _STEP) <= budget else (least, middle)
+            least, most = (middle, most) if taken(middle * _STEP) <= budget else (least, middle)
         return round(least * _STEP, 4)
 
     def _budget(self, nbytes: Any, n_tokens: int) -> int:

@@ -98,15 +98,22 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def packed_less(shapes: nn.Module, weights: Weights, size: int) -> int:
-    """Bytes that a model of ``size`` bytes a weight takes less when it is packed, by its shapes."""
-    found = sum(module.weight.numel() for module in shapes.modules() if type(module) is nn.Linear and packable(module))
-    return int((size - NBYTES[weights]) * found)
+def packed_less(shapes: PreTrainedModel, weights: Weights, size: int) -> int:
+    """Bytes that a model of ``size`` bytes a weight takes less when it is packed, by its shapes. A head that is its embeddings takes more:
+    these stay.
+    """
+    head, embeddings = shapes.get_output_embeddings(), shapes.get_input_embeddings().weight
+    less = 0.0
+    for _, linear in _packable(shapes):
+        before = 0 if linear.weight is embeddings else size
+        less += (before - NBYTES["int8" if linear is head else weights]) * linear.weight.numel()
+    return int(less)
 
 
-def packable(linear: nn.Linear) -> bool:
-    """Whether the kernel takes its shape."""
-    return linear.in_features % BLOCK == 0 and linear.out_features % _ROWS == 0
+def _packable(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Layers whose shape the kernel takes, with their names."""
+    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    return [(name, linear) for name, linear in linears if linear.in_features % BLOCK == 0 and linear.out_features % _ROWS == 0]
 
 
 @torch.inference_mode(False)
@@ -122,8 +129,7 @@ def pack(model: PreTrainedModel, weights: Weights, done: Callable[[str, int, int
     Raises:
         UnsupportedModelError: there is nothing to pack.
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear and packable(module)]
-    if not found:
+    if not (found := _packable(model)):
         raise UnsupportedModelError(f"a {type(model).__name__} has no linear layers that could be packed; leave weights out")
     if torch.backends.cpu.get_cpu_capability() not in _FAST:
         logger.warning("torch has no fast kernel for weights of few bits on this processor; answers may take longer than without")

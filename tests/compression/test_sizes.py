@@ -70,6 +70,15 @@ def test_what_is_no_budget_is_refused(nbytes: Any) -> None:
         tiny_engine().load(TEXT, nbytes=nbytes)
 
 
+def test_strings_to_keep_count_in_a_budget() -> None:
+    engine = tiny_engine()
+    some = engine.load(TEXT, ratio=0.02).nbytes
+    with pytest.raises(InputError, match="with what it is to keep"):
+        engine.load(TEXT, nbytes=some, keep=TEXT[:400])
+    context = engine.load(TEXT, nbytes=0.9, keep=TEXT[:60])
+    assert context.nbytes <= 0.9 * context.dense_nbytes / 2
+
+
 def test_too_small_a_budget_says_what_it_takes() -> None:
     engine = tiny_engine()
     with pytest.raises(InputError, match=rf"takes ([\d,]+) at a ratio of {SMALLEST_RATIO}") as error:

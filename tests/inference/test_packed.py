@@ -21,7 +21,7 @@ from conftest import TEXT, own_logits, tiny_model, tiny_tokenizer
 from families import FAMILIES, tiny_family
 from kvzip_memory import InputError, KVzipEngine, UnsupportedModelError
 from kvzip_memory.inference.cache import Row, Tail
-from kvzip_memory.inference.packed import BLOCK, NBYTES, PackedLinear, Weights, _decoded, is_packed, pack, packable
+from kvzip_memory.inference.packed import BLOCK, NBYTES, PackedLinear, Weights, _decoded, is_packed, pack, packed_less
 from kvzip_memory.inference.weights import fingerprint
 
 WEIGHTS: list[Weights] = [*get_args(Weights)]
@@ -117,7 +117,8 @@ def test_a_packed_layer_is_the_layer_of_its_decoded_weights_row_by_row(data: st.
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_what_a_packed_model_computes_over_contexts_is_what_it_computes_by_itself(kind: str, weights: Weights) -> None:
     model = tiny_family(kind)
-    fitting = sum(type(module) is nn.Linear and packable(module) for module in model.modules())
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    fitting = sum(linear.in_features % BLOCK == 0 and linear.out_features % 16 == 0 for linear in linears)
     if fitting == 0:
         with pytest.raises(UnsupportedModelError, match="no linear layers"):
             pack(model, weights, lambda *_: None)
@@ -236,6 +237,17 @@ def test_a_model_without_linear_layers_is_refused() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=60, n_layer=1, n_head=4, vocab_size=300))
     with pytest.raises(UnsupportedModelError, match="no linear layers that could be packed; leave weights out"):
         pack(model, "int4", lambda *_: None)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_the_room_that_a_packed_model_takes_is_told_by_its_shapes(weights: Weights, tied: bool) -> None:
+    model = tiny_model(vocab_size=304, tie_word_embeddings=tied)
+    before, less = sum(parameter.nbytes for parameter in model.parameters()), packed_less(model, weights, 4)
+    pack(model, weights, lambda *_: None)
+    packed = [part for module in model.modules() if isinstance(module, PackedLinear) for part in module._parts]
+    after = sum(parameter.nbytes for parameter in model.parameters()) + sum(tensor.nbytes for part in packed for tensor in part)
+    assert before - less == after
 
 
 def test_packing_tells_how_far_it_is() -> None:
