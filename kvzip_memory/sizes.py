@@ -74,7 +74,7 @@ class Sizes:
         if (needed := taken(least * _STEP)) > budget:
             raise InputError(
                 f"nbytes is {brief(nbytes)}, {budget:,} bytes, and a text of {n_tokens:,} tokens takes {needed:,} at a ratio of "
-                f"{SMALLEST_RATIO}, the smallest, with what it is to keep; give more, a codec of fewer bits (codec='int4'), or less text"
+                f"{SMALLEST_RATIO}, the smallest{', with what it is to keep' if pinned else ''}; give more, another codec, or less text"
             )
         while most - least > 1:
             middle = (least + most) // 2
@@ -85,10 +85,11 @@ class Sizes:
         with suppress(TypeError, ValueError, OverflowError):
             if 0 < (fraction := float(nbytes)) < 1:
                 return int(fraction * self.dense_nbytes(n_tokens))
-        if isinstance(nbytes, int | float | str) and not isinstance(nbytes, bool):
+        if isinstance(nbytes, int | str) and not isinstance(nbytes, bool):
             with suppress(InputError):
-                if budget := parse_bytes("nbytes", nbytes):  # type: ignore[arg-type]
+                if budget := parse_bytes("nbytes", nbytes):
                     return budget
         raise InputError(
-            f'nbytes is {brief(nbytes)}; give bytes, a size such as "20MB", or a fraction below 1 of a dense cache of 16 bits, such as 0.1'
+            f'nbytes is {brief(nbytes)}; give bytes, a size such as "20MB", or a fraction below 1 of a dense cache of 16 bits, such as 0.1 '
+            "(all of it is ratio=1.0)"
         )

@@ -152,14 +152,15 @@ class KVzipChatModel(ChatModelSettings):
 
         Args:
             documents: documents, a document loader, a text, or the path of a text file.
-            options: ``name``, ``ratio``, ``system``, ``keep``, ``tags``, see :meth:`KVzipEngine.load`, which tells the errors too.
+            options: ``name``, ``ratio`` or ``nbytes``, ``system``, ``keep``, ``tags``, see :meth:`KVzipEngine.load`, also for errors.
         """
         if isinstance(documents, BaseLoader):
             documents = documents.lazy_load()
         given: Any = documents
         one = isinstance(given, Document | str | Path) or not isinstance(given, Iterable)
         loaded = [given] if one else list(given)
-        return self.engine.load(loaded, **{"ratio": self.ratio, **options})
+        ratio = None if options.get("nbytes") is not None else self.ratio
+        return self.engine.load(loaded, **{"ratio": ratio, **options})
 
     async def aload_documents(self, documents: Documents, **options: Any) -> CompressedContext:
         """:meth:`load_documents` in a thread, so that an event loop goes on."""

@@ -105,7 +105,8 @@ def visible(prefilled: Prefilled, layer: int, window: Window, codec: Codec) -> R
     n_kept, parent = window.left(n), prefilled.parent[layer] if prefilled.parent else None
     new = min(n_kept, keys.shape[1])
     last = slice(keys.shape[1] - new, None)
-    all_keys, all_values = [codec.keys(keys[:, last].contiguous())], [codec.values(values[:, last].contiguous())]
+    own_keys, own_values = (pairs[:, last].clone(memory_format=torch.contiguous_format) for pairs in (keys, values))  # no view of all
+    all_keys, all_values = [codec.keys(own_keys)], [codec.values(own_values)]
     if parent is not None and new < n_kept:
         old = parent.lengths[0] - (n_kept - new)
         before = (each(pairs, lambda x: x.unflatten(0, (n_heads, -1))[:, old:]) for pairs in (parent.keys, parent.values))

@@ -28,7 +28,7 @@ from transformers import (
 from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
 from kvzip_memory.inference.layout import check_config, check_kind
-from kvzip_memory.inference.packed import Weights, checked_weights, pack, packed_less
+from kvzip_memory.inference.packed import checked_weights, pack
 from kvzip_memory.inference.text_part import TextModel, text_config, text_part
 from kvzip_memory.system.limits import host_nbytes
 from kvzip_memory.system.printable import brief, logger_of
@@ -114,12 +114,10 @@ def load_model(
         if weights is not None and quantised:
             raise InputError(f"weights={weights!r} is for plain weights, and those of {str(model)!r} are quantised already; leave it out")
         if shapes is not None and "device_map" not in model_kwargs and not quantised:
-            _check_room(model, shapes, config, dtype, device, weights)
-        # what will be packed is left as it is in its file until then
-        loaded = _read(model, config, dtype=dtype if weights is None else "auto", **model_kwargs)
+            _check_room(model, shapes, config, dtype, device)
+        loaded = _read(model, config, dtype=dtype, **model_kwargs)
         if weights is not None:
             pack(loaded, weights, packed)
-            loaded = loaded.to(dtype=dtype)
         if "device_map" not in model_kwargs:
             loaded = loaded.to(device)
     return loaded.eval(), tokenizer
@@ -204,23 +202,18 @@ def _shapes(config: PreTrainedConfig) -> PreTrainedModel | None:
 
 
 def _check_room(
-    model: str | Path,
-    shapes: PreTrainedModel,
-    config: PreTrainedConfig,
-    dtype: str | torch.dtype,
-    device: torch.device,
-    weights: Weights | None,
+    model: str | Path, shapes: PreTrainedModel, config: PreTrainedConfig, dtype: str | torch.dtype, device: torch.device
 ) -> None:
     """Refuse weights that do not fit, before they are read. Of quantised ones the bytes are not known."""
     parts = (text_config(config), config)
     kind = next(filter(None, (getattr(part, "dtype", None) for part in parts)), torch.float32) if dtype == "auto" else dtype
     size = (getattr(torch, kind) if isinstance(kind, str) else kind).itemsize
-    needed = size * sum(parameter.numel() for parameter in shapes.parameters()) - (packed_less(shapes, weights, size) if weights else 0)
+    needed = size * sum(parameter.numel() for parameter in shapes.parameters())
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else min(psutil.virtual_memory().available, host_nbytes())
     if needed > free:
         raise InputError(
             f"the weights of {str(model)!r} take {needed / 1e9:,.1f} GB in {str(kind).removeprefix('torch.')}, and {free / 1e9:,.1f} GB of "
-            f"the memory of {device} are free; give another dtype, a quantised model, a smaller one, weights= or a device_map"
+            f"the memory of {device} are free; give another dtype, a quantised model, a smaller one, or a device_map"
         )
 
 

@@ -25,8 +25,6 @@ Weights = Literal["auto", "int8", "int4"]
 
 #: Weights along a row that have a scale and an offset of their own; as in llama.cpp's Q4_0 and Q4_1, which so lose nothing.
 BLOCK = 32
-#: Bytes a weight: codes, and 16 bits each of scale and offset; 8 bits are 4 for the weight, and 4 for what these lack.
-NBYTES: dict[Weights, float] = {"int4": 0.5 + 4 / BLOCK, "int8": 2 * (0.5 + 4 / BLOCK), "auto": 2 * (0.5 + 4 / BLOCK)}
 # Rows that the kernel multiplies at a time.
 _ROWS = 16
 # What torch has a fast kernel for.
@@ -70,12 +68,13 @@ class PackedLinear(nn.Module):
                 whole.update(part.flatten().view(torch.uint8).numpy().tobytes())
         self.register_buffer("digest", torch.tensor([*whole.digest()], dtype=torch.uint8))
         self.register_parameter("bias", linear.bias)
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        rows = x.flatten(0, -2).bfloat16()
+        rows = x.reshape(-1, self.in_features).bfloat16()
         first, *more = (torch._weight_int4pack_mm_for_cpu(rows, codes, BLOCK, scales).to(x.dtype) for codes, scales in self._parts)
-        out = sum(more, first).unflatten(0, x.shape[:-1])
+        out = sum(more, first).view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
@@ -98,21 +97,13 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, PackedLinear) for module in model.modules())
 
 
-def packed_less(shapes: PreTrainedModel, weights: Weights, size: int) -> int:
-    """Bytes that a model of ``size`` bytes a weight takes less when it is packed, by its shapes. A head that is its embeddings takes more:
-    these stay.
-    """
-    head, embeddings = shapes.get_output_embeddings(), shapes.get_input_embeddings().weight
-    less = 0.0
-    for _, linear in _packable(shapes):
-        before = 0 if linear.weight is embeddings else size
-        less += (before - NBYTES["int8" if linear is head else weights]) * linear.weight.numel()
-    return int(less)
+def _not_saved(*_: Any, **__: Any) -> None:
+    raise UnsupportedModelError("a model whose weights were packed cannot be saved; save the one that it was read from")
 
 
 def _packable(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """Layers whose shape the kernel takes, with their names."""
-    linears = [(name, module) for name, module in model.named_modules() if type(module) is nn.Linear]
+    """Layers whose shape the kernel takes, under each of their names."""
+    linears = [(name, module) for name, module in model.named_modules(remove_duplicate=False) if type(module) is nn.Linear]
     return [(name, linear) for name, linear in linears if linear.in_features % BLOCK == 0 and linear.out_features % _ROWS == 0]
 
 
@@ -133,11 +124,15 @@ def pack(model: PreTrainedModel, weights: Weights, done: Callable[[str, int, int
         raise UnsupportedModelError(f"a {type(model).__name__} has no linear layers that could be packed; leave weights out")
     if torch.backends.cpu.get_cpu_capability() not in _FAST:
         logger.warning("torch has no fast kernel for weights of few bits on this processor; answers may take longer than without")
-    head, total, so_far = model.get_output_embeddings(), sum(linear.weight.numel() for _, linear in found), 0
+    head, total, packed = model.get_output_embeddings(), sum(linear.weight.numel() for _, linear in found), dict[nn.Linear, PackedLinear]()
+    so_far = 0
     for name, linear in found:
-        model.set_submodule(name, PackedLinear(linear, "int8" if linear is head else weights))
+        if linear not in packed:
+            packed[linear] = PackedLinear(linear, "int8" if linear is head else weights)
+        model.set_submodule(name, packed[linear])
         so_far += linear.weight.numel()
         done(name, so_far, total)
+    model.save_pretrained = _not_saved
 
 
 def _in_four_bits(weight: Tensor) -> tuple[Tensor, Tensor]:

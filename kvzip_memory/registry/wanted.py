@@ -112,6 +112,8 @@ def not_stored(reference: str) -> InputError:
 
 
 _UNITS = {"": 1, **{f"{p}{b}": (1024 if b == "ib" else 1000) ** i for i, p in enumerate("kmgt", 1) for b in ("", "b", "ib")}, "b": 1}
+# Of a size; what a number of 64 bits can hold has 20.
+_DIGITS = 32
 
 
 def parse_bytes(name: str, size: int | str | None) -> int | None:
@@ -124,6 +126,6 @@ def parse_bytes(name: str, size: int | str | None) -> int | None:
         return None
     text = brief(size) if isinstance(size, int) else str(size).lower()
     match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([a-z]*)\s*", text)
-    if match is None or match[2] not in _UNITS:
+    if match is None or match[2] not in _UNITS or len(match[1]) > _DIGITS:
         raise InputError(f'{name} is {brief(size)}; give bytes as a number or a size such as "4GiB"')
     return int(float(match[1].replace("_", "")) * _UNITS[match[2]])

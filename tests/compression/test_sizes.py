@@ -19,14 +19,29 @@ from kvzip_memory.compression.codecs import CODECS
 from kvzip_memory.sizes import SMALLEST_RATIO
 
 
+def engine_of(kind: str) -> KVzipEngine:
+    return KVzipEngine(tiny_family(kind), tiny_tokenizer(), codec="none")
+
+
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_a_context_takes_what_it_may_and_no_more(kind: str) -> None:
-    engine = KVzipEngine(tiny_family(kind), tiny_tokenizer(), codec="none")
+    engine = engine_of(kind)
     least, most = (engine.load(TEXT, ratio=ratio).nbytes for ratio in (0.05, 0.95))
     for nbytes in (least, (least + most) // 2, most):
         context = engine.load(TEXT, nbytes=nbytes)
         assert nbytes - 0.02 * (most - least) - 200 < context.nbytes <= nbytes
     assert engine.load(TEXT, nbytes="1GB").ratio == 1.0
+
+
+@pytest.mark.parametrize("kind", sorted(kind for kind in FAMILIES if any(engine_of(kind)._model.windows)))
+def test_what_a_window_shows_takes_no_more_at_any_length(kind: str) -> None:
+    engine = engine_of(kind)
+    grown = engine.load(TEXT, ratio=1.0)
+    for length in range(60, 100):  # beyond the windows, at the edges of chunks and between them
+        context = engine.load(TEXT[:length], ratio=1.0)
+        assert context.nbytes == engine._contexts._builder.sizes.nbytes(context.n_tokens, context.protected, 1.0)
+        more = engine.extend(grown, TEXT[:length], ratio=1.0)
+        assert more.nbytes == engine._contexts._builder.sizes.nbytes(more.n_tokens, more.protected, 1.0)
 
 
 @pytest.mark.parametrize("codec", [*CODECS])
@@ -62,9 +77,11 @@ def test_documents_that_are_to_be_joined_have_budgets_too() -> None:
     assert context.ratio < 1.0
 
 
-@pytest.mark.parametrize(
-    "nbytes", [0, -1, 0.0, -0.5, True, False, "", "much", "-3MB", "20 miles", [1], float("nan"), float("inf"), b"20MB"]
-)
+NONE = [0, -1, 0.0, -0.5, True, False, "", "much", "-3MB", "20 miles", [1], float("nan"), float("inf"), b"20MB"]
+NONE += ["9" * 400, "9" * 400 + "GB", 1.0, 2e7]
+
+
+@pytest.mark.parametrize("nbytes", NONE)
 def test_what_is_no_budget_is_refused(nbytes: Any) -> None:
     with pytest.raises(InputError, match="nbytes is"):
         tiny_engine().load(TEXT, nbytes=nbytes)

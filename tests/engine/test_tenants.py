@@ -378,6 +378,7 @@ WAYS: dict[type, dict[str, Way]] = {
         "all_parts": lambda b, x: each(b.registry.find, [part.key for part in x.child.all_parts]),
         "as_block": lambda b, x: b.chat.invoke([HumanMessage([x.handle.as_block(), {"type": "text", "text": QUESTION}])]),
         "coarsest": NOTHING,
+        "codec": NOTHING,
         "created": NOTHING,
         "dense_nbytes": NOTHING,
         "expires": NOTHING,

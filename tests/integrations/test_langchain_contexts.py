@@ -288,6 +288,8 @@ def test_documents_of_a_loader_are_loaded_as_one_context(llm: KVzipChatModel) ->
     assert [source.name for source in context.sources] == ["0.txt", "1.txt"]
     assert asyncio.run(llm.aload_documents(list(Pages().lazy_load()))).key == context.key
     assert llm.load_documents(Document(TEXT)).sources[0].name == "document 1"
+    small = llm.model_copy(update={"ratio": 0.9}).load_documents(TEXT, nbytes=0.3)  # in place of the model's ratio
+    assert small.key == llm.engine.load([TEXT], nbytes=0.3).key
 
 
 # -- traps -----------------------------------------------------------------------------------------------------------
