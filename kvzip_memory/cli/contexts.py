@@ -15,6 +15,7 @@ from kvzip_memory.cli.conversions import conversions_table
 from kvzip_memory.cli.opening import contexts_of, folder_secret, owner_of
 from kvzip_memory.cli.options import DEFAULT, CacheDir, Json, Reference, Tenant
 from kvzip_memory.cli.terminal import ago, as_time, pairs_table, shown, tell
+from kvzip_memory.errors import InputError
 from kvzip_memory.inference import conversions
 from kvzip_memory.registry import Entry
 from kvzip_memory.registry.identity import NOBODY
@@ -40,6 +41,8 @@ def load(
     """Read a text with a model once and store it compressed."""
     from kvzip_memory.engine import KVzipEngine
 
+    if ratio is not None and nbytes is not None:
+        raise InputError(f"--ratio is {ratio} and --nbytes is {nbytes!r}; give one of them")  # before a model is read
     tenant = None if tenant == NOBODY else tenant
     engine = KVzipEngine.from_pretrained(
         model,

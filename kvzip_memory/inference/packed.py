@@ -1,6 +1,6 @@
 """Linear layers whose weights stay 4 or 8 bits in memory, and are multiplied as such by torch's kernel for CPUs.
 
-A token of a small model on a CPU costs what it takes to read the weights: a sixth of the bytes is less than a third of the time. The kernel
+A token of a small model on a CPU costs what it takes to read the weights: with a sixth of the bytes a third. The kernel
 takes and gives bfloat16 and sums in float32. It computes each row by itself, with no scale shared between rows, so an answer does not
 depend on who is decoded beside it; and prompts are read by the same one.
 """
